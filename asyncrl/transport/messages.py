@@ -1,0 +1,385 @@
+"""What crosses a process boundary, grouped by direction.
+
+Two links use these messages. The *rollout link* (generator DEALER to desk ROUTER, possibly between hosts) and the
+*trainer link* (trainer ranks to desk on the same host). Each message is one frame (`transport.codec`). Fields are only
+ever added at the end with a default. Counters are cumulative, so a lost message is repaired by the next of its kind.
+
+Durations are seconds relative to receipt: clocks of two hosts are never compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+PROTOCOL_VERSION = 1
+
+_REGISTRY: dict[int, type[Message]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages. `wire_code` goes into the frame header."""
+
+    wire_code: ClassVar[int] = 0
+
+
+def message(code: int) -> Any:
+    """Class decorator: makes a frozen dataclass and registers it under `code`."""
+
+    def register(cls: type) -> type[Message]:
+        cls = dataclass(frozen=True, slots=True)(cls)
+        cls.wire_code = code
+        assert code not in _REGISTRY, f"message code {code} taken by {_REGISTRY[code].__name__}"
+        _REGISTRY[code] = cls
+        return cls
+
+    return register
+
+
+def message_types() -> dict[int, type[Message]]:
+    """All message classes by code."""
+    return dict(_REGISTRY)
+
+
+# -- generator -> desk ------------------------------------------------------------------------------------------------
+
+
+@message(1)
+class Hello(Message):
+    """First message of a connection. The desk answers Welcome or Refused."""
+
+    protocol: int
+    generator_id: str
+    incarnation: int  # +1 at each start of the same generator; fences the one before
+    max_run_epoch: int  # highest run epoch this generator has seen; 0 = none
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    task: str  # import path of the task whose rewards it computes
+    num_workers: int  # weight receivers: one per tensor-parallel rank
+    first_unacked_seq: int
+    held_version: int | None = None  # the version it last proved in this incarnation, if any
+
+
+@message(2)
+class Beat(Message):
+    """Progress, once a second, from the loop that does the work. A process that beats without progress is wedged."""
+
+    run_epoch: int
+    leases_wanted: int  # cumulative: leases received in this incarnation plus those it has room for
+    active: list[list[Any]]  # [kind, ordinal, attempt] of each lease in hand (in the engine or unacked in the outbox)
+    tokens_generated: int  # cumulative
+    rollouts_completed: int  # cumulative
+    rewards_failed: int  # cumulative
+    busy_s: float  # cumulative seconds with at least one sequence in the engine
+    idle_s: float  # cumulative seconds without
+    outbox_bytes: int
+    held_version: int | None = None
+    generations_failed: int = 0  # cumulative
+
+
+@message(3)
+class GroupResult(Message):
+    """One finished lease: a group, sent until it is acknowledged as durable.
+
+    Arrays are raw little-endian bytes: token ids int32, log-probs float32, spans int64 rows (start, stop, version).
+    """
+
+    seq: int
+    run_epoch: int  # of the lease
+    kind: str
+    ordinal: int
+    attempt: int
+    prompt: bytes  # int32 [P]
+    rollouts: list[dict[str, Any]]  # see transport.groups: tokens, logprobs, spans, finish, reward, parts
+
+
+@message(4)
+class LeaseFailed(Message):
+    """One lease that ended without a group; acknowledged like a result, and leased again as a new attempt."""
+
+    seq: int
+    run_epoch: int
+    kind: str
+    ordinal: int
+    attempt: int
+    reason: str  # one of FAILURE_REASONS
+    detail: str
+
+
+FAILURE_REASONS = ("returned", "deadline", "reward_error", "reward_timeout", "engine", "tainted", "not_pinned")
+
+
+@message(5)
+class SyncReply(Message):
+    """A generator's answer in one phase of a weight sync. `error` is empty when the phase succeeded."""
+
+    run_epoch: int
+    version: int
+    attempt: int
+    phase: str  # one of SYNC_PHASES
+    error: str
+    digests: list[list[int]] = field(default_factory=list)  # staged: per worker, per bucket
+    canary_logprobs: list[bytes] = field(default_factory=list)  # swapped: float32 per canary sequence
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+SYNC_PHASES = ("join", "stage", "swap")
+
+
+@message(6)
+class Bye(Message):
+    """The generator leaves for good: nothing of this incarnation will follow."""
+
+    reason: str
+
+
+# -- desk -> generator ------------------------------------------------------------------------------------------------
+
+
+@message(20)
+class Welcome(Message):
+    """The generator is admitted. Limits it must keep to."""
+
+    run_epoch: int
+    run_name: str
+    version: int
+    credit_bytes: int  # cumulative bytes of results it may have sent; see Ack
+    acked_seq: int  # highest seq below which all is durable
+    beat_s: float
+    max_frame_bytes: int
+
+
+@message(21)
+class Refused(Message):
+    """The generator is not admitted and should exit. `expected` and `got` name the values that differ."""
+
+    code: str  # protocol | model | tokenizer | task | fenced | run_epoch
+    reason: str
+    expected: str
+    got: str
+
+
+@message(22)
+class LeaseGrant(Message):
+    """One lease; see types.Lease."""
+
+    run_epoch: int
+    kind: str
+    ordinal: int
+    attempt: int
+    issued_version: int
+    deadline_s: float
+    prompt: bytes  # int32 [P]
+    payload: dict[str, Any]
+    num_rollouts: int
+    max_new_tokens: int
+    temperature: float
+    pinned_version: int | None = None
+    seed: int | None = None
+
+
+@message(23)
+class Ack(Message):
+    """Results that are on the learner's disk. Cumulative, so the next one repairs a lost one."""
+
+    run_epoch: int
+    acked_seq: int  # everything up to and including this seq is durable
+    beyond: list[int]  # single seqs above it that are durable too
+    credit_bytes: int  # cumulative
+
+
+@message(24)
+class Nack(Message):
+    """A result that will never be accepted. The generator drops it and counts it."""
+
+    run_epoch: int
+    seq: int
+    code: str
+    reason: str
+
+
+@message(25)
+class SyncOffer(Message):
+    """Phase 1 of a weight sync: join the process group of this epoch (kept if already a member) and prepare to stage."""
+
+    run_epoch: int
+    version: int
+    attempt: int
+    group: dict[str, Any]  # transport.weight_group.WeightGroupSpec for this generator's first worker
+    manifest: dict[str, Any]  # transport.weight_group.WeightManifest
+    timeout_s: float
+
+
+@message(26)
+class SyncSwap(Message):
+    """Phase 2: every bucket arrived and verified; load the staged weights and score the canary sequences."""
+
+    run_epoch: int
+    version: int
+    attempt: int
+    canary: list[bytes]  # int32 token ids of each canary sequence
+    timeout_s: float
+
+
+@message(27)
+class SyncCommit(Message):
+    """Phase 3: the learner compared digests and canary; tokens of this version may now leave the generator."""
+
+    run_epoch: int
+    version: int
+    attempt: int
+
+
+@message(28)
+class SyncAbort(Message):
+    """The sync failed for this generator: drop what was staged; if weights were swapped they are tainted."""
+
+    run_epoch: int
+    version: int
+    attempt: int
+    reason: str
+    tainted: bool
+
+
+@message(29)
+class Stop(Message):
+    """The run is over (`finished`) or the learner goes away on purpose: drain, flush and exit, or wait for it."""
+
+    run_epoch: int
+    finished: bool
+    reason: str
+
+
+@message(30)
+class Abandon(Message):
+    """Stop working on these leases ([kind, ordinal, attempt]): they expired or were leased again."""
+
+    run_epoch: int
+    leases: list[list[Any]]
+
+
+# -- trainer ranks -> desk --------------------------------------------------------------------------------------------
+
+
+@message(40)
+class TrainerHello(Message):
+    """A trainer rank is up, holding `version` from its checkpoint (0 = the initial model)."""
+
+    rank: int
+    world_size: int
+    version: int
+    pid: int
+
+
+@message(41)
+class BatchRequest(Message):
+    """Rank wants its shard of the batch that makes `version` + 1. Repeated until answered."""
+
+    rank: int
+    version: int
+
+
+@message(42)
+class StepDone(Message):
+    """Version `version` exists. Metrics are sums and means of this step, rank 0's view."""
+
+    version: int
+    metrics: dict[str, float]
+    step_s: float
+    idle_s: float  # waiting for the batch
+
+
+@message(43)
+class SnapshotReady(Message):
+    """The publisher holds a snapshot of `version`, ready to broadcast."""
+
+    version: int
+    manifest: dict[str, Any]
+    canary: list[bytes]  # int32 token ids
+    canary_logprobs: list[bytes]  # float32, the learner's own
+    snapshot_ms: float
+
+
+@message(44)
+class GroupReady(Message):
+    """The publisher hosts the store of a new process group at this address; members may join."""
+
+    group_epoch: int
+    host: str
+    port: int
+    error: str
+
+
+@message(45)
+class BroadcastDone(Message):
+    """The broadcast of `version` to the group ended; `error` is empty when every bucket went out."""
+
+    version: int
+    attempt: int
+    group_epoch: int
+    error: str
+    transfer_ms: float
+    num_bytes: int
+
+
+@message(46)
+class CheckpointDone(Message):
+    """A checkpoint of `version` is durable at `path`, or failed with `error`."""
+
+    version: int
+    path: str
+    error: str
+    seconds: float
+
+
+# -- desk -> trainer ranks --------------------------------------------------------------------------------------------
+
+
+@message(60)
+class TrainerWelcome(Message):
+    """The trainer may start. Versions up to `replay_to` are trained again from the journal before new ones."""
+
+    run_epoch: int
+    replay_to: int
+
+
+@message(61)
+class Batch(Message):
+    """One rank's shard of the groups that make `version` + 1, each the frame body of its GroupResult."""
+
+    version: int
+    rank: int
+    groups: list[bytes]
+    desk_state: bytes  # what the desk needs to resume after this step; goes into the checkpoint unread
+    checkpoint: bool  # save after this step
+    publish: bool  # False while versions are trained again from the journal
+
+
+@message(62)
+class OpenGroup(Message):
+    """Host the store of process group `group_epoch` for `world_size` ranks and answer GroupReady."""
+
+    group_epoch: int
+    prefix: str
+    world_size: int
+    timeout_s: float
+
+
+@message(63)
+class Broadcast(Message):
+    """Send the snapshot of `version` to group `group_epoch`, as soon as all of its ranks have joined."""
+
+    version: int
+    attempt: int
+    group_epoch: int
+    timeout_s: float
+
+
+@message(64)
+class TrainerStop(Message):
+    """Finish the step in hand, checkpoint if `checkpoint`, export if `export`, and exit 0."""
+
+    checkpoint: bool
+    export: bool
+    reason: str
