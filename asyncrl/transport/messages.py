@@ -59,6 +59,7 @@ class Hello(Message):
     num_workers: int  # weight receivers: one per tensor-parallel rank
     first_unacked_seq: int
     held_version: int | None = None  # the version it last proved in this incarnation, if any
+    instance: str = ""  # random per process: two processes under one id and incarnation are told apart
 
 
 @message(2)
@@ -66,8 +67,8 @@ class Beat(Message):
     """Progress, once a second, from the loop that does the work. A process that beats without progress is wedged."""
 
     run_epoch: int
-    leases_wanted: int  # cumulative: leases received in this incarnation plus those it has room for
-    active: list[list[Any]]  # [kind, ordinal, attempt] of each lease in hand (in the engine or unacked in the outbox)
+    sequences_wanted: int  # cumulative: sequences leased to it in this run epoch plus those it has room for
+    active: list[list[Any]]  # leases in hand: [kind, ordinal, attempt, issued_version]; no version once in the outbox
     tokens_generated: int  # cumulative
     rollouts_completed: int  # cumulative
     rewards_failed: int  # cumulative
@@ -144,7 +145,7 @@ class Welcome(Message):
     run_epoch: int
     run_name: str
     version: int
-    credit_bytes: int  # cumulative bytes of results it may have sent; see Ack
+    credit_bytes: int  # see Ack
     acked_seq: int  # highest seq below which all is durable
     beat_s: float
     max_frame_bytes: int
@@ -154,7 +155,7 @@ class Welcome(Message):
 class Refused(Message):
     """The generator is not admitted and should exit. `expected` and `got` name the values that differ."""
 
-    code: str  # protocol | model | tokenizer | task | fenced | run_epoch
+    code: str  # protocol | model | tokenizer | task | run | fenced | run_epoch (not final)
     reason: str
     expected: str
     got: str
@@ -186,12 +187,15 @@ class Ack(Message):
     run_epoch: int
     acked_seq: int  # everything up to and including this seq is durable
     beyond: list[int]  # single seqs above it that are durable too
-    credit_bytes: int  # cumulative
+    credit_bytes: int  # bytes of results that may be under way without an acknowledgement; 0 = send none for now
 
 
 @message(24)
 class Nack(Message):
-    """A result that will never be accepted. The generator drops it and counts it."""
+    """A result that will never be accepted: the generator drops it and counts it.
+
+    With seq 0 and code "hello" it asks a peer that the desk does not know to say hello again.
+    """
 
     run_epoch: int
     seq: int
@@ -201,7 +205,7 @@ class Nack(Message):
 
 @message(25)
 class SyncOffer(Message):
-    """Phase 1 of a weight sync: join the process group of this epoch (kept if already a member) and prepare to stage."""
+    """Phase 1 of a weight sync: join the process group of this epoch, if not a member yet, and stage the weights."""
 
     run_epoch: int
     version: int
@@ -383,3 +387,10 @@ class TrainerStop(Message):
     checkpoint: bool
     export: bool
     reason: str
+
+
+@message(65)
+class SnapshotReleased(Message):
+    """No round uses the snapshot of `version` now: the publisher may offer a newer one in its place."""
+
+    version: int

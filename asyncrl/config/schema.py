@@ -1,7 +1,7 @@
-"""The configuration: every key, its sentence and its default. Loading and checking live in `config_loading`.
+"""The configuration: every key, its sentence and its default. Loading and checking live in `config.loading`.
 
-The same file configures both daemons, so that what they must agree on is written once. Keys without a default that
-everybody wants are few; the rest is derived and logged.
+The same file configures both daemons, so that what they must agree on is written once. Keys without a default
+that everybody wants are few; the rest is derived and logged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def key(default: Any, sentence: str, **checks: Any) -> Any:
 class RunConfig:
     """The run as a whole."""
 
-    name: str = key("run", "Names the run in logs, checkpoints and the handshake; daemons of different runs refuse each other.")
+    name: str = key(
+        "run",
+        "Names the run in logs, checkpoints and the handshake; daemons of different runs refuse each other.",
+    )
     dir: str = key("runs/${run.name}", "Folder for everything the run writes: journal, checkpoints, metrics, export.")
     steps: int = key(100, "Optimizer steps to train; the run ends at this policy version.", minimum=1)
     seed: int = key(0, "Seeds the order of prompts, the model initialisation of new parts and the trainer.", minimum=0)
@@ -35,8 +38,16 @@ class RunConfig:
 class ModelConfig:
     """The actor."""
 
-    path: str = key("", "Folder with the initial model and tokenizer in Hugging Face format (or a hub name on machines with a hub).")
-    dtype: str = key("float32", "Compute precision of trainer and rollout engine; master weights are float32.", choices=["float32", "bfloat16"])
+    path: str = key(
+        "",
+        "Folder with the initial model and tokenizer in Hugging Face format, or the name of a model in the "
+        "local Hugging Face cache (`hf download NAME`).",
+    )
+    dtype: str = key(
+        "float32",
+        "Compute precision of trainer and rollout engine; master weights are float32.",
+        choices=["float32", "bfloat16"],
+    )
     max_length: int = key(1024, "Longest prompt plus completion, in tokens.", minimum=2)
 
 
@@ -44,18 +55,24 @@ class ModelConfig:
 class TaskConfig:
     """Prompts in, rewards out."""
 
-    path: str = key("asyncrl.tasks.arithmetic:Arithmetic", "Import path `module:Class` of the task; your own module works too.")
+    path: str = key(
+        "asyncrl.tasks.arithmetic:Arithmetic",
+        "Import path `module:Class` of the task; your own module works too.",
+    )
     args: dict[str, Any] = key({}, "Arguments of the task's constructor; the task documents them.")
 
 
 @dataclass
 class SamplingConfig:
-    """How completions are sampled. Temperature only, so that recorded log-probs are those of the policy itself."""
+    """How completions are sampled. Temperature only: recorded log-probs are those of the policy itself."""
 
     group_size: int = key(8, "Completions per prompt.", minimum=1)
     temperature: float = key(1.0, "Softmax temperature of training rollouts; evaluation is greedy.", above=0.0)
     max_new_tokens: int = key(256, "Longest completion, in tokens.", minimum=1)
-    repeatable: bool = key(False, "Seed every completion from run.seed and its ordinal: same tokens at any timing, at some throughput.")
+    repeatable: bool = key(
+        False,
+        "Seed every completion from run.seed and its ordinal: same tokens at any timing, at some throughput.",
+    )
 
 
 @dataclass
@@ -67,7 +84,9 @@ class AlgorithmConfig:
     clip_low: float = key(0.2, "PPO clip: the ratio may fall to 1 - clip_low.", above=0.0, maximum=1.0)
     clip_high: float = key(0.28, "PPO clip: the ratio may rise to 1 + clip_high.", above=0.0)
     tis_cap: float = key(2.0, "Truncated importance sampling: weight of a token never above this.", minimum=1.0)
-    kl_coef: float = key(0.0, "Weight of the KL to the frozen reference policy in the loss; 0 loads no reference.", minimum=0.0)
+    kl_coef: float = key(
+        0.0, "Weight of the KL to the frozen reference policy in the loss; 0 loads no reference.", minimum=0.0
+    )
     entropy_coef: float = key(0.0, "Weight of the entropy bonus.", minimum=0.0)
 
 
@@ -81,19 +100,31 @@ class LearnerConfig:
     betas: list[float] = key([0.9, 0.95], "AdamW betas.")
     weight_decay: float = key(0.0, "AdamW weight decay.", minimum=0.0)
     grad_clip: float = key(1.0, "Largest gradient norm; larger ones are scaled down.", above=0.0)
-    micro_batch_tokens: int = key(16384, "Padded tokens in one forward and backward pass; gradients add up over the batch.", minimum=1)
+    micro_batch_tokens: int = key(
+        16384, "Padded tokens in one forward and backward pass; gradients add up over the batch.", minimum=1
+    )
     device: str = key("auto", "Device of the trainer: cuda if there is one, else cpu.", choices=["auto", "cpu", "cuda"])
     threads: int = key(1, "CPU threads of each trainer rank.", minimum=1)
     cpus: list[int] = key([], "Pin desk and trainer to these CPUs; empty = do not pin.")
-    max_trainer_restarts: int = key(3, "How often a trainer that died without a step in between is started again.", minimum=0)
+    max_trainer_restarts: int = key(
+        3, "How often a trainer that died without a step in between is started again.", minimum=0
+    )
 
 
 @dataclass
 class StalenessConfig:
     """How old a token may be, in optimizer steps, when it is trained on."""
 
-    max_age: int = key(4, "Largest policy age of a trained token. 0 = synchronous. Leases are paced so that it holds.", minimum=0)
-    over_age: str = key("drop", "What happens to a group found older all the same: dropped and leased again, or trained with correction.", choices=["drop", "train"])
+    max_age: int = key(
+        4,
+        "Largest policy age of a trained token. 0 = synchronous. Leases are paced so that it holds.",
+        minimum=0,
+    )
+    over_age: str = key(
+        "drop",
+        "What happens to a group found older all the same: dropped and leased again, or trained with correction.",
+        choices=["drop", "train"],
+    )
 
 
 @dataclass
@@ -110,37 +141,66 @@ class GeneratorConfig:
     threads: int = key(1, "CPU threads of each engine worker.", minimum=1)
     cpus: list[int] = key([], "Pin the generator and its engine to these CPUs; empty = do not pin.")
     reward_workers: int = key(1, "Reward worker processes.", minimum=1)
-    reward_timeout_s: float = key(10.0, "Deadline of one reward; then its worker is killed and the lease fails.", above=0.0)
-    lease_timeout_s: float = key(600.0, "Deadline of one lease, from grant to result; then the prompt is leased again.", above=0.0)
-    outbox_bytes: int = key(64 * 2**20, "Results kept until the learner has them on disk; when full, no new leases are taken.", minimum=1)
-    unreachable_timeout_s: float = key(600.0, "Give up (exit 3) when the learner has not answered for this long.", above=0.0)
-    drain_timeout_s: float = key(8.0, "After SIGTERM: finish what can be finished within this, hand back the rest.", above=0.0)
+    reward_timeout_s: float = key(
+        10.0, "Deadline of one reward; then its worker is killed and the lease fails.", above=0.0
+    )
+    lease_timeout_s: float = key(
+        600.0, "Deadline of one lease, from grant to result; then the prompt is leased again.", above=0.0
+    )
+    outbox_bytes: int = key(
+        64 * 2**20,
+        "Results kept until the learner has them on disk; when full, no new leases are taken.",
+        minimum=1,
+    )
+    unreachable_timeout_s: float = key(
+        600.0, "Give up (exit 3) when the learner has not answered for this long.", above=0.0
+    )
+    drain_timeout_s: float = key(
+        8.0, "After SIGTERM: finish what can be finished within this, hand back the rest.", above=0.0
+    )
 
 
 @dataclass
 class TransportConfig:
     """The rollout link."""
 
-    address: str = key("tcp://127.0.0.1:5770", "Where the learner listens and the generators connect. Never a wildcard.")
+    address: str = key(
+        "tcp://127.0.0.1:5770", "Where the learner listens and the generators connect. Never a wildcard."
+    )
     server_key_file: str = key("", "CURVE secret key of the learner; required for any address that is not loopback.")
     server_public_key_file: str = key("", "CURVE public key of the learner, for the generators.")
     client_key_file: str = key("", "CURVE secret key of this generator.")
     allowed_keys_file: str = key("", "Public keys of the generators the learner admits, one per line.")
-    max_frame_bytes: int = key(64 * 2**20, "Largest message; larger ones are refused before they are decoded.", minimum=4096)
-    credit_bytes: int = key(64 * 2**20, "Results a generator may have under way without an acknowledgement.", minimum=4096)
+    max_frame_bytes: int = key(
+        64 * 2**20, "Largest message; larger ones are refused before they are decoded.", minimum=4096
+    )
+    credit_bytes: int = key(
+        64 * 2**20, "Results a generator may have under way without an acknowledgement.", minimum=4096
+    )
 
 
 @dataclass
 class WeightsConfig:
     """Broadcast of new policies."""
 
-    host: str = key("127.0.0.1", "Private address of the learner's weight store. The weight plane has no authentication: a trusted network only.")
-    interface: str = key("", "Network interface of the weight plane on this host (eth1, ...); empty = the one that holds the address.")
+    host: str = key(
+        "127.0.0.1",
+        "Private address of the learner's weight store. The weight plane has no authentication: a trusted "
+        "network only.",
+    )
+    interface: str = key(
+        "",
+        "Network interface of the weight plane on this host (eth1, ...); empty = the one that holds the address.",
+    )
     backend: str = key("auto", "nccl on GPUs, gloo on CPU.", choices=["auto", "gloo", "nccl"])
     bucket_bytes: int = key(64 * 2**20, "Bytes sent in one collective.", minimum=1024)
-    timeout_s: float = key(30.0, "Deadline of each phase of a sync; a generator that exceeds it is left out.", above=0.0)
+    timeout_s: float = key(
+        30.0, "Deadline of each phase of a sync; a generator that exceeds it is left out.", above=0.0
+    )
     canary_sequences: int = key(4, "Probe sequences scored by learner and generator at each sync.", minimum=1)
-    canary_tolerance: float = key(0.0, "Largest log-prob difference on the canary; 0 = 1e-4 in float32, 0.35 in bfloat16.", minimum=0.0)
+    canary_tolerance: float = key(
+        0.0, "Largest log-prob difference on the canary; 0 = 1e-4 in float32, 0.35 in bfloat16.", minimum=0.0
+    )
 
 
 @dataclass
@@ -157,14 +217,22 @@ class CheckpointConfig:
 
     every: int = key(50, "Save every N steps, and always at the end and on SIGTERM; 0 = only then.", minimum=0)
     keep: int = key(2, "Verified checkpoints to keep.", minimum=1)
-    resume: str = key("auto", "auto = newest verified checkpoint and the journal after it; never = refuse a used run.dir.", choices=["auto", "never"])
+    resume: str = key(
+        "auto",
+        "auto = newest verified checkpoint and the journal after it; never = refuse a used run.dir.",
+        choices=["auto", "never"],
+    )
 
 
 @dataclass
 class LogConfig:
     """Where metrics go, besides metrics.jsonl."""
 
-    wandb: str = key("off", "Weights & Biases: off, offline (no key needed) or online.", choices=["off", "offline", "online"])
+    wandb: str = key(
+        "off",
+        "Weights & Biases: off, offline (no key needed) or online.",
+        choices=["off", "offline", "online"],
+    )
     wandb_project: str = key("asyncrl", "Weights & Biases project.")
     level: str = key("info", "Log level of the daemons.", choices=["debug", "info", "warning", "error"])
 

@@ -1,0 +1,25 @@
+"""The command `asyncrl-learner CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from asyncrl.cli.common import command
+from asyncrl.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (`asyncrl.cli.common.EXIT_CODES`)."""
+    return command("learner", argv, _start)
+
+
+def _start(config: Config) -> int:
+    # Torch and zmq come in only here, after everything the user wrote has been checked.
+    from asyncrl.learner.daemon import run_learner
+
+    return run_learner(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""What a configuration must satisfy: each key by itself, and keys together. Standard library only.
+
+Every rule returns a sentence with the values, the rule and the remedy, or None.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from asyncrl.addresses import ip_address, is_loopback, is_wildcard, split_address
+from asyncrl.config import Config
+from asyncrl.config.keys import Key, keys, shown, value_of
+from asyncrl.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+TOKEN_BYTES = 8  # one int32 token id and one float32 log-prob
+SPAN_BYTES = 24  # int64 start, stop, version
+ROLLOUT_OVERHEAD_BYTES = 1024  # keys, reward, reward parts
+GROUP_OVERHEAD_BYTES = 4096  # header, lease key, task payload
+
+
+def check_values(config: Config, origins: dict[str, str] | None = None) -> list[str]:
+    """Problems of single values, each as one sentence. `origins` says where a key was set."""
+    problems = []
+    for key in keys():
+        value = value_of(config, key.name)
+        broken = next((rule for one in _elements(value) if (rule := _broken_rule(key, one))), None)
+        if broken:
+            place = (origins or {}).get(key.name, "")
+            problems.append(
+                f"{key.name}={shown(value)}{place}: must be {broken}. "
+                f"The default is {key.shown_default}: {key.sentence}"
+            )
+    return problems
+
+
+def _elements(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _broken_rule(key: Key, value: Any) -> str | None:
+    checks = key.checks
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    broken = (
+        ("choices" in checks and value not in checks["choices"])
+        or ("minimum" in checks and value < checks["minimum"])
+        or ("above" in checks and value <= checks["above"])
+        or ("maximum" in checks and value > checks["maximum"])
+    )
+    return key.rule if broken else None
+
+
+# -- keys together -------------------------------------------------------------------------------------------
+
+
+def largest_group_bytes(config: Config) -> int:
+    """Upper bound of one GroupResult frame: prompt + group_size x (tokens, log-probs, spans, reward parts).
+
+    A completion crosses at most one version boundary per step of its allowed age, so max_age + 2 spans.
+    """
+    sampling = config.sampling
+    rollout = sampling.max_new_tokens * TOKEN_BYTES
+    rollout += (config.staleness.max_age + 2) * SPAN_BYTES + ROLLOUT_OVERHEAD_BYTES
+    return GROUP_OVERHEAD_BYTES + 4 * config.model.max_length + sampling.group_size * rollout
+
+
+def _names_fit(config: Config) -> str | None:
+    if not _NAME.fullmatch(config.run.name):
+        return f"run.name={config.run.name!r} must be letters, digits, '.', '_' and '-': it names folders and logs"
+    if config.generator.id and not _NAME.fullmatch(config.generator.id):
+        return f"generator.id={config.generator.id!r} must be letters, digits, '.', '_' and '-', or empty"
+    if not config.run.dir:
+        return "run.dir is empty: give the folder for everything the run writes, for example runs/${run.name}"
+    return None
+
+
+def _model_is_given(config: Config) -> str | None:
+    if config.model.path:
+        return None
+    return "model.path is empty: give the folder of the initial model (model.path=FOLDER); bin/warmup makes tiny ones"
+
+
+def _task_is_an_import_path(config: Config) -> str | None:
+    if _IMPORT_PATH.fullmatch(config.task.path):
+        return None
+    return f"task.path={config.task.path!r} must be `module:Class`, for example asyncrl.tasks.gsm8k:Gsm8k"
+
+
+def _completion_leaves_room_for_a_prompt(config: Config) -> str | None:
+    new, longest = config.sampling.max_new_tokens, config.model.max_length
+    if new < longest:
+        return None
+    return (
+        f"sampling.max_new_tokens={new} leaves no room for a prompt in model.max_length={longest}; "
+        f"lower the first or raise the second"
+    )
+
+
+def _groups_can_be_compared(config: Config) -> str | None:
+    if config.algorithm.name != "grpo" or config.sampling.group_size >= 2:
+        return None
+    return (
+        f"sampling.group_size={config.sampling.group_size} with algorithm.name=grpo: an advantage is the "
+        "reward minus "
+        f"the mean of its group, so a group of one teaches nothing; set sampling.group_size to 2 or more (8 "
+        "is usual)"
+    )
+
+
+def _engine_holds_one_group(config: Config) -> str | None:
+    room, size = config.generator.max_sequences, config.sampling.group_size
+    if room >= size:
+        return None
+    return (
+        f"generator.max_sequences={room} is less than sampling.group_size={size}: a lease is one whole "
+        "group; "
+        f"set generator.max_sequences to a multiple of {size}"
+    )
+
+
+def _sequence_fits_micro_batch(config: Config) -> str | None:
+    budget, longest = config.learner.micro_batch_tokens, config.model.max_length
+    if budget >= longest:
+        return None
+    return (
+        f"learner.micro_batch_tokens={budget} cannot hold one sequence of model.max_length={longest} tokens; "
+        f"set learner.micro_batch_tokens to {longest} or more"
+    )
+
+
+def _betas_are_a_pair(config: Config) -> str | None:
+    betas = config.learner.betas
+    if len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas):
+        return None
+    return f"learner.betas={betas} must be two numbers from 0 up to, not including, 1, for example [0.9, 0.95]"
+
+
+def _cpus_fit_threads(config: Config) -> str | None:
+    for section, pinned in (("learner", config.learner), ("generator", config.generator)):
+        cpus = pinned.cpus
+        if len(set(cpus)) != len(cpus) or any(cpu < 0 for cpu in cpus):
+            return f"{section}.cpus={cpus} must be different CPU numbers from 0, for example [0]"
+        if cpus and pinned.threads > len(cpus):
+            return (
+                f"{section}.threads={pinned.threads} on {section}.cpus={cpus}: threads that share a core "
+                "spin against "
+                f"each other; give {pinned.threads} CPUs or set {section}.threads={len(cpus)}"
+            )
+    return None
+
+
+def _reward_ends_before_its_lease(config: Config) -> str | None:
+    reward, lease = config.generator.reward_timeout_s, config.generator.lease_timeout_s
+    if reward < lease:
+        return None
+    return (
+        f"generator.reward_timeout_s={reward} is not below generator.lease_timeout_s={lease}: a slow reward "
+        "would cost "
+        f"the whole lease; lower the first or raise the second"
+    )
+
+
+def _evaluation_has_prompts(config: Config) -> str | None:
+    if config.eval.every == 0 or config.eval.prompts > 0:
+        return None
+    return f"eval.every={config.eval.every} with eval.prompts=0 evaluates nothing; set eval.prompts or eval.every=0"
+
+
+def _largest_group_fits(config: Config) -> str | None:
+    size = largest_group_bytes(config)
+    limits = {
+        "transport.max_frame_bytes": config.transport.max_frame_bytes,
+        "transport.credit_bytes": config.transport.credit_bytes,
+        "generator.outbox_bytes": config.generator.outbox_bytes,
+    }
+    name, limit = min(limits.items(), key=lambda item: item[1])
+    if size <= limit:
+        return None
+    return (
+        f"{name}={limit} is smaller than the largest possible group, {size} bytes (sampling.group_size="
+        f"{config.sampling.group_size} x sampling.max_new_tokens={config.sampling.max_new_tokens} x "
+        f"{TOKEN_BYTES} bytes, "
+        f"plus prompt and spans); raise {name} or lower one of the two"
+    )
+
+
+def _address_is_named(config: Config) -> str | None:
+    try:
+        split_address(config.transport.address)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _weight_host_is_private(config: Config) -> str | None:
+    host = config.weights.host
+    address = ip_address(host)
+    if not host or is_wildcard(host):
+        return f"weights.host={host!r} must be one private address of the learner, for example 127.0.0.1 or 10.0.0.1"
+    if address is not None and address.is_global:
+        return (
+            f"weights.host={host} is a public address, and the weight plane has no authentication; "
+            f"use an address of a private network between the hosts"
+        )
+    if is_loopback(host) and not on_loopback(config):
+        return (
+            f"weights.host={host} is loopback but transport.address={config.transport.address} is not: "
+            "generators on "
+            f"other hosts could not fetch weights; set weights.host to the learner's private address"
+        )
+    return None
+
+
+def on_loopback(config: Config) -> bool:
+    """Whether the rollout link stays on this machine."""
+    try:
+        return is_loopback(split_address(config.transport.address)[0])
+    except ConfigError:
+        return True  # another rule reports the address
+
+
+KEY_PAIRS = {
+    "learner": ("transport.server_key_file", "transport.allowed_keys_file"),
+    "generator": ("transport.server_public_key_file", "transport.client_key_file"),
+}
+
+
+def _curve_keys_come_in_pairs(config: Config) -> str | None:
+    for role, pair in KEY_PAIRS.items():
+        given = [name for name in pair if value_of(config, name)]
+        if len(given) == 1:
+            missing = next(name for name in pair if name not in given)
+            return f"{given[0]} is set but {missing} is empty: the {role} needs both for CURVE; set {missing}"
+    return None
+
+
+def _open_addresses_are_authenticated(config: Config) -> str | None:
+    if on_loopback(config) or any(value_of(config, pair[0]) for pair in KEY_PAIRS.values()):
+        return None
+    return (
+        f"transport.address={config.transport.address} is not loopback, so CURVE keys are required: the "
+        "learner sets "
+        f"{' and '.join(KEY_PAIRS['learner'])}, each generator {' and '.join(KEY_PAIRS['generator'])}"
+    )
+
+
+def _nccl_has_gpus(config: Config) -> str | None:
+    on_cpu = [name for name in ("learner.device", "generator.device") if value_of(config, name) == "cpu"]
+    if config.weights.backend != "nccl" or not on_cpu:
+        return None
+    return f"weights.backend=nccl moves weights between GPUs, but {on_cpu[0]}=cpu; set weights.backend=gloo or auto"
+
+
+RULES: tuple[Callable[[Config], str | None], ...] = (
+    _names_fit,
+    _model_is_given,
+    _task_is_an_import_path,
+    _completion_leaves_room_for_a_prompt,
+    _groups_can_be_compared,
+    _engine_holds_one_group,
+    _sequence_fits_micro_batch,
+    _betas_are_a_pair,
+    _cpus_fit_threads,
+    _reward_ends_before_its_lease,
+    _evaluation_has_prompts,
+    _largest_group_fits,
+    _address_is_named,
+    _weight_host_is_private,
+    _curve_keys_come_in_pairs,
+    _open_addresses_are_authenticated,
+    _nccl_has_gpus,
+)
+
+
+def check(config: Config) -> None:
+    """Checks keys against each other.
+
+    Raises ConfigError naming every broken rule, one per line.
+    """
+    raise_all([problem for rule in RULES if (problem := rule(config))])
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raises ConfigError with all `problems`, or returns when there are none."""
+    if problems:
+        raise ConfigError("\n".join(problems))

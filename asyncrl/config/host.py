@@ -1,0 +1,51 @@
+"""What of a configuration depends on the machine that a daemon starts on: files, CPUs, devices, the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from asyncrl.config import Config
+from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
+from asyncrl.config.keys import value_of
+from asyncrl.model_files import ModelFiles, find_model
+
+
+def check_host(config: Config, role: str) -> ModelFiles:
+    """Checks what depends on the machine that `role` ("learner" or "generator") starts on; returns the model.
+
+    Raises ConfigError for missing key files, CPUs and GPUs, ModelError for a missing or incomplete model.
+    """
+    raise_all([*_key_file_problems(config, role), *_device_problems(config, role)])
+    return find_model(config.model.path)
+
+
+def _key_file_problems(config: Config, role: str) -> Iterator[str]:
+    names = KEY_PAIRS[role]
+    if not on_loopback(config) and not value_of(config, names[0]):
+        yield (
+            f"transport.address={config.transport.address} is not loopback: a {role} needs CURVE keys; "
+            f"set {names[0]} and {names[1]}"
+        )
+    for name in names:
+        path = value_of(config, name)
+        if path and not Path(path).is_file():
+            yield f"{name}={path}: there is no such file on this host"
+
+
+def _device_problems(config: Config, role: str) -> Iterator[str]:
+    section = getattr(config, role)
+    usable = os.sched_getaffinity(0)
+    if not set(section.cpus) <= usable:
+        yield (
+            f"{role}.cpus={section.cpus}: this process may use only CPUs {sorted(usable)}; "
+            f"set {role}.cpus to some of them"
+        )
+    if section.device == "cuda" and not has_gpu():
+        yield f"{role}.device=cuda but this host shows no NVIDIA device; set {role}.device=cpu or auto"
+
+
+def has_gpu() -> bool:
+    """Whether the host shows an NVIDIA device, asked of the file system: torch takes seconds to import."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()

@@ -1,0 +1,413 @@
+"""The generator daemon: takes leases, keeps the engine full, streams scored groups, follows the learner's policy.
+
+    loop          consumes                    produces                     waits at most for
+    ------------  --------------------------  ---------------------------  -----------------------------------------
+    link          frames from the learner     leases, syncs, acks          the session's next deadline
+    lease (many)  one lease                   one group or one failure     the lease's deadline
+    beat          counters                    Beat, once a second          -
+    watchdog      progress of the engine      exit 5 when it is wedged     the probe's deadline
+
+Everything runs in one event loop, the beat included: a wedged loop stops beating, and the learner notices.
+Shutdown: a signal (or the learner's Stop) ends the wish for leases → running ones finish or are handed back →
+the outbox is flushed → Bye. All of it within `generator.drain_timeout_s` + 2 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asyncrl.config import Config
+from asyncrl.config.host import has_gpu
+from asyncrl.errors import FrameError, PeerUnreachable, ProtocolError, Refused
+from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.generator.engine import RolloutEngine
+from asyncrl.generator.identity import Identity, claim_identity
+from asyncrl.generator.rewards import RewardPool
+from asyncrl.generator.rollout import LeaseFailure, LeaseRunner
+from asyncrl.generator.vllm_engine import VLLMEngine
+from asyncrl.generator.vllm_options import EngineOptions
+from asyncrl.generator.weight_sync import WeightSync
+from asyncrl.processes import StopSignal, pin_to
+from asyncrl.transport import messages
+from asyncrl.transport.codec import decode, encode
+from asyncrl.transport.groups import grant_to_lease, group_to_result
+from asyncrl.transport.keys import load_client_auth
+from asyncrl.transport.messages import Message
+from asyncrl.transport.session import GeneratorSession
+from asyncrl.transport.sockets import AsyncClientSocket
+from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
+
+log = logging.getLogger(__name__)
+
+FROM_DESK = frozenset(
+    {
+        messages.Welcome,
+        messages.Refused,
+        messages.LeaseGrant,
+        messages.Ack,
+        messages.Nack,
+        messages.SyncOffer,
+        messages.SyncSwap,
+        messages.SyncCommit,
+        messages.SyncAbort,
+        messages.Stop,
+        messages.Abandon,
+    }
+)
+BEAT_S = 1.0
+BEAT_GATHER_S = 0.01  # leases that end together ask for the next ones together
+LINK_WAIT_S = 0.5
+PROBE_EVERY_S = 10.0  # an engine with work but without a new token for this long is probed
+PROBE_TIMEOUT_S = 5.0
+FLUSH_TIMEOUT_S = 2.0
+SAY_UNREACHABLE_EVERY_S = 10.0
+MAX_DETAIL = 500
+BACKLOG_SHARE = 0.25  # leases waiting behind a full engine, so that it never runs dry between two grants
+
+
+class GeneratorDaemon:
+    """One generator: an engine, its rewards, and the link to the learner."""
+
+    def __init__(
+        self,
+        config: Config,
+        session: GeneratorSession,
+        socket: AsyncClientSocket,
+        engine: RolloutEngine,
+        rewards: RewardPool,
+    ) -> None:
+        self.config = config
+        self.session = session
+        self.socket = socket
+        self.engine = engine
+        self.rewards = rewards
+        self.sync = WeightSync(engine, self._send)
+        self.runner = LeaseRunner(engine, rewards, self.sync, commit_timeout_s=2 * config.weights.timeout_s)
+        self.leases: dict[LeaseKey, Lease] = {}
+        self._tasks: dict[LeaseKey, asyncio.Task[None]] = {}
+        self._sequences_received = 0
+        self._run_epoch = 0
+        self._stopping = asyncio.Event()
+        self._why_stopping = ""
+        self._run_finished = False
+        self._progress = asyncio.Event()  # a lease ended or an acknowledgement came: who drains looks again
+        self._beat_soon = asyncio.Event()
+        self._busy_s, self._idle_s, self._since = 0.0, 0.0, time.monotonic()
+
+    async def run(self) -> int:
+        """Serves until the run is over or a signal comes. Returns 0; raises what ended it otherwise."""
+        loops = [asyncio.create_task(loop()) for loop in (self._link, self._beats, self._watch_engine)]
+        stopped = asyncio.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait([stopped, *loops], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a loop only ends by an error: raise it here
+            await self._drain()
+        finally:
+            tasks = [stopped, *loops, *self._tasks.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.sync.close()
+        return 0
+
+    def stop(self, why: str, *, run_finished: bool = False) -> None:
+        """No more leases from now on; `run` drains and returns."""
+        if not self._stopping.is_set():
+            log.info("stopping: %s", why)
+        self._why_stopping, self._run_finished = why, run_finished or self._run_finished
+        self._stopping.set()
+
+    # -- link ------------------------------------------------------------------------------------------------------
+
+    async def _link(self) -> None:
+        """Frames in, whatever is due out."""
+        said_at = time.monotonic()
+        while True:
+            now = time.monotonic()
+            said_at = self._check_reachable(now, said_at)
+            if self.session.reconnect_due(now):
+                self.socket.reconnect()
+                self.session.reconnected(now)
+            self._pump(now)
+            wait_s = max(0.0, min(self.session.next_due(now) - now, LINK_WAIT_S))
+            for frame in await self.socket.receive(wait_s):
+                self._handle(frame)
+
+    def _check_reachable(self, now: float, said_at: float) -> float:
+        """Says every 10 s that the learner does not answer, and gives up after the configured time."""
+        silence_s = self.session.silence_s(now)
+        address, limit_s = self.config.transport.address, self.config.generator.unreachable_timeout_s
+        if silence_s >= limit_s:
+            raise PeerUnreachable(
+                f"no answer from the learner at {address} for {silence_s:.0f} s "
+                f"(generator.unreachable_timeout_s={limit_s:g}); is asyncrl-learner running there?"
+            )
+        if silence_s >= SAY_UNREACHABLE_EVERY_S and now - said_at >= SAY_UNREACHABLE_EVERY_S:
+            log.warning("no answer from the learner at %s for %.0f s (limit %g s)", address, silence_s, limit_s)
+            return now
+        return said_at
+
+    def _pump(self, now: float) -> None:
+        for frame in self.session.due(now):
+            self.socket.send(frame)
+
+    def _send(self, message: Message) -> None:
+        """Best effort: a full queue drops it, and whatever matters is repeated (session) or times out (sync)."""
+        if not self.socket.send(encode(message, max_bytes=self.config.transport.max_frame_bytes)):
+            log.debug("send queue full, %s dropped", type(message).__name__)
+
+    def _handle(self, frame: bytes) -> None:
+        try:
+            message = decode(frame, max_bytes=self.config.transport.max_frame_bytes, allowed=FROM_DESK)
+        except FrameError as error:
+            log.warning("frame from the learner dropped: %s", error)
+            return
+        if not self.session.receive(message, time.monotonic()):
+            return  # of an earlier run epoch, or out of turn
+        match message:
+            case messages.Welcome():
+                self._welcome(message)
+            case messages.Refused():
+                raise Refused(
+                    f"the learner refused this generator ({message.code}): {message.reason}; "
+                    f"it has {message.expected!r}, here is {message.got!r}"
+                )
+            case messages.LeaseGrant():
+                self._take(grant_to_lease(message))
+            case messages.Ack():
+                self._progress.set()
+            case messages.Nack():
+                log.warning("result %d refused (%s): %s", message.seq, message.code, message.reason)
+                self._progress.set()
+            case messages.Abandon():
+                self._abandon([to_key(item) for item in message.leases])
+            case messages.Stop():
+                self._learner_stops(message)
+            case messages.SyncOffer() | messages.SyncSwap() | messages.SyncCommit() | messages.SyncAbort():
+                self.sync.handle(message)
+
+    def _welcome(self, welcome: messages.Welcome) -> None:
+        if welcome.run_epoch != self._run_epoch:
+            log.info("welcome from %s, run epoch %d, version %d", welcome.run_name, welcome.run_epoch, welcome.version)
+            self._run_epoch, self._sequences_received = welcome.run_epoch, 0
+        self._beat_soon.set()
+
+    def _learner_stops(self, stop: messages.Stop) -> None:
+        if stop.finished:
+            self.stop(stop.reason, run_finished=True)
+        else:
+            log.info("the learner went away (%s); keeping on until it returns", stop.reason)
+
+    # -- leases ----------------------------------------------------------------------------------------------------
+
+    def _take(self, lease: Lease) -> None:
+        self._sequences_received += lease.num_rollouts
+        if lease.key in self.leases:
+            return
+        self._clock_engine()
+        self.leases[lease.key] = lease
+        self._tasks[lease.key] = asyncio.create_task(self._work(lease))
+
+    async def _work(self, lease: Lease) -> None:
+        """One lease to its end: a group or a failure goes to the outbox."""
+        try:
+            outcome = await self.runner.run(lease)
+        except asyncio.CancelledError:
+            outcome = LeaseFailure("returned", self._why_stopping or "abandoned")
+        except Exception as error:  # a bug in a task must not leave the lease hanging until its deadline
+            log.exception("lease %s failed", lease.key)
+            outcome = LeaseFailure("engine", f"{type(error).__name__}: {error}")
+        self._clock_engine()
+        del self.leases[lease.key], self._tasks[lease.key]
+        self._report(lease.key, outcome)
+
+    def _report(self, key: LeaseKey, outcome: Group | LeaseFailure) -> None:
+        def result(seq: int, run_epoch: int) -> Message:
+            if isinstance(outcome, Group):
+                return group_to_result(outcome, seq, run_epoch)
+            return messages.LeaseFailed(
+                seq, run_epoch, key.kind, key.ordinal, key.attempt, outcome.reason, outcome.detail[:MAX_DETAIL]
+            )
+
+        self.session.put(result, time.monotonic())
+        self._pump(time.monotonic())
+        self._progress.set()
+        self._beat_soon.set()
+
+    def _abandon(self, keys: list[LeaseKey]) -> None:
+        for key in keys:
+            if task := self._tasks.get(key):
+                task.cancel()
+
+    def _room(self) -> int:
+        """Sequences it could take now, a small backlog behind the full engine included."""
+        if self._stopping.is_set() or not self.session.has_room:
+            return 0
+        capacity = math.ceil(self.config.generator.max_sequences * (1 + BACKLOG_SHARE))
+        return max(0, capacity - sum(lease.num_rollouts for lease in self.leases.values()))
+
+    # -- beats and probes ------------------------------------------------------------------------------------------
+
+    async def _beats(self) -> None:
+        """Once a second, and soon after a lease ended, so that the next one comes before the engine runs dry."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._beat_soon.wait()
+                    await asyncio.sleep(BEAT_GATHER_S)
+            self._beat_soon.clear()
+            if self.session.welcomed:
+                self._send(self._beat())
+
+    def _beat(self) -> messages.Beat:
+        self._clock_engine()
+        active = [[*key, lease.issued_version] for key, lease in self.leases.items()]
+        active += self.session.unacked_leases()
+        return messages.Beat(
+            run_epoch=self._run_epoch,
+            sequences_wanted=self._sequences_received + self._room(),
+            active=active,
+            tokens_generated=self.engine.tokens_generated,
+            rollouts_completed=self.runner.rollouts_completed,
+            rewards_failed=self.runner.rewards_failed,
+            busy_s=self._busy_s,
+            idle_s=self._idle_s,
+            outbox_bytes=self.session.outbox_bytes,
+            held_version=self.sync.held_version,
+            generations_failed=self.runner.generations_failed,
+        )
+
+    def _clock_engine(self) -> None:
+        """Adds the time since the last call to busy or idle, by what the engine had to do in it."""
+        now = time.monotonic()
+        if self.leases:
+            self._busy_s += now - self._since
+        else:
+            self._idle_s += now - self._since
+        self._since = now
+
+    async def _watch_engine(self) -> None:
+        """Ends the daemon when the engine is dead or wedged: half-alive is worse than gone."""
+        tokens = -1
+        while True:
+            await asyncio.sleep(PROBE_EVERY_S)
+            moved, tokens = self.engine.tokens_generated != tokens, self.engine.tokens_generated
+            if not moved and self.leases and not self.sync.busy:
+                await self.engine.probe(PROBE_TIMEOUT_S)
+
+    # -- end -------------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Finishes what can be finished, hands back the rest, flushes the outbox."""
+        if not self._run_finished:
+            await self._until(lambda: not self._tasks, self.config.generator.drain_timeout_s)
+        for task in list(self._tasks.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if not self._run_finished:
+            await self._until(lambda: self.session.outbox_bytes == 0, FLUSH_TIMEOUT_S)
+        self._send(messages.Bye(self._why_stopping))
+        await self.socket.close(flush_s=FLUSH_TIMEOUT_S / 2)
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    self._progress.clear()
+                    await self._progress.wait()
+
+
+def to_key(item: list[Any]) -> LeaseKey:
+    """LeaseKey of a [kind, ordinal, attempt] from the wire. Raises ProtocolError when it is none."""
+    try:
+        kind, ordinal, attempt = item
+        return LeaseKey(LeaseKind(kind), int(ordinal), int(attempt))
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"{item!r} is not [kind, ordinal, attempt]: {error}") from None
+
+
+def run_generator(config: Config) -> int:
+    """Runs one generator daemon to its end. Returns its exit code; raises AsyncRLError for what ended it."""
+    pin_to(config.generator.cpus, "generator.cpus")
+    identity = claim_identity(Path(config.run.dir) / "generators", config.generator.id)
+    log.info("generator %s, incarnation %d", identity.generator_id, identity.incarnation)
+    return asyncio.run(_serve(config, identity, StopSignal()))
+
+
+async def _serve(config: Config, identity: Identity, stop: StopSignal) -> int:
+    """Builds the parts, runs the daemon, takes the parts down again."""
+    engine = VLLMEngine(_engine_options(config, identity.generator_id))
+    rewards = RewardPool(
+        config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
+    )
+    started = asyncio.create_task(_start(engine, rewards))
+    asyncio.get_running_loop().add_reader(stop.fd, started.cancel)
+    try:
+        await started
+        daemon = GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
+        asyncio.get_running_loop().add_reader(stop.fd, daemon.stop, "signal")
+        return await daemon.run()
+    except asyncio.CancelledError:
+        log.info("stopped while starting")
+        return 0
+    finally:
+        asyncio.get_running_loop().remove_reader(stop.fd)
+        await rewards.close()
+        await engine.close()
+
+
+async def _start(engine: RolloutEngine, rewards: RewardPool) -> None:
+    await asyncio.gather(rewards.start(), engine.start())
+
+
+def _engine_options(config: Config, generator_id: str) -> EngineOptions:
+    generator = config.generator
+    on_gpu = generator.device == "cuda" or (generator.device == "auto" and has_gpu())
+    return EngineOptions(
+        model_path=config.model.path,
+        dtype=config.model.dtype,
+        max_model_len=config.model.max_length,
+        max_sequences=generator.max_sequences,
+        tensor_parallel_size=generator.tensor_parallel_size,
+        kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
+        gpu_memory_fraction=generator.gpu_memory_fraction,
+        device="cuda" if on_gpu else "cpu",
+        enforce_eager=not generator.compile,
+        threads=generator.threads,
+        log_path=str(Path(config.run.dir) / "generators" / f"{generator_id}.vllm.log"),
+    )
+
+
+def _connect(config: Config) -> AsyncClientSocket:
+    transport = config.transport
+    auth = load_client_auth(transport.client_key_file, transport.server_public_key_file)
+    return AsyncClientSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=auth)
+
+
+def _session(config: Config, identity: Identity) -> GeneratorSession:
+    hello = messages.Hello(
+        protocol=messages.PROTOCOL_VERSION,
+        generator_id=identity.generator_id,
+        incarnation=identity.incarnation,
+        max_run_epoch=0,
+        model_fingerprint=model_folder_fingerprint(config.model.path),
+        tokenizer_fingerprint=tokenizer_fingerprint(Path(config.model.path)),
+        task=config.task.path,
+        num_workers=config.generator.tensor_parallel_size,
+        first_unacked_seq=1,
+    )
+    return GeneratorSession(
+        hello,
+        run_name=config.run.name,
+        outbox_bytes=config.generator.outbox_bytes,
+        max_frame_bytes=config.transport.max_frame_bytes,
+        now=time.monotonic(),
+    )

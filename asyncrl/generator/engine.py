@@ -1,0 +1,175 @@
+"""What the generator needs from a rollout engine, and the records that pass between them.
+
+An engine holds one copy of the policy. It samples completions, scores given sequences, and takes new weights
+while it samples. vLLM is one implementation (`generator.vllm_engine`); nothing here imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+from asyncrl.types import FinishReason, VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """Sample `num_rollouts` completions of one prompt.
+
+    temperature 0 is greedy. seeds, one per rollout, make sampling repeatable under equal weights; None draws
+    from the engine's own stream.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    num_rollouts: int
+    max_new_tokens: int
+    temperature: float
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion of T tokens.
+
+    logprobs are those of the distribution that was sampled from, at the request's temperature (greedy: at
+    temperature 1). version_spans are contiguous and cover [0, T). text has no special tokens.
+    """
+
+    token_ids: np.ndarray  # int32 [T], end token included
+    logprobs: np.ndarray  # float32 [T]
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What the workers measured on the staged bytes: per worker, one digest per bucket."""
+
+    digests: list[list[int]]
+    timings_ms: dict[str, float] = field(default_factory=dict)  # stage_ms
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """How long a swap held up generation, and where."""
+
+    version: int
+    timings_ms: dict[
+        str, float
+    ]  # pause_ms: no token was sampled; apply_ms: part of it, in the slowest worker
+
+    @property
+    def pause_ms(self) -> float:
+        return self.timings_ms["pause_ms"]
+
+    @property
+    def apply_ms(self) -> float:
+        return self.timings_ms["apply_ms"]
+
+
+class RolloutEngine(Protocol):
+    """An engine that samples under a known policy version.
+
+    It starts without one: `generate` and `score` raise EngineError until the first `stage_weights` and
+    `swap_weights` succeeded. A swap that fails half-way leaves the engine *tainted*: `version` is None, what
+    was being sampled fails, and nothing is sampled until a full stage and swap succeed.
+
+    Every `timeout_s` bounds the call; when it expires, asyncrl.errors.DeadlineExceeded names what was waited
+    for.
+    """
+
+    @property
+    def version(self) -> int | None:
+        """Policy version of the next sampled token; None before the first swap, during one, and if tainted."""
+        ...
+
+    @property
+    def tainted(self) -> bool:
+        """Whether the weights are a mixture of versions that must not be sampled from."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that were submitted and have not ended."""
+        ...
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens of finished completions since the start."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model, without weights of any version, and warm up."""
+        ...
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        """Sample all rollouts of a request, in order of their seeds.
+
+        Raises:
+            EngineError: the engine died, is tainted or has no version yet, or the request was aborted.
+            NonFiniteError: a log-prob is not finite.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Make `generate` of this request fail with EngineError. Unknown ids are ignored."""
+        ...
+
+    async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:
+        """Log-probs at temperature 1 of tokens 1..L-1 of each sequence given those before: float32 [L-1]
+        each.
+
+        Raises:
+            EngineError, DeadlineExceeded, NonFiniteError.
+        """
+        ...
+
+    async def probe(self, timeout_s: float) -> None:
+        """Return if the engine still samples (or, when tainted, still answers).
+
+        Raises:
+            EngineError, DeadlineExceeded: it does not.
+        """
+        ...
+
+    async def join_weight_group(self, spec: WeightGroupSpec, timeout_s: float) -> None:
+        """Connect all workers to a weight group; `spec.rank` is the first worker's. Generation goes on.
+
+        Raises:
+            WeightGroupError, DeadlineExceeded, EngineError.
+        """
+        ...
+
+    async def stage_weights(self, manifest: WeightManifest, timeout_s: float) -> StageReport:
+        """Receive a version into the workers' staging buffers and verify its digests. Generation goes on.
+
+        After a failure nothing is staged and the group is left; the weights in use are untouched.
+
+        Raises:
+            WeightGroupError: a member vanished, or a digest is not that of the manifest.
+            DeadlineExceeded, EngineError.
+        """
+        ...
+
+    async def swap_weights(self, version: int, timeout_s: float) -> SwapReport:
+        """Pause, load the staged version, resume. Running sequences keep their tokens and go on under it.
+
+        Raises:
+            EngineError: `version` is not staged (nothing has changed), or loading failed (the engine is
+            tainted). DeadlineExceeded: the engine is tainted.
+        """
+        ...
+
+    async def leave_weight_group(self) -> None:
+        """Disconnect all workers from their weight group and drop what is staged. Without one: nothing."""
+        ...
+
+    async def close(self) -> None:
+        """End the engine's processes. Idempotent."""
+        ...

@@ -1,0 +1,110 @@
+"""The life of one lease: prompt → completions → proven versions → rewards → group."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+
+from asyncrl.errors import EngineError, NonFiniteError
+from asyncrl.generator.engine import Completion, GenerationRequest, RolloutEngine
+from asyncrl.generator.rewards import RewardOutcome, RewardPool
+from asyncrl.generator.weight_sync import WeightSync
+from asyncrl.types import FinishReason, Group, Lease, LeaseKind, Rollout
+
+MIN_SHARE = 0.5  # a training group is worth sending when at least this share of its rollouts was scored
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseFailure:
+    """A lease that ended without a group. `reason` is one of transport.messages.FAILURE_REASONS."""
+
+    reason: str
+    detail: str
+
+
+class LeaseRunner:
+    """Turns leases into groups. Holds nothing between leases but its counters."""
+
+    def __init__(
+        self, engine: RolloutEngine, rewards: RewardPool, sync: WeightSync, *, commit_timeout_s: float
+    ) -> None:
+        self._engine = engine
+        self._rewards = rewards
+        self._sync = sync
+        self._commit_timeout_s = commit_timeout_s
+        self.rollouts_completed = 0
+        self.rewards_failed = 0
+        self.generations_failed = 0
+
+    async def run(self, lease: Lease) -> Group | LeaseFailure:
+        """The lease's group, or why there is none. Ends by the lease's deadline, whatever the parts do."""
+        request_id = "-".join(str(part) for part in lease.key)
+        try:
+            async with asyncio.timeout(lease.deadline_s):
+                return await self._run(lease, request_id)
+        except TimeoutError:
+            await self._engine.abort(request_id)
+            return LeaseFailure("deadline", f"no group within the lease's {lease.deadline_s:.0f} s")
+        except asyncio.CancelledError:
+            await self._engine.abort(request_id)
+            raise
+
+    async def _run(self, lease: Lease, request_id: str) -> Group | LeaseFailure:
+        try:
+            completions = await self._engine.generate(_request(lease, request_id))
+        except (EngineError, NonFiniteError) as error:
+            self.generations_failed += 1
+            return LeaseFailure("engine", str(error))
+        versions = {span.version for completion in completions for span in completion.version_spans}
+        if lease.pinned_version is not None and versions != {lease.pinned_version}:
+            return LeaseFailure("not_pinned", f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone")
+        # Rewards run while the commit may still be on its way: both are waited for, neither delays the other.
+        outcomes = await self._rewards.score([completion.text for completion in completions], lease.payload)
+        try:
+            await self._sync.wait_proven(versions, self._commit_timeout_s)
+        except EngineError as error:
+            self.generations_failed += 1
+            return LeaseFailure("tainted", str(error))
+        return self._group(lease, completions, outcomes)
+
+    def _group(
+        self, lease: Lease, completions: list[Completion], outcomes: list[RewardOutcome]
+    ) -> Group | LeaseFailure:
+        failed = [outcome for outcome in outcomes if outcome.failed]
+        self.rewards_failed += len(failed)
+        self.rollouts_completed += len(completions)
+        enough = max(2, math.ceil(lease.num_rollouts * MIN_SHARE))
+        if lease.key.kind is LeaseKind.EVAL or lease.num_rollouts < enough:
+            enough = lease.num_rollouts
+        if len(outcomes) - len(failed) < enough:
+            return LeaseFailure(
+                failed[0].reason, f"{len(failed)} of {len(outcomes)} rewards failed: {failed[0].detail}"
+            )
+        rollouts = [
+            Rollout(
+                token_ids=completion.token_ids,
+                behaviour_logprobs=completion.logprobs,
+                version_spans=completion.version_spans,
+                finish_reason=FinishReason(completion.finish_reason),
+                reward=sum(outcome.parts.values()),
+                reward_parts=outcome.parts,
+            )
+            for completion, outcome in zip(completions, outcomes, strict=True)
+            if not outcome.failed
+        ]
+        return Group(lease.key, lease.prompt_token_ids, rollouts)
+
+
+def _request(lease: Lease, request_id: str) -> GenerationRequest:
+    seeds = None
+    if lease.seed is not None:
+        seeds = tuple(lease.seed + index for index in range(lease.num_rollouts))
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=lease.prompt_token_ids.tolist(),
+        num_rollouts=lease.num_rollouts,
+        max_new_tokens=lease.max_new_tokens,
+        temperature=lease.temperature,
+        seeds=seeds,
+    )

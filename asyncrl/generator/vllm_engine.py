@@ -1,0 +1,395 @@
+"""The rollout engine over vLLM's AsyncLLM.
+
+Weights move in two phases: staging beside generation, then a swap in a short pause. The swap itself is a
+state of the engine: from the pause to the resume `version` is None, and if anything fails in between it stays
+None (*tainted*).
+
+Prefix cache. Blocks computed under one version must not serve a prompt that starts under another. While
+sequences run, vLLM cannot clear the cache without throwing their KV away, so each version has a cache of its
+own: every request carries its version as the cache's salt. One case is left, a sequence submitted before the
+pause whose prompt has not been computed yet: it has no tokens to lose and is submitted again under the new
+version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from asyncrl.errors import DeadlineExceeded, EngineError, NonFiniteError, WeightGroupError
+from asyncrl.generator.engine import Completion, GenerationRequest, StageReport, SwapReport
+from asyncrl.generator.vllm_options import (
+    SPARE_SEQUENCES,
+    EngineOptions,
+    engine_arguments,
+    prepare_environment,
+    stop_token_ids,
+)
+from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+from asyncrl.types import FinishReason, VersionSpan
+
+_T = TypeVar("_T")
+
+REPORT_SLACK_S = 1.5  # workers keep the deadline themselves; this is for their answer to arrive
+POLL_FIRST_S, POLL_MAX_S = 0.002, 0.05
+RPC_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 0.5  # the engine's processes hold nothing that a kill could damage
+
+
+@dataclasses.dataclass(eq=False)
+class _Sequence:
+    """One sequence in flight. `engine_id` is its name inside vLLM, where every try has a new one."""
+
+    task: asyncio.Task[Completion] | None = None
+    engine_id: str = ""
+    restart: bool = False
+
+
+class VLLMEngine:
+    """A `RolloutEngine` over vLLM. All methods belong to the event loop that called `start`."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._llm: Any = None
+        self._version: int | None = None
+        self._tainted = False
+        self._dead: str | None = None
+        self._tokens_generated = 0
+        self._ids = itertools.count()
+        self._requests: dict[str, list[_Sequence]] = {}
+        self._slots = asyncio.Semaphore(options.max_sequences)
+        self._spare_slots = asyncio.Semaphore(SPARE_SEQUENCES - 1)  # the last one is the probe's
+        self._weights_lock = asyncio.Lock()
+        self._swapping = False
+        self._open = asyncio.Event()  # closed from a pause to its resume: nothing is submitted in between
+
+    # -- state
+    # -----------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int | None:
+        return self._version
+
+    @property
+    def tainted(self) -> bool:
+        return self._tainted
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(sequences) for sequences in self._requests.values())
+
+    @property
+    def tokens_generated(self) -> int:
+        return self._tokens_generated
+
+    # -- life
+    # ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start vLLM and sample once, so that what is compiled or allocated late is in place.
+
+        Raises:
+            EngineError, ModelError: the engine did not start.
+        """
+        prepare_environment(self._options)
+        timeout_s = self._options.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                # In a thread: importing vllm and starting its processes takes seconds, and the loop must go
+                # on.
+                self._llm = await asyncio.to_thread(self._build)
+                await self.probe(timeout_s)
+        except TimeoutError as error:
+            await self.close()
+            raise EngineError(f"the engine was not ready within {timeout_s:g} s; see its log") from error
+
+    def _build(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.exceptions import VLLMClientError
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        from asyncrl.generator.weights import BACKEND, EXTENSION
+
+        self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
+        self._dead_error, self._request_errors = EngineDeadError, (VLLMClientError, EngineGenerateError)
+
+        class Engine(AsyncLLM):
+            def __del__(self) -> None:
+                """`close` shuts it down. AsyncLLM would do so here, which fails while Python exits."""
+
+        self._tokenizer = AutoTokenizer.from_pretrained(self._options.model_path)
+        self._stop_ids = stop_token_ids(self._options.model_path, self._tokenizer)
+        arguments = engine_arguments(self._options, BACKEND, EXTENSION)
+        try:
+            return Engine.from_engine_args(AsyncEngineArgs(**arguments))
+        except Exception as error:
+            raise EngineError(f"vLLM did not start: {error}; its log tells why") from error
+
+    async def close(self) -> None:
+        """End the engine's processes. Idempotent."""
+        self._dead = self._dead or "closed"
+        self._version = None
+        self._fail_running("the engine was closed")
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, timeout=SHUTDOWN_TIMEOUT_S)
+
+    # -- sampling
+    # --------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        """See `RolloutEngine.generate`."""
+        self._check_usable()
+        if request.seeds is not None and len(request.seeds) != request.num_rollouts:
+            raise EngineError(f"request {request.request_id}: {len(request.seeds)} seeds for {request.num_rollouts}")
+        if request.request_id in self._requests:
+            raise EngineError(f"request {request.request_id} is already running")
+        sequences = [_Sequence() for _ in range(request.num_rollouts)]
+        self._requests[request.request_id] = sequences
+        try:
+            for index, sequence in enumerate(sequences):
+                sequence.task = asyncio.create_task(self._sample(request, index, sequence))
+            return await asyncio.gather(*(sequence.task for sequence in sequences if sequence.task))
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            raise EngineError(self._why_stopped(request.request_id)) from None
+        finally:
+            del self._requests[request.request_id]
+            for sequence in sequences:
+                if sequence.task is not None:
+                    sequence.task.cancel()  # one failed: the others of the group are of no use
+
+    async def abort(self, request_id: str) -> None:
+        """See `RolloutEngine.abort`."""
+        for sequence in self._requests.get(request_id, ()):
+            if sequence.task is not None:
+                sequence.task.cancel()
+
+    def _why_stopped(self, request_id: str) -> str:
+        if self._dead:
+            return f"request {request_id}: {self._dead}"
+        return f"request {request_id}: " + ("the engine is tainted" if self._tainted else "aborted")
+
+    async def _sample(self, request: GenerationRequest, index: int, sequence: _Sequence) -> Completion:
+        seed = None if request.seeds is None else request.seeds[index]
+        params = self._sampling_params(
+            temperature=request.temperature,
+            max_tokens=request.max_new_tokens,
+            seed=None if seed is None else seed % 2**63,
+            stop_token_ids=self._stop_ids,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=self._final_only,
+        )
+        prompt = list(request.prompt_token_ids)
+        async with self._slots:
+            while True:
+                await self._open.wait()
+                self._check_usable()
+                sequence.restart = False
+                sequence.engine_id = f"{request.request_id}/{index}/{next(self._ids)}"
+                output = await self._run(prompt, params, sequence.engine_id, salt=f"v{self._version}")
+                if not (sequence.restart and output.outputs[0].finish_reason == "abort"):
+                    return self._completion(request, output.outputs[0])
+
+    async def _run(self, prompt: list[int], params: Any, engine_id: str, salt: str) -> Any:
+        tokens = {"type": "token", "prompt_token_ids": prompt, "cache_salt": salt}
+        output = None
+        try:
+            async for output in self._llm.generate(tokens, params, engine_id):  # noqa: B007 - the last one counts
+                pass
+        except self._dead_error as error:
+            self._dead = "the engine died; its log tells why"
+            self._version = None
+            raise EngineError(self._dead) from error
+        except self._request_errors as error:  # a prompt that is too long, an unknown token, ...
+            raise EngineError(f"{engine_id}: vLLM refuses the request: {error}") from error
+        if output is None:
+            raise EngineError(f"{engine_id}: the engine returned nothing")
+        return output
+
+    def _completion(self, request: GenerationRequest, sample: Any) -> Completion:
+        if sample.finish_reason not in ("stop", "length"):
+            raise EngineError(f"request {request.request_id}: the engine ended it as {sample.finish_reason!r}")
+        token_ids = np.asarray(sample.token_ids, dtype=np.int32)
+        logprobs = np.asarray(sample.logprobs.logprobs, dtype=np.float32)
+        if logprobs.shape != token_ids.shape:
+            raise EngineError(f"request {request.request_id}: {len(logprobs)} log-probs for {len(token_ids)} tokens")
+        if not np.isfinite(logprobs).all():
+            raise NonFiniteError(f"request {request.request_id}: log-prob {logprobs[~np.isfinite(logprobs)][0]}")
+        spans = tuple(VersionSpan(s.start, s.end, int(s.version)) for s in sample.weight_versions)
+        self._tokens_generated += len(token_ids)
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Completion(token_ids, logprobs, spans, FinishReason(sample.finish_reason), text)
+
+    async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:
+        """See `RolloutEngine.score`."""
+        self._check_usable()
+        scores = asyncio.gather(*(self._score_one(sequence) for sequence in sequences))
+        return await self._within(timeout_s, f"scoring {len(sequences)} sequences", scores)
+
+    async def _score_one(self, token_ids: list[int]) -> np.ndarray:
+        params = self._sampling_params(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
+            output_kind=self._final_only,
+        )  # fmt: skip
+        engine_id = f"score/{next(self._ids)}"
+        async with self._spare_slots:
+            # vLLM reads no cached prefix when prompt log-probs are asked for; the salt keeps it from leaving
+            # one.
+            output = await self._run(list(token_ids), params, engine_id, salt=engine_id)
+        found = output.prompt_logprobs
+        rows = [found.logprobs[found.start_indices[i] : found.end_indices[i]] for i in range(1, len(token_ids))]
+        scores = np.asarray([row[0] for row in rows], dtype=np.float32)
+        if not np.isfinite(scores).all():
+            raise NonFiniteError(f"a log-prob of a scored sequence is {scores[~np.isfinite(scores)][0]}")
+        return scores
+
+    async def probe(self, timeout_s: float) -> None:
+        """See `RolloutEngine.probe`."""
+        self._check_alive()
+        if self._tainted or self._swapping:
+            await self._rpc("asyncrl_poll", timeout_s)  # paused: it cannot sample, but it must answer
+            return
+        params = self._sampling_params(max_tokens=1, detokenize=False, output_kind=self._final_only)
+        engine_id = f"probe/{next(self._ids)}"
+        run = self._run([self._stop_ids[0]], params, engine_id, salt=engine_id)
+        await self._within(timeout_s, "the engine's probe", run)
+
+    # -- weights
+    # ---------------------------------------------------------------------------------------------------
+
+    async def join_weight_group(self, spec: WeightGroupSpec, timeout_s: float) -> None:
+        """See `RolloutEngine.join_weight_group`."""
+        async with self._weights_lock:
+            await self._rpc("asyncrl_join", timeout_s, dataclasses.replace(spec, timeout_s=timeout_s).to_dict())
+            await self._finish_job("joining the weight group", timeout_s)
+
+    async def stage_weights(self, manifest: WeightManifest, timeout_s: float) -> StageReport:
+        """See `RolloutEngine.stage_weights`."""
+        async with self._weights_lock:
+            await self._rpc("asyncrl_stage", timeout_s, manifest.to_dict(), timeout_s)
+            jobs = await self._finish_job(f"staging version {manifest.version}", timeout_s)
+        stage_ms = max(job["elapsed_ms"] for job in jobs)
+        return StageReport([job["digests"] for job in jobs], {"stage_ms": stage_ms})
+
+    async def leave_weight_group(self) -> None:
+        """See `RolloutEngine.leave_weight_group`."""
+        if self._llm is not None and not self._dead:
+            await self._rpc("asyncrl_leave", RPC_TIMEOUT_S)
+
+    async def swap_weights(self, version: int, timeout_s: float) -> SwapReport:
+        """See `RolloutEngine.swap_weights`."""
+        async with self._weights_lock:
+            staged = await self._rpc("asyncrl_staged_version", timeout_s)
+            if any(held != version for held in staged):
+                raise EngineError(f"version {version} is not staged (workers hold {staged}); stage it first")
+            self._version, self._swapping = None, True
+            self._open.clear()
+            try:
+                swap = self._swap(version)
+                report = await self._within(timeout_s, f"swapping to version {version}", swap)
+            except BaseException as error:
+                # Also on cancellation: nobody knows how far the workers came.
+                self._tainted = True
+                self._fail_running(f"swap to version {version} failed: {error}")
+                raise
+            finally:
+                self._swapping = False
+            self._version, self._tainted = version, False
+            self._open.set()
+            return report
+
+    async def _swap(self, version: int) -> SwapReport:
+        core = self._llm.engine_core
+        # Not AsyncLLM.pause_generation: it sleeps 20 ms for the order of outputs, which does not matter here.
+        await core.pause_scheduler_async("keep", False)
+        paused = time.monotonic()
+        await self._restart_unstarted()
+        results = await self._llm.collective_rpc("asyncrl_swap", args=(version,))
+        for rank, result in enumerate(results):
+            if result["error"]:
+                raise EngineError(f"worker {rank} could not load version {version}: {result['error']}")
+        await core.set_weight_version_async(str(version))
+        await core.resume_scheduler_async()
+        pause_ms = (time.monotonic() - paused) * 1e3
+        apply_ms = max(result["apply_ms"] for result in results)
+        return SwapReport(version, {"pause_ms": pause_ms, "apply_ms": apply_ms})
+
+    async def _restart_unstarted(self) -> None:
+        by_id = {sequence.engine_id: sequence for group in self._requests.values() for sequence in group}
+        unstarted = []
+        for state in self._llm.output_processor.request_states.values():
+            if state.is_prefilling and state.external_req_id in by_id:
+                by_id[state.external_req_id].restart = True
+                unstarted.append(state.external_req_id)
+        if unstarted:
+            await self._llm.abort(unstarted)
+
+    async def _finish_job(self, what: str, timeout_s: float) -> list[dict[str, Any]]:
+        """The results of all workers' jobs. After a failure the group is left: a broken one is of no use."""
+        deadline = time.monotonic() + timeout_s + REPORT_SLACK_S
+        pause_s = POLL_FIRST_S
+        try:
+            while True:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise DeadlineExceeded(f"{what}: the workers did not finish within {timeout_s:g} s")
+                jobs = await self._rpc("asyncrl_poll", remaining)
+                for rank, job in enumerate(jobs):
+                    if job["state"] == "failed":
+                        raise WeightGroupError(f"{what}: worker {rank}: {job['error']}")
+                if all(job["state"] == "done" for job in jobs):
+                    return jobs
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, POLL_MAX_S)
+        except BaseException:
+            await self.leave_weight_group()
+            raise
+
+    # -- helpers
+    # ---------------------------------------------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        if self._dead or self._llm is None:
+            raise EngineError(self._dead or "the engine was not started")
+
+    def _check_usable(self) -> None:
+        self._check_alive()
+        if self._tainted:
+            raise EngineError("the engine is tainted: a weight swap failed half-way; it needs a full sync")
+        if self._version is None and not self._swapping:
+            raise EngineError("the engine has no policy version yet: its weights come by sync")
+
+    def _fail_running(self, why: str) -> None:
+        for sequences in self._requests.values():
+            for sequence in sequences:
+                if sequence.task is not None:
+                    sequence.task.cancel(why)
+
+    async def _rpc(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
+        self._check_alive()
+        call = self._llm.collective_rpc(method, args=args)
+        return await self._within(timeout_s, f"the workers' answer to {method}", call)
+
+    async def _within(self, timeout_s: float, what: str, work: Awaitable[_T]) -> _T:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await work
+        except TimeoutError:
+            raise DeadlineExceeded(f"{what}: nothing within {timeout_s:g} s from the engine") from None
+        except self._dead_error as error:
+            self._dead = "the engine died; its log tells why"
+            self._version = None
+            raise EngineError(self._dead) from error

@@ -1,0 +1,171 @@
+"""The generator's part in a weight sync: stage while generating, swap, show the canary, wait for the commit.
+
+The learner drives (`learner.sync`); this side answers each phase and keeps one promise: **no token leaves before the
+version it was sampled under is proven.** After the swap the engine goes on decoding, so a group may be complete before
+the commit arrives. `wait_proven` holds it back until then; if the version is tainted instead, the group is lost work.
+
+Versions stay proven for the life of the process: a group begun under version 3 and finished under 5 needs both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+import numpy as np
+
+from asyncrl.errors import AsyncRLError, EngineError
+from asyncrl.generator.engine import RolloutEngine
+from asyncrl.transport.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
+
+log = logging.getLogger(__name__)
+
+
+class WeightSync:
+    """Answers the phases of weight syncs, one sync at a time. The newest offer wins."""
+
+    def __init__(self, engine: RolloutEngine, send: Callable[[Message], None]) -> None:
+        self._engine = engine
+        self._send = send
+        self._task: asyncio.Task[None] | None = None
+        self._group_epoch: int | None = None
+        self._proven: set[int] = set()
+        self._held: int | None = None
+        self._loaded: int | None = None  # in the engine, not proven yet
+        self._changed = asyncio.Condition()
+
+    @property
+    def held_version(self) -> int | None:
+        """The version this generator proved and still holds; None while it is loading or tainted."""
+        return self._held
+
+    @property
+    def busy(self) -> bool:
+        """A phase is at work; the engine may stand still for it."""
+        return self._task is not None and not self._task.done()
+
+    def handle(self, message: SyncOffer | SyncSwap | SyncCommit | SyncAbort) -> None:
+        """Starts the work of one phase. Never blocks."""
+        match message:
+            case SyncOffer():
+                self._replace_task(self._stage(message))
+            case SyncSwap():
+                self._replace_task(self._swap(message))
+            case SyncCommit():
+                self._replace_task(self._commit(message))
+            case SyncAbort():
+                self._replace_task(self._abort(message))
+
+    async def wait_proven(self, versions: Iterable[int], timeout_s: float) -> None:
+        """Returns when all `versions` are proven.
+
+        Raises EngineError when one of them can no longer be: it is neither proven nor the one being checked. The
+        learner resolves every swap within its own deadline; `timeout_s` covers its death in between.
+        """
+        needed = set(versions)
+        async with self._changed:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait_for(lambda: self._resolved(needed))
+            except TimeoutError:
+                raise EngineError(
+                    f"versions {sorted(needed - self._proven)} were not proven within {timeout_s:.0f} s"
+                ) from None
+        if not needed <= self._proven:
+            raise EngineError(f"tokens of versions {sorted(needed - self._proven)}, which were never proven")
+
+    async def close(self) -> None:
+        """Stops the work in hand and leaves the process group."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._engine.leave_weight_group()
+
+    def _resolved(self, needed: set[int]) -> bool:
+        missing = needed - self._proven
+        return not missing or missing != {self._loaded}
+
+    def _replace_task(self, work: Coroutine[Any, Any, None]) -> None:
+        previous, self._task = self._task, None
+
+        async def in_order() -> None:
+            # A phase that is still running belongs to a sync the learner has given up: it ends by its own deadline,
+            # and two phases must never touch the engine's staging buffer at once.
+            if previous is not None:
+                await asyncio.gather(previous, return_exceptions=True)
+            await work
+
+        self._task = asyncio.create_task(in_order())
+        self._task.add_done_callback(_report_crash)
+
+    async def _stage(self, offer: SyncOffer) -> None:
+        spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
+        epoch = int(offer.group["group_epoch"])
+        try:
+            if epoch != self._group_epoch:
+                self._group_epoch = None
+                await self._engine.leave_weight_group()
+                await self._engine.join_weight_group(spec, offer.timeout_s)
+                self._group_epoch = epoch
+            report = await self._engine.stage_weights(WeightManifest.from_dict(offer.manifest), offer.timeout_s)
+        except (AsyncRLError, TimeoutError) as error:
+            self._group_epoch = None
+            self._reply(offer, "stage", error=_text(error))
+            return
+        self._reply(offer, "stage", digests=report.digests, timings_ms=report.timings_ms)
+
+    async def _swap(self, swap: SyncSwap) -> None:
+        sequences = [np.frombuffer(tokens, TOKEN_DTYPE).tolist() for tokens in swap.canary]
+        self._held, self._loaded = None, swap.version
+        try:
+            report = await self._engine.swap_weights(swap.version, swap.timeout_s)
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            logprobs = await self._engine.score(sequences, swap.timeout_s)
+            canary_ms = (loop.time() - started) * 1e3
+        except (AsyncRLError, TimeoutError) as error:
+            await self._settle(None)
+            self._reply(swap, "swap", error=_text(error))
+            return
+        self._reply(
+            swap,
+            "swap",
+            canary_logprobs=[row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs],
+            timings_ms={**report.timings_ms, "canary_ms": canary_ms},
+        )
+
+    async def _commit(self, commit: SyncCommit) -> None:
+        if self._loaded != commit.version:
+            log.warning("commit of version %d ignored: version %s is loaded", commit.version, self._loaded)
+            return
+        self._proven.add(commit.version)
+        await self._settle(commit.version)
+
+    async def _abort(self, abort: SyncAbort) -> None:
+        log.warning("sync to version %d aborted: %s", abort.version, abort.reason)
+        self._group_epoch = None
+        if abort.tainted:
+            await self._settle(None)
+
+    async def _settle(self, held: int | None) -> None:
+        async with self._changed:
+            self._held, self._loaded = held, None
+            self._changed.notify_all()
+
+    def _reply(self, request: SyncOffer | SyncSwap, phase: str, *, error: str = "", **fields: Any) -> None:
+        if error:
+            log.warning("sync to version %d failed in phase %s: %s", request.version, phase, error)
+        self._send(SyncReply(request.run_epoch, request.version, request.attempt, phase, error, **fields))
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _report_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("weight sync task crashed", exc_info=error)

@@ -1,0 +1,280 @@
+"""The weight receiver inside every vLLM worker process.
+
+vLLM loads `register` in each of its processes (entry point group `vllm.general_plugins`), so the receiver
+exists on every tensor-parallel rank. Weights arrive in a staging buffer of the worker's own, in a thread
+beside the engine's loop, and are verified there. Only the load from staging needs the engine to pause.
+
+`WeightWorkerExtension` adds methods with return values to vLLM's worker class; `collective_rpc` calls them by
+name. Arguments and results are plain dicts, numbers and strings, so vLLM's pickle fallback stays switched
+off.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from asyncrl.errors import AsyncRLError, EngineError, WeightGroupError
+from asyncrl.generator.vllm_options import follow_parent
+from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, WeightManifest, digest
+
+BACKEND = "asyncrl"
+EXTENSION = "asyncrl.generator.weights.WeightWorkerExtension"
+
+
+def register() -> None:
+    """Entry point of the vLLM plug-in: make the staged receiver known. Called once or more per process."""
+    follow_parent()
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, StagedWeightTransferEngine)
+
+
+@dataclass
+class Job:
+    """Work of the receiver's thread. `state` goes from running to done or failed and stays there."""
+
+    state: str = "running"
+    error: str = ""
+    digests: list[int] = field(default_factory=list)
+    elapsed_ms: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "error": self.error,
+            "digests": self.digests,
+            "elapsed_ms": self.elapsed_ms,
+        }
+
+
+class WeightReceiver:
+    """One worker's membership of a weight group, and its staging buffer. Knows nothing of vLLM.
+
+    `begin_*` start a job in a thread and return at once; `poll` tells how it goes. One job at a time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._group: WeightGroup | None = None
+        self._job = Job(state="done")
+        self._buffer: torch.Tensor | None = None
+        self.staged: WeightManifest | None = None
+
+    def begin_join(self, spec: WeightGroupSpec) -> None:
+        """Connect to a group, leaving the one before."""
+        self.leave()
+        group = WeightGroup(spec, self._device)
+        self._group = group
+        self._begin("join", lambda job: group.join())
+
+    def begin_stage(self, manifest: WeightManifest, timeout_s: float) -> None:
+        """Receive `manifest` into the staging buffer and verify it."""
+        group = self._group
+        if group is None:
+            raise WeightGroupError("stage: this worker is in no weight group; join one first")
+        self.staged = None
+        self._begin("stage", lambda job: self._stage(group, manifest, timeout_s, job))
+
+    def poll(self) -> Job:
+        """The newest job."""
+        return self._job
+
+    def views(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The staged tensors under their checkpoint names, without a copy."""
+        assert self.staged is not None and self._buffer is not None
+        return self.staged.layout.views(self._buffer)
+
+    def leave(self) -> None:
+        """Disconnect and drop what is staged. A job under way fails."""
+        self.staged = None
+        group, self._group = self._group, None
+        if group is None:
+            return
+        group.abort()
+        # The transport may write to the buffer until the group is closed, and closing may wait for a
+        # deadline: both are left behind, and the next job starts with a buffer of its own.
+        self._buffer = None
+        threading.Thread(
+            target=_close_quietly, args=(group,), name="asyncrl: close group", daemon=True
+        ).start()
+
+    def _begin(self, name: str, work: Callable[[Job], None]) -> None:
+        if self._job.state == "running":
+            raise WeightGroupError(f"{name}: the job before it is still running; leave the group first")
+        job = self._job = Job()
+
+        def run() -> None:
+            started = time.monotonic()
+            try:
+                work(job)
+            except Exception as error:  # noqa: BLE001 - becomes the job's state, which the engine reads
+                job.error = f"{type(error).__name__}: {error}"
+            job.elapsed_ms = (time.monotonic() - started) * 1e3
+            job.state = "failed" if job.error else "done"  # last: whoever sees it may read the rest
+
+        threading.Thread(target=run, name=f"asyncrl: {name} weights", daemon=True).start()
+
+    def _stage(self, group: WeightGroup, manifest: WeightManifest, timeout_s: float, job: Job) -> None:
+        deadline = time.monotonic() + timeout_s
+        layout = manifest.layout
+        buffer = self._buffer
+        if buffer is None or buffer.numel() != layout.total_bytes:
+            buffer = self._buffer = layout.new_buffer(self._device)
+        for index, ((start, stop), expected) in enumerate(zip(layout.buckets, manifest.digests, strict=True)):
+            bucket = buffer[start:stop]
+            group.broadcast(bucket, deadline - time.monotonic())
+            measured = digest(bucket)
+            job.digests.append(measured)
+            if measured != expected:
+                raise WeightGroupError(
+                    f"bucket {index} of version {manifest.version}: digest {measured}, the manifest says "
+                    f"{expected}; the bytes were damaged on the way or changed while they were sent"
+                )
+        if self._group is group:  # else the group was left meanwhile
+            self.staged = manifest
+
+
+def _close_quietly(group: WeightGroup) -> None:
+    try:
+        group.close()
+    except AsyncRLError as error:
+        # Nobody waits for this thread; what is left behind is one connection of a dead group.
+        print(f"asyncrl: {error}", flush=True)
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """vLLM's dict for `init_transfer_engine`: a WeightGroupSpec."""
+
+    spec: dict[str, Any]
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """vLLM's dict for `receive_weights`: which staged version to load."""
+
+    version: int
+
+
+class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """vLLM's weight transfer engine over a `WeightReceiver`: what vLLM calls receiving is a load from
+    staging.
+
+    Weights go through vLLM's layerwise reload, as a checkpoint would: on CPUs the matrices are re-packed
+    after each load, and for tensor parallelism each rank cuts its shard out of the full tensors.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self.receiver = WeightReceiver(device)
+        self._reloading = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.receiver.begin_join(WeightGroupSpec.from_dict(init_info.spec))
+
+    def start_weight_update(self) -> None:
+        self._reloading = True
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        staged = self.receiver.staged
+        if staged is None or staged.version != update_info.version:
+            held = None if staged is None else staged.version
+            raise EngineError(f"version {update_info.version} is not staged; staged is {held}")
+        loaded = self.model.load_weights(self.receiver.views())
+        missing = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - loaded
+        missing |= self._missing_parts({name for name, _ in self.receiver.views()})
+        if missing:
+            raise EngineError(
+                f"version {staged.version} does not carry {sorted(missing)[:5]} ({len(missing)} in all): send "
+                "every parameter under all its names, tied ones too"
+            )
+
+    def _missing_parts(self, names: set[str]) -> set[str]:
+        """Parameters that vLLM keeps fused with one that was sent (q, k, v) and that were not sent themselves.
+
+        vLLM counts a fused parameter as loaded when one part of it came, and leaves the rest uninitialised.
+        """
+        missing = set()
+        for parts in getattr(self.model, "packed_modules_mapping", {}).values():
+            for part in parts:
+                for name in names:
+                    if f".{part}." in name:
+                        missing |= {name.replace(f".{part}.", f".{other}.") for other in parts} - names
+        return missing
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._reloading = False
+
+    def recover(self) -> None:
+        """After a failed load: give every layer its tensors back. Their values are a mixture, their shapes
+        are right.
+
+        Without it the layers stay on the meta device, and the next load would count the pieces of this one.
+        """
+        if self._reloading:
+            self.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self.receiver.leave()
+
+
+class WeightWorkerExtension:
+    """Methods added to vLLM's worker class. All return at once except `asyncrl_swap`, which loads."""
+
+    weight_transfer_engine: StagedWeightTransferEngine
+    rank: int
+
+    def asyncrl_join(self, spec: dict[str, Any]) -> None:
+        """Begin to join a weight group. `spec` is that of the engine's first worker."""
+        first = WeightGroupSpec.from_dict(spec)
+        self.init_weight_transfer_engine({"spec": first.for_rank(first.rank + self.rank).to_dict()})  # type: ignore[attr-defined]
+
+    def asyncrl_stage(self, manifest: dict[str, Any], timeout_s: float) -> None:
+        """Begin to receive a version into staging."""
+        self.weight_transfer_engine.receiver.begin_stage(WeightManifest.from_dict(manifest), timeout_s)
+
+    def asyncrl_poll(self) -> dict[str, Any]:
+        """How the newest join or stage goes: a `Job` as a dict."""
+        return self.weight_transfer_engine.receiver.poll().to_dict()
+
+    def asyncrl_swap(self, version: int) -> dict[str, Any]:
+        """Load the staged version. Generation must be paused.
+
+        A failure is returned, not raised: an exception in one of several workers would end the engine.
+        """
+        started = time.monotonic()
+        try:
+            self.start_weight_update()  # type: ignore[attr-defined]
+            self.update_weights({"version": version})  # type: ignore[attr-defined]
+            self.finish_weight_update()  # type: ignore[attr-defined]
+        except Exception as error:  # noqa: BLE001 - any failure here is the state "tainted"
+            failure = f"{type(error).__name__}: {error}"
+            self.weight_transfer_engine.recover()
+            return {"error": failure, "apply_ms": 0.0}
+        return {"error": "", "apply_ms": (time.monotonic() - started) * 1e3}
+
+    def asyncrl_staged_version(self) -> int | None:
+        """The version that a swap would load."""
+        staged = self.weight_transfer_engine.receiver.staged
+        return None if staged is None else staged.version
+
+    def asyncrl_leave(self) -> None:
+        """Leave the weight group and drop what is staged."""
+        self.weight_transfer_engine.receiver.leave()

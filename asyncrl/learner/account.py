@@ -1,0 +1,130 @@
+"""Adds up what generators and trainer report, and turns it into one StepMetrics per step.
+
+Generators report cumulative counters per incarnation; rates are differences over the time between two steps. A
+generator that restarts starts again at zero, so totals are kept per (generator, incarnation) and never fall.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from asyncrl.learner.sync_records import Committed, RoundEnded
+from asyncrl.metrics import StepMetrics, SyncMetrics
+from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.transport.messages import Beat, StepDone
+
+
+@dataclass(slots=True)
+class GeneratorTotals:
+    """Sums over all generators and incarnations."""
+
+    tokens_generated: int = 0
+    rollouts_completed: int = 0
+    rewards_failed: int = 0
+    generations_failed: int = 0
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Account:
+    """Cumulative counters of the run; `state` and `restore` carry them over a restart of the learner."""
+
+    rollouts_acked: int = 0
+    rollouts_trained: int = 0
+    rollouts_dropped: int = 0
+    results_refused: int = 0
+    sync_failures: int = 0
+    rollouts_failed: dict[str, int] = field(default_factory=dict)
+    _beats: dict[str, tuple[int, Beat]] = field(default_factory=dict)  # generator -> (incarnation, newest beat)
+    _retired: GeneratorTotals = field(default_factory=GeneratorTotals)
+    _last_totals: GeneratorTotals = field(default_factory=GeneratorTotals)
+    _last_counts: dict[str, int] = field(default_factory=dict)
+
+    def beat(self, name: str, incarnation: int, beat: Beat) -> None:
+        """Takes in a beat. The first one after a restart of the learner is where counting starts."""
+        known = self._beats.get(name)
+        if known is None:
+            _add(self._last_totals, beat)
+        elif known[0] != incarnation:
+            _add(self._retired, known[1])
+        self._beats[name] = (incarnation, beat)
+
+    def lease_failed(self, reason: str, num_rollouts: int) -> None:
+        self.rollouts_failed[reason] = self.rollouts_failed.get(reason, 0) + num_rollouts
+
+    def step_metrics(self, done: StepDone, interval_s: float, buffer: ReplayBuffer, num_alive: int) -> StepMetrics:
+        """Everything since the previous step, joined with what the trainer measured in this one."""
+        generators = self._generators_since_last()
+        return StepMetrics.of_step(
+            done.metrics,
+            version=done.version,
+            interval_s=interval_s,
+            step_s=done.step_s,
+            learner_idle_s=min(done.idle_s, interval_s),
+            tokens_generated=generators.tokens_generated,
+            generator_busy_s=generators.busy_s,
+            generator_idle_s=generators.idle_s,
+            rollouts_acked=self._since_last("acked", self.rollouts_acked),
+            rollouts_dropped=self._since_last("dropped", self.rollouts_dropped),
+            dropped_by_length_decile=[round(count) for count in buffer.dropped_by_length_decile()],
+            rollouts_failed={
+                reason: self._since_last(f"failed {reason}", count) for reason, count in self.rollouts_failed.items()
+            },
+            buffer_groups=len(buffer),
+            buffer_bytes=buffer.num_bytes,
+            generators_alive=num_alive,
+        )
+
+    def sync_metrics(self, ended: RoundEnded, committed: list[Committed]) -> SyncMetrics:
+        """One round of weight sync."""
+        pauses = [c.timings_ms["pause_ms"] for c in committed if "pause_ms" in c.timings_ms]
+        return SyncMetrics(
+            version=ended.version,
+            total_ms=ended.total_ms,
+            generators_committed=ended.num_committed,
+            generators_failed=ended.num_failed,
+            pause_ms=max(pauses, default=None),
+            transfer_ms=ended.transfer_ms or None,
+            num_bytes=ended.num_bytes or None,
+            canary_max_abs_diff=max((c.canary_diff for c in committed), default=None),
+        )
+
+    def state(self) -> dict[str, object]:
+        """Plain values for the checkpoint."""
+        return {name: getattr(self, name) for name in _KEPT}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Goes on from `state`; what was counted there was reported already."""
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        self._last_counts = {"acked": self.rollouts_acked, "dropped": self.rollouts_dropped}
+        self._last_counts |= {f"failed {reason}": count for reason, count in self.rollouts_failed.items()}
+
+    def _generators_since_last(self) -> GeneratorTotals:
+        total, last = GeneratorTotals(), self._last_totals
+        _add(total, self._retired)
+        for _, beat in self._beats.values():
+            _add(total, beat)
+        self._last_totals = total
+        names = GeneratorTotals.__slots__
+        return GeneratorTotals(**{name: getattr(total, name) - getattr(last, name) for name in names})
+
+    def _since_last(self, name: str, count: int) -> int:
+        last, self._last_counts[name] = self._last_counts.get(name, 0), count
+        return count - last
+
+
+_KEPT = (
+    "rollouts_acked",
+    "rollouts_trained",
+    "rollouts_dropped",
+    "results_refused",
+    "sync_failures",
+    "rollouts_failed",
+)
+
+
+def _add(total: GeneratorTotals, part: GeneratorTotals | Beat) -> None:
+    for name in GeneratorTotals.__slots__:
+        setattr(total, name, getattr(total, name) + getattr(part, name))

@@ -1,0 +1,119 @@
+"""What the trainer ranks get: each batch is decided once, made durable, and dealt out in shards.
+
+A batch is decided when all ranks ask for it and the buffer may be taken from. The decision is a StepTaken record in
+the journal, on disk before any rank sees a group. A trainer that comes back from a checkpoint is dealt the steps after
+it again from the journal, the same groups in the same order, until it has caught up; those are not published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from asyncrl.replay.journal import Journal
+from asyncrl.replay.records import StoredGroup
+from asyncrl.replay.recovery import ReplayStep
+from asyncrl.transport.messages import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class DecidedStep:
+    """The groups that make `version` + 1, in their order, and the desk's state after them."""
+
+    version: int
+    groups: list[StoredGroup]
+    desk_state: bytes
+
+
+class BatchDealer:
+    """Requests of the ranks on one side, decided steps on the other."""
+
+    def __init__(self, journal: Journal, *, checkpoint_every: int, last_step: int) -> None:
+        self._journal = journal
+        self._checkpoint_every = checkpoint_every
+        self._last_step = last_step
+        self._again: dict[int, ReplayStep] = {}
+        self._decided: DecidedStep | None = None
+        self._requests: dict[int, int] = {}  # rank -> version
+        self.world_size = 1
+        self.replay_to = 0  # the version that was reached before: what leads up to it is trained again
+
+    def request(self, rank: int, version: int) -> None:
+        """A rank wants the batch of `version`; asking again replaces the request."""
+        self._requests[rank] = version
+
+    @property
+    def wanted_version(self) -> int | None:
+        """The version whose batch all ranks wait for; None while one of them is still at work."""
+        versions = set(self._requests.values())
+        if len(self._requests) < self.world_size or len(versions) != 1:
+            return None
+        return next(iter(versions))
+
+    @property
+    def decided_version(self) -> int | None:
+        """The newest version whose batch was decided in this life of the desk."""
+        return self._decided.version if self._decided is not None else None
+
+    def forget_ranks(self) -> None:
+        """The trainer died: nobody waits any more."""
+        self._requests.clear()
+
+    def needs_decision(self) -> int | None:
+        """The version all ranks wait for if its batch is still to be chosen."""
+        version = self.wanted_version
+        if version is None or version in self._again or version >= self._last_step:
+            return None
+        if self._decided is not None and self._decided.version == version:
+            return None
+        return version
+
+    def train_again(self, steps: Iterable[ReplayStep], replay_to: int) -> None:
+        """The trainer (re)started: nobody waits any more, and these steps come first."""
+        self._requests.clear()
+        self._again = {step.version: step for step in steps}
+        self.replay_to = replay_to
+
+    def decide(self, step: DecidedStep) -> None:
+        """Fixes a batch. The caller has made its StepTaken record durable."""
+        self._decided = step
+
+    def deal(self, send: Callable[[int, Batch], None]) -> bool:
+        """Answers the ranks if the batch they wait for is decided."""
+        version = self.wanted_version
+        if version is None:
+            return False
+        if self._decided is not None and self._decided.version == version:
+            # Checked before the journal's steps: a live decision carries the desk's state, which a checkpoint needs.
+            groups, desk_state, checkpoint = self._decided.groups, self._decided.desk_state, self._saves(version + 1)
+        elif version in self._again:
+            places = self._again[version].places
+            records = [self._journal.read_at(place) for place in places]
+            groups = [record for record in records if isinstance(record, StoredGroup)]
+            assert len(groups) == len(places), f"the journal's step {version} names records that are no groups"
+            desk_state, checkpoint = b"", False
+        else:
+            return False
+        publish = version + 1 >= self.replay_to
+        for rank, bodies in enumerate(_shards(groups, self.world_size)):
+            send(rank, Batch(version, rank, bodies, desk_state, checkpoint, publish))
+        self._requests.clear()
+        return True
+
+    def _saves(self, version: int) -> bool:
+        """Whether this version gets a checkpoint; the last one is saved when the run ends."""
+        return self._checkpoint_every > 0 and version % self._checkpoint_every == 0 and version < self._last_step
+
+
+def _shards(groups: list[StoredGroup], world_size: int) -> list[list[bytes]]:
+    """Groups over ranks, longest first to the rank with the fewest tokens; each shard in ordinal order.
+
+    Ordinal order, so that the order of arrival cannot change a sum of floats.
+    """
+    shards: list[list[StoredGroup]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for group in sorted(groups, key=lambda group: (-sum(group.num_tokens), group.ordinal)):
+        rank = loads.index(min(loads))
+        shards[rank].append(group)
+        loads[rank] += sum(group.num_tokens)
+    return [[group.body for group in sorted(shard, key=lambda group: group.ordinal)] for shard in shards]

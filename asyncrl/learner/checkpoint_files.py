@@ -1,0 +1,313 @@
+"""Atomic checkpoint folders: write, verify, find, keep the newest. No torch here: the desk reads them too.
+
+    <root>/step_120/              a complete checkpoint of version 120: renamed into place, never written into
+        MANIFEST.json             sizes and sha256 of every other file, written last
+        desk_state.bin            the desk's own state, opaque to everybody else
+        ...                       what the trainer saved
+    <root>/step_140.tmp-3f.../    under construction, or left by a crash; never read, removed by the next save
+    <root>/step_120.old-9c.../    replaced while step_120 was saved again; read only if that save crashed
+    <root>/latest                 the newest folder's name, for people; resuming looks at the manifests
+
+Order of a save, each line durable before the next: files, MANIFEST.json, the temporary folder, rename, the
+root folder, `latest`. A crash anywhere leaves either no trace a reader would look at, or a checkpoint that
+verifies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asyncrl.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+DESK_STATE = "desk_state.bin"
+LATEST = "latest"
+HEADROOM = 1.2  # free space wanted, as a multiple of the previous checkpoint
+_HASH_BLOCK_BYTES = 2**22
+_COMPLETE = re.compile(r"step_(\d+)(\.old-[0-9a-f]+)?")
+_INCOMPLETE = re.compile(r"step_\d+\.tmp-[0-9a-f]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint says about itself. `extra` is free for the writer; JSON values only."""
+
+    path: Path
+    version: int
+    run_epoch: int
+    created: float  # Unix time
+    files: dict[str, tuple[int, str]]  # relative path -> (bytes, sha256)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+
+def write_checkpoint(
+    root: Path,
+    version: int,
+    write_files: Callable[[Path], None],
+    *,
+    run_epoch: int,
+    desk_state: bytes = b"",
+    extra: dict[str, Any] | None = None,
+    keep: int = 2,
+    expected_bytes: int = 0,
+) -> Manifest:
+    """Saves version `version` under `root` and keeps the newest `keep` checkpoints.
+
+    write_files     puts the trainer's files into the folder it is given
+    expected_bytes  size to check free space against when there is no earlier checkpoint to go by
+
+    Raises CheckpointError whatever went wrong, disk full included; checkpoints that were there before are
+    still there, and nothing half-written is left. Older ones are deleted only after this one verified.
+    """
+    assert keep >= 1, keep
+    tmp = root / f"step_{version}.tmp-{uuid.uuid4().hex}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(root)
+        _check_free_space(root, expected_bytes)
+        tmp.mkdir()
+        write_files(tmp)
+        (tmp / DESK_STATE).write_bytes(desk_state)
+        _write_manifest(tmp, version, run_epoch, extra or {})
+        _sync_tree(tmp)
+        final = _move_into_place(tmp, root / f"step_{version}")
+        manifest = read_manifest(final)
+        _point_latest(root, final.name)
+    except Exception as error:
+        # Not OSError alone: torch.save on a full disk raises RuntimeError, other writers their own classes.
+        shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"checkpoint of version {version} under {root} failed: {type(error).__name__}: {error};"
+            " earlier checkpoints are untouched"
+        ) from error
+    _delete_older(root, manifest, keep)
+    return manifest
+
+
+def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
+    """The manifest of the checkpoint folder `path`; with `verify`, every file is read and compared with its
+    digest.
+
+    Raises CheckpointError when the manifest is missing or damaged, or a file is missing, short or changed.
+    """
+    try:
+        fields = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        digest = fields.pop("manifest_sha256")
+        if digest != _digest_of(fields):
+            raise CheckpointError(f"{path / MANIFEST} does not match its own digest")
+        if fields["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {fields['format']}, this version reads {FORMAT}")
+        manifest = Manifest(
+            path=path,
+            version=int(fields["version"]),
+            run_epoch=int(fields["run_epoch"]),
+            created=float(fields["created"]),
+            files={name: (int(size), str(sha)) for name, (size, sha) in fields["files"].items()},
+            extra=dict(fields["extra"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the manifest cannot be read ({type(error).__name__}: {error})") from error
+    if verify:
+        for name, (size, sha) in manifest.files.items():
+            _verify_file(path, name, size, sha)
+    return manifest
+
+
+def find_latest(root: Path) -> Manifest | None:
+    """The checkpoint of the highest version that verifies; None if there is none. Others are skipped with a
+    warning.
+    """
+    for path in _complete_folders(root):
+        try:
+            return read_manifest(path)
+        except CheckpointError as error:
+            log.warning("skipping a checkpoint that does not verify: %s", error)
+    return None
+
+
+def load_desk_state(manifest: Manifest) -> bytes:
+    """The desk's state out of a checkpoint. Raises CheckpointError when it cannot be read or has changed."""
+    try:
+        content = (manifest.path / DESK_STATE).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{manifest.path / DESK_STATE} cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != manifest.files.get(DESK_STATE, (0, ""))[1]:
+        raise CheckpointError(f"{manifest.path / DESK_STATE} does not match its digest")
+    return content
+
+
+def write_folder_atomically(folder: Path, write_files: Callable[[Path], None]) -> None:
+    """Fills `folder` by way of a temporary one beside it; an existing folder is replaced. Raises
+    CheckpointError.
+    """
+    tmp = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tmp.mkdir()
+        write_files(tmp)
+        _sync_tree(tmp)
+        _move_into_place(tmp, folder)
+        _remove_replaced(folder)
+    except Exception as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise CheckpointError(f"writing {folder} failed: {type(error).__name__}: {error}") from error
+
+
+def _write_manifest(folder: Path, version: int, run_epoch: int, extra: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": version,
+        "run_epoch": run_epoch,
+        "created": time.time(),
+        "files": {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in _files(folder)},
+        "extra": extra,
+    }
+    fields["manifest_sha256"] = _digest_of(fields)
+    (folder / MANIFEST).write_text(json.dumps(fields, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _digest_of(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _move_into_place(tmp: Path, final: Path) -> Path:
+    """Renames tmp to final and makes that durable. What was at `final` steps aside first, still complete."""
+    if final.exists():
+        os.rename(final, final.with_name(f"{final.name}.old-{uuid.uuid4().hex}"))
+    os.rename(tmp, final)
+    _sync(final.parent)
+    return final
+
+
+def _point_latest(root: Path, name: str) -> None:
+    tmp = root / f"{LATEST}.tmp"
+    tmp.write_text(name + "\n", encoding="utf-8")
+    _sync(tmp)
+    os.replace(tmp, root / LATEST)
+    _sync(root)
+
+
+def _delete_older(root: Path, newest: Manifest, keep: int) -> None:
+    """Deletes all but `keep` checkpoints, and what the newest replaced. Failing to is no failure of the
+    save.
+    """
+    folders = [path for path in _complete_folders(root) if path != newest.path]
+    # Versions above the newest did not verify when the run resumed; they stay for people to look at.
+    older = [path for path in folders if ".old-" not in path.name and _version_of(path) < newest.version]
+    for path in folders:
+        if path in older[: keep - 1] or _version_of(path) > newest.version:
+            continue
+        try:
+            # A half-deleted folder must not look like a damaged checkpoint, so its manifest goes first.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+        except OSError as error:
+            log.warning("could not delete the old checkpoint %s: %s", path, error)
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in root.iterdir():
+        if _INCOMPLETE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_replaced(folder: Path) -> None:
+    for path in folder.parent.glob(f"{folder.name}.old-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_free_space(root: Path, expected_bytes: int) -> None:
+    previous = _last_size(root)
+    needed = int(HEADROOM * (expected_bytes if previous is None else previous))
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise CheckpointError(
+            f"{root} has {free / 2**20:.0f} MiB free, a checkpoint needs {needed / 2**20:.0f} MiB"
+            f" ({HEADROOM} x its size); free some space, or lower checkpoint.keep"
+        )
+
+
+def _last_size(root: Path) -> int | None:
+    for path in _complete_folders(root):
+        try:
+            return read_manifest(path, verify=False).num_bytes
+        except CheckpointError:
+            continue
+    return None
+
+
+def _complete_folders(root: Path) -> list[Path]:
+    """Folders that were renamed into place, highest version first; a replaced one behind what replaced it."""
+    if not root.is_dir():
+        return []
+    paths = [path for path in root.iterdir() if _COMPLETE.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=lambda path: (-_version_of(path), ".old-" in path.name, path.name))
+
+
+def _version_of(path: Path) -> int:
+    match = _COMPLETE.fullmatch(path.name)
+    assert match is not None, path
+    return int(match.group(1))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _verify_file(folder: Path, name: str, size: int, sha: str) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder}: the manifest names {name!r}, outside the checkpoint")
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            raise CheckpointError(f"{path} has {actual} bytes, its manifest says {size}")
+        if _sha256(path) != sha:
+            raise CheckpointError(f"{path} does not match its digest")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    """Files first, then the folders that name them, innermost first."""
+    for path in _files(folder):
+        _sync(path)
+    folders = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in [*folders, folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

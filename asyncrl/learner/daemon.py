@@ -1,0 +1,268 @@
+"""The learner daemon: restores the run, opens the sockets, starts the trainer, and lets the desk serve.
+
+The process of the daemon *is* the desk: it has no torch, so it listens within a fraction of a second, and it starts
+the trainer ranks as children. The kernel takes them along when the desk is killed, so one kill leaves nothing behind.
+
+Order at the start: lock and read the journal → raise the run epoch durably → bind → start the trainer. Nobody can
+reach a learner that has not fenced its predecessor.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from omegaconf import OmegaConf
+
+from asyncrl.config import Config
+from asyncrl.errors import ConfigError
+from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.learner.account import Account
+from asyncrl.learner.batches import BatchDealer
+from asyncrl.learner.checkpoint_files import find_latest, load_desk_state
+from asyncrl.learner.desk import Desk
+from asyncrl.learner.evaluation import Evaluator
+from asyncrl.learner.generator_side import GeneratorSide
+from asyncrl.learner.intake import Intake
+from asyncrl.learner.sync import SyncPlanner
+from asyncrl.learner.trainer_process import TrainerProcess
+from asyncrl.learner.trainer_side import TrainerSide
+from asyncrl.learner.weight_side import WeightSide
+from asyncrl.metrics import METRICS_FILE, Metrics, read_records, report
+from asyncrl.processes import StopSignal, pin_to
+from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.replay.frontier import Frontier
+from asyncrl.replay.journal import Journal, next_run_epoch
+from asyncrl.replay.leases import LeaseDesk
+from asyncrl.replay.pacing import Pacing
+from asyncrl.replay.recovery import ReplayPlan, replay_plan
+from asyncrl.tasks.base import load_task
+from asyncrl.tasks.prompts import PromptSource, load_tokenizer
+from asyncrl.transport.keys import load_server_auth
+from asyncrl.transport.session import DeskSessions, Expected
+from asyncrl.transport.sockets import ServerSocket
+
+log = logging.getLogger(__name__)
+
+LOCAL_FRAME_BYTES = 2**31 - 1  # a batch may be large, and the trainer link never leaves the host
+CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}
+
+
+def run_learner(config: Config) -> int:
+    """Runs one learner to the end of its run, or to a signal. Returns its exit code; raises AsyncRLError otherwise."""
+    stop = StopSignal()
+    pin_to(config.learner.cpus, "learner.cpus")
+    run_dir = Path(config.run.dir)
+    journal = Journal.open(run_dir / "journal")
+    _refuse_used_folder(config, journal)
+    run_epoch = next_run_epoch(run_dir)
+    config_file = _write_config(config, run_dir)
+    transport = config.transport
+    auth = load_server_auth(transport.server_key_file, transport.allowed_keys_file)
+    rollout_socket = ServerSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=auth)
+    trainer_socket = ServerSocket(_local_address(run_dir), max_frame_bytes=LOCAL_FRAME_BYTES)
+    log.info("listening on %s (run %s, run epoch %d)", rollout_socket.address, config.run.name, run_epoch)
+    trainer = TrainerProcess(
+        config_file,
+        trainer_socket.address,
+        run_dir / "trainer.log",
+        num_ranks=1,
+        threads=config.learner.threads,
+        max_restarts=config.learner.max_trainer_restarts,
+    )
+    # Started before the slow imports of the tokenizer: both take seconds, and neither needs the other.
+    trainer.start()
+    metrics = Metrics.open(config)
+    try:
+        desk = _make_desk(config, run_epoch, journal, trainer, rollout_socket, trainer_socket, metrics, stop)
+        code = desk.run()
+    finally:
+        trainer.kill()
+        rollout_socket.close()
+        trainer_socket.close()
+        metrics.close()
+        journal.close()
+    _report(run_dir)
+    return code
+
+
+def _make_desk(
+    config: Config,
+    run_epoch: int,
+    journal: Journal,
+    trainer: TrainerProcess,
+    rollout_socket: ServerSocket,
+    trainer_socket: ServerSocket,
+    metrics: Metrics,
+    stop: StopSignal,
+) -> Desk:
+    """Builds the desk's parts and puts back what the newest checkpoint and the journal after it hold."""
+    pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
+    leases = LeaseDesk(pacing, config.generator.lease_timeout_s, run_epoch)
+    buffer = ReplayBuffer(pacing, config.staleness.over_age)
+    account = Account()
+    sessions = DeskSessions(
+        run_epoch=run_epoch,
+        run_name=config.run.name,
+        expected=Expected(
+            model_folder_fingerprint(config.model.path),
+            tokenizer_fingerprint(Path(config.model.path)),
+            config.task.path,
+        ),
+        credit_bytes=config.transport.credit_bytes,
+        max_frame_bytes=config.transport.max_frame_bytes,
+    )
+    version, evals_done = _restore(config, journal, leases, buffer, account, sessions)
+    task = load_task(config.task.path, config.task.args)
+    prompts = PromptSource(task, load_tokenizer(config.model.path), config.run.seed, _max_prompt_tokens(config))
+    intake = Intake(
+        config=config,
+        vocab_size=_vocab_size(config.model.path),
+        prompts=prompts,
+        evals=prompts.evals(config.eval.prompts) if config.eval.prompts else [],
+        leases=leases,
+        buffer=buffer,
+        journal=journal,
+        account=account,
+        sessions=sessions,
+    )
+    planner = SyncPlanner(
+        run_epoch=run_epoch,
+        run_name=config.run.name,
+        timeout_s=config.weights.timeout_s,
+        tolerance=config.weights.canary_tolerance or CANARY_TOLERANCE[config.model.dtype],
+    )
+    generators = GeneratorSide(
+        config, run_epoch=run_epoch, socket=rollout_socket, sessions=sessions, intake=intake, planner=planner
+    )
+    evaluator = Evaluator(config, len(intake.evals), leases, metrics, intake.sync, evals_done)
+    intake.on_eval = evaluator.add
+
+    def desk_state() -> dict[str, Any]:
+        return {
+            "leases": leases.state(),
+            "sessions": sessions.state(),
+            "account": account.state(),
+            "evals_done": sorted(evaluator.done),
+        }
+
+    trainers = TrainerSide(
+        run_epoch=run_epoch,
+        version=version,
+        socket=trainer_socket,
+        intake=intake,
+        dealer=BatchDealer(journal, checkpoint_every=config.checkpoint.every, last_step=config.run.steps),
+        metrics=metrics,
+        last_logged_version=_last_logged_version(Path(config.run.dir)),
+        desk_state=desk_state,
+    )
+    weights = WeightSide(
+        planner=planner,
+        socket=trainer_socket,
+        generators=generators,
+        intake=intake,
+        evaluator=evaluator,
+        metrics=metrics,
+    )
+    return Desk(
+        config,
+        intake=intake,
+        generators=generators,
+        trainers=trainers,
+        weights=weights,
+        evaluator=evaluator,
+        trainer=trainer,
+        stop=stop,
+    )
+
+
+def _restore(
+    config: Config, journal: Journal, leases: LeaseDesk, buffer: ReplayBuffer, account: Account, sessions: DeskSessions
+) -> tuple[int, set[int]]:
+    """The version and the evaluations of the newest checkpoint; the parts continue from it and the journal."""
+    manifest = find_latest(Path(config.run.dir) / "checkpoints")
+    state: dict[str, Any] = {}
+    version = 0
+    if manifest is not None:
+        version = manifest.version
+        state = msgpack.unpackb(load_desk_state(manifest), strict_map_key=False)
+    settled = Frontier.from_state(state["leases"]["settled"]) if state else Frontier()
+    plan = replay_plan(version, settled, journal.read_all())
+    if state:
+        account.restore(state["account"])
+        sessions.restore(state["sessions"], now=0.0)
+    leases.restore(
+        state.get("leases"),
+        trained=plan.trained,
+        accepted=[group.key for group in plan.buffered],
+        given_up=plan.given_up,
+    )
+    for group in plan.buffered:
+        buffer.add(group)
+    for (generator_id, incarnation), seqs in plan.seen.items():
+        for seq in sorted(seqs):
+            sessions.replay(generator_id, incarnation, seq, now=0.0)
+    _say_restored(version, plan, journal)
+    return version, set(state.get("evals_done", []))
+
+
+def _say_restored(version: int, plan: ReplayPlan, journal: Journal) -> None:
+    if journal.torn_bytes:
+        log.info("cut %d bytes of an unfinished write off the journal; none was acknowledged", journal.torn_bytes)
+    for damage in journal.damage:
+        log.error("journal is damaged at %s: %d bytes are skipped", damage.location, damage.num_bytes)
+    if plan.broken_at is not None:
+        log.error("the batch of version %d cannot be read back: training goes on with other batches", plan.broken_at)
+    if version or plan.steps or plan.buffered:
+        log.info(
+            "resuming: checkpoint at version %d, %d steps to train again, %d groups in the buffer",
+            version,
+            len(plan.steps),
+            len(plan.buffered),
+        )
+
+
+def _refuse_used_folder(config: Config, journal: Journal) -> None:
+    used = journal.num_bytes > 0 and any(True for _ in journal.read_all())
+    if config.checkpoint.resume == "never" and (used or find_latest(Path(config.run.dir) / "checkpoints")):
+        raise ConfigError(
+            f"run.dir={config.run.dir} holds an earlier run and checkpoint.resume=never; "
+            "use checkpoint.resume=auto to go on with it, or another run.dir (or run.name)"
+        )
+
+
+def _write_config(config: Config, run_dir: Path) -> Path:
+    """The resolved configuration, for the trainer and for whoever reads the run later."""
+    path = run_dir / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    return path
+
+
+def _local_address(run_dir: Path) -> str:
+    return f"ipc://{(run_dir / 'desk.sock').resolve()}"
+
+
+def _max_prompt_tokens(config: Config) -> int:
+    return config.model.max_length - config.sampling.max_new_tokens
+
+
+def _vocab_size(model_path: str) -> int:
+    return int(json.loads((Path(model_path) / "config.json").read_text())["vocab_size"])
+
+
+def _last_logged_version(run_dir: Path) -> int:
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return 0
+    records, _ = read_records(path)
+    return max((record["version"] for record in records if record["kind"] == "step"), default=0)
+
+
+def _report(run_dir: Path) -> None:
+    """summary.json, the picture, and the last lines on the terminal."""
+    report.write_summary(run_dir)
+    report.print_summary(run_dir, report.draw(run_dir))

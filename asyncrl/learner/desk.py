@@ -1,0 +1,227 @@
+"""The desk: the learner's process that talks. Sockets, leases, journal, replay buffer, weight-sync decisions; no torch.
+
+One thread, one poll, no waits: every handler returns at once, every deadline is part of the poll's timeout.
+
+    from            message                       who handles it, and what it does
+    --------------  ----------------------------  ------------------------------------------------------------
+    generator       Hello, Beat, Bye              generator_side: admits, compares leases, acknowledges
+                    GroupResult, LeaseFailed      intake: validate → journal → acknowledge → buffer
+                    SyncReply                     weight_side: the planner's next phase
+    trainer rank    TrainerHello                  trainer_side: from where to train again
+                    BatchRequest                  trainer_side: decides the batch, journals it, deals the shards
+                    StepDone, CheckpointDone      trainer_side: counts, trims the journal
+    publisher       SnapshotReady, GroupReady,    weight_side: the planner's next phase
+                    BroadcastDone
+
+It survives the trainer: while that restarts, rollouts are still taken and acknowledged.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from asyncrl.config import Config
+from asyncrl.errors import FrameError, ProtocolError
+from asyncrl.learner.evaluation import Evaluator
+from asyncrl.learner.generator_side import GeneratorSide
+from asyncrl.learner.intake import Intake
+from asyncrl.learner.trainer_process import TrainerProcess
+from asyncrl.learner.trainer_side import TrainerSide
+from asyncrl.learner.weight_side import WeightSide
+from asyncrl.processes import StopSignal
+from asyncrl.transport import messages
+from asyncrl.transport.codec import body_of, decode
+from asyncrl.transport.messages import Message
+from asyncrl.transport.sockets import ServerSocket, SocketPoller
+
+log = logging.getLogger(__name__)
+
+FROM_GENERATOR = frozenset(
+    {
+        messages.Hello,
+        messages.Beat,
+        messages.GroupResult,
+        messages.LeaseFailed,
+        messages.SyncReply,
+        messages.Bye,
+    }
+)
+FROM_TRAINER = frozenset(
+    {
+        messages.TrainerHello,
+        messages.BatchRequest,
+        messages.StepDone,
+        messages.CheckpointDone,
+        messages.SnapshotReady,
+        messages.GroupReady,
+        messages.BroadcastDone,
+    }
+)
+MAX_WAIT_S = 0.5
+SAY_WAITING_EVERY_S = 30.0
+TRAINER_STOP_TIMEOUT_S = 20.0
+
+
+class Desk:
+    """Connects the parts; each keeps its own rules. `run` returns when the run is over or was stopped."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        intake: Intake,
+        generators: GeneratorSide,
+        trainers: TrainerSide,
+        weights: WeightSide,
+        evaluator: Evaluator,
+        trainer: TrainerProcess,
+        stop: StopSignal,
+    ) -> None:
+        self.config = config
+        self.intake = intake
+        self.generators = generators
+        self.trainers = trainers
+        self.weights = weights
+        self.evaluator = evaluator
+        self.trainer = trainer
+        self.stop = stop
+        self._waiting_since: float | None = None
+        self._stopping_since: float | None = None
+
+    def run(self) -> int:
+        """Serves until the last version is trained, evaluated and saved, or until a signal. Returns 0."""
+        poller = SocketPoller()
+        for source in (self.generators.socket, self.trainers.socket, self.stop.fd):
+            poller.add(source)
+        while True:
+            ready = poller.wait(self._timeout(time.monotonic()))
+            now = time.monotonic()
+            if self.generators.socket in ready:
+                self._receive(self.generators.socket, FROM_GENERATOR, self._from_generator, now)
+            if self.trainers.socket in ready:
+                self._receive(self.trainers.socket, FROM_TRAINER, self._from_trainer, now)
+            if self._over(now):
+                return 0
+            self._tick(now)
+
+    def _tick(self, now: float) -> None:
+        """Everything that time or the last messages made due. Order: results count before batches are decided."""
+        self.intake.note_given_up(now)
+        self.generators.acknowledge(self.intake.sync_if_due(now))
+        self._watch_trainer(now)
+        self.generators.expire(now)
+        self.weights.advance(now)
+        self.evaluator.advance(self.trainers.version, now)
+        if self._stopping_since is None:
+            self.generators.acknowledge(self.trainers.decide(now))
+            self.generators.grant(self.trainers.version, now)
+        self.trainers.deal()
+        self._say_waiting(now)
+
+    def _timeout(self, now: float) -> float:
+        deadlines = (
+            now + MAX_WAIT_S,
+            self.intake.journal.next_sync_due,
+            self.intake.leases.next_deadline(now),
+            self.weights.next_deadline(now),
+        )
+        return max(0.0, min(deadlines) - now)
+
+    def _receive(
+        self,
+        socket: ServerSocket,
+        allowed: frozenset[type[Message]],
+        handle: Callable[[bytes, Message, bytes, float], None],
+        now: float,
+    ) -> None:
+        for peer, frame in socket.receive():
+            try:
+                message = decode(frame, max_bytes=socket.max_frame_bytes, allowed=allowed)
+                handle(peer, message, frame, now)
+            except (FrameError, ProtocolError) as error:
+                self.intake.account.results_refused += 1
+                log.warning("frame dropped: %s", error)
+
+    def _from_generator(self, peer: bytes, message: Message, frame: bytes, now: float) -> None:
+        if isinstance(message, messages.Hello):
+            self.generators.hello(peer, message, self.trainers.version, now)
+            return
+        session = self.generators.session_of(peer, now)
+        if session is None:
+            return
+        match message:
+            case messages.Beat():
+                self.generators.beat(session, message, now)
+            case messages.GroupResult():
+                self.generators.reply(session, self.intake.group(session, message, body_of(frame), now))
+            case messages.LeaseFailed():
+                self.generators.reply(session, self.intake.failed(session, message, len(frame), now))
+            case messages.SyncReply():
+                self.weights.planner.reply(session.generator_id, message, now)
+            case messages.Bye():
+                self.generators.bye(session, message, now)
+
+    def _from_trainer(self, peer: bytes, message: Message, frame: bytes, now: float) -> None:
+        match message:
+            case messages.TrainerHello():
+                self.trainers.hello(peer, message)
+            case messages.BatchRequest():
+                self.trainers.request(peer, message)
+            case messages.StepDone():
+                self.trainers.step_done(message, len(self.generators.alive()), now)
+                self.trainer.stepped()
+            case messages.CheckpointDone():
+                self.trainers.checkpoint_done(message)
+            case messages.SnapshotReady():
+                self.weights.snapshot_ready(peer, message, now)
+            case messages.GroupReady():
+                self.weights.planner.group_ready(message, now)
+            case messages.BroadcastDone():
+                self.weights.planner.broadcast_done(message, now)
+
+    def _watch_trainer(self, now: float) -> None:
+        if self._stopping_since is None and self.trainer.poll(now):
+            self.weights.trainer_lost(now)
+            self.trainers.lost()
+
+    # -- end -------------------------------------------------------------------------------------------------------
+
+    def _over(self, now: float) -> bool:
+        """Starts the end when it is time, and is True once the trainer has saved and gone."""
+        if self._stopping_since is None:
+            finished = self.trainers.version >= self.config.run.steps and self.evaluator.idle
+            if not finished and self.stop.received is None:
+                return False
+            self._begin_stop(finished, now)
+        assert self._stopping_since is not None
+        if self.trainer.running and now - self._stopping_since < TRAINER_STOP_TIMEOUT_S:
+            return False
+        if self.trainer.running:
+            log.error("the trainer did not stop within %.0f s and is killed", TRAINER_STOP_TIMEOUT_S)
+            self.trainer.kill()
+        self.generators.acknowledge(self.intake.sync())
+        return True
+
+    def _begin_stop(self, finished: bool, now: float) -> None:
+        self._stopping_since = now
+        reason = "the run is finished"
+        if not finished:
+            assert self.stop.received is not None
+            reason = f"the learner got {self.stop.received.name}"
+        log.info("stopping: %s", reason)
+        self.generators.stop(finished, reason)
+        self.trainers.stop(finished, reason)
+
+    def _say_waiting(self, now: float) -> None:
+        """Every 30 s without a batch: what is missing, by name."""
+        version = self.trainers.waiting_version
+        if version is None or self._stopping_since is not None:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = now
+        elif now - self._waiting_since >= SAY_WAITING_EVERY_S:
+            self._waiting_since = now
+            why = self.intake.buffer.waiting_for(version, self.intake.leases.running())
+            log.info("%s; %s", why or f"version {version} waits", self.generators.describe())

@@ -1,0 +1,219 @@
+"""The desk's side towards the generators: admission, beats, leases, acknowledgements, and their end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from asyncrl.config import Config
+from asyncrl.errors import ProtocolError
+from asyncrl.learner.intake import Intake
+from asyncrl.learner.sync import SyncPlanner
+from asyncrl.replay.lease_records import LeaseRecord
+from asyncrl.transport import messages
+from asyncrl.transport.codec import encode
+from asyncrl.transport.groups import lease_to_grant
+from asyncrl.transport.messages import Message
+from asyncrl.transport.session import DeskSession, DeskSessions, Liveness
+from asyncrl.transport.sockets import ServerSocket
+from asyncrl.types import Lease, LeaseKey, LeaseKind
+
+log = logging.getLogger(__name__)
+
+# Seeds of one group are seed, seed + 1, ...; this far apart, those of two groups never meet.
+ORDINAL_SEED_STRIDE = 8191
+RUN_SEED_STRIDE = 1_000_003
+
+
+class GeneratorSide:
+    """All generators of the run. A generator is *admitted* from its hello until it leaves, dies or is replaced."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run_epoch: int,
+        socket: ServerSocket,
+        sessions: DeskSessions,
+        intake: Intake,
+        planner: SyncPlanner,
+    ) -> None:
+        self.socket = socket
+        self._config = config
+        self._run_epoch = run_epoch
+        self._sessions = sessions
+        self._intake = intake
+        self._leases = intake.leases
+        self._planner = planner
+        self._granted: dict[str, int] = {}  # admitted generators -> sequences leased to them in this run epoch
+        intake.on_cancel = self._cancel
+
+    # -- coming and going ------------------------------------------------------------------------------------------
+
+    def hello(self, peer: bytes, hello: messages.Hello, version: int, now: float) -> None:
+        """Admits or refuses; a newer incarnation takes the place of the one before."""
+        admission = self._sessions.hello(peer, hello, version=version, now=now)
+        self._to_peer(peer, admission.reply)
+        if admission.released is not None:
+            self._free(admission.released[0], "was replaced by a newer incarnation", now)
+        if admission.session is None:
+            log.warning("refused %s: %s", hello.generator_id, admission.reply)
+        elif hello.generator_id not in self._granted:
+            self._admit(admission.session, now)
+
+    def session_of(self, peer: bytes, now: float) -> DeskSession | None:
+        """Who sent a frame. A peer that is not known is asked to say hello."""
+        session = self._sessions.of(peer, now)
+        if session is None:
+            self._to_peer(peer, self._sessions.unknown_peer())
+        return session
+
+    def bye(self, session: DeskSession, message: messages.Bye, now: float) -> None:
+        self.gone(session.generator_id, f"said goodbye ({message.reason})", now)
+
+    def gone(self, name: str, why: str, now: float) -> None:
+        """Ends a generator's session; it would have to come back as a new incarnation."""
+        if (session := self._by_name(name)) is not None:
+            self._sessions.bye(session)
+        self._free(name, why, now)
+
+    def expire(self, now: float) -> None:
+        """Applies the deadlines of leases and beats."""
+        for record in self._leases.expire(now):
+            log.warning("lease %s of %s expired: leased again", record.key, record.holder)
+            self._cancel(record)
+        for session, _ in self._sessions.tick(now):
+            name = session.generator_id
+            if session.liveness is Liveness.DEAD:
+                self._free(name, "is dead: no beat, or beats without progress", now)
+            elif session.liveness is Liveness.SUSPECT:
+                log.warning("generator %s is silent", name)
+            elif session.liveness is Liveness.ALIVE and name not in self._granted and session.hello is not None:
+                # It was taken for dead and is here again: what it held is gone, so it begins with the weights.
+                self._admit(session, now)
+
+    def stop(self, finished: bool, reason: str) -> None:
+        for session in self._sessions:
+            self._send(session, messages.Stop(self._run_epoch, finished, reason))
+
+    def alive(self) -> list[DeskSession]:
+        """Admitted generators whose beats come in time."""
+        return [s for s in self._sessions if s.liveness is Liveness.ALIVE and s.generator_id in self._granted]
+
+    def describe(self) -> str:
+        """Who is there and what they hold, for the log."""
+        names = [f"{s.generator_id} at version {self._planner.held_version(s.generator_id)}" for s in self.alive()]
+        return f"{len(names)} generators alive: {', '.join(names)}" if names else "no generator is alive"
+
+    def _admit(self, session: DeskSession, now: float) -> None:
+        assert session.hello is not None
+        log.info("generator %s joined (incarnation %d)", session.generator_id, session.incarnation)
+        self._granted[session.generator_id] = 0
+        self._planner.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
+
+    def _free(self, name: str, why: str, now: float) -> None:
+        """What a generator held goes back to the lease desk and the sync planner."""
+        released = self._leases.release(name, now)
+        log.warning("generator %s %s; %d leases go back", name, why, len(released))
+        self._granted.pop(name, None)
+        self._planner.left(name, now, why)
+
+    # -- leases ----------------------------------------------------------------------------------------------------
+
+    def beat(self, session: DeskSession, beat: messages.Beat, now: float) -> None:
+        session.on_beat(beat, now)
+        self._intake.account.beat(session.generator_id, session.incarnation, beat)
+        if beat.run_epoch == self._run_epoch:
+            self._compare_leases(session, beat, now)
+        # The answer to a beat is the state of acknowledgements: it repairs lost ones and shows that the desk lives.
+        self._send(session, self._sessions.ack(session))
+
+    def _compare_leases(self, session: DeskSession, beat: messages.Beat, now: float) -> None:
+        name = session.generator_id
+        active = dict(map(_active_lease, beat.active))
+        reconciled = self._leases.reconcile(name, active, now)
+        for record in reconciled.lost:
+            log.warning("%s does not know lease %s: leased again", name, record.key)
+            self._granted[name] -= self._num_rollouts(record.key)
+        needless = [key for key in reconciled.unexpected if not self._adopt(name, key, active[key], now)]
+        if needless:
+            self._send(session, messages.Abandon(self._run_epoch, [[*key] for key in needless]))
+
+    def _adopt(self, name: str, key: LeaseKey, issued_version: int | None, now: float) -> bool:
+        """A lease of an earlier run epoch goes on; one whose result is in the outbox needs nobody's leave."""
+        return issued_version is None or self._leases.adopt(name, key, issued_version, now)
+
+    def grant(self, learner_version: int, now: float) -> None:
+        """Leases to everybody who has room, as far as pacing allows."""
+        for session in self.alive():
+            if session.beat is None or session.beat.run_epoch != self._run_epoch:
+                continue
+            name, held = session.generator_id, self._planner.held_version(session.generator_id)
+            room = session.beat.sequences_wanted - self._granted[name]
+            while room > 0 and (records := self._leases.grant(name, held, 1, learner_version, now)):
+                lease = self._lease(records[0], now)
+                room -= lease.num_rollouts
+                self._granted[name] += lease.num_rollouts
+                self._send(session, lease_to_grant(lease, self._run_epoch))
+
+    def _lease(self, record: LeaseRecord, now: float) -> Lease:
+        sampling, key = self._config.sampling, record.key
+        is_eval = key.kind is LeaseKind.EVAL
+        prompt = self._intake.prompt_of(key)
+        seed = None
+        if sampling.repeatable and not is_eval:
+            seed = self._config.run.seed * RUN_SEED_STRIDE + key.ordinal * ORDINAL_SEED_STRIDE
+        return Lease(
+            key=key,
+            issued_version=record.issued_version,
+            deadline_s=record.deadline_at - now,
+            prompt_token_ids=prompt.token_ids,
+            payload=prompt.payload,
+            num_rollouts=self._num_rollouts(key),
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=0.0 if is_eval else sampling.temperature,
+            pinned_version=record.pinned_version,
+            seed=seed,
+        )
+
+    def _num_rollouts(self, key: LeaseKey) -> int:
+        return 1 if key.kind is LeaseKind.EVAL else self._config.sampling.group_size
+
+    def _cancel(self, record: LeaseRecord) -> None:
+        self.send(record.holder, messages.Abandon(self._run_epoch, [[*record.key]]))
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def acknowledge(self, sessions: list[DeskSession]) -> None:
+        for session in sessions:
+            self._send(session, self._sessions.ack(session))
+
+    def reply(self, session: DeskSession, message: Message | None) -> None:
+        if message is not None:
+            self._send(session, message)
+
+    def send(self, name: str, message: Message) -> None:
+        """To a generator by its id; nothing happens when it is not here."""
+        if (session := self._by_name(name)) is not None:
+            self._send(session, message)
+
+    def _by_name(self, name: str) -> DeskSession | None:
+        return next((session for session in self._sessions if session.generator_id == name), None)
+
+    def _send(self, session: DeskSession, message: Message) -> None:
+        if session.peer is not None:
+            self._to_peer(session.peer, message)
+
+    def _to_peer(self, peer: bytes, message: Message) -> None:
+        """Best effort: what is lost is repeated by whoever needs it, or ends by its deadline."""
+        if not self.socket.send(peer, encode(message, max_bytes=self.socket.max_frame_bytes)):
+            log.debug("%s not sent: the peer is gone or reads nothing", type(message).__name__)
+
+
+def _active_lease(item: list[Any]) -> tuple[LeaseKey, int | None]:
+    """Key and issued version (None: the result is in the outbox) of an entry of Beat.active."""
+    try:
+        kind, ordinal, attempt, *issued = item
+        return LeaseKey(LeaseKind(kind), int(ordinal), int(attempt)), (int(issued[0]) if issued else None)
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"{item!r} is no lease: {error}") from None

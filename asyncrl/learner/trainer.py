@@ -1,0 +1,226 @@
+"""One trainer rank: a process that gets batches from the desk, makes optimizer steps, and publishes each new policy.
+
+    asks for the batch of version v → step → version v+1 → snapshot for the publisher → checkpoint if told → asks again
+
+Started by the desk (`learner.trainer_process`) as ``python -m asyncrl.learner.trainer CONFIG DESK_ADDRESS``. The desk
+may restart it at any time: it comes back with the newest checkpoint and is given the steps after it from the journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from asyncrl.config import Config
+from asyncrl.config.loading import load_config
+from asyncrl.errors import AsyncRLError, CheckpointError
+from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
+from asyncrl.learner.model import load_policy
+from asyncrl.learner.optimizer_step import PolicyTrainer
+from asyncrl.learner.publisher import Publisher, canary_sequences
+from asyncrl.processes import die_with_parent, pin_to
+from asyncrl.transport.codec import decode_body
+from asyncrl.transport.groups import result_to_group
+from asyncrl.transport.messages import (
+    Batch,
+    BatchRequest,
+    CheckpointDone,
+    GroupResult,
+    Message,
+    StepDone,
+    TrainerHello,
+    TrainerStop,
+    TrainerWelcome,
+)
+from asyncrl.transport.sockets import ClientSocket
+from asyncrl.transport.weight_group import SnapshotBuffer
+
+log = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 5.0  # a request that was lost is repeated after this long
+CANARY_LENGTH = 32
+LINK_FRAME_BYTES = 2**31 - 1  # a batch may be large, and this link never leaves the host
+
+
+class Trainer:
+    """One rank. Rank 0 also publishes and checkpoints."""
+
+    def __init__(self, config: Config, desk_address: str, rank: int, world_size: int) -> None:
+        self.config = config
+        self.desk_address = desk_address
+        self.rank = rank
+        self.world_size = world_size
+        self.device = _device(config.learner.device)
+        self.run_dir = Path(config.run.dir)
+        self.link = ClientSocket(desk_address, max_frame_bytes=LINK_FRAME_BYTES)
+        self._inbox: deque[Message] = deque()
+        self.policy: PolicyTrainer
+        self.publisher: Publisher | None = None
+        self.run_epoch = 0
+        self.replay_to = 0
+        self.desk_state = b""
+
+    def run(self) -> int:
+        """Trains until the desk says stop. Returns the exit code."""
+        self._load()
+        self._greet()
+        self._start_publisher()
+        while True:
+            message, idle_s = self._ask(BatchRequest(self.rank, self.policy.version))
+            match message:
+                case Batch():
+                    self._train(message, idle_s)
+                case TrainerStop():
+                    return self._finish(message)
+                case _:
+                    log.warning("unexpected %s from the desk", type(message).__name__)
+
+    # -- start -----------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """The initial model, or the newest checkpoint of this run."""
+        config = self.config
+        torch.manual_seed(config.run.seed)
+        policy = load_policy(config.model, self.device, with_reference=config.algorithm.kl_coef > 0)
+        self.policy = PolicyTrainer(policy, config)
+        restored = load_checkpoint(self.run_dir / "checkpoints", self.policy)
+        if restored is not None:
+            self.desk_state = restored.desk_state
+            log.info("resumed from %s at version %d", restored.path, self.policy.version)
+
+    def _greet(self) -> None:
+        hello = TrainerHello(self.rank, self.world_size, self.policy.version, os.getpid())
+        message, _ = self._ask(hello)
+        if not isinstance(message, TrainerWelcome):
+            raise AsyncRLError(f"the desk answered a trainer's hello with {type(message).__name__}")
+        self.run_epoch, self.replay_to = message.run_epoch, message.replay_to
+
+    def _start_publisher(self) -> None:
+        if self.rank != 0:
+            return
+        weights = self.config.weights
+        parameters = self.policy.policy.named_sync_parameters()
+        buffers = tuple(SnapshotBuffer(parameters, weights.bucket_bytes) for _ in range(2))
+        length = min(CANARY_LENGTH, self.config.model.max_length)
+        canary = canary_sequences(self.policy.policy.vocab_size, weights.canary_sequences, length, self.config.run.seed)
+        backend = weights.backend
+        if backend == "auto":
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self.publisher = Publisher(
+            self._connect_publisher,
+            (buffers[0], buffers[1]),
+            canary,
+            self.policy.policy.score,
+            host=weights.host,
+            backend=backend,
+        )
+        self.publisher.start()
+        if self.policy.version >= self.replay_to:
+            self.publisher.publish(self.policy.version)
+
+    def _connect_publisher(self) -> ClientSocket:
+        return ClientSocket(self.desk_address, max_frame_bytes=LINK_FRAME_BYTES)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def _train(self, batch: Batch, idle_s: float) -> None:
+        if batch.version != self.policy.version:
+            log.warning("batch for version %d ignored, at %d", batch.version, self.policy.version)
+            return
+        started = time.monotonic()
+        groups = [result_to_group(decode_body(GroupResult, body)) for body in batch.groups]
+        result = self.policy.step(groups)
+        step_s = time.monotonic() - started
+        metrics = dict(result.metrics)
+        self.desk_state = batch.desk_state
+        if self.publisher and batch.publish:
+            self._check_publisher()
+            metrics["publish_blocked_ms"] = self.publisher.publish(self.policy.version)
+        self.link.send(StepDone(self.policy.version, metrics, step_s, idle_s))
+        if batch.checkpoint:
+            self._checkpoint()
+
+    def _check_publisher(self) -> None:
+        assert self.publisher is not None
+        if self.publisher.crash is not None:
+            raise AsyncRLError(f"the publisher thread died: {self.publisher.crash!r}") from self.publisher.crash
+
+    def _checkpoint(self) -> None:
+        """Saves; a failure is reported and training goes on with the older checkpoints intact."""
+        if self.rank != 0:
+            return
+        started, path, error = time.monotonic(), "", ""
+        try:
+            path = str(
+                save_checkpoint(
+                    self.run_dir / "checkpoints",
+                    self.policy,
+                    run_epoch=self.run_epoch,
+                    desk_state=self.desk_state,
+                    keep=self.config.checkpoint.keep,
+                )
+            )
+        except CheckpointError as failure:
+            error = str(failure)
+            log.error("%s", failure)
+        self.link.send(CheckpointDone(self.policy.version, path, error, time.monotonic() - started))
+
+    # -- end -------------------------------------------------------------------------------------------------------
+
+    def _finish(self, stop: TrainerStop) -> int:
+        if self.publisher:
+            self.publisher.stop(timeout_s=10.0)
+        if stop.checkpoint and self.desk_state:
+            self._checkpoint()
+        if stop.export and self.rank == 0:
+            export_model(self.policy.policy, Path(self.config.model.path), self.run_dir / "export")
+        self.link.close(flush_s=5.0)
+        return 0
+
+    def _ask(self, request: Message) -> tuple[Message, float]:
+        """Sends `request` until an answer comes; returns it and the seconds waited.
+
+        There is no end to the wait for a batch: the desk knows and says what it waits for, and takes this process
+        with it when it dies.
+        """
+        started = time.monotonic()
+        while True:
+            if self._inbox:
+                return self._inbox.popleft(), time.monotonic() - started
+            self.link.send(request)
+            self._inbox.extend(self.link.receive(ASK_AGAIN_S))
+            if self.publisher:
+                self._check_publisher()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(name)
+
+
+def main() -> int:
+    """Entry point of a rank's process."""
+    die_with_parent()
+    config_file, desk_address = sys.argv[1:3]
+    config = load_config(config_file, [])
+    logging.basicConfig(
+        level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    pin_to(config.learner.cpus, "learner.cpus")
+    torch.set_num_threads(config.learner.threads)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = Trainer(config, desk_address, rank, world_size)
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

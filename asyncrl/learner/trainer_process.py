@@ -1,0 +1,127 @@
+"""Starts the trainer ranks and watches them: the desk survives their death and starts them again.
+
+One rank is a plain process; several run under torch.distributed's elastic launcher, which restarts them together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from asyncrl.errors import TrainerFailed
+from asyncrl.processes import die_with_parent
+
+log = logging.getLogger(__name__)
+
+RESTART_BACKOFF_S = 1.0
+MAX_BACKOFF_S = 32.0
+
+
+class TrainerProcess:
+    """The trainer of one learner. `poll` restarts it after a crash, `max_restarts` times without a step between."""
+
+    def __init__(
+        self, config_file: Path, desk_address: str, log_file: Path, *, num_ranks: int, threads: int, max_restarts: int
+    ) -> None:
+        self.config_file = config_file
+        self.desk_address = desk_address
+        self.log_file = log_file
+        self.num_ranks = num_ranks
+        self.threads = threads
+        self.max_restarts = max_restarts
+        self.failures = 0  # crashes since the last step
+        self._process: subprocess.Popen[bytes] | None = None
+        self._restart_at: float | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Starts the ranks. Their output goes to `log_file`."""
+        command = [sys.executable, "-m"]
+        if self.num_ranks > 1:
+            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.num_ranks}", "-m"]
+        command += ["asyncrl.learner.trainer", str(self.config_file), self.desk_address]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            # Idle OpenMP threads that spin would starve the desk and a generator on the same host.
+            "OMP_WAIT_POLICY": "passive",
+            "KMP_BLOCKTIME": "0",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with self.log_file.open("ab") as output:
+            # Its own session: Ctrl-C in the terminal reaches the desk alone, which tells the trainer what to do.
+            # When the desk is killed the kernel kills the trainer: without a desk it can do nothing useful, and a
+            # second learner on the run folder must find the device free.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        self._restart_at = None
+        log.info("trainer started (pid %d, log %s)", self._process.pid, self.log_file)
+
+    def stepped(self) -> None:
+        """A step was made: earlier crashes count no more."""
+        self.failures = 0
+
+    def poll(self, now: float) -> bool:
+        """True once per death of the trainer. Restarts it when its back-off is over.
+
+        Raises TrainerFailed when it died more than `max_restarts` times without a step in between.
+        """
+        if self._restart_at is not None:
+            if now >= self._restart_at:
+                self.start()
+            return False
+        if self._process is None or self._process.poll() is None:
+            return False
+        code, self._process = self._process.returncode, None
+        self.failures += 1
+        if self.failures > self.max_restarts:
+            raise TrainerFailed(
+                f"the trainer died {self.failures} times without a step (last exit code {code}); "
+                f"see {self.log_file}:\n{self.last_words()}"
+            )
+        delay_s = min(RESTART_BACKOFF_S * 2 ** (self.failures - 1), MAX_BACKOFF_S)
+        log.error("trainer died (exit code %s), restart in %.0f s:\n%s", code, delay_s, self.last_words())
+        self._restart_at = now + delay_s
+        return True
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit code, or None if it still runs after `timeout_s`."""
+        if self._process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s)
+        return None
+
+    def kill(self) -> None:
+        """Ends the ranks now."""
+        if self._process and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def last_words(self, num_bytes: int = 1500) -> str:
+        """The end of the trainer's log."""
+        try:
+            with self.log_file.open("rb") as file:
+                file.seek(max(0, self.log_file.stat().st_size - num_bytes))
+                return file.read().decode(errors="replace").strip()
+        except OSError as error:
+            return f"(no trainer log: {error})"

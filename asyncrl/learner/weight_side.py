@@ -1,0 +1,86 @@
+"""The desk's side of the weight plane: carries the sync planner's wishes out and its results on."""
+
+from __future__ import annotations
+
+import logging
+
+from asyncrl.learner.evaluation import Evaluator
+from asyncrl.learner.generator_side import GeneratorSide
+from asyncrl.learner.intake import Intake
+from asyncrl.learner.sync import SyncPlanner
+from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.metrics import Metrics
+from asyncrl.transport import messages
+from asyncrl.transport.codec import encode
+from asyncrl.transport.sockets import ServerSocket
+
+log = logging.getLogger(__name__)
+
+
+class WeightSide:
+    """Between the planner, the publisher in the trainer, and the generators."""
+
+    def __init__(
+        self,
+        *,
+        planner: SyncPlanner,
+        socket: ServerSocket,
+        generators: GeneratorSide,
+        intake: Intake,
+        evaluator: Evaluator,
+        metrics: Metrics,
+    ) -> None:
+        self.planner = planner
+        self._socket = socket
+        self._generators = generators
+        self._intake = intake
+        self._evaluator = evaluator
+        self._metrics = metrics
+        self._publisher: bytes | None = None  # routing id
+        self._committed: list[Committed] = []  # in the round under way
+
+    def snapshot_ready(self, peer: bytes, message: messages.SnapshotReady, now: float) -> None:
+        self._publisher = peer
+        self._intake.newest_version = max(self._intake.newest_version, message.version)
+        self.planner.snapshot_ready(message, now)
+
+    def trainer_lost(self, now: float) -> None:
+        self.planner.publisher_lost(now)
+        self._publisher = None
+
+    def next_deadline(self, now: float) -> float:
+        deadline = self.planner.next_deadline(now)
+        return float("inf") if deadline is None else deadline
+
+    def advance(self, now: float) -> None:
+        """Lets the planner act, and does what it asks for."""
+        held = {name: receiver.held_version for name, receiver in self.planner.receivers.items()}
+        self.planner.set_busy(self._intake.leases.eval_holders(held))
+        self.planner.advance(now)
+        for output in self.planner.take_outputs():
+            match output:
+                case ToPublisher(message):
+                    self._to_publisher(message)
+                case ToGenerator(name, message):
+                    self._generators.send(name, message)
+                case Committed():
+                    self._committed.append(output)
+                    self._evaluator.version_proven(output.version, now)
+                case SyncFailed():
+                    self._failed(output, now)
+                case RoundEnded():
+                    self._metrics.log_sync(self._intake.account.sync_metrics(output, self._committed))
+                    self._committed = []
+
+    def _failed(self, failed: SyncFailed, now: float) -> None:
+        name = failed.name
+        self._intake.account.sync_failures += 1
+        log.warning("sync of %s to version %d failed (%s): %s", name, failed.version, failed.phase, failed.reason)
+        if failed.fatal:
+            reason = f"its weights could not be proven: {failed.reason}"
+            self._generators.send(name, messages.Refused("tainted", reason, "", ""))
+            self._generators.gone(name, "could not prove its weights", now)
+
+    def _to_publisher(self, message: messages.Message) -> None:
+        if self._publisher is not None:
+            self._socket.send(self._publisher, encode(message, max_bytes=self._socket.max_frame_bytes))

@@ -1,0 +1,237 @@
+"""Where metrics go: a JSONL file always, and the console (`metrics.wandb` has Weights & Biases).
+
+No sink may stop a run: one that fails says so once. The file tries again at each line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from asyncrl.metrics.types import AnyMetrics, EvalMetrics, StepMetrics, SyncMetrics, to_record
+
+log = logging.getLogger(__name__)
+
+TAIL_BYTES = 1 << 16
+
+
+class Sink(Protocol):
+    """Takes metrics in the order they happen."""
+
+    def write(self, metrics: AnyMetrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# -- JSONL ---------------------------------------------------------------------------------------------------
+
+
+class JsonlSink:
+    """Appends one JSON object per line. A restarted learner goes on in the same file.
+
+    A line cut short by a crash or a full disk is removed before the next one, so that every line parses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError when the folder or file cannot be made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("a+b", buffering=0)
+        self._good_bytes = self._repair()
+        self._failed = False
+
+    def write(self, metrics: AnyMetrics) -> None:
+        line = json.dumps(to_record(metrics), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        try:
+            if self._failed:
+                self._file.truncate(self._good_bytes)
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"only {written} of {len(line)} bytes were written")
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s cannot be written (%s); training goes on, lines are missing", self.path, error)
+            self._failed = True
+            return
+        self._failed = False
+        self._good_bytes += len(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def last_wall_s(self) -> float:
+        """wall_s of the newest line that has one; 0.0 in a new file."""
+        self._file.seek(max(0, self._good_bytes - TAIL_BYTES))
+        for line in reversed(self._file.read().splitlines()):
+            record = _parsed(line)
+            if record is not None and record.get("wall_s") is not None:
+                return float(record["wall_s"])
+        return 0.0
+
+    def _repair(self) -> int:
+        """Ends the file with a whole line; returns its size in bytes."""
+        size = self._file.seek(0, os.SEEK_END)
+        start = max(0, size - TAIL_BYTES)
+        self._file.seek(start)
+        tail = self._file.read()
+        torn = tail[tail.rfind(b"\n") + 1 :]
+        if not torn:
+            return size
+        if _parsed(torn) is not None:  # only its line end is missing
+            return size + self._file.write(b"\n")
+        self._file.truncate(size - len(torn))
+        log.warning("%s: removed a line that a crash had cut short", self.path)
+        return size - len(torn)
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """All records of a metrics file, and how many lines could not be read.
+
+    Raises FileNotFoundError.
+    """
+    records = [_parsed(line) for line in path.read_bytes().splitlines() if line.strip()]
+    return [record for record in records if record is not None], sum(record is None for record in records)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+# -- console -------------------------------------------------------------------------------------------------
+
+
+class ConsoleSink:
+    """One progress line per step; styled with rich on a terminal, plain text anywhere else.
+
+    Steps that follow faster than `min_interval_s` share a line: the newest wins, and the last step is always
+    printed. So is every evaluation.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        stream: IO[str] | None = None,
+        min_interval_s: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_steps = total_steps
+        self._stream = stream or sys.stdout
+        self._min_interval_s = min_interval_s
+        self._clock = clock
+        self._printed_at = -float("inf")
+        self._pending: StepMetrics | None = None
+        self._sync: SyncMetrics | None = None
+        self._print = _terminal_printer(self._stream) if self._stream.isatty() else self._print_plain
+
+    def write(self, metrics: AnyMetrics) -> None:
+        if isinstance(metrics, SyncMetrics):
+            self._sync = metrics
+        elif isinstance(metrics, EvalMetrics):
+            self._flush()
+            self._say(eval_line(metrics))
+        else:
+            self._pending = metrics
+            last = metrics.version >= self._total_steps
+            if last or self._clock() - self._printed_at >= self._min_interval_s:
+                self._flush()
+
+    def close(self) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            step, self._pending = self._pending, None
+            self._printed_at = self._clock()
+            self._say(step_line(step, self._total_steps, self._sync))
+
+    def _say(self, line: str) -> None:
+        try:
+            self._print(line)
+        except (OSError, ValueError):  # the reader left, or the stream was closed; there is nobody to tell
+            self._print = _print_nowhere
+
+    def _print_plain(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def step_line(step: StepMetrics, total_steps: int, sync: SyncMetrics | None) -> str:
+    """The progress line: reward, policy age, tokens per second, idle shares, time of the newest weight "
+    "sync."""
+    width = len(str(total_steps))
+    sync_ms = f"{sync.total_ms:4.0f} ms" if sync is not None else "   -   "
+    return (
+        f"{clock_time(step.wall_s)} step {step.version:>{width}}/{total_steps}"
+        f"  reward {step.reward_mean:6.3f}"
+        f"  age {step.policy_age_mean:4.2f} max {step.policy_age_max}"
+        f"  tok/s gen {_count(step.tokens_generated_per_s)} train {_count(step.tokens_trained_per_s)}"
+        f"  idle learner {_percent(step.learner_idle_share)} gen {_percent(step.generator_idle_share)}"
+        f"  sync {sync_ms}"
+    )
+
+
+def eval_line(result: EvalMetrics) -> str:
+    """The line of one evaluation."""
+    parts = "".join(f"  {name} {value:.3f}" for name, value in result.reward_parts.items())
+    failed = f", {result.prompts_failed} failed" if result.prompts_failed else ""
+    return (
+        f"{clock_time(result.wall_s)} eval of version {result.version}: reward "
+        f"{result.reward_mean:.3f}{parts}"
+        f"  ({result.prompts} prompts{failed}, greedy)"
+    )
+
+
+def clock_time(seconds: float | None) -> str:
+    """Seconds as mm:ss or h:mm:ss."""
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def _count(value: float | None) -> str:
+    return f"{value:6,.0f}" if value is not None else "     -"
+
+
+def _percent(value: float | None) -> str:
+    return f"{100 * value:3.0f}%" if value is not None else "   -"
+
+
+def _terminal_printer(stream: IO[str]) -> Callable[[str], None]:
+    from rich.console import Console  # a fifth of a second that only a terminal needs
+    from rich.highlighter import RegexHighlighter
+
+    class Figures(RegexHighlighter):
+        base_style = "figure."
+        highlights = [
+            r"(?P<label>[a-z/]+)",
+            r"reward\s+(?P<reward>-?[\d.]+)",
+            r"(?P<bad>\b[3-9]\d%|100%)",
+            r"^(?P<time>[\d:-]+)",
+        ]
+
+    from rich.theme import Theme
+
+    styles = {
+        "figure.label": "dim",
+        "figure.reward": "bold green",
+        "figure.bad": "yellow",
+        "figure.time": "dim",
+    }
+    console = Console(file=stream, theme=Theme(styles), highlighter=Figures())
+    return lambda line: console.print(line, markup=False, no_wrap=True, overflow="ellipsis", crop=True)
+
+
+def _print_nowhere(line: str) -> None:
+    return None

@@ -1,0 +1,135 @@
+"""What a model folder holds, read without torch: files, parameter count, shape of the KV cache."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncrl.errors import ModelError
+
+MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format itself
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model folder that is complete enough to be loaded."""
+
+    folder: Path
+    weight_files: tuple[Path, ...]
+    config: dict[str, Any]  # the parsed config.json
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    def num_parameters(self) -> int:
+        """Elements of all stored tensors, from the safetensors headers alone.
+
+        Raises ModelError when a header is malformed.
+        """
+        return sum(_count_elements(path) for path in self.weight_files)
+
+    def kv_bytes_per_token(self, element_bytes: int) -> int | None:
+        """Keys and values of one token: 2 x layers x kv_heads x head_dim x element_bytes.
+
+        None when config.json does not say.
+        """
+        config = self.config
+        layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
+        if not layers or not heads:
+            return None
+        head_dim = config.get("head_dim") or config.get("hidden_size", 0) // heads
+        return 2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * element_bytes
+
+
+def find_model(path: str) -> ModelFiles:
+    """The model at `path`: a folder, or the name of a model in the local Hugging Face cache.
+
+    Raises ModelError when there is no such folder, or when config.json, tokenizer or weights are missing.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        cached = _cached_snapshot(path)
+        if cached is None:
+            raise ModelError(_missing(path))
+        folder = cached
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model.path={path} has no config.json: it is not a Hugging Face model folder") from None
+    except ValueError as error:
+        raise ModelError(f"model.path={path}: config.json cannot be read ({error}); copy the model again") from None
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"model.path={path} holds no tokenizer (one of {', '.join(TOKENIZER_FILES)}); "
+            f"save it beside the weights with tokenizer.save_pretrained"
+        )
+    return ModelFiles(folder, _weight_files(path, folder), config)
+
+
+def _missing(path: str) -> str:
+    message = f"model.path={path}: there is no such folder; bin/warmup makes tiny models for a task"
+    if not path.startswith((".", "/", "~")) and path.count("/") == 1:
+        message += f", and `hf download {path}` fetches a model of that name into {_hub_cache()}"
+    return message
+
+
+def _hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    """The folder the cache's main reference points to, as `hf download NAME` left it."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return None
+    repository = _hub_cache() / ("models--" + name.replace("/", "--"))
+    reference = repository / "refs" / "main"
+    if not reference.is_file():
+        return None
+    snapshot = repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
+    return snapshot if snapshot.is_dir() else None
+
+
+def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            raise ModelError(f"model.path={path}: {index.name} cannot be read; copy the model again") from None
+        files = tuple(folder / name for name in sorted(names))
+    else:
+        files = tuple(sorted(folder.glob("*.safetensors")))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"model.path={path}: the index names {missing[0]}, which is missing; copy the model again")
+    if not files:
+        raise ModelError(
+            f"model.path={path} holds no .safetensors file; save the model with save_pretrained (pickled "
+            "weights are not read)"
+        )
+    return files
+
+
+def _count_elements(path: Path) -> int:
+    malformed = f"{path} is not a safetensors file; copy the model again"
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ModelError(malformed)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise ModelError(malformed)
+        header = file.read(length)
+    try:
+        tensors = json.loads(header)
+        return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(malformed) from None

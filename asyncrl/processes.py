@@ -1,0 +1,45 @@
+"""What daemons need from the operating system: CPU pinning, signals as events, death with the parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+from asyncrl.errors import ConfigError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def pin_to(cpus: list[int], key: str) -> None:
+    """Keeps this process and its children on `cpus`; an empty list leaves them free.
+
+    Raises ConfigError naming `key` when the machine does not have those CPUs.
+    """
+    if not cpus:
+        return
+    available = os.sched_getaffinity(0)
+    if not set(cpus) <= available:
+        raise ConfigError(f"{key}={cpus}: this process may use CPUs {sorted(available)}; choose among them or []")
+    os.sched_setaffinity(0, cpus)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent is gone: nothing outlives the daemon it belongs to."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT as a flag and a file descriptor to wait on. A second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.received: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+        os.eventfd_write(self.fd, 1)

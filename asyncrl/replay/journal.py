@@ -1,0 +1,334 @@
+"""The rollout journal: an append-only log on disk. A rollout is acknowledged only after `sync` returned.
+
+Layout: numbered segment files of about 64 MiB in one folder, laid out as `replay.segment` says.
+
+The order that makes "an acknowledged rollout is never lost, and none is trained twice" true:
+
+    append(StoredGroup) -> sync -> Ack goes out          a crash before sync: the generator sends it again
+    append(StepTaken)   -> sync -> batch to the trainer  a crash after sync: the same batch is trained again
+    checkpoint of version v is durable -> delete_before(v)
+
+What `open` finds damaged is counted, never passed over in silence. An incomplete end of the last segment is
+what a crash in mid-write leaves: it was never acknowledged and is cut off (`torn_bytes`). Anything else is
+skipped up to the next whole record and listed in `damage`.
+
+A failed write or sync breaks the journal for good: after a failed fdatasync the kernel may have dropped the
+pages, so trying again could report success for data that is gone. The learner exits; nothing unsynced was
+acknowledged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from asyncrl.errors import JournalError
+from asyncrl.replay.disk import lock_folder, make_folder, sync_folder, write_all
+from asyncrl.replay.journal_reader import JournalReader, Location, segment_path
+from asyncrl.replay.records import GroupsDropped, Record, StepTaken, StoredGroup
+from asyncrl.replay.segment import HEADER_BYTES, encode, new_header, read_salt, scan
+
+SYNC_AFTER_S = 0.020
+SYNC_AFTER_BYTES = 8 * 2**20
+SEGMENT_BYTES = 64 * 2**20
+
+
+class Damage(NamedTuple):
+    """Bytes of a segment that are no whole record."""
+
+    location: Location
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Segment:
+    number: int
+    path: Path
+    num_bytes: int
+    salt: int
+    groups: set[tuple[int, int]] = field(default_factory=set)
+    untrained: set[tuple[int, int]] = field(default_factory=set)
+    newest_step: int = -1  # newest version whose step trained a group of this segment
+
+    def needed_only_before(self, version: int) -> bool:
+        return not self.untrained and self.newest_step < version
+
+
+class Journal:
+    """Append, sync, read back, delete. Single-threaded; times are monotonic seconds passed in.
+
+        journal = Journal.open(run_dir / "journal")
+        for entry in journal.read_all(): ...         # recovery, see replay.recovery
+        journal.append(group, now)
+        if journal.next_sync_due <= now:             # a deadline of the caller's event loop
+            journal.sync()                           # now everything appended is durable
+
+    pending_bytes were appended and not synced; torn_bytes and damage are what `open` found.
+    """
+
+    def __init__(self, folder: Path, lock_fd: int, segment_bytes: int) -> None:
+        self._folder = folder
+        self._lock_fd = lock_fd
+        self._segment_bytes = segment_bytes
+        self._segments: list[_Segment] = []
+        self._segment_of_group: dict[tuple[int, int], _Segment] = {}
+        self._steps: dict[int, tuple[int, StepTaken]] = {}  # version -> segment number, record
+        self._fd = -1
+        self._pending: list[bytes] = []
+        self._pending_since = 0.0
+        self._broken = ""
+        self.pending_bytes = 0
+        self.torn_bytes = 0
+        self.damage: list[Damage] = []
+
+    @classmethod
+    def open(cls, folder: Path | str, segment_bytes: int = SEGMENT_BYTES) -> Journal:
+        """Locks the folder (made if missing), cuts off a torn end, and is ready to append.
+
+        Raises JournalError when another learner holds the folder (its pid is named) or the disk fails.
+        """
+        folder = Path(folder)
+        try:
+            make_folder(folder)
+            journal = cls(folder, lock_folder(folder), segment_bytes)
+            try:
+                journal._load()
+            except BaseException:
+                journal.close()
+                raise
+        except OSError as error:
+            raise JournalError(f"cannot open the journal {folder}: {error}; make it writable") from error
+        return journal
+
+    def close(self) -> None:
+        """Releases the files and the lock. What was not synced is not written: it was never acknowledged."""
+        self._pending.clear()
+        self.pending_bytes = 0
+        self._broken = self._broken or "it is closed"
+        for fd in (self._fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lock_fd = -1
+
+    # -- writing ---------------------------------------------------------------------------------------------
+
+    @property
+    def next_sync_due(self) -> float:
+        """When what is pending should be synced; infinity when nothing is."""
+        if not self._pending:
+            return float("inf")
+        if self.pending_bytes >= SYNC_AFTER_BYTES:
+            return self._pending_since
+        return self._pending_since + SYNC_AFTER_S
+
+    def append(self, record: Record, now: float) -> Location:
+        """Adds a record to the next sync. Raises JournalError if a new segment is due and the disk fails."""
+        self._check_usable()
+        segment = self._segments[-1]
+        frame = encode(record, segment.salt)
+        used = segment.num_bytes + self.pending_bytes
+        if used > HEADER_BYTES and used + len(frame) > self._segment_bytes:
+            self.sync()
+            segment = self._start_segment(segment.number + 1)
+            frame = encode(record, segment.salt)
+        if not self._pending:
+            self._pending_since = now
+        location = Location(segment.number, segment.num_bytes + self.pending_bytes)
+        self._pending.append(frame)
+        self.pending_bytes += len(frame)
+        self._index(record, segment)
+        return location
+
+    def sync(self) -> None:
+        """Makes everything appended durable. Raises JournalError; then nothing more may be acknowledged."""
+        self._check_usable()
+        if not self._pending:
+            return
+        segment = self._segments[-1]
+        try:
+            write_all(self._fd, b"".join(self._pending))
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._broken = f"an earlier write failed: {error}"
+            self._cut_quietly(segment)
+            raise JournalError(
+                f"cannot write {self.pending_bytes} bytes to {segment.path}: {error}; nothing of it was "
+                f"acknowledged. Free space on that file system and start the learner again: it resumes there"
+            ) from error
+        segment.num_bytes += self.pending_bytes
+        self._pending.clear()
+        self.pending_bytes = 0
+
+    def delete_before(self, version: int) -> int:
+        """Deletes leading segments that no recovery from the checkpoint of `version` or a newer one needs.
+
+        Such a segment was closed before the step that made `version` was taken (so that the checkpoint's own
+        state covers what it acknowledges), and its groups were trained by then or dropped. With several
+        checkpoints kept, pass the oldest. Returns how many segments were deleted.
+        """
+        limit = self._steps[version - 1][0] if version - 1 in self._steps else -1
+        deleted = 0
+        while (segment := self._segments[0]).number < limit and segment.needed_only_before(version):
+            # One directory sync each: after a power loss the segments left are still without a gap.
+            segment.path.unlink()
+            sync_folder(self._folder)
+            self._forget(segment)
+            deleted += 1
+        return deleted
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk plus pending."""
+        return sum(segment.num_bytes for segment in self._segments) + self.pending_bytes
+
+    def read_all(self) -> JournalReader:
+        """Every whole synced record, oldest first."""
+        return JournalReader(self._folder, [segment.number for segment in self._segments])
+
+    def read_at(self, location: Location) -> Record:
+        """The synced record at `location`. Raises JournalError when it is not there or damaged."""
+        return self.read_all().read_at(location)
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        paths = sorted(self._folder.glob("*.segment"))
+        for path in paths:
+            self._load_segment(path, is_last=path == paths[-1])
+        if not self._segments:
+            self._start_segment(1)
+        else:
+            self._fd = os.open(self._segments[-1].path, os.O_WRONLY | os.O_APPEND)
+
+    def _load_segment(self, path: Path, is_last: bool) -> None:
+        data = path.read_bytes()
+        if is_last and len(data) < HEADER_BYTES:
+            # A crash while the segment was made: nothing is in it.
+            path.unlink()
+            sync_folder(self._folder)
+            self.torn_bytes += len(data)
+            return
+        try:
+            salt = read_salt(data)
+        except JournalError as error:
+            raise JournalError(
+                f"{path} {error}; it is damaged or of another release: restore it or move it away"
+            ) from None
+        segment = _Segment(int(path.stem), path, len(data), salt)
+        self._segments.append(segment)
+        for offset, end, record in scan(data):
+            if record is not None:
+                self._index(record, segment)
+            elif is_last and end == len(data):
+                self._cut(segment, offset)
+                self.torn_bytes += end - offset
+            else:
+                self.damage.append(Damage(Location(segment.number, offset), end - offset))
+
+    def _start_segment(self, number: int) -> _Segment:
+        path = segment_path(self._folder, number)
+        header = new_header()
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                write_all(fd, header)
+                os.fsync(fd)
+                sync_folder(self._folder)
+            except OSError:
+                os.close(fd)
+                raise
+        except OSError as error:
+            self._broken = f"an earlier write failed: {error}"
+            raise JournalError(f"cannot start segment {path}: {error}; free space and start again") from error
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+        self._segments.append(_Segment(number, path, HEADER_BYTES, read_salt(header)))
+        return self._segments[-1]
+
+    def _index(self, record: Record, segment: _Segment) -> None:
+        """Keeps per segment what `delete_before` asks."""
+        if isinstance(record, StoredGroup):
+            group = (record.ordinal, record.attempt)
+            segment.groups.add(group)
+            segment.untrained.add(group)
+            self._segment_of_group[group] = segment
+        elif isinstance(record, StepTaken):
+            self._void_steps_from(record.version)
+            self._steps[record.version] = (segment.number, record)
+            for home, group in self._homes(record.groups):
+                home.untrained.discard(group)
+                home.newest_step = max(home.newest_step, record.version)
+        elif isinstance(record, GroupsDropped):
+            for home, group in self._homes(record.groups):
+                home.untrained.discard(group)
+
+    def _void_steps_from(self, version: int) -> None:
+        """A step taken anew (its batch could not be read back) voids it and later ones: their groups wait."""
+        while version in self._steps:
+            _, step = self._steps.pop(version)
+            for home, group in self._homes(step.groups):
+                home.untrained.add(group)
+            version += 1
+
+    def _homes(self, groups: Iterable[tuple[int, int]]) -> Iterator[tuple[_Segment, tuple[int, int]]]:
+        for group in groups:
+            if (home := self._segment_of_group.get(group)) is not None:
+                yield home, group
+
+    def _forget(self, segment: _Segment) -> None:
+        self._segments.remove(segment)
+        for group in segment.groups:
+            if self._segment_of_group.get(group) is segment:
+                del self._segment_of_group[group]
+        self._steps = {version: step for version, step in self._steps.items() if step[0] != segment.number}
+
+    def _cut(self, segment: _Segment, num_bytes: int) -> None:
+        fd = os.open(segment.path, os.O_WRONLY)
+        try:
+            os.ftruncate(fd, num_bytes)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        segment.num_bytes = num_bytes
+
+    def _cut_quietly(self, segment: _Segment) -> None:
+        try:
+            self._cut(segment, segment.num_bytes)
+        except OSError:
+            # The torn end stays; the next open cuts it off.
+            return
+
+    def _check_usable(self) -> None:
+        if self._broken:
+            raise JournalError(f"the journal {self._folder} takes no more records: {self._broken}")
+
+
+def next_run_epoch(run_dir: Path | str) -> int:
+    """The run epoch of this learner start: 1, 2, 3, ...; durable before it is returned.
+
+    Call it with the journal open: its lock keeps a second learner out. Raises JournalError when the file is
+    damaged or cannot be written.
+    """
+    path = Path(run_dir) / "run_epoch"
+    try:
+        make_folder(path.parent)
+        text = path.read_text() if path.exists() else "0"
+        if not text.strip().isdecimal():
+            raise JournalError(f"{path} holds {text[:20]!r}, not a number; write the highest epoch of the logs there")
+        epoch = int(text) + 1
+        fresh = path.with_suffix(".new")
+        with fresh.open("w") as file:
+            file.write(f"{epoch}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise JournalError(f"cannot write {path}: {error}; make the run folder writable") from error
+    return epoch

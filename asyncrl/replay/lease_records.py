@@ -1,0 +1,57 @@
+"""What the lease desk and its callers say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from asyncrl.types import LeaseKey
+
+# Attempts of run epoch e are numbered from (e - 1) * 1000: a key of an earlier run epoch is never given out
+# again, though a restarted learner does not know which attempts were under way when it died.
+ATTEMPTS_PER_EPOCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRecord:
+    """A running lease. Times are monotonic seconds of the learner."""
+
+    key: LeaseKey
+    holder: str  # generator id
+    issued_version: int  # no token of its group is older
+    granted_at: float
+    deadline_at: float
+    pinned_version: int | None = None  # set on eval leases
+
+
+class Verdict(StrEnum):
+    """What becomes of a finished group."""
+
+    ACCEPTED = "accepted"  # the first one of its ordinal: journal it
+    DUPLICATE = "duplicate"  # the ordinal has its group: acknowledge and forget
+    UNKNOWN = "unknown"  # never leased, given up, or of an evaluation that is over: refuse
+
+
+class Acceptance(NamedTuple):
+    """`superseded` is the running lease of the same prompt, now needless: its holder should abandon it."""
+
+    verdict: Verdict
+    superseded: LeaseRecord | None = None
+
+
+class Reconciled(NamedTuple):
+    """What differs between the desk's leases of one generator and those it says it works on."""
+
+    lost: list[LeaseRecord]  # the generator does not know them: they are leased again
+    unexpected: list[LeaseKey]  # the desk does not count them as this generator's: adopt them or have them abandoned
+
+
+def first_attempt(run_epoch: int) -> int:
+    """The number of the first attempt in `run_epoch`."""
+    return (run_epoch - 1) * ATTEMPTS_PER_EPOCH
+
+
+def blame(reason: str) -> bool:
+    """Whether a failure may be the prompt's own doing, so that repeating it for ever would wedge the run."""
+    return reason in {"reward_error", "reward_timeout", "engine", "deadline", "expired"}

@@ -1,0 +1,164 @@
+"""What the journal holds: one class per kind of record, each with its own bytes.
+
+A record's payload is msgpack; a group's is a length-prefixed msgpack header followed by its frame body,
+untouched. Frame and checksum belong to `replay.segment`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import msgpack
+
+from asyncrl.errors import JournalError
+from asyncrl.types import LeaseKey, LeaseKind
+
+_HEADER_LENGTH = struct.Struct("<I")
+
+
+class RecordKind(IntEnum):
+    """The kind byte of a record."""
+
+    GROUP = 1
+    STEP = 2
+    SEEN = 3
+    DROPPED = 4
+    GIVEN_UP = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """An accepted training group: what the buffer sorts by, whose message it was, and the message body.
+
+    issued_version is that of its lease; oldest_version and newest_version span its tokens, so
+    issued_version <= oldest_version <= newest_version for a lease that was kept to.
+    """
+
+    kind: ClassVar[RecordKind] = RecordKind.GROUP
+
+    generator_id: str
+    incarnation: int
+    seq: int
+    ordinal: int
+    attempt: int
+    issued_version: int
+    oldest_version: int
+    newest_version: int
+    num_tokens: tuple[int, ...]  # completion tokens of each rollout
+    body: bytes  # the frame body of its GroupResult
+
+    @property
+    def key(self) -> LeaseKey:
+        return LeaseKey(LeaseKind.TRAIN, self.ordinal, self.attempt)
+
+    def payload(self) -> bytes:
+        header = msgpack.packb([*self._header(), list(self.num_tokens)])
+        return b"".join((_HEADER_LENGTH.pack(len(header)), header, self.body))
+
+    def _header(self) -> tuple[Any, ...]:
+        versions = (self.issued_version, self.oldest_version, self.newest_version)
+        return (self.generator_id, self.incarnation, self.seq, self.ordinal, self.attempt, *versions)
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> StoredGroup:
+        (length,) = _HEADER_LENGTH.unpack_from(payload)
+        start = _HEADER_LENGTH.size
+        *fields, num_tokens = msgpack.unpackb(payload[start : start + length])
+        return cls(*fields, num_tokens=tuple(num_tokens), body=payload[start + length :])
+
+
+@dataclass(frozen=True, slots=True)
+class StepTaken:
+    """These groups, in this order, are the batch that makes `version` + 1. Durable before training on it."""
+
+    kind: ClassVar[RecordKind] = RecordKind.STEP
+
+    version: int
+    groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
+
+    def payload(self) -> bytes:
+        return msgpack.packb([self.version, [list(group) for group in self.groups]])
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> StepTaken:
+        version, groups = msgpack.unpackb(payload)
+        return cls(version, _pairs(groups))
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSeen:
+    """A message was acknowledged that left no group (a failure, an evaluation). For dedup only."""
+
+    kind: ClassVar[RecordKind] = RecordKind.SEEN
+
+    generator_id: str
+    incarnation: int
+    seq: int
+
+    def payload(self) -> bytes:
+        return msgpack.packb([self.generator_id, self.incarnation, self.seq])
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> MessageSeen:
+        return cls(*msgpack.unpackb(payload))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupsDropped:
+    """Accepted groups that were found over-age and will not be trained; their ordinals are leased again."""
+
+    kind: ClassVar[RecordKind] = RecordKind.DROPPED
+
+    groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
+
+    def payload(self) -> bytes:
+        return msgpack.packb([list(group) for group in self.groups])
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> GroupsDropped:
+        return cls(_pairs(msgpack.unpackb(payload)))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptGivenUp:
+    """No group will come for this ordinal; a new ordinal takes its slot."""
+
+    kind: ClassVar[RecordKind] = RecordKind.GIVEN_UP
+
+    ordinal: int
+
+    def payload(self) -> bytes:
+        return msgpack.packb(self.ordinal)
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> PromptGivenUp:
+        return cls(msgpack.unpackb(payload))
+
+
+Record = StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp
+
+_CLASSES: dict[int, type[Record]] = {
+    record.kind: record for record in (StoredGroup, StepTaken, MessageSeen, GroupsDropped, PromptGivenUp)
+}
+
+
+def decode(kind: int, payload: bytes) -> Record:
+    """The record of a payload with the right checksum. Raises JournalError for what another release wrote."""
+    record_class = _CLASSES.get(kind)
+    if record_class is None:
+        raise JournalError(f"journal record of unknown kind {kind}; a newer release wrote it: use that one")
+    try:
+        return record_class.from_payload(payload)
+    except (ValueError, TypeError, struct.error, msgpack.UnpackException) as error:
+        raise JournalError(
+            f"journal record of kind {record_class.kind.name} cannot be decoded ({error}); "
+            f"another release wrote it: use that one"
+        ) from error
+
+
+def _pairs(items: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(ordinal), int(attempt)) for ordinal, attempt in items)

@@ -1,0 +1,109 @@
+"""What a restarted learner does, read from the newest checkpoint's state and the journal after it.
+
+    journal = Journal.open(run_dir / "journal")
+    settled = Frontier.from_state(state["settled"])            # state: LeaseDesk.state() at the checkpoint
+    plan = replay_plan(checkpoint_version, settled, journal.read_all())
+    desk.restore(state, plan.trained, [group.key for group in plan.buffered], plan.given_up)
+    for group in plan.buffered: buffer.add(group)
+    for step in plan.steps: train [journal.read_at(place) for place in step.places]
+
+The last line trains the same batches in the same order again, and no rollout is generated for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from asyncrl.replay.frontier import Frontier
+from asyncrl.replay.journal_reader import JournalReader, Location
+from asyncrl.replay.records import GroupsDropped, MessageSeen, PromptGivenUp, StepTaken, StoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayStep:
+    """The batch that made `version` + 1, in its order. Bodies stay on disk until their step comes."""
+
+    version: int
+    groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
+    places: tuple[Location, ...]
+
+
+@dataclass(slots=True)
+class ReplayPlan:
+    """What to train again, what to buffer, what to remember.
+
+    seen holds, for each (generator id, incarnation), the seqs the journal knows: the dedup state to merge.
+    broken_at is the version of the first step whose batch cannot be read back (its record or one of its
+    groups was damaged): from there on training goes on with other batches, and the groups of later steps are
+    buffered again.
+    """
+
+    steps: list[ReplayStep] = field(default_factory=list)
+    buffered: list[StoredGroup] = field(default_factory=list)
+    given_up: list[int] = field(default_factory=list)
+    seen: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    broken_at: int | None = None
+
+    @property
+    def trained(self) -> list[int]:
+        """Ordinals of all steps to train again."""
+        return [ordinal for step in self.steps for ordinal, _ in step.groups]
+
+
+def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalReader) -> ReplayPlan:
+    """Reads the journal into a plan.
+
+    checkpoint_version  version of the checkpoint that is resumed; 0 without one
+    settled             ordinals trained or given up by then; empty without one
+    Bodies are read for the buffer only: memory stays within its bound, however long the journal. Every
+    accepted group ends in exactly one of: settled, a step, the buffer. A step taken anew replaces its earlier
+    record and all later ones: those were of a future that a damaged journal had made impossible to repeat.
+    """
+    plan = ReplayPlan()
+    groups: dict[tuple[int, int], Location] = {}
+    dropped: set[tuple[int, int]] = set()
+    steps: dict[int, StepTaken] = {}
+    for location, record in journal:
+        match record:
+            case StoredGroup():
+                _see(plan, record)
+                groups[record.ordinal, record.attempt] = location
+            case StepTaken():
+                for version in range(record.version, max(steps, default=-1) + 1):
+                    steps.pop(version, None)
+                steps[record.version] = record
+            case MessageSeen():
+                _see(plan, record)
+            case GroupsDropped():
+                dropped.update(record.groups)
+            case PromptGivenUp():
+                plan.given_up.append(record.ordinal)
+    _plan_steps(plan, checkpoint_version, steps, groups)
+    trained_before = (step.groups for version, step in steps.items() if version < checkpoint_version)
+    done = {*plan.trained, *plan.given_up, *(ordinal for step in trained_before for ordinal, _ in step)}
+    left = {
+        group[0]: location
+        for group, location in groups.items()
+        if group[0] not in done and group[0] not in settled and group not in dropped
+    }
+    plan.buffered = [journal.read_at(left[ordinal]) for ordinal in sorted(left)]
+    return plan
+
+
+def _see(plan: ReplayPlan, record: StoredGroup | MessageSeen) -> None:
+    plan.seen.setdefault((record.generator_id, record.incarnation), set()).add(record.seq)
+
+
+def _plan_steps(
+    plan: ReplayPlan,
+    checkpoint_version: int,
+    steps: dict[int, StepTaken],
+    places: dict[tuple[int, int], Location],
+) -> None:
+    version = checkpoint_version
+    while version in steps and all(group in places for group in steps[version].groups):
+        batch = steps[version].groups
+        plan.steps.append(ReplayStep(version, batch, tuple(places[group] for group in batch)))
+        version += 1
+    if version <= max(steps, default=-1):
+        plan.broken_at = version

@@ -1,0 +1,324 @@
+"""The desk's end of the sessions: admission, deduplication, liveness. No sockets, no clock, no journal.
+
+A result is settled once it is durable, or refused for good. Which seqs are settled must survive the learner
+together with the results: `state` goes into the checkpoint, `replay` repeats what the journal has since.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from asyncrl.transport import limits
+from asyncrl.transport.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refused, Welcome
+
+
+class Offer(StrEnum):
+    """What to do with a result that arrived."""
+
+    NEW = "new"  # check it, then reject, or write it, sync and mark_durable
+    DUPLICATE = "duplicate"  # settled before: answer_duplicate
+    PENDING = "pending"  # being written: the Ack will follow
+    TOO_FAR = "too_far"  # over credit or window: ignore it, it comes again
+
+
+class Liveness(StrEnum):
+    """What is known about a generator. Only ALIVE ones get leases; those of DEAD and GONE ones are free."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"  # silent for a moment
+    DEAD = "dead"  # silent for long, or beating without progress
+    GONE = "gone"  # said Bye, or was replaced by a newer incarnation
+
+
+class SettledSeqs:
+    """Which seqs of one incarnation were seen: all up to `watermark`, single ones beyond, some in writing."""
+
+    def __init__(self, watermark: int = 0, beyond: Iterable[int] = ()) -> None:
+        self.watermark = watermark
+        self.beyond = set(beyond)
+        self.pending_bytes = 0
+        self._pending: dict[int, int] = {}  # seq -> bytes
+
+    def offer(self, seq: int, nbytes: int, credit_bytes: int) -> Offer:
+        if seq <= self.watermark or seq in self.beyond:
+            return Offer.DUPLICATE
+        if seq in self._pending:
+            return Offer.PENDING
+        over_credit = self._pending and self.pending_bytes + nbytes > credit_bytes
+        if seq > self.watermark + limits.SEQ_WINDOW or over_credit:
+            return Offer.TOO_FAR
+        self._pending[seq] = nbytes
+        self.pending_bytes += nbytes
+        return Offer.NEW
+
+    def settle(self, seq: int) -> None:
+        self.pending_bytes -= self._pending.pop(seq, 0)
+        if seq > self.watermark:
+            self.beyond.add(seq)
+            self._advance()
+
+    def settle_below(self, seq: int) -> None:
+        """The generator holds nothing below `seq`: whatever became of it, it will not come again."""
+        self.watermark = max(self.watermark, seq - 1)
+        self.beyond = {other for other in self.beyond if other > self.watermark}
+        self._advance()
+
+    def _advance(self) -> None:
+        while self.watermark + 1 in self.beyond:
+            self.watermark += 1
+            self.beyond.discard(self.watermark)
+
+
+@dataclass(eq=False, slots=True)
+class DeskSession:
+    """One incarnation of one generator, as the desk sees it. `liveness` is what `tick` last found."""
+
+    generator_id: str
+    incarnation: int
+    instance: str  # tells two processes apart that claim the same id and incarnation; empty = not known yet
+    seqs: SettledSeqs
+    heard_at: float
+    peer: bytes | None = None  # routing id; None = not connected
+    hello: Hello | None = None
+    beat: Beat | None = None
+    progress_at: float = 0.0
+    liveness: Liveness = Liveness.ALIVE
+    nacks: OrderedDict[int, Nack] = field(default_factory=OrderedDict)  # recent ones, by seq
+
+    def on_beat(self, beat: Beat, now: float) -> None:
+        """Takes in a beat. Answer it with an Ack: that is how the generator knows that the desk lives."""
+        if self.beat is None or not beat.active or _progress(beat) != _progress(self.beat):
+            self.progress_at = now
+        self.beat = beat
+
+    def measure(self, now: float) -> Liveness:
+        """Liveness by the clock."""
+        if self.liveness is Liveness.GONE:
+            return Liveness.GONE
+        silence_s = now - self.heard_at
+        working = self.beat is not None and bool(self.beat.active)
+        stuck = working and now - self.progress_at >= limits.NO_PROGRESS_S
+        if stuck or silence_s >= limits.DEAD_S:
+            return Liveness.DEAD
+        return Liveness.SUSPECT if silence_s >= limits.SUSPECT_S else Liveness.ALIVE
+
+
+def _progress(beat: Beat) -> tuple[int, ...]:
+    return beat.tokens_generated, beat.rollouts_completed, beat.rewards_failed, beat.generations_failed
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The outcome of a Hello: send `reply`. `session` is None when refused.
+
+    released: (generator_id, incarnation) whose leases are free because a newer incarnation took its place.
+    """
+
+    reply: Welcome | Refused
+    session: DeskSession | None = None
+    released: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a generator must have in common with the learner."""
+
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    task: str
+
+
+class DeskSessions:
+    """All generators that the desk knows, by id and by routing id. Iterates over their sessions.
+
+    credit_bytes: results one generator may have under way. May be lowered to slow all of them down, 0 stops them.
+    """
+
+    def __init__(
+        self, *, run_epoch: int, run_name: str, expected: Expected, credit_bytes: int, max_frame_bytes: int
+    ) -> None:
+        self.run_epoch = run_epoch
+        self.credit_bytes = credit_bytes
+        self._credit_limit_bytes = credit_bytes
+        self.superseded_by: int | None = None  # a higher run epoch, seen by a generator: we are the old one
+        self._run_name = run_name
+        self._expected = expected
+        self._max_frame_bytes = max_frame_bytes
+        self._by_id: dict[str, DeskSession] = {}
+        self._by_peer: dict[bytes, DeskSession] = {}
+
+    def __iter__(self) -> Iterator[DeskSession]:
+        return iter(list(self._by_id.values()))
+
+    def get(self, generator_id: str) -> DeskSession | None:
+        """The newest session of a generator."""
+        return self._by_id.get(generator_id)
+
+    # -- who is there
+
+    def hello(self, peer: bytes, hello: Hello, *, version: int, now: float) -> Admission:
+        """Admits or refuses the generator behind `peer`. version: the newest policy version."""
+        session = self._by_id.get(hello.generator_id)
+        if refused := self._mismatch(hello) or self._fence(session, hello):
+            return Admission(refused)
+        released = None
+        if session is None or hello.incarnation > session.incarnation:
+            if session is not None:
+                released = (session.generator_id, session.incarnation)
+            session = self._adopt(hello.generator_id, hello.incarnation, now)
+        self._by_peer.pop(session.peer or b"", None)
+        self._by_peer[peer] = session
+        session.peer, session.hello, session.instance = peer, hello, hello.instance
+        session.heard_at = session.progress_at = now
+        session.liveness = Liveness.ALIVE
+        session.seqs.settle_below(hello.first_unacked_seq)
+        welcome = Welcome(
+            run_epoch=self.run_epoch,
+            run_name=self._run_name,
+            version=version,
+            credit_bytes=self.credit_bytes,
+            acked_seq=session.seqs.watermark,
+            beat_s=limits.BEAT_S,
+            max_frame_bytes=self._max_frame_bytes,
+        )
+        return Admission(welcome, session, released)
+
+    def of(self, peer: bytes, now: float) -> DeskSession | None:
+        """The session behind `peer`, which was just heard. None: send it `unknown_peer`."""
+        session = self._by_peer.get(peer)
+        if session is not None:
+            session.heard_at = now
+        return session
+
+    def unknown_peer(self) -> Nack:
+        """Asks a peer to say hello: it knew the learner before this one, or its session was replaced."""
+        return Nack(self.run_epoch, seq=0, code="hello", reason="this learner does not know you: say hello")
+
+    def bye(self, session: DeskSession) -> None:
+        """The generator left: nothing of this incarnation will follow."""
+        session.liveness = Liveness.GONE
+        self._by_peer.pop(session.peer or b"", None)
+        session.peer = None
+
+    def tick(self, now: float) -> list[tuple[DeskSession, Liveness]]:
+        """Sessions whose liveness changed since the last call, each with what it was before."""
+        changed = []
+        for session in self._by_id.values():
+            before, session.liveness = session.liveness, session.measure(now)
+            if session.liveness is not before:
+                changed.append((session, before))
+        return changed
+
+    # -- results
+
+    def offer(self, session: DeskSession, seq: int, nbytes: int) -> Offer:
+        """What to do with result `seq` of `nbytes` bytes."""
+        return session.seqs.offer(seq, nbytes, self._credit_limit_bytes)
+
+    def mark_durable(self, session: DeskSession, seq: int) -> None:
+        """The result is on disk: from now on `ack` covers it."""
+        session.seqs.settle(seq)
+
+    def reject(self, session: DeskSession, seq: int, code: str, reason: str) -> Nack:
+        """The result will never be accepted. Send the Nack; if the result is repeated, it gets it again."""
+        session.seqs.settle(seq)
+        nack = session.nacks[seq] = Nack(self.run_epoch, seq, code, reason)
+        if len(session.nacks) > limits.SEQ_WINDOW:
+            session.nacks.popitem(last=False)
+        return nack
+
+    def answer_duplicate(self, session: DeskSession, seq: int) -> Ack | Nack:
+        """The answer to a result that was settled before."""
+        return session.nacks.get(seq) or self.ack(session)
+
+    def ack(self, session: DeskSession) -> Ack:
+        """Everything settled so far, and the credit."""
+        return Ack(self.run_epoch, session.seqs.watermark, sorted(session.seqs.beyond), self.credit_bytes)
+
+    # -- surviving a restart
+
+    def state(self) -> dict[str, Any]:
+        """What must survive, as plain data. Results in writing are not part of it."""
+        return {
+            session.generator_id: {
+                "incarnation": session.incarnation,
+                "instance": session.instance,
+                "watermark": session.seqs.watermark,
+                "beyond": sorted(session.seqs.beyond),
+            }
+            for session in self._by_id.values()
+        }
+
+    def restore(self, state: dict[str, Any], now: float) -> None:
+        """Takes over what `state` returned in an earlier learner. The generators have yet to say hello."""
+        for generator_id, saved in state.items():
+            session = self._adopt(generator_id, saved["incarnation"], now)
+            session.instance = saved["instance"]
+            session.seqs = SettledSeqs(saved["watermark"], saved["beyond"])
+
+    def replay(self, generator_id: str, incarnation: int, seq: int, now: float) -> None:
+        """Settles one seq that the journal holds; in any order, as often as it is there."""
+        session = self._by_id.get(generator_id)
+        if session is None or session.incarnation < incarnation:
+            session = self._adopt(generator_id, incarnation, now)
+        if session.incarnation == incarnation:
+            session.seqs.settle(seq)
+
+    # -- admission
+
+    def _mismatch(self, hello: Hello) -> Refused | None:
+        expected = self._expected
+        for code, want, got in (
+            ("protocol", PROTOCOL_VERSION, hello.protocol),
+            ("model", expected.model_fingerprint, hello.model_fingerprint),
+            ("tokenizer", expected.tokenizer_fingerprint, hello.tokenizer_fingerprint),
+            ("task", expected.task, hello.task),
+        ):
+            if want != got:
+                remedy = "asyncrl version" if code == "protocol" else code
+                reason = f"learner and generator differ in {code}: give both the same {remedy}"
+                return Refused(code, reason, str(want), str(got))
+        if hello.max_run_epoch > self.run_epoch:
+            self.superseded_by = max(hello.max_run_epoch, self.superseded_by or 0)
+            reason = (
+                "the generator has seen a newer run epoch: this learner was replaced, or its run.dir is new; "
+                "in the second case restart the generator"
+            )
+            return Refused("run_epoch", reason, f">= {hello.max_run_epoch}", str(self.run_epoch))
+        if not hello.generator_id or hello.incarnation < 1 or hello.first_unacked_seq < 1:
+            got = f"{hello.generator_id!r:.80}, {hello.incarnation}, {hello.first_unacked_seq}"
+            return Refused("protocol", "malformed Hello", "an id, incarnation and first_unacked_seq from 1", got)
+        return None
+
+    @staticmethod
+    def _fence(known: DeskSession | None, hello: Hello) -> Refused | None:
+        if known is None or hello.incarnation > known.incarnation:
+            return None
+        if hello.incarnation < known.incarnation:
+            reason = (
+                f"a newer process of generator {known.generator_id} was here; if that is not so, give this "
+                "one another generator.id"
+            )
+            return Refused("fenced", reason, f">= {known.incarnation}", str(hello.incarnation))
+        if known.instance not in ("", hello.instance):
+            # Two processes under one name would have each other's results taken for duplicates.
+            reason = f"two processes call themselves {known.generator_id}: give each its own generator.id"
+            return Refused("fenced", reason, known.instance, hello.instance)
+        return None
+
+    def _adopt(self, generator_id: str, incarnation: int, now: float) -> DeskSession:
+        """A new session, in place of any older incarnation's."""
+        old = self._by_id.pop(generator_id, None)
+        if old is None and len(self._by_id) >= limits.MAX_GENERATORS:
+            # The one silent for longest: its leases expired long ago, so nothing late of it could be accepted.
+            old = min(self._by_id.values(), key=lambda session: (session.peer is not None, session.heard_at))
+            del self._by_id[old.generator_id]
+        if old is not None:
+            self.bye(old)
+        session = DeskSession(generator_id, incarnation, "", SettledSeqs(), heard_at=now)
+        self._by_id[generator_id] = session
+        return session

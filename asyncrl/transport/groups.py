@@ -1,0 +1,238 @@
+"""Groups and leases to and from their messages, and the checks a group must pass before it is kept.
+
+Arrays are views into the received bytes: nothing is copied. A rollout travels as a map of
+tokens (int32), logprobs (float32), spans (int64 rows of start, stop, version), finish, reward and parts.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+
+from asyncrl.errors import ProtocolError
+from asyncrl.transport.messages import GroupResult, LeaseGrant
+from asyncrl.types import (
+    LOGPROB_DTYPE,
+    TOKEN_DTYPE,
+    FinishReason,
+    Group,
+    Lease,
+    LeaseKey,
+    LeaseKind,
+    Rollout,
+    VersionSpan,
+)
+
+# A log-prob above 0 by more than rounding, or below what any sampled token has, is garbage from the engine.
+MAX_LOGPROB = 1e-6
+MIN_LOGPROB = -1e4
+
+_SPAN = struct.Struct("<3q")
+_ROLLOUT_FIELDS = frozenset(("tokens", "logprobs", "spans", "finish", "reward", "parts"))
+_KINDS = {kind.value: kind for kind in LeaseKind}
+_FINISH_REASONS = {reason.value: reason for reason in FinishReason}
+
+
+def group_to_result(group: Group, seq: int, run_epoch: int) -> GroupResult:
+    """The message that carries `group`."""
+    kind, ordinal, attempt = group.key
+    return GroupResult(
+        seq=seq,
+        run_epoch=run_epoch,
+        kind=kind.value,
+        ordinal=ordinal,
+        attempt=attempt,
+        prompt=_raw(group.prompt_token_ids, TOKEN_DTYPE),
+        rollouts=[_rollout_to_map(rollout) for rollout in group.rollouts],
+    )
+
+
+def result_to_group(result: GroupResult) -> Group:
+    """The group in `result`: right types, unchecked values (`validate_group` checks those).
+
+    Raises ProtocolError.
+    """
+    name = f"group {result.kind} {result.ordinal}"
+    return Group(
+        key=lease_key(result.kind, result.ordinal, result.attempt),
+        prompt_token_ids=_array(result.prompt, TOKEN_DTYPE, f"{name}: prompt"),
+        rollouts=[_map_to_rollout(item, f"{name} rollout {i}") for i, item in enumerate(result.rollouts)],
+    )
+
+
+def lease_key(kind: str, ordinal: int, attempt: int) -> LeaseKey:
+    """The key that a message names. Raises ProtocolError."""
+    if kind not in _KINDS or ordinal < 0 or attempt < 0:
+        raise ProtocolError(
+            f"lease ({kind!r:.40}, {ordinal}, {attempt}): kind must be one of {sorted(_KINDS)}, "
+            "ordinal and attempt must not be negative"
+        )
+    return LeaseKey(_KINDS[kind], ordinal, attempt)
+
+
+def lease_to_grant(lease: Lease, run_epoch: int) -> LeaseGrant:
+    """The message that carries `lease`."""
+    kind, ordinal, attempt = lease.key
+    return LeaseGrant(
+        run_epoch=run_epoch,
+        kind=kind.value,
+        ordinal=ordinal,
+        attempt=attempt,
+        issued_version=lease.issued_version,
+        deadline_s=lease.deadline_s,
+        prompt=_raw(lease.prompt_token_ids, TOKEN_DTYPE),
+        payload=lease.payload,
+        num_rollouts=lease.num_rollouts,
+        max_new_tokens=lease.max_new_tokens,
+        temperature=lease.temperature,
+        pinned_version=lease.pinned_version,
+        seed=lease.seed,
+    )
+
+
+def grant_to_lease(grant: LeaseGrant) -> Lease:
+    """The lease in `grant`. Raises ProtocolError when it asks for what cannot be done."""
+    name = f"lease {grant.kind} {grant.ordinal}"
+    prompt = _array(grant.prompt, TOKEN_DTYPE, f"{name}: prompt")
+    limits = (len(prompt), grant.num_rollouts, grant.max_new_tokens, grant.deadline_s)
+    if min(limits) <= 0 or grant.temperature < 0:
+        raise ProtocolError(
+            f"{name}: prompt tokens, rollouts, max_new_tokens and deadline_s must be above 0, got {limits}; "
+            f"temperature must not be negative, got {grant.temperature}"
+        )
+    return Lease(
+        key=lease_key(grant.kind, grant.ordinal, grant.attempt),
+        issued_version=grant.issued_version,
+        deadline_s=grant.deadline_s,
+        prompt_token_ids=prompt,
+        payload=grant.payload,
+        num_rollouts=grant.num_rollouts,
+        max_new_tokens=grant.max_new_tokens,
+        temperature=grant.temperature,
+        pinned_version=grant.pinned_version,
+        seed=grant.seed,
+    )
+
+
+def validate_group(
+    group: Group,
+    *,
+    vocab_size: int,
+    prompt_token_ids: np.ndarray,
+    num_rollouts: int,
+    max_new_tokens: int,
+    oldest_version: int,
+    newest_version: int,
+    pinned_version: int | None = None,
+) -> None:
+    """Raises ProtocolError unless `group` is what its lease asked for and every number can be trained on.
+
+    prompt_token_ids (int32 [P]), num_rollouts, max_new_tokens and pinned_version are those of the lease;
+    versions of tokens must lie in [oldest_version, newest_version].
+    """
+    if not np.array_equal(group.prompt_token_ids, prompt_token_ids):
+        raise _bad(group, f"prompt of {len(group.prompt_token_ids)} tokens is not the leased one")
+    if len(group.rollouts) != num_rollouts:
+        raise _bad(group, f"{len(group.rollouts)} rollouts, the lease asked for {num_rollouts}")
+    if pinned_version is not None:
+        oldest_version = newest_version = pinned_version
+    for index, rollout in enumerate(group.rollouts):
+        _check_shape(group, index, rollout, max_new_tokens)
+        _check_spans(group, index, rollout, oldest_version, newest_version)
+        if not all(map(math.isfinite, (rollout.reward, *rollout.reward_parts.values()))):
+            raise _bad(group, f"reward {rollout.reward} {rollout.reward_parts} is not finite", index)
+    # One pass over all tokens: negative ids are large as unsigned, and min and max carry a NaN through.
+    tokens = np.concatenate([rollout.token_ids for rollout in group.rollouts]).view("<u4")
+    logprobs = np.concatenate([rollout.behaviour_logprobs for rollout in group.rollouts])
+    if not (logprobs.max() <= MAX_LOGPROB and logprobs.min() >= MIN_LOGPROB and tokens.max() < vocab_size):
+        _blame(group, vocab_size)
+
+
+def _check_shape(group: Group, index: int, rollout: Rollout, max_new_tokens: int) -> None:
+    length = len(rollout.token_ids)
+    if len(rollout.behaviour_logprobs) != length:
+        raise _bad(group, f"{length} tokens but {len(rollout.behaviour_logprobs)} log-probs", index)
+    if not 1 <= length <= max_new_tokens:
+        raise _bad(group, f"{length} tokens, must be 1 to max_new_tokens = {max_new_tokens}", index)
+
+
+def _check_spans(group: Group, index: int, rollout: Rollout, oldest: int, newest: int) -> None:
+    stop, version = 0, oldest
+    for span in rollout.version_spans:
+        if span.start != stop or span.stop <= span.start or not version <= span.version <= newest:
+            raise _bad(
+                group,
+                f"{span} after token {stop} of version {version}: spans must be contiguous, versions must "
+                f"not fall and must lie in [{oldest}, {newest}]",
+                index,
+            )
+        stop, version = span.stop, span.version
+    if stop != len(rollout.token_ids):
+        raise _bad(group, f"version spans cover {stop} of {len(rollout.token_ids)} tokens", index)
+
+
+def _blame(group: Group, vocab_size: int) -> None:
+    """Raises ProtocolError for the first bad token."""
+    for index, rollout in enumerate(group.rollouts):
+        logprobs, tokens = rollout.behaviour_logprobs, rollout.token_ids
+        # Written so that a NaN is bad.
+        bad = ~((logprobs <= MAX_LOGPROB) & (logprobs >= MIN_LOGPROB)) | (tokens < 0) | (tokens >= vocab_size)
+        if bad.any():
+            place = int(bad.argmax())
+            raise _bad(
+                group,
+                f"token {place} has id {tokens[place]} and log-prob {logprobs[place]}: the id must be in "
+                f"[0, {vocab_size}), the log-prob finite and in [{MIN_LOGPROB:g}, {MAX_LOGPROB:g}]",
+                index,
+            )
+    raise AssertionError("a group was found bad but no token of it is")
+
+
+def _bad(group: Group, what: str, index: int | None = None) -> ProtocolError:
+    kind, ordinal, attempt = group.key
+    rollout = "" if index is None else f" rollout {index}"
+    return ProtocolError(f"group {kind} {ordinal} attempt {attempt}{rollout}: {what}")
+
+
+def _rollout_to_map(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "tokens": _raw(rollout.token_ids, TOKEN_DTYPE),
+        "logprobs": _raw(rollout.behaviour_logprobs, LOGPROB_DTYPE),
+        "spans": b"".join(_SPAN.pack(span.start, span.stop, span.version) for span in rollout.version_spans),
+        "finish": rollout.finish_reason.value,
+        "reward": float(rollout.reward),
+        "parts": {name: float(part) for name, part in rollout.reward_parts.items()},
+    }
+
+
+def _map_to_rollout(item: dict[str, Any], name: str) -> Rollout:
+    if item.keys() != _ROLLOUT_FIELDS:
+        raise ProtocolError(f"{name} has fields {sorted(item)}, must be {sorted(_ROLLOUT_FIELDS)}")
+    finish, spans, parts = item["finish"], item["spans"], item["parts"]
+    if not isinstance(finish, str) or finish not in _FINISH_REASONS:
+        raise ProtocolError(f"{name}: finish is {finish!r:.40}, must be one of {sorted(_FINISH_REASONS)}")
+    if not isinstance(spans, bytes) or len(spans) % _SPAN.size:
+        raise ProtocolError(f"{name}: spans must be bytes in rows of {_SPAN.size}")
+    if not isinstance(parts, dict) or not all(type(value) is float for value in (item["reward"], *parts.values())):
+        raise ProtocolError(f"{name}: reward and each of its parts must be floats")
+    return Rollout(
+        token_ids=_array(item["tokens"], TOKEN_DTYPE, name),
+        behaviour_logprobs=_array(item["logprobs"], LOGPROB_DTYPE, name),
+        version_spans=tuple(VersionSpan(*row) for row in _SPAN.iter_unpack(spans)),
+        finish_reason=_FINISH_REASONS[finish],
+        reward=item["reward"],
+        reward_parts=parts,
+    )
+
+
+def _raw(array: np.ndarray, dtype: np.dtype) -> bytes:
+    return np.asarray(array, dtype=dtype).tobytes()
+
+
+def _array(raw: Any, dtype: np.dtype, name: str) -> np.ndarray:
+    if not isinstance(raw, bytes) or len(raw) % dtype.itemsize:
+        raise ProtocolError(f"{name}: an array of {dtype} must be bytes, a multiple of {dtype.itemsize} long")
+    return np.frombuffer(raw, dtype=dtype)

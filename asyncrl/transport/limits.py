@@ -1,0 +1,33 @@
+"""Every deadline and bound of the two links, in one place. Both ends of a session read the same values."""
+
+from __future__ import annotations
+
+# Link level: ZMTP heartbeats notice a cut cable; measured: 2.6 s (listener), 3.6 s (connector).
+HEARTBEAT_MS = 1_000
+HEARTBEAT_TIMEOUT_MS = 3_000
+HANDSHAKE_MS = 5_000
+CONNECT_TIMEOUT_MS = 3_000
+TCP_MAX_RETRANSMIT_MS = 10_000
+RECONNECT_MS = 200
+RECONNECT_MAX_MS = 8_000
+
+# Queues between application and I/O thread, in frames. Credit is the real bound, these are the backstop. Sending
+# comes in bursts (one lease per free sequence, a full outbox after a reconnect) of frames kept in any case.
+RECEIVE_QUEUE_FRAMES = 8
+SEND_QUEUE_FRAMES = 256
+# One call of receive() returns after this many frames, so that a busy peer cannot starve the loop.
+DRAIN_FRAMES = 256
+
+# Process level: ZMTP heartbeats come from the I/O thread and do not see a wedged process, beats do.
+BEAT_S = 1.0
+SUSPECT_S = 5.0
+DEAD_S = 15.0
+NO_PROGRESS_S = 120.0
+
+RESEND_FIRST_S = 0.5
+RESEND_MAX_S = 8.0
+
+# Results may be at most this far ahead of the oldest unsettled one: bounds the memory of seen seqs.
+SEQ_WINDOW = 1024
+# Generators whose seqs the desk remembers; the one gone longest is forgotten first.
+MAX_GENERATORS = 4096

@@ -1,0 +1,289 @@
+"""The sockets of both links: a ROUTER for the desk, DEALERs for generators and trainer ranks.
+
+One frame is one message. Sockets know nothing of sessions. Nothing here waits without a deadline, sessions
+resend what matters, and a queue that is full says so instead of growing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import math
+import uuid
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from zmq.auth.thread import ThreadAuthenticator
+
+from asyncrl.errors import BindError, ConfigError
+from asyncrl.transport import limits
+from asyncrl.transport.addresses import parse_address
+from asyncrl.transport.keys import ClientAuth, ServerAuth, public_key, read_allowed_keys
+from asyncrl.transport.links import CLIENT_EVENTS, HANDSHAKE_FAILURES, LinkMonitor, bind, set_options
+
+log = logging.getLogger(__name__)
+
+_ZAP_DOMAIN = "asyncrl"
+_ZERO_COPY_BYTES = 65_536  # below this a copy is cheaper than tracking the buffer
+
+
+class ServerSocket:
+    """The desk's ROUTER. For one thread.
+
+    address: tcp://HOST:PORT (port 0 or * = any free one) or ipc://PATH. Off loopback `auth` is required: an
+    unauthenticated peer could fill the memory of this process whatever the limits.
+    Raises BindError; ConfigError when the allow-list cannot be read.
+    """
+
+    def __init__(self, address: str, *, max_frame_bytes: int, auth: ServerAuth | None = None) -> None:
+        where = parse_address(address)
+        if auth is None and not where.is_loopback:
+            raise BindError(
+                f"{address} can be reached from other hosts and no keys are configured: set "
+                "transport.server_key_file and transport.allowed_keys_file "
+                "(python -m asyncrl.transport.keys DIR makes them), or listen on 127.0.0.1"
+            )
+        self.max_frame_bytes = max_frame_bytes
+        self.malformed_messages = 0  # not one frame each
+        self._context = zmq.Context()
+        self._authenticator: ThreadAuthenticator | None = None
+        self._socket = self._context.socket(zmq.ROUTER)
+        try:
+            set_options(self._socket, where, max_frame_bytes)
+            self._socket.set(zmq.ROUTER_MANDATORY, 1)  # sending to somebody unknown fails instead of vanishing
+            self._socket.set(zmq.ROUTER_HANDOVER, 0)
+            if auth is not None:
+                self._admit_by_key(auth)
+            self._link = LinkMonitor(self._context, self._socket, HANDSHAKE_FAILURES | zmq.EVENT_DISCONNECTED)
+            bind(self._socket, where)
+        except BaseException:
+            self.close()
+            raise
+        self.address: str = self._socket.get(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+
+    def poll(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
+        """(peer, frame) of what arrived, after waiting up to `timeout_s` for the first."""
+        self._socket.poll(_milliseconds(timeout_s))
+        return self.receive()
+
+    def receive(self) -> list[tuple[bytes, bytes]]:
+        """(peer, frame) of what has arrived, without waiting.
+
+        At most DRAIN_FRAMES, and no more once they are max_frame_bytes together.
+        """
+        self._link.read()
+        received: list[tuple[bytes, bytes]] = []
+        size = 0
+        while len(received) < limits.DRAIN_FRAMES and size < self.max_frame_bytes:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if len(parts) != 2:
+                self.malformed_messages += 1
+                continue
+            received.append((parts[0], parts[1]))
+            size += len(parts[1])
+        return received
+
+    def send(self, peer: bytes, frame: bytes) -> bool:
+        """False when the peer is gone or its queue is full; what matters is sent again on its next beat."""
+        try:
+            self._socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=len(frame) < _ZERO_COPY_BYTES)
+        except zmq.ZMQError as error:
+            if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    @property
+    def handshakes_refused(self) -> int:
+        """Connections turned away: no key, a key that is not in the allow-list, or not our protocol."""
+        return self._link.count(HANDSHAKE_FAILURES)
+
+    @property
+    def disconnects(self) -> int:
+        """Connections that ended, by either side or because no heartbeat came."""
+        return self._link.count(zmq.EVENT_DISCONNECTED)
+
+    def close(self) -> None:
+        """Closes at once; unsent frames are dropped."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+        self._context.destroy(linger=0)
+
+    def _admit_by_key(self, auth: ServerAuth) -> None:
+        """Without a handler for the ZAP domain libzmq would accept every key: it runs before the bind."""
+        read_allowed_keys(auth.allowed_keys_file)
+        self._authenticator = ThreadAuthenticator(self._context, log=log)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(_ZAP_DOMAIN, _AllowList(auth))
+        self._socket.set(zmq.CURVE_SERVER, 1)
+        self._socket.set(zmq.CURVE_SECRETKEY, auth.secret_key)
+        self._socket.set(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.encode())
+        self._socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+
+
+class _AllowList:
+    """Decides on keys at each handshake, from the file as it is then."""
+
+    def __init__(self, auth: ServerAuth) -> None:
+        self._path = auth.allowed_keys_file
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        # An error must end in a refusal: an exception would kill the thread and every later handshake with it.
+        try:
+            return key in read_allowed_keys(self._path)
+        except ConfigError as error:
+            log.error("refusing a generator: %s", error)
+            return False
+
+
+class SocketPoller:
+    """Waits for several sockets and file descriptors (a wake-up of a signal or a thread) at once."""
+
+    def __init__(self) -> None:
+        self._poller = zmq.Poller()
+        self._sources: dict[Any, ServerSocket | ClientSocket | int] = {}
+
+    def add(self, source: ServerSocket | ClientSocket | int) -> None:
+        """Adds a socket or a readable file descriptor. A client socket that reconnects must be added anew."""
+        handle = source if isinstance(source, int) else source._socket
+        self._poller.register(handle, zmq.POLLIN)
+        self._sources[handle] = source
+
+    def wait(self, timeout_s: float) -> list[ServerSocket | ClientSocket | int]:
+        """The sources that have something to read, after at most `timeout_s`."""
+        return [self._sources[handle] for handle, _ in self._poller.poll(_milliseconds(timeout_s))]
+
+
+class _Dealer:
+    """A DEALER that can be replaced by a fresh one, whose routing id the ROUTER has no stale state for.
+
+    Raises BindError for an address that cannot be, ConfigError when it needs keys and there are none.
+    """
+
+    _socket_class: type[zmq.Socket] = zmq.Socket
+    _socket: Any  # of that class
+
+    def __init__(self, address: str, *, max_frame_bytes: int, auth: ClientAuth | None = None) -> None:
+        self._where = parse_address(address)
+        if auth is None and not self._where.is_loopback:
+            raise ConfigError(
+                f"{address} is not on this host and no keys are configured: set "
+                "transport.client_key_file and transport.server_public_key_file"
+            )
+        self.address = address
+        self.max_frame_bytes = max_frame_bytes
+        self._auth = auth
+        self._context = zmq.Context()
+        self._connect()
+
+    def reconnect(self) -> None:
+        """Drops the connection and makes a new one under a new routing id; the session must say hello again.
+
+        To be called by whoever receives: a receive under way elsewhere would be cancelled.
+        """
+        self._link.close()
+        self._socket.close(linger=0)
+        self._connect()
+
+    @property
+    def link(self) -> str:
+        """The state of the connection, in words: "up", or why not."""
+        return self._link.status
+
+    @property
+    def disconnects(self) -> int:
+        """How often this connection ended, by either side or because no heartbeat came."""
+        return self._link.count(zmq.EVENT_DISCONNECTED)
+
+    def _close_socket(self, flush_s: float) -> None:
+        """Terminating the context then returns when all is sent or `flush_s` is over."""
+        self._link.close()
+        self._socket.close(linger=_milliseconds(flush_s))
+
+    def _connect(self) -> None:
+        self._socket = self._context.socket(zmq.DEALER, socket_class=self._socket_class)
+        set_options(self._socket, self._where, self.max_frame_bytes)
+        # Ids that start with a zero byte are reserved by libzmq.
+        self._socket.set(zmq.ROUTING_ID, b"a" + uuid.uuid4().bytes)
+        if self._auth is not None:
+            self._socket.set(zmq.CURVE_SERVERKEY, self._auth.server_public_key)
+            self._socket.set(zmq.CURVE_SECRETKEY, self._auth.secret_key)
+            self._socket.set(zmq.CURVE_PUBLICKEY, public_key(self._auth.secret_key))
+        self._link = LinkMonitor(self._context, self._socket, CLIENT_EVENTS)
+        self._socket.connect(self._where.text)
+
+
+class ClientSocket(_Dealer):
+    """A DEALER for one thread: the trainer link."""
+
+    def send(self, frame: bytes, timeout_s: float = 1.0) -> bool:
+        """False when it could not be queued within `timeout_s`: no connection, or the peer reads nothing."""
+        if not self._socket.poll(_milliseconds(timeout_s), zmq.POLLOUT):
+            return False
+        try:
+            self._socket.send(frame, zmq.NOBLOCK, copy=len(frame) < _ZERO_COPY_BYTES)
+        except zmq.Again:
+            return False
+        return True
+
+    def recv(self, timeout_s: float) -> bytes | None:
+        """The next frame, None when none came within `timeout_s`."""
+        self._link.read()
+        if not self._socket.poll(_milliseconds(timeout_s)):
+            return None
+        try:
+            return self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def close(self, flush_s: float = 0.0) -> None:
+        """Closes; what is queued gets `flush_s` to leave."""
+        self._close_socket(flush_s)
+        self._context.term()
+
+
+class AsyncClientSocket(_Dealer):
+    """A DEALER for the generator's event loop, with frames. Make it inside the running loop."""
+
+    _socket_class = zmq.asyncio.Socket
+
+    def send(self, frame: bytes) -> bool:
+        """False when the frame was not queued: no connection, or the queue is full."""
+        # Without blocking the future is done on return; one that is not would send at some later time.
+        future = self._socket.send(frame, zmq.NOBLOCK, copy=len(frame) < _ZERO_COPY_BYTES)
+        if not future.done():
+            future.cancel()
+            return False
+        error = future.exception()
+        if error is not None and not isinstance(error, zmq.Again):
+            raise error
+        return error is None
+
+    async def receive(self, timeout_s: float) -> list[bytes]:
+        """Frames that arrived, after waiting up to `timeout_s` for the first. Cancelling it loses none."""
+        self._link.read()
+        # Poll, then take: a receive that is cancelled could already hold a frame.
+        if not await self._socket.poll(_milliseconds(timeout_s)):
+            return []
+        frames: list[bytes] = []
+        with contextlib.suppress(zmq.Again):
+            while len(frames) < limits.DRAIN_FRAMES:
+                frames.append(self._socket.recv(zmq.NOBLOCK).result())
+        return frames
+
+    async def close(self, flush_s: float = 0.0) -> None:
+        """Closes; what is queued gets `flush_s` to leave."""
+        self._close_socket(flush_s)
+        await asyncio.to_thread(self._context.term)
+
+
+def _milliseconds(timeout_s: float) -> int:
+    """Rounded up, so that a short wait is not a busy loop. Never negative, which would mean for ever."""
+    return max(0, math.ceil(timeout_s * 1000))

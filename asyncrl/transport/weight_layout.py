@@ -1,0 +1,326 @@
+"""How a set of named tensors lies in one flat buffer, how the buffer is cut into buckets, and what proves it
+arrived.
+
+Both sides of a weight sync hold the same bytes: the learner copies its parameters into a staging buffer
+(`snapshot`), generators receive the buffer bucket by bucket and compare `digest`s before anything is loaded.
+Needs torch only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncrl.errors import ProtocolError, ShapeError
+
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
+
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One named tensor in the flat buffer. Tied tensors are two entries with one offset and travel once."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """Where every tensor lies in the flat buffer, and the byte ranges [start, stop) it is sent in."""
+
+    total_bytes: int
+    tensors: tuple[TensorEntry, ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    def new_buffer(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> torch.Tensor:
+        """A zeroed uint8 staging buffer [total_bytes]: padding between tensors is part of the digests."""
+        return torch.zeros(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
+
+    def views(self, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) over `buffer` without a copy, in layout order."""
+        _check_buffer(self, buffer)
+        for entry in self.tensors:
+            raw = buffer[entry.offset : entry.offset + entry.num_bytes]
+            yield entry.name, raw.view(_DTYPES[entry.dtype]).view(entry.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "total_bytes": self.total_bytes,
+            "tensors": [[t.name, t.dtype, list(t.shape), t.offset] for t in self.tensors],
+            "buckets": [list(bucket) for bucket in self.buckets],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WeightLayout:
+        """Read what a peer sent.
+
+        Raises:
+            ProtocolError: a field is missing, a tensor lies outside the buffer, or the buckets do not cover
+            it.
+        """
+        try:
+            layout = cls(
+                total_bytes=int(data["total_bytes"]),
+                tensors=tuple(
+                    TensorEntry(str(name), str(dtype), tuple(int(n) for n in shape), int(offset))
+                    for name, dtype, shape, offset in data["tensors"]
+                ),
+                buckets=tuple((int(start), int(stop)) for start, stop in data["buckets"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(
+                f"weight layout is malformed: {error!r}; both daemons must run one version"
+            ) from error
+        layout._validate()
+        return layout
+
+    def _validate(self) -> None:
+        for entry in self.tensors:
+            if entry.dtype not in _DTYPES:
+                raise ProtocolError(
+                    f"tensor {entry.name}: dtype {entry.dtype!r} is not one of {sorted(_DTYPES)}"
+                )
+            if any(n < 0 for n in entry.shape) or entry.offset < 0 or entry.offset % ALIGNMENT:
+                raise ProtocolError(
+                    f"tensor {entry.name}: shape {entry.shape} at offset {entry.offset} is not valid"
+                )
+            if entry.offset + entry.num_bytes > self.total_bytes:
+                raise ProtocolError(
+                    f"tensor {entry.name} ends at byte {entry.offset + entry.num_bytes}, "
+                    f"the buffer has {self.total_bytes}"
+                )
+        position = 0
+        for start, stop in self.buckets:
+            if start != position or stop <= start:
+                raise ProtocolError(f"bucket [{start}, {stop}) does not continue at byte {position}")
+            position = stop
+        if position != self.total_bytes:
+            raise ProtocolError(f"buckets cover {position} of {self.total_bytes} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """What a weight sync will deliver: policy `version`, its layout, and one digest per bucket."""
+
+    version: int
+    layout: WeightLayout
+    digests: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain ints, strings and lists: fit for msgpack."""
+        return {"version": self.version, "layout": self.layout.to_dict(), "digests": list(self.digests)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WeightManifest:
+        """Read what a peer sent.
+
+        Raises:
+            ProtocolError: a field is missing or the digests do not match the buckets in number.
+        """
+        try:
+            version = int(data["version"])
+            layout = WeightLayout.from_dict(data["layout"])
+            digests = tuple(int(digest) for digest in data["digests"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"weight manifest is malformed: {error!r}") from error
+        if len(digests) != len(layout.buckets):
+            raise ProtocolError(
+                f"weight manifest has {len(digests)} digests for {len(layout.buckets)} buckets"
+            )
+        return cls(version, layout, digests)
+
+
+def plan_buckets(
+    named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, wire_dtype: torch.dtype | None = None
+) -> WeightLayout:
+    """Lay `named` tensors into one buffer and cut it into buckets of at most `bucket_bytes`.
+
+    Give `model.named_parameters(remove_duplicate=False)`: a tied parameter comes under each of its names, is
+    sent once, and is loaded under all of them. (vLLM keeps a packed copy of a tied head; leaving
+    `lm_head.weight` out of a reload leaves that copy old, without an error.)
+
+    Args:
+        named: (name, tensor) in a fixed order; shapes are global shapes.
+        bucket_bytes: upper bound of one broadcast; rounded down to a multiple of 64.
+        wire_dtype: floating-point tensors travel in this dtype; None keeps each tensor's own.
+    """
+    assert bucket_bytes >= ALIGNMENT, bucket_bytes
+    entries: list[TensorEntry] = []
+    placed: dict[
+        int, tuple[torch.Tensor, int]
+    ] = {}  # the tensor is kept, else its id may be given to another
+    position = 0
+    for name, tensor in named:
+        dtype = wire_dtype if wire_dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+        if dtype not in _DTYPE_NAMES:
+            raise ShapeError(f"tensor {name}: dtype {dtype} cannot be sent; supported: {sorted(_DTYPES)}")
+        known = placed.get(id(tensor))
+        offset = position if known is None else known[1]
+        entry = TensorEntry(name, _DTYPE_NAMES[dtype], tuple(tensor.shape), offset)
+        entries.append(entry)
+        if known is None:
+            placed[id(tensor)] = (tensor, position)
+            position += -(-entry.num_bytes // ALIGNMENT) * ALIGNMENT
+    assert position > 0, "no tensors to send"
+    step = bucket_bytes // ALIGNMENT * ALIGNMENT
+    buckets = tuple((start, min(start + step, position)) for start in range(0, position, step))
+    return WeightLayout(position, tuple(entries), buckets)
+
+
+@torch.no_grad()
+def snapshot(named: Iterable[tuple[str, torch.Tensor]], layout: WeightLayout, buffer: torch.Tensor) -> None:
+    """Copy `named` tensors into `buffer`, casting to the layout's dtypes. Tied tensors are copied once.
+
+    Args:
+        named: the same names in the same order as given to `plan_buckets`; fully gathered tensors.
+        buffer: uint8 [total_bytes], from `layout.new_buffer`.
+
+    Raises:
+        ShapeError: names, order or shapes differ from the layout.
+    """
+    given = list(named)
+    if [name for name, _ in given] != [entry.name for entry in layout.tensors]:
+        raise ShapeError("snapshot: the tensors given are not those of the layout; make a new layout")
+    copied: set[int] = set()
+    for (name, tensor), (_, view), entry in zip(given, layout.views(buffer), layout.tensors, strict=True):
+        if tuple(tensor.shape) != entry.shape:
+            raise ShapeError(
+                f"snapshot: {name} has shape {tuple(tensor.shape)}, the layout says {entry.shape}"
+            )
+        if entry.offset not in copied or not entry.num_bytes:
+            view.copy_(tensor, non_blocking=True)
+            copied.add(entry.offset)
+    if buffer.is_pinned() or buffer.is_cuda:
+        torch.cuda.synchronize()  # the optimizer changes the source as soon as this returns
+
+
+class SnapshotBuffer:
+    """The learner's staging buffer: a copy of its parameters that stays as it is while training goes on.
+
+    Args:
+        named: (name, tensor) pairs, read again at every snapshot; see `plan_buckets` on tied parameters.
+        bucket_bytes: upper bound of one broadcast.
+        wire_dtype: floating-point tensors travel in this dtype; None keeps each tensor's own.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        bucket_bytes: int,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._named = list(named)
+        self.layout = plan_buckets(self._named, bucket_bytes, wire_dtype)
+        self.flat = self.layout.new_buffer(self._named[0][1].device)
+
+    def snapshot(self) -> None:
+        """Copy the parameters as they are now. Not while the buffer is being sent."""
+        snapshot(self._named, self.layout, self.flat)
+
+    def manifest(self, version: int) -> WeightManifest:
+        """What receivers compare with; reads the whole buffer."""
+        return WeightManifest(version, self.layout, digest_buckets(self.layout, self.flat))
+
+    def buckets(self) -> Iterator[torch.Tensor]:
+        """The buffer in the pieces that are broadcast, in order, without a copy."""
+        for start, stop in self.layout.buckets:
+            yield self.flat[start:stop]
+
+
+def digest_buckets(layout: WeightLayout, buffer: torch.Tensor) -> tuple[int, ...]:
+    """`digest` of every bucket of a staging buffer."""
+    _check_buffer(layout, buffer)
+    return tuple(digest(buffer[start:stop]) for start, stop in layout.buckets)
+
+
+_MULTIPLIER = 0x9E3779B97F4A7C15  # odd; 2**64 / golden ratio
+_CHUNK_WORDS = {"cpu": 1 << 15, "cuda": 1 << 22}  # the scratch of a chunk stays in the L2 cache of a core
+
+
+@torch.no_grad()
+def digest(flat: torch.Tensor) -> int:
+    """64-bit digest of a tensor's bytes: equal on every device, other if one word changes or two are swapped.
+
+    With the bytes as little-endian 64-bit words x_i, modulo 2**64 and with an arithmetic shift,
+
+        digest = n_bytes + sum_i (x_i ^ (x_i >> 32)) * (2 i + 1) * 0x9E3779B97F4A7C15
+
+    Every factor is odd, so a change of one word always changes the sum. The fold brings a word's high half
+    into its low bits: without it, words that differ in high bits only (a float 1 against a 0) could swap
+    places unseen. It guards against faults, not against an adversary: the weight plane must be private.
+
+    Args:
+        flat: contiguous tensor of any dtype.
+
+    Returns:
+        A signed 64-bit integer.
+    """
+    assert flat.is_contiguous(), "digest needs contiguous memory"
+    raw = flat.reshape(-1).view(torch.uint8)
+    num_bytes = raw.numel()
+    tail = num_bytes % 8
+    words = raw[: num_bytes - tail].view(torch.int64)
+    chunk = _CHUNK_WORDS.get(flat.device.type, 1 << 15)
+    total = _digest_words(words, chunk)
+    if tail:
+        last = torch.zeros(8, dtype=torch.uint8, device=raw.device)
+        last[:tail] = raw[num_bytes - tail :]
+        index = words.numel()
+        word = last.view(torch.int64).item()
+        total += (word ^ (word >> 32)) * (2 * index + 1) * _MULTIPLIER
+    return _signed64(total + num_bytes)
+
+
+def _digest_words(words: torch.Tensor, chunk: int) -> int:
+    if not words.numel():
+        return 0
+    chunk = min(chunk, words.numel())
+    factors = torch.arange(chunk, dtype=torch.int64, device=words.device)
+    factors.mul_(2).add_(1).mul_(_signed64(_MULTIPLIER))
+    stride = _signed64(2 * chunk * _MULTIPLIER)  # what every factor grows by from one chunk to the next
+    scratch = torch.empty_like(factors)
+    sums = []
+    for start in range(0, words.numel(), chunk):
+        part = words[start : start + chunk]
+        out = scratch[: part.numel()]
+        torch.bitwise_right_shift(part, 32, out=out)
+        out.bitwise_xor_(part).mul_(factors[: part.numel()])
+        sums.append(out.sum())  # int64 addition wraps, so order and device do not matter
+        factors.add_(stride)
+    return int(torch.stack(sums).sum().item())
+
+
+def _signed64(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _check_buffer(layout: WeightLayout, buffer: torch.Tensor) -> None:
+    if buffer.dtype != torch.uint8 or buffer.numel() != layout.total_bytes:
+        raise ShapeError(
+            f"staging buffer is {buffer.dtype} of {buffer.numel()} elements, "
+            f"the layout needs uint8 of {layout.total_bytes}"
+        )

@@ -1,0 +1,268 @@
+"""The two commands as a user meets them: help, dry run, exit codes, messages."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from model_folders import make_model_folder
+
+from asyncrl import errors
+from asyncrl.cli.common import EXIT_CODES, command, help_text
+from asyncrl.cli.dry_run import describe, generator_memory, learner_memory
+from asyncrl.config.checks import largest_group_bytes
+from asyncrl.config.keys import keys
+from asyncrl.config.loading import load_config
+from asyncrl.model_files import find_model
+
+ROLES = ["learner", "generator"]
+HEAVY = ("torch", "vllm", "zmq", "transformers", "omegaconf", "numpy", "wandb", "matplotlib", "rich")
+
+
+def run(role, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"asyncrl.cli.{role}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    return make_model_folder(tmp_path / "model")
+
+
+@pytest.fixture
+def config_file(tmp_path, model_folder):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{path: {model_folder}}}\nrun: {{dir: {tmp_path}/run}}\n")
+    return path
+
+
+# -- help
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_help_imports_nothing_heavy(role):
+    script = (
+        f"import sys; from asyncrl.cli.{role} import main; code = main(['--help']); "
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_a_start_imports_no_torch_before_the_daemon_does(config_file):
+    script = (
+        "import sys; from asyncrl.cli.common import command; "
+        "start = lambda config: int('torch' in sys.modules or 'zmq' in sys.modules); "
+        f"sys.exit(command('learner', [{str(config_file)!r}], start))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+def test_help_answers_in_under_a_second():
+    """The best of five, because the machine may be busy; importing torch would take seconds each time."""
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert run("learner", "--help").returncode == 0
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_help_lists_every_key_with_sentence_and_default_and_every_exit_code(role):
+    text = help_text(role, columns=100)
+    flowing = " ".join(text.split())
+    for key in keys():
+        default = "" if key.shown_default == "empty" else key.shown_default
+        assert f"  {key.name}={default}\n" in text
+        assert key.sentence in flowing
+    for code, meaning in EXIT_CODES.items():
+        assert f" {code} " in flowing and meaning in flowing
+
+
+@pytest.mark.parametrize("columns", [10, 60, 80, 300])
+def test_help_is_wrapped_to_the_terminal(columns):
+    longest = max(help_text("learner", columns).splitlines(), key=len)
+    assert len(longest) <= max(80, min(columns, 110)), longest
+
+
+def test_help_survives_a_reader_who_left():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command_line = [sys.executable, "-m", "asyncrl.cli.learner", "--help"]
+    done = subprocess.run(command_line, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_exit_code_of_an_error_is_documented():
+    codes = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    assert codes <= set(EXIT_CODES)
+    assert codes == {2, 3, 4, 5, 6, 7}
+
+
+def test_version_is_printed():
+    done = run("generator", "--version")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "asyncrl-generator")
+
+
+# -- user errors: exit code 2, one message on stderr, no traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["learner.lrr=1"], "the nearest is learner.lr"),
+        (["run.steps=0"], "run.steps=0 (command line): must be at least 1"),
+        (["model.path=/none"], "model.path=/none: there is no such folder; bin/warmup"),
+        (["sampling.group_size=1"], "a group of one teaches nothing"),
+        (["--dry"], "unrecognized arguments: --dry"),
+        (["steps"], "'steps' (command line) is not key=value"),
+    ],
+)
+@pytest.mark.parametrize("role", ROLES)
+def test_a_user_error_is_a_message_and_exit_code_2(role, config_file, arguments, words):
+    done = run(role, config_file, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.startswith(f"asyncrl-{role}: ")
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["run.steps=3"]])
+def test_a_forgotten_configuration_file_is_asked_for(arguments):
+    done = run("learner", *arguments)
+    assert done.returncode == 2
+    assert "give a configuration file, for example: asyncrl-learner configs/quickstart.yaml" in done.stderr
+
+
+# -- from exceptions to exit codes
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in vars(errors).values() if hasattr(kind, "exit_code")],
+    ids=lambda kind: kind.__name__,
+)
+def test_an_error_of_a_daemon_becomes_its_exit_code(kind, config_file, capsys):
+    def start(config):
+        raise kind("what happened\nwhat to do")
+
+    assert command("learner", [str(config_file)], start) == kind.exit_code
+    captured = capsys.readouterr()
+    assert captured.err == "asyncrl-learner: what happened\nasyncrl-learner: what to do\n"
+
+
+@pytest.mark.parametrize("kind", [errors.ShapeError, KeyError])
+def test_a_defect_keeps_its_traceback(kind, config_file):
+    def start(config):
+        raise kind("a defect")
+
+    with pytest.raises(kind):
+        command("learner", [str(config_file)], start)
+
+
+def test_the_daemon_gets_the_checked_configuration_and_its_code_is_returned(config_file):
+    seen = []
+
+    def start(config):
+        seen.append(config)
+        return 5
+
+    assert command("generator", [str(config_file), "run.steps=7"], start) == 5
+    assert seen[0].run.steps == 7
+
+
+def test_a_hub_name_reaches_the_daemon_as_a_folder(config_file, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    for folder in (snapshot.parent, snapshot.parents[1] / "refs"):
+        folder.mkdir(parents=True)
+    model_folder.rename(snapshot)
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    seen = []
+
+    def start(config):
+        seen.append(config.model.path)
+        return 0
+
+    assert command("learner", [str(config_file), "model.path=org/tiny"], start) == 0
+    assert seen == [str(snapshot)]
+
+
+def test_flags_may_stand_anywhere(config_file, capsys):
+    for arguments in (["--dry-run", config_file, "run.steps=7"], [config_file, "--dry-run", "run.steps=7"]):
+        assert command("learner", list(map(str, arguments)), start=None) == 0
+        assert "steps: 7" in capsys.readouterr().out
+
+
+# -- dry run
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_dry_run_prints_the_resolved_configuration_and_exits_0(role, config_file, tmp_path):
+    done = run(role, config_file, "--dry-run", "run.name=blue", "run.dir=runs/${run.name}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dir: runs/blue" in done.stdout
+    assert "536, computed in float32" in done.stdout
+    assert "model.safetensors" in done.stdout
+    assert "tcp://127.0.0.1:5770, loopback without keys" in done.stdout
+
+
+def test_dry_run_says_when_the_port_is_taken(config_file):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        config = load_config(config_file, [f"transport.address={address}"])
+        assert "NOT available now (Address already in use)" in describe(config, "learner")
+    assert "free now" in describe(config, "learner")
+
+
+def test_dry_run_starts_nothing_and_writes_nothing(config_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert run("learner", config_file, "--dry-run").returncode == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_learner_memory_follows_the_documented_formula(config_file, model_folder):
+    config = load_config(config_file, ["model.dtype=bfloat16", "algorithm.kl_coef=0.1", "staleness.max_age=2"])
+    need = learner_memory(config, find_model(str(model_folder)))
+    count = 536
+    replay = 3 * config.learner.groups_per_step * largest_group_bytes(config)
+    assert sum(need.values()) == count * (4 + 4 + 8 + 2 + 2 + 2) + replay
+    plain = learner_memory(load_config(config_file, ["staleness.max_age=2"]), find_model(str(model_folder)))
+    assert sum(plain.values()) == count * (4 + 4 + 8 + 4) + replay
+
+
+def test_generator_memory_counts_weights_staging_cache_and_outbox(config_file, model_folder):
+    config = load_config(config_file, ["generator.kv_cache_gib=0.5", "generator.device=cpu"])
+    need = generator_memory(config, find_model(str(model_folder)))
+    assert sum(need.values()) == 2 * 4 * 536 + 2**29 + config.generator.outbox_bytes
+    # 2 layers x 2 heads x head_dim 2 x (key + value) x 4 bytes = 64 bytes a token
+    assert f"KV cache ({2**29 // 64:,} tokens, {2**29 // 64 // 1024:,} sequences of full length)" in need
+
+
+def test_parameters_of_a_sharded_model_are_summed(model_folder):
+    (model_folder / "model.safetensors").rename(model_folder / "a.safetensors")
+    (model_folder / "b.safetensors").write_bytes((model_folder / "a.safetensors").read_bytes())
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "a.safetensors"}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert find_model(str(model_folder)).num_parameters() == 2 * 536
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{", b"\x02" + b"\0" * 7 + b"[]"])
+def test_a_damaged_weight_file_is_a_model_error(config_file, model_folder, content):
+    (model_folder / "model.safetensors").write_bytes(content)
+    done = run("learner", config_file, "--dry-run")
+    assert done.returncode == 2
+    assert "is not a safetensors file; copy the model again" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,452 @@
+"""Configurations: precedence, unknown keys, wrong values, keys that do not fit together."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_folders import make_model_folder
+from omegaconf import DictConfig, ListConfig
+
+from asyncrl.addresses import is_loopback, is_wildcard, split_address
+from asyncrl.config import Config
+from asyncrl.config.checks import RULES, check, check_values, largest_group_bytes
+from asyncrl.config.host import check_host
+from asyncrl.config.keys import keys, sections, value_of
+from asyncrl.config.loading import load_config, nearest_key, to_yaml
+from asyncrl.errors import ConfigError, ModelError
+from asyncrl.transport.messages import GroupResult
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+GIVEN = ["model.path=m"]
+
+
+def load(*overrides):
+    return load_config(None, [*GIVEN, *overrides])
+
+
+def refusal(*overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    return make_model_folder(tmp_path / "model")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# -- precedence and form
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_loads(path):
+    assert load_config(path).run.name == path.stem
+
+
+def test_the_four_promised_files_are_shipped():
+    assert {path.stem for path in SHIPPED} >= {"quickstart", "arithmetic", "gsm8k_tiny", "gsm8k_qwen_gpu"}
+
+
+def test_command_line_wins_over_file_and_file_over_defaults(write):
+    path = write("model: {path: m}\nlearner: {lr: 1e-4, grad_clip: 0.5}\n")
+    config = load_config(path, ["learner.lr=3e-4"])
+    assert (config.learner.lr, config.learner.grad_clip, config.learner.weight_decay) == (3e-4, 0.5, 0.0)
+
+
+def test_the_last_of_two_overrides_wins():
+    assert load("run.steps=3", "run.steps=4").run.steps == 4
+
+
+def test_another_key_can_be_named_in_a_value():
+    config = load("run.name=blue", "learner.cpus=${generator.cpus}", "generator.cpus=[1]")
+    assert (config.run.dir, config.learner.cpus) == ("runs/blue", [1])
+
+
+def test_after_loading_there_are_only_plain_python_objects(write):
+    config = load_config(write("task: {args: {sizes: [1, {deep: 2}]}}"), [*GIVEN, "learner.cpus=[0]"])
+
+    def walk(value):
+        assert not isinstance(value, (DictConfig, ListConfig))
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for child in children:
+            walk(child)
+
+    for key in keys():
+        walk(value_of(config, key.name))
+    assert type(config) is Config
+    assert config.task.args == {"sizes": [1, {"deep": 2}]}
+
+
+def test_task_arguments_are_free_and_merge_with_those_of_the_file(write):
+    config = load_config(write("task: {args: {digits: 2, deep: {a: 1}}}"), [*GIVEN, "task.args.deep.b=x"])
+    assert config.task.args == {"digits": 2, "deep": {"a": 1, "b": "x"}}
+
+
+def test_an_empty_text_can_be_given_on_the_command_line():
+    assert load("generator.id=").generator.id == ""
+
+
+def test_printed_yaml_loads_back_to_an_equal_configuration(write):
+    config = load("run.name=blue", "task.args={a: [1, 2]}", "learner.lr=3e-7", "learner.cpus=[0, 1]")
+    text = to_yaml(config)
+    assert "${" not in text
+    assert load_config(write(text)) == config
+
+
+def test_an_empty_file_means_defaults(write):
+    assert load_config(write("# nothing\n"), GIVEN) == load()
+
+
+# -- unknown keys
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("learner.learning_rate", "learner.lr"),
+        ("lr", "learner.lr"),
+        ("lerner.lr", "learner.lr"),
+        ("learner.group_size", "sampling.group_size"),
+        ("staleness.max_agee", "staleness.max_age"),
+        ("run..name", "run.name"),
+        ("learner.lr.x", "learner.lr"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(wrong, nearest):
+    message = refusal(f"{wrong}=1")
+    assert f"unknown key {wrong} (command line); the nearest is {nearest}" in message
+
+
+def test_an_unknown_key_in_a_file_is_named_with_its_line(write):
+    path = write("model:\n  path: m\nlearner:\n  # a comment\n  lrr: 1e-3\n")
+    with pytest.raises(ConfigError, match=r"unknown key learner\.lrr \(.*run\.yaml, line 5\).*learner\.lr\b"):
+        load_config(path)
+
+
+def test_an_unknown_section_is_noticed_even_when_it_is_empty(write):
+    with pytest.raises(ConfigError, match="unknown key lerner"):
+        load_config(write("model: {path: m}\nlearner: {}\nlerner: {}\n"))
+
+
+def test_all_unknown_keys_are_named_at_once(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("models: {path: m}\nrun: {step: 3}\n"), ["learner.lrr=1"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@given(st.text(alphabet="abcdefglmnoprstuy._", min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_any_wrong_name_gets_a_valid_suggestion(name):
+    assert nearest_key(name) in {key.name for key in keys()}
+
+
+# -- wrong values
+
+
+@pytest.mark.parametrize(
+    ("override", "value", "rule"),
+    [
+        ("learner.lr=abc", "abc", "number"),
+        ("learner.lr=0", "0.0", "above 0.0"),
+        ("learner.lr=.nan", "nan", "a finite number"),
+        ("learner.lr=.inf", "inf", "a finite number"),
+        ("run.steps=1.5", "1.5", "integer"),
+        ("run.steps=0", "0", "at least 1"),
+        ("run.steps=true", "True", "integer"),
+        ("run.steps=null", "null", "integer"),
+        ("generator.compile=maybe", "maybe", "true or false"),
+        ("generator.gpu_memory_fraction=1.5", "1.5", "at most 1.0"),
+        ("model.dtype=float16", "float16", "one of float32, bfloat16"),
+        ("learner.cpus=0", "0", "list of integers"),
+        ("learner.cpus=[a]", "['a']", "list of integers"),
+        ("task.args=[1]", "[1]", "mapping"),
+        ("generator.id=null", "null", "text"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_value_rule_and_default(override, value, rule):
+    name = override.partition("=")[0]
+    message = refusal(override)
+    assert message.startswith(f"{name}={value} (command line): must be ")
+    assert rule in message
+    assert "The default is" in message
+
+
+def test_a_wrong_value_in_a_file_is_named_with_its_line(write):
+    with pytest.raises(ConfigError, match=r"run\.steps=-1 \(.*run\.yaml, line 2\): must be at least 1"):
+        load_config(write("run:\n  steps: -1\n"), GIVEN)
+
+
+def test_every_declared_bound_is_enforced():
+    """The slow reference: step over each bound of each key by itself."""
+    step_over = {
+        "minimum": lambda bound: bound - 1,
+        "above": lambda bound: bound,
+        "maximum": lambda bound: bound + 1,
+        "choices": lambda bound: "no such choice",
+    }
+    bounds = [(key, name, bound) for key in keys() for name, bound in key.checks.items()]
+    assert len(bounds) > 40
+    for key, name, bound in bounds:
+        config = Config()
+        setattr(getattr(config, key.section), key.name.partition(".")[2], step_over[name](bound))
+        problems = check_values(config)
+        assert len(problems) == 1 and problems[0].startswith(f"{key.name}="), (key.name, name)
+
+
+def test_a_section_is_not_a_value():
+    assert "learner is a section" in refusal("learner=3")
+
+
+def test_a_section_left_empty_is_explained(write):
+    with pytest.raises(ConfigError, match=r"learner \(.*line 1\) is an empty section"):
+        load_config(write("learner:\n"), GIVEN)
+
+
+@pytest.mark.parametrize("override", ["run.steps", "=3", ""])
+def test_what_is_not_key_value_is_refused(override):
+    assert "not key=value" in refusal(override)
+
+
+def test_broken_yaml_is_refused_with_its_place(write):
+    with pytest.raises(ConfigError, match=r"not valid YAML.*line 2"):
+        load_config(write("run:\n  name: [1\n"))
+
+
+def test_a_file_that_is_a_list_is_refused(write):
+    with pytest.raises(ConfigError, match="must hold sections"):
+        load_config(write("- run\n"))
+
+
+def test_a_missing_file_names_its_neighbours(write):
+    path = write("run: {}\n")
+    with pytest.raises(ConfigError, match=r"no such configuration file; in that folder there are: .*run\.yaml"):
+        load_config(path.with_name("rnu.yaml"))
+
+
+def test_a_reference_to_no_key_is_refused():
+    assert "run.dir (command line): Interpolation key 'run.nme' not found" in refusal("run.dir=${run.nme}")
+
+
+def test_a_value_left_open_is_asked_for(write):
+    with pytest.raises(ConfigError, match=r"model\.path=\?\?\?.*left to you"):
+        load_config(write("model:\n  path: ???\n"))
+
+
+# -- keys together
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["model.path="], ["model.path is empty", "bin/warmup"]),
+        (["run.name=a/b"], ["run.name='a/b'"]),
+        (["run.dir="], ["run.dir is empty"]),
+        (["generator.id=a b"], ["generator.id='a b'"]),
+        (["task.path=gsm8k"], ["task.path='gsm8k'", "module:Class"]),
+        (["sampling.max_new_tokens=64", "model.max_length=64"], ["max_new_tokens=64", "max_length=64"]),
+        (["sampling.group_size=1"], ["sampling.group_size=1", "2 or more"]),
+        (["generator.max_sequences=4"], ["max_sequences=4", "group_size=8"]),
+        (["learner.micro_batch_tokens=512"], ["micro_batch_tokens=512", "max_length=1024"]),
+        (["learner.betas=[0.9]"], ["learner.betas=[0.9]"]),
+        (["learner.betas=[0.9, 1.0]"], ["learner.betas=[0.9, 1.0]"]),
+        (["learner.cpus=[0, 0]"], ["learner.cpus=[0, 0]"]),
+        (["generator.cpus=[-1]"], ["generator.cpus=[-1]"]),
+        (["learner.threads=2", "learner.cpus=[0]"], ["learner.threads=2", "learner.threads=1"]),
+        (["generator.reward_timeout_s=600"], ["reward_timeout_s=600.0", "lease_timeout_s=600.0"]),
+        (["eval.every=5", "eval.prompts=0"], ["eval.every=5", "eval.prompts=0"]),
+        (["transport.max_frame_bytes=8192"], ["transport.max_frame_bytes=8192", "largest possible group"]),
+        (["transport.credit_bytes=8192"], ["transport.credit_bytes=8192"]),
+        (["generator.outbox_bytes=8192"], ["generator.outbox_bytes=8192"]),
+        (["transport.address=127.0.0.1:5770"], ["tcp://HOST:PORT"]),
+        (["transport.address=tcp://127.0.0.1"], ["from 1 to 65535"]),
+        (["transport.address=tcp://127.0.0.1:0"], ["from 1 to 65535"]),
+        (["transport.address=tcp://127.0.0.1:70000"], ["tcp://HOST:PORT"]),
+        (["transport.address=tcp://*:5770"], ["listens on every interface"]),
+        (["transport.address=tcp://0.0.0.0:5770"], ["listens on every interface"]),
+        (["transport.address='tcp://[::]:5770'"], ["listens on every interface"]),
+        (["weights.host=0.0.0.0"], ["weights.host='0.0.0.0'", "private address"]),
+        (["weights.host=8.8.8.8"], ["weights.host=8.8.8.8", "no authentication"]),
+        (["transport.address=tcp://10.0.0.1:5770"], ["weights.host=127.0.0.1 is loopback"]),
+        (
+            ["transport.server_key_file=k"],
+            ["transport.server_key_file is set", "transport.allowed_keys_file"],
+        ),
+        (["transport.client_key_file=k"], ["transport.client_key_file is set", "server_public_key_file"]),
+        (["weights.backend=nccl", "learner.device=cpu"], ["weights.backend=nccl", "learner.device=cpu"]),
+    ],
+)
+def test_keys_that_do_not_fit_together_are_refused(overrides, names):
+    message = refusal(*overrides)
+    for name in names:
+        assert name in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["staleness.max_age=0", "sampling.repeatable=false"],
+        ["model.dtype=bfloat16", "learner.device=cpu", "generator.device=cpu"],
+        ["weights.backend=gloo", "learner.device=cuda", "generator.device=cuda"],
+        ["transport.address='tcp://[::1]:5770'"],
+        ["transport.address=tcp://localhost:5770"],
+        ["eval.prompts=0"],
+    ],
+)
+def test_unusual_but_sound_settings_are_allowed(overrides):
+    load(*overrides)
+
+
+OPEN = ["transport.address=tcp://10.0.0.1:5770", "weights.host=10.0.0.1"]
+
+
+def test_an_open_address_needs_curve_keys():
+    message = refusal(*OPEN)
+    assert "is not loopback, so CURVE keys are required" in message
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ["transport.server_key_file=a", "transport.allowed_keys_file=b"],
+        ["transport.server_public_key_file=a", "transport.client_key_file=b"],
+    ],
+)
+def test_the_keys_of_either_role_open_an_address(pair):
+    load(*OPEN, *pair)
+
+
+def test_all_broken_rules_are_named_at_once():
+    assert len(refusal("sampling.group_size=1", "eval.every=1", "eval.prompts=0").splitlines()) == 2
+
+
+def test_every_rule_lets_the_defaults_pass_once_a_model_is_given():
+    config = Config()
+    config.model.path = "m"
+    check(config)
+    assert [rule(config) for rule in RULES] == [None] * len(RULES)
+
+
+def test_the_largest_group_bound_covers_a_real_message():
+    config = load("sampling.group_size=4", "sampling.max_new_tokens=500", "staleness.max_age=2")
+    spans = config.staleness.max_age + 2
+    rollout = {
+        "tokens": bytes(4 * 500),
+        "logprobs": bytes(4 * 500),
+        "spans": bytes(24 * spans),
+        "finish": "length",
+        "reward": 0.5,
+        "parts": {"correct": 1.0, "format": 1.0},
+    }
+    group = GroupResult(1, 1, "train", 1, 0, bytes(4 * 524), [rollout] * 4)
+    import msgpack
+
+    packed = len(msgpack.packb([getattr(group, entry.name) for entry in dataclasses.fields(group)]))
+    assert packed < largest_group_bytes(config) < 2 * packed
+
+
+# -- addresses
+
+
+def test_addresses_are_split_into_host_and_port():
+    assert split_address("tcp://10.0.0.1:5770") == ("10.0.0.1", 5770)
+    assert split_address("tcp://[::1]:80") == ("::1", 80)
+
+
+@pytest.mark.parametrize("text", ["", "tcp://", "tcp://[::1", "tcp://:5", "ipc:///tmp/x", "tcp://a:b", "tcp://a:1/x"])
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(ConfigError, match="transport.address"):
+        split_address(text)
+
+
+def test_loopback_and_wildcard_hosts_are_told_apart():
+    assert [is_loopback(host) for host in ("localhost", "127.9.9.9", "::1", "10.0.0.1", "node7")] == [
+        True, True, True, False, False
+    ]  # fmt: skip
+    assert [is_wildcard(host) for host in ("*", "0.0.0.0", "::", "127.0.0.1", "node7")] == [
+        True, True, True, False, False
+    ]  # fmt: skip
+
+
+# -- this machine
+
+
+def test_a_missing_model_folder_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ModelError, match=r"model\.path=.*there is no such folder.*bin/warmup"):
+        check_host(load(f"model.path={tmp_path / 'none'}"), "learner")
+
+
+def test_a_hub_name_is_found_in_the_local_cache_and_else_asked_for(tmp_path, monkeypatch, model_folder):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = load("model.path=org/tiny")
+    with pytest.raises(ModelError, match="hf download org/tiny"):
+        check_host(config, "learner")
+    repository = tmp_path / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / "abc").symlink_to(model_folder)
+    check_host(config, "learner")
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("config.json", "no config.json"),
+        ("tokenizer.json", "no tokenizer"),
+        ("model.safetensors", "no .safetensors"),
+    ],
+)
+def test_an_incomplete_model_folder_is_refused(model_folder, missing, words):
+    (model_folder / missing).unlink()
+    with pytest.raises(ModelError, match=words):
+        check_host(load(f"model.path={model_folder}"), "generator")
+
+
+def test_a_shard_that_the_index_names_must_be_there(model_folder):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"model-2\.safetensors, which is missing"):
+        check_host(load(f"model.path={model_folder}"), "learner")
+
+
+def test_each_role_is_asked_for_its_own_keys(model_folder, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    pair = [f"transport.server_key_file={tmp_path}/a", f"transport.allowed_keys_file={tmp_path}/b"]
+    config = load(*OPEN, *pair, f"model.path={model_folder}")
+    check_host(config, "learner")
+    with pytest.raises(ConfigError, match="a generator needs CURVE keys"):
+        check_host(config, "generator")
+    (tmp_path / "b").unlink()
+    with pytest.raises(ConfigError, match=r"transport\.allowed_keys_file=.*no such file"):
+        check_host(config, "learner")
+
+
+def test_cpus_that_the_host_does_not_have_are_refused(model_folder):
+    config = load("learner.cpus=[4095]", f"model.path={model_folder}")
+    check_host(config, "generator")
+    with pytest.raises(ConfigError, match=r"learner\.cpus=\[4095\]: this process may use only CPUs"):
+        check_host(config, "learner")
+
+
+# -- the catalogue
+
+
+def test_every_key_has_a_sentence_and_a_known_type():
+    for key in keys():
+        assert key.sentence.endswith("."), key.name
+        assert key.type_name != "mapping" or key.is_open, key.name
+    assert all(sections().values())

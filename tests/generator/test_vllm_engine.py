@@ -1,0 +1,387 @@
+"""The real vLLM against transformers, with weights that come over real groups."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from asyncrl.errors import DeadlineExceeded, EngineError, NonFiniteError, WeightGroupError
+from asyncrl.transport.weight_group import WeightGroupSpec
+from tests.conftest import END_TOKEN, MAX_LENGTH, VOCAB_SIZE, randomize, reference_logprobs
+
+TOLERANCE = 1e-4  # float32 on both sides
+PROMPT = [5, 9, 33, 71, 12, 64]
+
+
+def assert_logprobs_are_those_of(model, prompt, completion, temperature=1.0):
+    expected = reference_logprobs(model, prompt + completion.token_ids.tolist(), temperature)[
+        len(prompt) - 1 :
+    ]
+    np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
+
+
+def random_prompt(length, seed):
+    return np.random.default_rng(seed).integers(2, VOCAB_SIZE, length).tolist()
+
+
+# -- before any weights --------------------------------------------------------------------------------
+
+
+def test_without_a_version_the_engine_answers_but_refuses_to_sample(tied_engine):
+    assert tied_engine.engine.version is None, "this test must be the first of the session's engine"
+    with pytest.raises(EngineError, match="no policy version"):
+        tied_engine.run(tied_engine.generate(PROMPT))
+    with pytest.raises(EngineError, match="no policy version"):
+        tied_engine.run(tied_engine.engine.score([PROMPT], 5.0))
+    tied_engine.run(tied_engine.engine.probe(10.0))
+
+
+# -- sampling and scoring ------------------------------------------------------------------------------
+
+
+def test_scores_agree_with_transformers_also_at_full_length(engine):
+    sequences = [random_prompt(40, 1), random_prompt(MAX_LENGTH, 2), random_prompt(2, 3)]
+    scores = engine.run(engine.engine.score(sequences, 20.0))
+    for sequence, score in zip(sequences, scores, strict=True):
+        assert score.dtype == np.float32
+        np.testing.assert_allclose(score, reference_logprobs(engine.model, sequence), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_the_distribution_sampled_from(engine, temperature):
+    completions = engine.run(
+        engine.generate(PROMPT, num_rollouts=4, max_new_tokens=24, temperature=temperature)
+    )
+    assert len(completions) == 4
+    for completion in completions:
+        assert completion.token_ids.dtype == np.int32 and completion.logprobs.dtype == np.float32
+        assert_logprobs_are_those_of(engine.model, PROMPT, completion, temperature)
+
+
+def test_greedy_takes_the_likeliest_token_every_time(engine):
+    import torch
+
+    (completion,) = engine.run(engine.generate(PROMPT, num_rollouts=1, max_new_tokens=12, temperature=0.0))
+    tokens = list(PROMPT)
+    for token in completion.token_ids.tolist():
+        with torch.no_grad():
+            assert token == engine.model(torch.tensor([tokens])).logits[0, -1].argmax().item()
+        tokens.append(token)
+    assert_logprobs_are_those_of(engine.model, PROMPT, completion)
+
+
+def test_equal_seeds_repeat_and_other_seeds_differ(engine):
+    def sample(seeds):
+        completions = engine.run(engine.generate(PROMPT, num_rollouts=4, max_new_tokens=32, seeds=seeds))
+        return [c.token_ids.tolist() for c in completions]
+
+    first = sample((11, 12, 13, 14))
+    assert sample((11, 12, 13, 14)) == first
+    assert sample((14, 13, 12, 11)) == first[::-1]
+    assert len({tuple(tokens) for tokens in first}) == 4
+
+
+def test_seeds_survive_long_prompts_that_do_not_fit_into_one_step(engine):
+    # 60 prompts of 180 tokens are more than a step takes, so some wait; none may be split (vLLM would die).
+    async def many():
+        prompts = [random_prompt(180, 100 + i) for i in range(60)]
+        work = [
+            engine.generate(p, num_rollouts=1, max_new_tokens=4, seeds=(i,)) for i, p in enumerate(prompts)
+        ]
+        return await asyncio.gather(*work)
+
+    assert len(engine.run(many())) == 60
+
+
+def test_the_end_token_is_in_the_tokens_and_not_in_the_text(engine):
+    completions = engine.run(engine.generate(PROMPT, num_rollouts=16, max_new_tokens=150))
+    stopped = [c for c in completions if c.finish_reason == "stop"]
+    cut = [c for c in completions if c.finish_reason == "length"]
+    assert stopped, "no completion ended by itself; the test needs another seed of the model"
+    for completion in stopped:
+        assert completion.token_ids[-1] == END_TOKEN and END_TOKEN not in completion.token_ids[:-1]
+        assert len(completion.text) == np.count_nonzero(completion.token_ids >= 2)
+        assert_logprobs_are_those_of(engine.model, PROMPT, completion)
+    assert all(len(c.token_ids) == 150 for c in cut)
+
+
+def test_an_aborted_request_fails_and_leaves_nothing_running(engine):
+    async def abort_midway():
+        task = asyncio.create_task(
+            engine.generate(PROMPT, request_id="doomed", max_new_tokens=180, num_rollouts=8)
+        )
+        while not engine.engine._llm.output_processor.has_unfinished_requests():
+            await asyncio.sleep(0.001)
+        await engine.engine.abort("never seen")
+        await engine.engine.abort("doomed")
+        with pytest.raises(EngineError, match="doomed: aborted"):
+            await task
+
+    engine.run(abort_midway())
+    assert engine.engine.num_running == 0
+    assert len(engine.run(engine.generate(PROMPT))) == 2
+
+
+def test_a_prompt_that_does_not_fit_is_refused(engine):
+    with pytest.raises(EngineError, match="refuses"):
+        engine.run(engine.generate([5] * (MAX_LENGTH + 50)))
+
+
+# -- weight sync ---------------------------------------------------------------------------------------
+
+
+def test_a_swap_keeps_sequences_in_flight_and_every_token_has_its_version(engine):
+    import copy
+
+    old_model = copy.deepcopy(engine.model)
+
+    async def swap_midway():
+        old = engine.engine.version
+        counter = engine.engine._llm.output_processor
+        requests = [
+            asyncio.create_task(engine.generate(random_prompt(10, i), num_rollouts=4, max_new_tokens=170))
+            for i in range(4)
+        ]
+        while not counter.request_states or any(s.is_prefilling for s in counter.request_states.values()):
+            await asyncio.sleep(0.001)
+        randomize(engine.model, 21)
+        new = await engine.sync()
+        running = engine.engine.num_running
+        return old, new, running, await asyncio.gather(*requests)
+
+    old, new, running, groups = engine.run(swap_midway())
+    assert running > 0, "everything had finished before the swap"
+    crossed = 0
+    for index, group in enumerate(groups):
+        for completion in group:
+            spans = completion.version_spans
+            assert spans[0].start == 0 and spans[-1].stop == len(completion.token_ids)
+            assert all(left.stop == right.start for left, right in zip(spans, spans[1:], strict=False))
+            assert [span.version for span in spans] in ([old], [old, new])
+            crossed += len(spans) == 2
+            # The first span must be the old weights to the letter; the second rests on old keys and values.
+            first = dataclasses.replace(
+                completion,
+                token_ids=completion.token_ids[: spans[0].stop],
+                logprobs=completion.logprobs[: spans[0].stop],
+            )
+            assert_logprobs_are_those_of(old_model, random_prompt(10, index), first)
+    assert crossed > 0
+    (after,) = engine.run(engine.generate(PROMPT, num_rollouts=1, max_new_tokens=16))
+    assert {span.version for span in after.version_spans} == {new}
+    assert_logprobs_are_those_of(engine.model, PROMPT, after)
+
+
+def test_a_cached_prefix_serves_its_own_version_only(engine):
+    prompt = random_prompt(100, 7)  # three full blocks
+    engine.run(engine.generate(prompt))
+    engine.run(engine.generate(prompt))
+    randomize(engine.model, 22)
+    engine.run(engine.sync())
+    for completion in engine.run(engine.generate(prompt, max_new_tokens=16)):
+        assert_logprobs_are_those_of(engine.model, prompt, completion)
+
+
+def test_a_sequence_not_begun_before_the_swap_begins_under_the_new_version(engine):
+    prompt = random_prompt(100, 8)
+    engine.run(engine.generate(prompt))  # its prefix is cached under the old version
+
+    async def submit_into_a_pause():
+        version = await engine.stage_next(23)
+        llm = engine.engine._llm
+        await llm.engine_core.pause_scheduler_async("keep", False)
+        task = asyncio.create_task(engine.generate(prompt, num_rollouts=2, max_new_tokens=8))
+        while len(llm.output_processor.request_states) < 2:
+            await asyncio.sleep(0.001)
+        await engine.engine.swap_weights(version, 20.0)
+        return version, await task
+
+    version, completions = engine.run(submit_into_a_pause())
+    for completion in completions:
+        assert [span.version for span in completion.version_spans] == [version]
+        assert_logprobs_are_those_of(engine.model, prompt, completion)
+
+
+def test_a_wrong_digest_is_refused_and_the_old_version_goes_on(engine):
+    before = engine.engine.version
+
+    def damage(manifest):
+        digests = list(manifest.digests)
+        digests[1] ^= 1
+        return dataclasses.replace(manifest, digests=tuple(digests))
+
+    with pytest.raises(WeightGroupError, match="bucket 1 of version"):
+        engine.run(engine.stage(tamper=damage))
+    with pytest.raises(EngineError, match="not staged"):
+        engine.run(engine.engine.swap_weights(engine.next_version - 1, 10.0))
+    assert engine.engine.version == before and not engine.engine.tainted
+    (completion,) = engine.run(engine.generate(PROMPT, num_rollouts=1))
+    assert_logprobs_are_those_of(engine.model, PROMPT, completion)
+
+
+@pytest.mark.parametrize("missing", ["model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])
+def test_a_swap_that_lacks_a_tensor_taints_the_engine_until_a_full_sync(engine, missing):
+    async def swap_half():
+        version = await engine.stage(only=lambda name: name != missing)
+        running = asyncio.create_task(engine.generate(PROMPT, max_new_tokens=180))
+        while not engine.engine._llm.output_processor.has_unfinished_requests():
+            await asyncio.sleep(0.001)
+        with pytest.raises(EngineError, match="does not carry"):
+            await engine.engine.swap_weights(version, 20.0)
+        with pytest.raises(EngineError, match="tainted"):
+            await running
+
+    engine.run(swap_half())
+    assert engine.engine.tainted and engine.engine.version is None
+    with pytest.raises(EngineError, match="tainted"):
+        engine.run(engine.generate(PROMPT))
+    engine.run(engine.engine.probe(10.0))
+    version = engine.run(engine.sync())
+    assert engine.engine.version == version and not engine.engine.tainted
+    (completion,) = engine.run(engine.generate(PROMPT, num_rollouts=1, max_new_tokens=24))
+    assert_logprobs_are_those_of(engine.model, PROMPT, completion)
+
+
+def test_weights_that_give_nan_are_an_error_and_not_a_number(engine):
+    import torch
+
+    with torch.no_grad():
+        engine.model.model.norm.weight[3] = float("nan")
+    engine.run(engine.sync())
+    with pytest.raises(NonFiniteError):
+        engine.run(engine.generate(PROMPT))
+    with pytest.raises(NonFiniteError):
+        engine.run(engine.engine.score([PROMPT], 10.0))
+    randomize(engine.model, 24)
+    engine.run(engine.sync())
+    assert len(engine.run(engine.generate(PROMPT))) == 2
+
+
+SENDER = """
+import json, os, signal, sys, torch
+from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+group = WeightGroup.host(WeightGroupSpec.from_dict(json.loads(sys.argv[1])))
+print(group.store_port, flush=True)
+group.join()
+group.broadcast(torch.zeros(65536, dtype=torch.uint8), 20.0)
+os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(("fault", "limit_s"), [("SIGKILL", 2.0), ("SIGSTOP", 5.0)])
+def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_on(engine, fault, limit_s):
+    spec = WeightGroupSpec("127.0.0.1", 0, "lost", 0, 2, "gloo", 20.0)
+    before = engine.engine.version
+    command = [sys.executable, "-c", SENDER, json.dumps(spec.to_dict()), fault]
+    sender = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    async def receive():
+        import torch
+
+        from asyncrl.transport.weight_group import SnapshotBuffer
+
+        port = int(await asyncio.to_thread(sender.stdout.readline))
+        buffer = SnapshotBuffer([("a", torch.zeros(65536))], bucket_bytes=65536)
+        generation = asyncio.create_task(engine.generate(PROMPT, num_rollouts=8, max_new_tokens=120))
+        await engine.engine.join_weight_group(dataclasses.replace(spec, rank=1, store_port=port), 20.0)
+        started = time.monotonic()
+        with pytest.raises(WeightGroupError, match="broadcast of 65536 bytes"):
+            await engine.engine.stage_weights(buffer.manifest(99), 3.0)
+        elapsed_s = time.monotonic() - started
+        return elapsed_s, await generation
+
+    try:
+        elapsed_s, completions = engine.run(receive())
+    finally:
+        sender.kill()
+        sender.wait()
+    assert elapsed_s < limit_s
+    assert engine.engine.version == before and not engine.engine.tainted
+    assert {span.version for c in completions for span in c.version_spans} == {before}
+    assert engine.run(engine.sync()) == engine.engine.version, "the next sync must work"
+
+
+def test_joining_a_group_that_never_forms_ends_at_its_deadline(engine):
+    started = time.monotonic()
+    with pytest.raises(WeightGroupError, match="forming weight group"):
+        spec = WeightGroupSpec("127.0.0.1", 9, "nobody", 1, 2, "gloo", 1.0)
+        engine.run(engine.engine.join_weight_group(spec, 1.0))
+    assert time.monotonic() - started < 3.0
+    engine.run(engine.sync())
+
+
+# -- an engine of its own: untied embeddings, and its end ----------------------------------------------
+
+
+def test_untied_model_syncs_exactly_and_a_hung_or_killed_engine_is_found_out(untied_engine):
+    under_test = untied_engine
+    for seed in (31, 32):
+        randomize(under_test.model, seed)
+        under_test.run(under_test.sync())
+        sequence = random_prompt(60, seed)
+        (score,) = under_test.run(under_test.engine.score([sequence], 20.0))
+        np.testing.assert_allclose(
+            score, reference_logprobs(under_test.model, sequence), atol=TOLERANCE, rtol=0
+        )
+
+    (core,) = [child for child in psutil.Process().children() if child.pid in engine_pids(under_test)]
+    core.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        under_test.run(under_test.engine.probe(1.0))
+    assert time.monotonic() - started < 2.0
+    core.send_signal(signal.SIGCONT)
+    under_test.run(under_test.engine.probe(10.0))
+
+    async def kill_midway():
+        task = asyncio.create_task(under_test.generate(PROMPT, max_new_tokens=180))
+        while not under_test.engine._llm.output_processor.has_unfinished_requests():
+            await asyncio.sleep(0.001)
+        core.kill()
+        with pytest.raises(EngineError, match="died"):
+            await asyncio.wait_for(task, 10.0)
+        with pytest.raises(EngineError, match="died"):
+            await under_test.engine.probe(1.0)
+        assert under_test.engine.version is None
+
+    under_test.run(kill_midway())
+
+
+def engine_pids(under_test):
+    manager = under_test.engine._llm.engine_core.resources.engine_manager
+    return {process.pid for process in manager.processes}
+
+
+def test_a_process_of_the_engine_does_not_outlive_its_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from asyncrl.generator.vllm_options import follow_parent\n"
+        "def child():\n"
+        "    follow_parent()\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=child)\n"
+        "    process.start()\n"
+        "    print(process.pid, flush=True)\n"
+        "    process.join()\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "ready\n"
+    child = psutil.Process(pid)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    psutil.wait_procs([child], timeout=10.0)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE

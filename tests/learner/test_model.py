@@ -1,0 +1,211 @@
+"""The policy: log-probs against the model's own logits, names, layouts, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import VOCAB, make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
+
+from asyncrl.config import ModelConfig
+from asyncrl.errors import ModelError, ShapeError
+from asyncrl.learner.model import Policy, load_policy, shared_prompt_mask
+from asyncrl.replay.packing import pack_groups
+
+
+def own_logprobs(model, tokens, temperature=1.0):
+    """The slow, obvious reference: one sequence, the model's own logits, no padding, float64 log-softmax."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].double() / temperature
+    log_p = torch.log_softmax(logits, dim=-1)
+    return [log_p[t, token].item() for t, token in enumerate(tokens[1:])]
+
+
+def packed_logprobs(policy, groups, temperature=1.0, **kwargs):
+    """(context, token) -> log-prob for every completion token, through the micro-batches."""
+    advantages = [[0.0] * len(group.rollouts) for group in groups]
+    out = {}
+    for batch in pack_groups(groups, advantages, 0, kwargs.pop("budget", 64), **kwargs):
+        with torch.no_grad():
+            logprobs, entropies = policy.logprobs(batch, temperature)
+        assert (entropies >= 0).all()
+        width = batch.input_ids.shape[1]
+        for place, token, value in zip(batch.predictor, batch.token_ids, logprobs.tolist(), strict=True):
+            row, column = divmod(int(place), width)
+            context = batch.input_ids[row, : column + 1]
+            if batch.segment_ids is not None:
+                segments = batch.segment_ids[row, : column + 1]
+                context = context[(segments == 0) | (segments == segments[-1])]
+            out[(*context.tolist(), int(token))] = value
+    return out
+
+
+@pytest.mark.parametrize("shared_row_tokens", [0, 64])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_packed_log_probs_equal_those_of_each_sequence_alone(shared_row_tokens, temperature):
+    policy = tiny_policy()
+    groups = random_groups(4, 3)
+    packed = packed_logprobs(policy, groups, temperature, shared_row_tokens=shared_row_tokens)
+    for group in groups:
+        prompt = group.prompt_token_ids.tolist()
+        for rollout in group.rollouts:
+            tokens = [*prompt, *rollout.token_ids.tolist()]
+            expected = own_logprobs(policy.model, tokens, temperature)[len(prompt) - 1 :]
+            for t, value in enumerate(expected):
+                assert packed[tuple(tokens[: len(prompt) + t + 1])] == pytest.approx(value, abs=1e-5)
+
+
+def test_gradients_do_not_depend_on_the_layout():
+    groups = random_groups(3, 4, prompt=(6, 8), completion=(1, 4))
+    advantages = [np.arange(4.0)] * 3
+    gradients = []
+    for shared in (0, 64):
+        policy = tiny_policy()
+        batches = pack_groups(groups, advantages, 0, 80, shared_row_tokens=shared)
+        assert (batches[0].segment_ids is None) == (shared == 0)
+        for batch in batches:
+            logprobs, entropies = policy.logprobs(batch, 1.0)
+            (torch.from_numpy(batch.advantages) * logprobs + entropies).sum().backward()
+        gradients.append([parameter.grad for parameter in policy.trainable_parameters()])
+    for plain, shared in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, shared, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_rows_take_the_causal_path_of_sdpa(monkeypatch):
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, is_causal=False, **kwargs):
+        calls.append((attn_mask is None, is_causal))
+        return real(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    policy = tiny_policy()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    packed_logprobs(policy, random_groups(2, 2))
+    assert calls
+    assert set(calls) == {(True, True)}
+
+
+def test_score_gives_each_sequence_its_own_log_probs():
+    policy = tiny_policy()
+    sequences = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+    scores = policy.score(sequences)
+    assert [score.dtype for score in scores] == [np.float32] * 3
+    for tokens, score in zip(sequences, scores, strict=True):
+        np.testing.assert_allclose(score, own_logprobs(policy.model, tokens), atol=1e-5)
+    assert policy.score([]) == []
+    with pytest.raises(ShapeError, match="at least 2 tokens"):
+        policy.score([[1, 2], [3]])
+
+
+def test_a_tied_head_is_synchronised_under_its_own_name_and_trained_once():
+    policy = tiny_policy(tied=True)
+    named = dict(policy.named_sync_parameters())
+    assert named["lm_head.weight"].data_ptr() == named["model.embed_tokens.weight"].data_ptr()
+    assert len(policy.trainable_parameters()) == len(named) - 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sync_names_are_those_of_the_checkpoint_and_follow_training_in_place(tmp_path, tied):
+    from safetensors import safe_open
+
+    folder = save_tiny_model(tmp_path / "model", tied=tied)
+    policy = Policy.load(str(folder))
+    named = policy.named_sync_parameters()
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        assert set(stored.keys()) | {"lm_head.weight"} == {name for name, _ in named}
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(tensor, policy.model.state_dict()[name]) for name, tensor in named)
+
+
+def test_weights_stored_in_bfloat16_become_float32_masters(tmp_path):
+    tiny_model().bfloat16().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    policy = Policy.load(str(tmp_path))
+    assert {parameter.dtype for parameter in policy.trainable_parameters()} == {torch.float32}
+
+
+def test_bfloat16_computes_close_to_float32_and_keeps_float32_log_probs():
+    exact, half = tiny_policy(), tiny_policy()
+    half.dtype = "bfloat16"
+    tokens = [list(range(12))]
+    np.testing.assert_allclose(half.score(tokens)[0], exact.score(tokens)[0], atol=0.1)
+    assert half.score(tokens)[0].dtype == np.float32
+    assert not np.array_equal(half.score(tokens)[0], exact.score(tokens)[0])
+
+
+def test_a_reference_is_a_frozen_copy(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    policy = load_policy(ModelConfig(path=str(folder)), torch.device("cpu"), with_reference=True)
+    assert policy.reference is not None
+    assert policy.reference.trainable_parameters() == []
+    before = policy.reference.score([[1, 2, 3]])[0]
+    with torch.no_grad():
+        policy.head_weight.mul_(0.5)
+    np.testing.assert_array_equal(policy.reference.score([[1, 2, 3]])[0], before)
+    assert not np.allclose(policy.score([[1, 2, 3]])[0], before)
+    assert load_policy(ModelConfig(path=str(folder)), torch.device("cpu")).reference is None
+
+
+def test_a_folder_that_lacks_weights_is_refused_instead_of_filled_with_noise(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks 1 weights, model.norm.weight"):
+        Policy.load(str(folder))
+
+
+def test_a_missing_folder_and_a_damaged_file_are_model_errors(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        Policy.load(str(tmp_path / "nowhere"))
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Policy.load(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Policy.load(str(folder))
+
+
+def test_a_model_that_scales_its_logits_is_refused():
+    from transformers import AutoModelForCausalLM, CohereConfig
+
+    config = CohereConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, logit_scale=0.25, initializer_range=0.5,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="caps or scales its logits"):
+        Policy(AutoModelForCausalLM.from_config(config))
+
+
+def test_nan_weights_are_refused():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ModelError, match="broken"):
+        Policy(model)
+
+
+def test_the_architecture_digest_ignores_weights_and_notices_sizes():
+    assert tiny_policy(seed=0).architecture == tiny_policy(seed=1).architecture
+    assert tiny_policy().architecture != tiny_policy(layers=1).architecture
+
+
+def test_shared_prompt_mask_by_hand():
+    mask = shared_prompt_mask(torch.tensor([[0, 1, 2, -1]]))
+    assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]]]
+
+
+def test_one_token_prompts_and_completions_work():
+    policy = tiny_policy()
+    group = make_group(0, [3], [make_rollout([5])])
+    assert packed_logprobs(policy, [group])[(3, 5)] == pytest.approx(
+        own_logprobs(policy.model, [3, 5])[0], abs=1e-5
+    )

@@ -1,0 +1,294 @@
+"""The weight sync state machine, driven by hand: no sockets, no clock, no engine."""
+
+import numpy as np
+import pytest
+
+from asyncrl.learner.sync import (
+    GRACE_S,
+    MAX_TAINTS,
+    PENALTY_S,
+    SyncPlanner,
+)
+from asyncrl.learner.sync_records import Committed, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.transport.messages import (
+    Broadcast,
+    BroadcastDone,
+    GroupReady,
+    OpenGroup,
+    SnapshotReady,
+    SnapshotReleased,
+    SyncAbort,
+    SyncCommit,
+    SyncOffer,
+    SyncReply,
+    SyncSwap,
+)
+
+TIMEOUT_S = 10.0
+DIGESTS = [11, 22]
+CANARY = [np.array([-1.0, -2.0], np.float32).tobytes()]
+
+
+class Bench:
+    """A planner, and the answers its peers would give."""
+
+    def __init__(self, *names):
+        self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=1e-4)
+        self.now = 100.0
+        for name in names:
+            self.planner.joined(name, 1, 1, self.now)
+
+    def snapshot(self, version):
+        message = SnapshotReady(version, {"digests": DIGESTS}, [b"\x01\0\0\0"], CANARY, 1.0)
+        self.planner.snapshot_ready(message, self.now)
+        return self.take()
+
+    def take(self):
+        return self.planner.take_outputs()
+
+    def open_group(self):
+        self.planner.group_ready(GroupReady(self.planner.group_epoch, "127.0.0.1", 9, ""), self.now)
+        return self.take()
+
+    def reply(self, name, phase, *, error="", digests=None, canary=None):
+        current = self.planner.round
+        fields = {"digests": [digests or DIGESTS]} if phase == "stage" else {"canary_logprobs": canary or CANARY}
+        if error:
+            fields = {}
+        message = SyncReply(1, current.version, current.attempt, phase, error, **fields)
+        self.planner.reply(name, message, self.now)
+        return self.take()
+
+    def broadcast_done(self, error=""):
+        current = self.planner.round
+        done = BroadcastDone(current.version, current.attempt, current.group_epoch, error, 5.0, 100)
+        self.planner.broadcast_done(done, self.now)
+        return self.take()
+
+    def after(self, seconds):
+        self.now += seconds
+        self.planner.advance(self.now)
+        return self.take()
+
+    def sync_all(self, version, names):
+        """A whole round in which everything works."""
+        self.snapshot(version)
+        if self.planner.round.opening_deadline is not None:
+            self.open_group()
+        outputs = []
+        for name in names:
+            outputs += self.reply(name, "stage")
+        outputs += self.broadcast_done()
+        for name in names:
+            outputs += self.reply(name, "swap")
+        return outputs
+
+
+def messages(outputs, kind):
+    found = [o.message for o in outputs if isinstance(o, (ToGenerator, ToPublisher)) and isinstance(o.message, kind)]
+    return found
+
+
+def kinds(outputs, kind):
+    return [o for o in outputs if isinstance(o, kind)]
+
+
+def test_a_round_opens_a_group_offers_swaps_and_commits():
+    bench = Bench("a", "b")
+    (open_group,) = messages(bench.snapshot(0), OpenGroup)
+    assert (open_group.world_size, open_group.prefix) == (3, "r/1/1")
+    outputs = bench.open_group()
+    assert [offer.group["rank"] for offer in messages(outputs, SyncOffer)] == [1, 2]
+    assert len(messages(outputs, Broadcast)) == 1
+    assert messages(bench.reply("a", "stage"), SyncSwap), "a swaps as soon as it staged, without waiting for b"
+    bench.reply("b", "stage")
+    bench.broadcast_done()
+    (commit,) = kinds(bench.reply("a", "swap"), Committed)
+    assert (commit.name, commit.version, commit.canary_diff) == ("a", 0, 0.0)
+    outputs = bench.reply("b", "swap")
+    assert messages(outputs, SyncCommit) and messages(outputs, SnapshotReleased)
+    assert bench.planner.held_version("a") == bench.planner.held_version("b") == 0
+    assert bench.planner.round is None
+
+
+def test_the_group_is_used_again_while_members_stay_the_same():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    outputs = bench.snapshot(1)
+    assert messages(outputs, SyncOffer) and not messages(outputs, OpenGroup)
+
+
+def test_a_restarted_generator_holds_nothing_and_gets_a_new_group():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("a", 2, 1, bench.now)
+    assert bench.planner.held_version("a") is None
+    bench.planner.advance(bench.now)
+    (open_group,) = messages(bench.take(), OpenGroup)
+    assert open_group.group_epoch == 2
+
+
+def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("b", 1, 1, bench.now)
+    bench.planner.advance(bench.now)
+    (open_group,) = messages(bench.take(), OpenGroup)
+    assert open_group.world_size == 2
+    assert list(bench.planner.round.members) == ["b"]
+    assert bench.planner.held_version("a") == 0
+
+
+def test_a_tensor_parallel_generator_takes_one_rank_per_worker():
+    bench = Bench()
+    bench.planner.joined("a", 1, 2, bench.now)
+    bench.planner.joined("b", 1, 1, bench.now)
+    (open_group,) = messages(bench.snapshot(0), OpenGroup)
+    assert open_group.world_size == 4
+    assert [o.group["rank"] for o in messages(bench.open_group(), SyncOffer)] == [1, 3]
+
+
+def test_wrong_digests_never_reach_a_swap():
+    bench = Bench("a")
+    bench.snapshot(0)
+    bench.open_group()
+    outputs = bench.reply("a", "stage", digests=[11, 23])
+    assert not messages(outputs, SyncSwap)
+    (failed,) = kinds(outputs, SyncFailed)
+    assert "digest" in failed.reason
+    assert bench.planner.held_version("a") is None
+
+
+def test_a_wrong_canary_taints_and_never_commits():
+    bench = Bench("a")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    wrong = [np.array([-1.0, -2.001], np.float32).tobytes()]
+    outputs = bench.reply("a", "swap", canary=wrong)
+    (abort,) = messages(outputs, SyncAbort)
+    assert abort.tainted and not kinds(outputs, Committed)
+    assert bench.planner.held_version("a") is None
+
+
+@pytest.mark.parametrize("canary", [[np.array([-1.0, np.nan], np.float32).tobytes()], [b""], []])
+def test_a_canary_with_nan_or_missing_values_is_wrong(canary):
+    bench = Bench("a")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.reply("a", "stage")
+    current = bench.planner.round
+    reply = SyncReply(1, current.version, current.attempt, "swap", "", canary_logprobs=canary)
+    bench.planner.reply("a", reply, bench.now)
+    assert kinds(bench.take(), SyncFailed)
+
+
+def test_repeated_taints_are_fatal_for_that_generator():
+    bench = Bench("a")
+    bench.snapshot(0)
+    fatal = []
+    for _ in range(MAX_TAINTS):
+        bench.open_group()
+        bench.reply("a", "stage")
+        bench.broadcast_done()
+        outputs = bench.reply("a", "swap", error="engine says no")
+        fatal.append(kinds(outputs, SyncFailed)[0].fatal)
+        bench.after(1000.0)
+    assert fatal == [False, False, True]
+
+
+def test_a_silent_member_costs_the_others_one_deadline_and_then_sits_out():
+    bench = Bench("a", "b")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.reply("a", "stage", error="collective failed")  # a is the victim of b's silence
+    outputs = bench.after(GRACE_S + 0.1)
+    assert {f.name for f in kinds(outputs, SyncFailed)} == {"b"}
+    assert bench.planner.round is not None, "the publisher is still in the broken collective"
+    bench.broadcast_done(error="timeout")
+    (open_group,) = messages(bench.after(0.0), OpenGroup)
+    assert open_group.world_size == 2 and list(bench.planner.round.members) == ["a"]
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    assert kinds(bench.reply("a", "swap"), Committed)
+    outputs = bench.after(PENALTY_S)
+    assert messages(outputs, OpenGroup) and list(bench.planner.round.members) == ["b"]
+
+
+def test_a_member_that_dies_in_the_middle_does_not_hold_up_the_round():
+    bench = Bench("a", "b")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.reply("b", "stage")
+    bench.broadcast_done()
+    bench.reply("a", "swap")
+    bench.planner.left("b", bench.now, "no beat for 15 s")
+    assert bench.planner.round is None and bench.planner.held_version("a") == 0
+
+
+def test_no_answer_to_a_swap_taints_after_the_deadline():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.snapshot(1)
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    assert bench.planner.held_version("a") is None, "between swap and commit it holds no version"
+    outputs = bench.after(TIMEOUT_S)
+    assert messages(outputs, SyncAbort)[0].tainted
+    assert bench.planner.held_version("a") is None
+
+
+def test_the_trainers_death_ends_the_round_and_the_next_trainer_starts_anew():
+    bench = Bench("a")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.planner.publisher_lost(bench.now)
+    assert bench.planner.round is None
+    assert messages(bench.snapshot(0), OpenGroup)
+
+
+def test_a_publisher_that_opens_no_group_is_given_up_by_deadline():
+    bench = Bench("a")
+    bench.snapshot(0)
+    outputs = bench.after(TIMEOUT_S)
+    assert "opened no group" in kinds(outputs, SyncFailed)[0].reason
+    assert bench.planner.round is not None, "it is tried again at once under a new epoch"
+    assert bench.planner.group_epoch == 2
+
+
+def test_a_busy_generator_is_left_alone_until_it_is_free():
+    bench = Bench("a", "b")
+    bench.planner.set_busy({"a"})
+    bench.sync_all(0, ["b"])
+    assert bench.planner.held_version("a") is None
+    bench.planner.set_busy(set())
+    assert messages(bench.after(0.0), OpenGroup)
+    assert list(bench.planner.round.members) == ["a"]
+
+
+def test_replies_of_another_round_or_phase_are_ignored():
+    bench = Bench("a")
+    bench.snapshot(0)
+    bench.open_group()
+    current = bench.planner.round
+    for stale in (
+        SyncReply(1, 7, current.attempt, "stage", "", digests=[DIGESTS]),
+        SyncReply(1, current.version, current.attempt + 1, "stage", "", digests=[DIGESTS]),
+        SyncReply(1, current.version, current.attempt, "swap", "", canary_logprobs=CANARY),
+    ):
+        bench.planner.reply("a", stale, bench.now)
+    assert not messages(bench.take(), SyncSwap)
+
+
+def test_every_wait_has_a_deadline():
+    bench = Bench("a", "b")
+    bench.snapshot(0)
+    assert bench.planner.next_deadline(bench.now) == bench.now + TIMEOUT_S
+    bench.open_group()
+    assert bench.planner.next_deadline(bench.now) is not None
+    bench.reply("a", "stage")
+    bench.reply("b", "stage")
+    assert bench.planner.next_deadline(bench.now) is not None

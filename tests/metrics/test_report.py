@@ -1,0 +1,228 @@
+"""The summary, the picture and the last lines of a run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from asyncrl.errors import UserError
+from asyncrl.metrics import METRICS_FILE, EvalMetrics, StepMetrics, SyncMetrics
+from asyncrl.metrics.report import PICTURE_FILE, SUMMARY_FILE, draw, main, print_summary, summary_lines, write_summary
+from asyncrl.metrics.sinks import JsonlSink
+
+PROMISED = [
+    "reward_first",
+    "reward_last",
+    "eval_first",
+    "eval_last",
+    "steps",
+    "tokens_generated",
+    "tokens_trained",
+    "policy_age_mean",
+    "policy_age_max",
+    "rollouts_acked",
+    "rollouts_trained",
+    "rollouts_dropped",
+    "sync_count",
+    "sync_pause_ms_median",
+    "sync_total_ms_median",
+    "canary_max_abs_diff",
+    "learner_idle_share",
+    "generator_idle_share",
+    "wall_s",
+]
+
+
+def step(version, **given):
+    measured = {
+        "interval_s": 2.0,
+        "wall_s": 2.0 * version,
+        "reward_mean": version / 100,
+        "reward_std": 0.1,
+        "policy_age_mean": 1.0,
+        "policy_age_max": 2,
+        "tokens_generated": 1000,
+        "tokens_trained": 800,
+        "rollouts_acked": 16,
+        "rollouts_trained": 16,
+        "learner_idle_s": 0.2,
+        "generator_busy_s": 1.5,
+        "generator_idle_s": 0.5,
+    }
+    return StepMetrics(version=version, **{**measured, **given})
+
+
+def sync(version, **given):
+    measured = {"wall_s": 2.0 * version, "total_ms": 80.0, "pause_ms": 10.0, "generators_committed": 1}
+    return SyncMetrics(version=version, **{**measured, "canary_max_abs_diff": 1e-6, **given})
+
+
+def evaluation(version, reward):
+    return EvalMetrics(
+        version=version, wall_s=2.0 * version, prompts=8, reward_mean=reward, reward_parts={"correct": reward}
+    )
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*metrics):
+        sink = JsonlSink(tmp_path / METRICS_FILE)
+        for one in metrics:
+            sink.write(one)
+        sink.close()
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def whole_run(write):
+    metrics = [evaluation(0, 0.25)]
+    for version in range(1, 101):
+        metrics += [step(version), sync(version)]
+    return write(*metrics, evaluation(100, 0.875))
+
+
+def test_the_summary_holds_every_promised_figure(whole_run):
+    summary = write_summary(whole_run)
+    assert set(PROMISED) <= set(summary)
+    assert all(summary[name] is not None for name in PROMISED)
+    assert json.loads((whole_run / SUMMARY_FILE).read_text()) == summary
+
+
+def test_totals_means_and_medians_agree_with_a_count_by_hand(whole_run):
+    summary = write_summary(whole_run)
+    expected = {
+        "steps": 100,
+        "reward_first": pytest.approx(sum(range(1, 11)) / 1000),
+        "reward_last": pytest.approx(sum(range(91, 101)) / 1000),
+        "eval_first": 0.25,
+        "eval_last": 0.875,
+        "eval_parts_last": {"correct": 0.875},
+        "tokens_generated": 100_000,
+        "tokens_trained": 80_000,
+        "tokens_generated_per_s": pytest.approx(500.0),
+        "policy_age_mean": pytest.approx(1.0),
+        "policy_age_max": 2,
+        "rollouts_acked": 1600,
+        "sync_count": 100,
+        "sync_total_ms_median": 80.0,
+        "learner_idle_share": pytest.approx(0.1),
+        "generator_idle_share": pytest.approx(0.25),
+        "wall_s": 200.0,
+    }
+    assert {name: summary[name] for name in expected} == expected
+
+
+def test_policy_age_is_weighted_by_tokens(write):
+    folder = write(step(1, policy_age_mean=0.0, tokens_trained=300), step(2, policy_age_mean=4.0, tokens_trained=100))
+    assert write_summary(folder)["policy_age_mean"] == pytest.approx(1.0)
+
+
+def test_a_version_trained_again_after_a_crash_counts_once_but_its_increments_add_up(write):
+    before = [step(1), step(2, reward_mean=0.1, rollouts_dropped=8)]
+    again = [step(2, reward_mean=0.3, tokens_generated=0, rollouts_acked=0), step(3)]
+    summary = write_summary(write(*before, *again))
+    assert (summary["steps"], summary["tokens_trained"], summary["rollouts_trained"]) == (3, 2400, 48)
+    assert (summary["tokens_generated"], summary["rollouts_acked"], summary["rollouts_dropped"]) == (
+        3000,
+        48,
+        8,
+    )
+
+
+def test_failed_syncs_are_counted_apart_from_the_times(write):
+    metrics = [
+        sync(1),
+        sync(2, total_ms=30_000.0, pause_ms=None, generators_committed=0, generators_failed=1),
+    ]
+    summary = write_summary(write(step(1), *metrics))
+    assert (summary["sync_count"], summary["sync_failed"], summary["sync_total_ms_median"]) == (1, 1, 80.0)
+
+
+def test_failures_are_counted_by_reason(write):
+    lines = [
+        step(1, rollouts_failed={"deadline": 8}),
+        step(2, rollouts_failed={"deadline": 8, "reward_error": 8}),
+    ]
+    assert write_summary(write(*lines))["rollouts_failed"] == {"deadline": 16, "reward_error": 8}
+
+
+def test_what_was_never_measured_is_null(write):
+    summary = write_summary(write(sync(0, canary_max_abs_diff=None)))
+    for name in ("reward_first", "eval_last", "policy_age_max", "canary_max_abs_diff", "learner_idle_share"):
+        assert summary[name] is None
+    assert summary["steps"] == 0
+
+
+def test_a_torn_line_does_not_spoil_the_summary(whole_run):
+    with (whole_run / METRICS_FILE).open("a") as file:
+        file.write('{"kind": "step", "ver')
+    summary = write_summary(whole_run)
+    assert (summary["steps"], summary["unreadable_lines"]) == (100, 1)
+
+
+def test_the_picture_is_a_png_of_readable_size(whole_run):
+    path = draw(whole_run)
+    content = path.read_bytes()
+    assert path == whole_run / PICTURE_FILE
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
+    assert width >= 900 and height >= 1000
+
+
+@pytest.mark.parametrize(
+    "metrics", [[], [step(1)], [evaluation(0, 0.5)], [sync(1)]], ids=["none", "step", "eval", "sync"]
+)
+def test_a_run_that_hardly_began_can_be_reported(write, metrics):
+    folder = write(*metrics)
+    summary = write_summary(folder)
+    assert draw(folder).is_file()
+    assert summary_lines(summary, folder, None)
+
+
+def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whole_run, capsys):
+    write_summary(whole_run)
+    print_summary(whole_run, draw(whole_run))
+    text = capsys.readouterr().out
+    for part in (
+        "100 steps in 03:20",
+        "first 0.250   last 0.875",
+        "generated 500   trained 400",
+        "learner 10%   generator 25%",
+        "80 ms, of it generation paused 10 ms",
+        str(whole_run / PICTURE_FILE),
+        str(whole_run / SUMMARY_FILE),
+    ):
+        assert part in text
+    assert text.splitlines()[-1].endswith(PICTURE_FILE)
+
+
+def test_last_lines_before_there_is_a_summary_are_refused(whole_run):
+    with pytest.raises(UserError, match=r"summary\.json: is missing; `python -m asyncrl.metrics.report"):
+        print_summary(whole_run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is missing"):
+        write_summary(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert "is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b"]])
+def test_wrong_arguments_get_the_usage(arguments, capsys):
+    assert main(arguments) == 2
+    assert "usage: python -m asyncrl.metrics.report RUN_DIR" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module_without_torch_or_a_display(whole_run):
+    script = (
+        "import runpy, sys; sys.argv = ['report', sys.argv[1]]\n"
+        "try: runpy.run_module('asyncrl.metrics.report', run_name='__main__')\n"
+        "except SystemExit as end: sys.exit(end.code or ('torch' in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, whole_run], capture_output=True, text=True, timeout=60, env={})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (whole_run / PICTURE_FILE).is_file() and (whole_run / SUMMARY_FILE).is_file()
