@@ -92,7 +92,6 @@ def _group_sum(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
 def _check_groups(rewards: Tensor, group_index: Tensor) -> None:
     if rewards.dim() != 1 or rewards.shape != group_index.shape:
         raise ShapeError(
-            "rewards and group_index must both be [R];"
-            f" got {tuple(rewards.shape)} and {tuple(group_index.shape)}"
+            f"rewards and group_index must both be [R]; got {tuple(rewards.shape)} and {tuple(group_index.shape)}"
         )
     require_finite(rewards, "rewards")

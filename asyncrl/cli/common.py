@@ -6,6 +6,7 @@ Nothing here imports torch, zmq or vllm: `--help` and `--version` answer at once
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -86,6 +87,9 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
 
         print(describe(config, role), flush=True)
         return 0
+    logging.basicConfig(
+        level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
     # From here on a folder: trainer, tokenizer, fingerprints and engine must all read the same files.
     config.model.path = str(model.folder)
     return start(config)

@@ -38,7 +38,7 @@ from asyncrl.processes import StopSignal, pin_to
 from asyncrl.transport import messages
 from asyncrl.transport.codec import decode, encode
 from asyncrl.transport.groups import grant_to_lease, group_to_result
-from asyncrl.transport.keys import load_client_auth
+from asyncrl.transport.keys import client_auth
 from asyncrl.transport.messages import Message
 from asyncrl.transport.session import GeneratorSession
 from asyncrl.transport.sockets import AsyncClientSocket
@@ -116,6 +116,8 @@ class GeneratorDaemon:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.sync.close()
+            self._send(messages.Bye(self._why_stopping or "failed"))
+            await self.socket.close(flush_s=FLUSH_TIMEOUT_S / 2)
         return 0
 
     def stop(self, why: str, *, run_finished: bool = False) -> None:
@@ -314,8 +316,6 @@ class GeneratorDaemon:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         if not self._run_finished:
             await self._until(lambda: self.session.outbox_bytes == 0, FLUSH_TIMEOUT_S)
-        self._send(messages.Bye(self._why_stopping))
-        await self.socket.close(flush_s=FLUSH_TIMEOUT_S / 2)
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -388,8 +388,7 @@ def _engine_options(config: Config, generator_id: str) -> EngineOptions:
 
 def _connect(config: Config) -> AsyncClientSocket:
     transport = config.transport
-    auth = load_client_auth(transport.client_key_file, transport.server_public_key_file)
-    return AsyncClientSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=auth)
+    return AsyncClientSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=client_auth(transport))
 
 
 def _session(config: Config, identity: Identity) -> GeneratorSession:

@@ -14,6 +14,7 @@ version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import AutoTokenizer
 
-from asyncrl.errors import DeadlineExceeded, EngineError, NonFiniteError, WeightGroupError
+from asyncrl.errors import AsyncRLError, DeadlineExceeded, EngineError, NonFiniteError, WeightGroupError
 from asyncrl.generator.engine import Completion, GenerationRequest, StageReport, SwapReport
 from asyncrl.generator.vllm_options import (
     SPARE_SEQUENCES,
@@ -140,8 +141,11 @@ class VLLMEngine:
         self._version = None
         self._fail_running("the engine was closed")
         llm, self._llm = self._llm, None
-        if llm is not None:
-            await asyncio.to_thread(llm.shutdown, timeout=SHUTDOWN_TIMEOUT_S)
+        if llm is None:
+            return
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # else it reports the end of the engine as a failure
+        await asyncio.to_thread(llm.shutdown, timeout=SHUTDOWN_TIMEOUT_S)
 
     # -- sampling
     # --------------------------------------------------------------------------------------------------
@@ -298,7 +302,7 @@ class VLLMEngine:
             self._version, self._swapping = None, True
             self._open.clear()
             try:
-                swap = self._swap(version)
+                swap = self._swap(version, timeout_s)
                 report = await self._within(timeout_s, f"swapping to version {version}", swap)
             except BaseException as error:
                 # Also on cancellation: nobody knows how far the workers came.
@@ -311,13 +315,13 @@ class VLLMEngine:
             self._open.set()
             return report
 
-    async def _swap(self, version: int) -> SwapReport:
+    async def _swap(self, version: int, timeout_s: float) -> SwapReport:
         core = self._llm.engine_core
         # Not AsyncLLM.pause_generation: it sleeps 20 ms for the order of outputs, which does not matter here.
         await core.pause_scheduler_async("keep", False)
         paused = time.monotonic()
         await self._restart_unstarted()
-        results = await self._llm.collective_rpc("asyncrl_swap", args=(version,))
+        results = await self._rpc("asyncrl_swap", timeout_s, version)
         for rank, result in enumerate(results):
             if result["error"]:
                 raise EngineError(f"worker {rank} could not load version {version}: {result['error']}")
@@ -355,7 +359,8 @@ class VLLMEngine:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, POLL_MAX_S)
         except BaseException:
-            await self.leave_weight_group()
+            with contextlib.suppress(EngineError, DeadlineExceeded):  # the first error is the one that counts
+                await self.leave_weight_group()
             raise
 
     # -- helpers
@@ -381,7 +386,12 @@ class VLLMEngine:
     async def _rpc(self, method: str, timeout_s: float, *args: Any) -> list[Any]:
         self._check_alive()
         call = self._llm.collective_rpc(method, args=args)
-        return await self._within(timeout_s, f"the workers' answer to {method}", call)
+        try:
+            return await self._within(timeout_s, f"the workers' answer to {method}", call)
+        except AsyncRLError:
+            raise
+        except Exception as error:  # vLLM passes on a worker's error as text, without its type
+            raise EngineError(f"{method} failed in a worker: {error}") from error
 
     async def _within(self, timeout_s: float, what: str, work: Awaitable[_T]) -> _T:
         try:

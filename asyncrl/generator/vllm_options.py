@@ -54,6 +54,7 @@ def prepare_environment(options: EngineOptions) -> None:
         "VLLM_LOGGING_LEVEL": "INFO" if options.log_path else "ERROR",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(round(options.start_timeout_s)),
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a store that is gone is reported by us, in one line
         # vLLM opens sockets between its own processes; keep them off the network.
         "VLLM_HOST_IP": "127.0.0.1",
     }
@@ -146,14 +147,17 @@ def _write_logging_config(log_path: Path) -> Path:
     config = {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {
-            "line": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s:%(lineno)d %(message)s"}
-        },
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(process)d %(name)s:%(lineno)d %(message)s"}},
         "handlers": {
             "file": {"class": "logging.FileHandler", "filename": str(log_path), "formatter": "line"},
             "stderr": {"class": "logging.StreamHandler", "level": "ERROR", "formatter": "line"},
         },
-        "loggers": {"vllm": {"handlers": ["file", "stderr"], "level": "INFO", "propagate": False}},
+        "loggers": {
+            "vllm": {"handlers": ["file", "stderr"], "level": "INFO", "propagate": False},
+            # One line and one false alarm (of the rotary embedding, which has no weights) at every swap.
+            "vllm.v1.core.sched": {"level": "WARNING"},
+            "vllm.model_executor.model_loader.reload": {"level": "ERROR"},
+        },
     }
     path = log_path.with_suffix(".logging.json")
     path.write_text(json.dumps(config, indent=1))

@@ -79,11 +79,10 @@ class WeightSync:
             raise EngineError(f"tokens of versions {sorted(needed - self._proven)}, which were never proven")
 
     async def close(self) -> None:
-        """Stops the work in hand and leaves the process group."""
+        """Stops the work in hand. The process group goes with the engine's processes."""
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._engine.leave_weight_group()
 
     def _resolved(self, needed: set[int]) -> bool:
         missing = needed - self._proven
@@ -103,9 +102,9 @@ class WeightSync:
         self._task.add_done_callback(_report_crash)
 
     async def _stage(self, offer: SyncOffer) -> None:
-        spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
-        epoch = int(offer.group["group_epoch"])
         try:
+            spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
+            epoch = int(offer.group["group_epoch"])
             if epoch != self._group_epoch:
                 self._group_epoch = None
                 await self._engine.leave_weight_group()

@@ -11,6 +11,7 @@ off.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from asyncrl.errors import AsyncRLError, EngineError, WeightGroupError
+from asyncrl.errors import EngineError, WeightGroupError
 from asyncrl.generator.vllm_options import follow_parent
 from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, WeightManifest, digest
+
+log = logging.getLogger("vllm.asyncrl")  # below vLLM's logger, which its processes have configured
 
 BACKEND = "asyncrl"
 EXTENSION = "asyncrl.generator.weights.WeightWorkerExtension"
@@ -62,7 +65,8 @@ class Job:
 class WeightReceiver:
     """One worker's membership of a weight group, and its staging buffer. Knows nothing of vLLM.
 
-    `begin_*` start a job in a thread and return at once; `poll` tells how it goes. One job at a time.
+    `begin_*` start a job in a thread and return at once; `poll` tells how the newest one goes. `leave`
+    disowns a job under way: it fails by its own deadline and touches nothing that later jobs use.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,13 +74,13 @@ class WeightReceiver:
         self._group: WeightGroup | None = None
         self._job = Job(state="done")
         self._buffer: torch.Tensor | None = None
+        self._lock = threading.Lock()  # between a job that publishes its result and `leave`
         self.staged: WeightManifest | None = None
 
     def begin_join(self, spec: WeightGroupSpec) -> None:
         """Connect to a group, leaving the one before."""
         self.leave()
-        group = WeightGroup(spec, self._device)
-        self._group = group
+        group = self._group = WeightGroup(spec, self._device)
         self._begin("join", lambda job: group.join())
 
     def begin_stage(self, manifest: WeightManifest, timeout_s: float) -> None:
@@ -84,8 +88,12 @@ class WeightReceiver:
         group = self._group
         if group is None:
             raise WeightGroupError("stage: this worker is in no weight group; join one first")
+        if self._job.state == "running":
+            raise WeightGroupError("stage: the job before it is still running; leave the group first")
         self.staged = None
-        self._begin("stage", lambda job: self._stage(group, manifest, timeout_s, job))
+        # The job owns the buffer until it succeeds: after a failure the transport may still write to it.
+        buffer, self._buffer = self._buffer, None
+        self._begin("stage", lambda job: self._stage(group, manifest, buffer, timeout_s, job))
 
     def poll(self) -> Job:
         """The newest job."""
@@ -97,22 +105,17 @@ class WeightReceiver:
         return self.staged.layout.views(self._buffer)
 
     def leave(self) -> None:
-        """Disconnect and drop what is staged. A job under way fails."""
-        self.staged = None
-        group, self._group = self._group, None
-        if group is None:
-            return
-        group.abort()
-        # The transport may write to the buffer until the group is closed, and closing may wait for a
-        # deadline: both are left behind, and the next job starts with a buffer of its own.
-        self._buffer = None
-        threading.Thread(
-            target=_close_quietly, args=(group,), name="asyncrl: close group", daemon=True
-        ).start()
+        """Disconnect and drop what is staged."""
+        with self._lock:
+            self.staged = None
+            self._job = Job(state="done")
+            group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+            # Closing may wait for a deadline; nobody needs to wait for it.
+            threading.Thread(target=_close, args=(group,), name="asyncrl: close group", daemon=True).start()
 
     def _begin(self, name: str, work: Callable[[Job], None]) -> None:
-        if self._job.state == "running":
-            raise WeightGroupError(f"{name}: the job before it is still running; leave the group first")
         job = self._job = Job()
 
         def run() -> None:
@@ -126,12 +129,18 @@ class WeightReceiver:
 
         threading.Thread(target=run, name=f"asyncrl: {name} weights", daemon=True).start()
 
-    def _stage(self, group: WeightGroup, manifest: WeightManifest, timeout_s: float, job: Job) -> None:
+    def _stage(
+        self,
+        group: WeightGroup,
+        manifest: WeightManifest,
+        buffer: torch.Tensor | None,
+        timeout_s: float,
+        job: Job,
+    ) -> None:
         deadline = time.monotonic() + timeout_s
         layout = manifest.layout
-        buffer = self._buffer
         if buffer is None or buffer.numel() != layout.total_bytes:
-            buffer = self._buffer = layout.new_buffer(self._device)
+            buffer = layout.new_buffer(self._device)
         for index, ((start, stop), expected) in enumerate(zip(layout.buckets, manifest.digests, strict=True)):
             bucket = buffer[start:stop]
             group.broadcast(bucket, deadline - time.monotonic())
@@ -142,16 +151,17 @@ class WeightReceiver:
                     f"bucket {index} of version {manifest.version}: digest {measured}, the manifest says "
                     f"{expected}; the bytes were damaged on the way or changed while they were sent"
                 )
-        if self._group is group:  # else the group was left meanwhile
-            self.staged = manifest
+        with self._lock:
+            if self._job is job:
+                self._buffer, self.staged = buffer, manifest
 
 
-def _close_quietly(group: WeightGroup) -> None:
+def _close(group: WeightGroup) -> None:
     try:
         group.close()
-    except AsyncRLError as error:
+    except WeightGroupError as error:
         # Nobody waits for this thread; what is left behind is one connection of a dead group.
-        print(f"asyncrl: {error}", flush=True)
+        log.warning("%s", error)
 
 
 @dataclass
@@ -206,7 +216,8 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
 
     def _missing_parts(self, names: set[str]) -> set[str]:
-        """Parameters that vLLM keeps fused with one that was sent (q, k, v) and that were not sent themselves.
+        """Parameters that vLLM keeps fused with one that was sent (q, k, v) and that were not sent
+        themselves.
 
         vLLM counts a fused parameter as loaded when one part of it came, and leaves the rest uninitialised.
         """
@@ -257,7 +268,7 @@ class WeightWorkerExtension:
     def asyncrl_swap(self, version: int) -> dict[str, Any]:
         """Load the staged version. Generation must be paused.
 
-        A failure is returned, not raised: an exception in one of several workers would end the engine.
+        A failure is returned, not raised: so every worker's answer is read, and each names its own fault.
         """
         started = time.monotonic()
         try:

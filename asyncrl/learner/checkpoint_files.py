@@ -145,6 +145,11 @@ def find_latest(root: Path) -> Manifest | None:
     return None
 
 
+def oldest_version(root: Path) -> int | None:
+    """The oldest version under `root` that a recovery might fall back to; None if there is none."""
+    return min((_version_of(path) for path in _complete_folders(root)), default=None)
+
+
 def load_desk_state(manifest: Manifest) -> bytes:
     """The desk's state out of a checkpoint. Raises CheckpointError when it cannot be read or has changed."""
     try:

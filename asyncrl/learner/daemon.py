@@ -42,7 +42,7 @@ from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
 from asyncrl.tasks.base import load_task
 from asyncrl.tasks.prompts import PromptSource, load_tokenizer
-from asyncrl.transport.keys import load_server_auth
+from asyncrl.transport.keys import server_auth
 from asyncrl.transport.session import DeskSessions, Expected
 from asyncrl.transport.sockets import ServerSocket
 
@@ -62,8 +62,9 @@ def run_learner(config: Config) -> int:
     run_epoch = next_run_epoch(run_dir)
     config_file = _write_config(config, run_dir)
     transport = config.transport
-    auth = load_server_auth(transport.server_key_file, transport.allowed_keys_file)
-    rollout_socket = ServerSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=auth)
+    rollout_socket = ServerSocket(
+        transport.address, max_frame_bytes=transport.max_frame_bytes, auth=server_auth(transport)
+    )
     trainer_socket = ServerSocket(_local_address(run_dir), max_frame_bytes=LOCAL_FRAME_BYTES)
     log.info("listening on %s (run %s, run epoch %d)", rollout_socket.address, config.run.name, run_epoch)
     trainer = TrainerProcess(
@@ -159,6 +160,7 @@ def _make_desk(
         metrics=metrics,
         last_logged_version=_last_logged_version(Path(config.run.dir)),
         desk_state=desk_state,
+        checkpoints=Path(config.run.dir) / "checkpoints",
     )
     weights = WeightSide(
         planner=planner,

@@ -112,9 +112,9 @@ class Desk:
         self.generators.acknowledge(self.intake.sync_if_due(now))
         self._watch_trainer(now)
         self.generators.expire(now)
-        self.weights.advance(now)
-        self.evaluator.advance(self.trainers.version, now)
         if self._stopping_since is None:
+            self.weights.advance(now)
+            self.evaluator.advance(self.trainers.version, now)
             self.generators.acknowledge(self.trainers.decide(now))
             self.generators.grant(self.trainers.version, now)
         self.trainers.deal()
@@ -172,6 +172,7 @@ class Desk:
             case messages.StepDone():
                 self.trainers.step_done(message, len(self.generators.alive()), now)
                 self.trainer.stepped()
+                self.evaluator.advance(self.trainers.version, now)
             case messages.CheckpointDone():
                 self.trainers.checkpoint_done(message)
             case messages.SnapshotReady():

@@ -1,9 +1,9 @@
 """The rollout side of the desk: results come in, are checked, journalled and acknowledged, and go to the buffer.
 
-    frame → session (seen before?) → validate → lease desk (wanted?) → journal → [sync] → ack, buffer
+    frame → session (seen before?) → validate → lease desk (wanted?) → journal, buffer → [sync] → ack
 
-The order is the promise: nothing is acknowledged before the journal's sync, and nothing reaches the buffer before it is
-acknowledged. A result that is refused is acknowledged too (as seen), or the generator would send it for ever.
+The order is the promise: nothing is acknowledged, and nothing of it trained, before the journal's sync. A result that
+is refused is acknowledged too (as seen), or the generator would send it for ever.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ class Intake:
         else:
             stored = _stored(session, message.seq, group, body)
             self.journal.append(stored, now)
+            # At once, or the group would count as neither running nor buffered until the sync. Safe before it: a
+            # batch is dealt out only after its own record, which is behind this one, is on disk.
+            self.buffer.add(stored)
             self._pending.append(_Pending(session, message.seq, stored=stored))
         return None
 
@@ -128,7 +131,6 @@ class Intake:
         for item in pending:
             self.sessions.mark_durable(item.session, item.seq)
             if item.stored is not None:
-                self.buffer.add(item.stored)
                 self.account.rollouts_acked += len(item.stored.num_tokens)
             if item.evaluated is not None:
                 self.on_eval(item.evaluated)

@@ -20,13 +20,13 @@ from asyncrl.algorithms.losses import Sums, aggregate_loss, merge_sums, ppo_clip
 from asyncrl.config import Config, LearnerConfig
 from asyncrl.errors import NonFiniteError
 from asyncrl.learner.model import Policy
-from asyncrl.replay.packing import MicroBatch, pack_groups, sorted_groups
+from asyncrl.replay.packing import MicroBatch, check_group, pack_groups, sorted_groups
 from asyncrl.types import Group
 
 # Up to this many inputs, one row with a full attention mask beats one row per completion on a CPU (measured
 # with prompts of 12 and completions of 6: 2.4 times faster). On a GPU the mask would switch off flash
 # attention.
-CPU_SHARED_ROW_TOKENS = 128
+CPU_SHARED_ROW_TOKENS = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,8 @@ class PolicyTrainer:
         # denominator but need no forward pass.
         needs_all = self.algorithm.kl_coef > 0.0 or self.algorithm.entropy_coef > 0.0
         active = [index for index in range(len(groups)) if needs_all or not is_flat[index]]
+        for index in np.flatnonzero(is_flat):
+            check_group(groups[index], advantages[index], version)  # skipped or not, bad data is an error
         batches = pack_groups(
             [groups[index] for index in active],
             [advantages[index] for index in active],

@@ -10,7 +10,6 @@ said that no round uses the offered one (`SnapshotReleased`).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -31,7 +30,7 @@ from asyncrl.transport.messages import (
     SnapshotReady,
     SnapshotReleased,
 )
-from asyncrl.transport.sockets import ClientSocket
+from asyncrl.transport.trainer_link import TrainerLink
 from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 
@@ -55,7 +54,7 @@ class Publisher(threading.Thread):
 
     def __init__(
         self,
-        connect: Callable[[], ClientSocket],
+        desk_address: str,
         buffers: tuple[SnapshotBuffer, SnapshotBuffer],
         canary: list[np.ndarray],
         score: Callable[[list[list[int]]], list[np.ndarray]],
@@ -64,7 +63,7 @@ class Publisher(threading.Thread):
         backend: str,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
-        self._connect = connect
+        self._desk_address = desk_address
         self._fresh, self._offered = _Slot(buffers[0]), _Slot(buffers[1])
         self._offered_free = True
         self._canary = [tokens.astype(TOKEN_DTYPE) for tokens in canary]
@@ -101,19 +100,17 @@ class Publisher(threading.Thread):
 
     def run(self) -> None:
         try:
-            link = self._connect()  # here, because a socket belongs to one thread
+            link = TrainerLink(self._desk_address, wake_fd=self._wake)  # here: a socket belongs to one thread
             while not self._stopping.is_set():
                 self._offer_fresh(link)
-                for message in link.receive(IDLE_WAIT_S, wake_fd=self._wake):
+                if (message := link.receive(IDLE_WAIT_S)) is not None:
                     self._handle(link, message)
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
             link.close()
         except BaseException as error:
             self.crash = error
             log.exception("publisher thread died")
 
-    def _offer_fresh(self, link: ClientSocket) -> None:
+    def _offer_fresh(self, link: TrainerLink) -> None:
         with self._lock:
             if not self._offered_free or self._fresh.version is None:
                 return
@@ -127,7 +124,7 @@ class Publisher(threading.Thread):
         canary = [tokens.tobytes() for tokens in self._canary]
         link.send(SnapshotReady(slot.version, manifest.to_dict(), canary, slot.canary_logprobs, slot.snapshot_ms))
 
-    def _handle(self, link: ClientSocket, message: Message) -> None:
+    def _handle(self, link: TrainerLink, message: Message) -> None:
         match message:
             case SnapshotReleased():
                 if message.version == self._offered.version:
@@ -153,9 +150,9 @@ class Publisher(threading.Thread):
         try:
             self._group = WeightGroup.host(spec)
         except (AsyncRLError, OSError) as error:
-            return GroupReady(request.group_epoch, self._host, 0, str(error))
+            return GroupReady(request.group_epoch, self._host, 0, str(error), self._backend)
         self._group_epoch = request.group_epoch
-        return GroupReady(request.group_epoch, self._host, self._group.store_port, "")
+        return GroupReady(request.group_epoch, self._host, self._group.store_port, "", self._backend)
 
     def _broadcast(self, request: Broadcast) -> BroadcastDone:
         started = time.monotonic()

@@ -76,7 +76,7 @@ class SyncPlanner:
         self.round: Round | None = None
         self.group_epoch = 0
         self._group_members: dict[str, int] = {}  # name -> incarnation of the open group; empty = none is open
-        self._group_address: tuple[str, int] | None = None
+        self._group_address: tuple[str, int, str] | None = None
         self._attempts: dict[int, int] = {}
         self._released: int | None = None  # version of the last snapshot given back to the publisher
         self._outputs: list[Output] = []
@@ -125,7 +125,7 @@ class SyncPlanner:
         if message.error:
             self._abandon_round(now, f"the publisher could not open a group: {message.error}")
             return
-        self._group_address = (message.host, message.port)
+        self._group_address = (message.host, message.port, message.backend)
         self._group_members = {m.name: m.incarnation for m in current.members.values()}
         current.opening_deadline = None
         self._offer(now)
@@ -197,6 +197,7 @@ class SyncPlanner:
             self._release_snapshot()
             return
         version = self.snapshot.version
+        self._released = None  # used again, so it has to be given back again
         attempt = self._attempts.get(version, 0)
         self._attempts = {version: attempt + 1}
         members, rank = {}, 1
@@ -227,7 +228,7 @@ class SyncPlanner:
     def _offer(self, now: float) -> None:
         current, snapshot = self.round, self.snapshot
         assert current is not None and snapshot is not None and self._group_address is not None
-        host, port = self._group_address
+        host, port, backend = self._group_address
         current.broadcast_deadline = now + self.timeout_s + GRACE_S
         for member in current.members.values():
             if member.phase is not Phase.STAGING:
@@ -240,6 +241,7 @@ class SyncPlanner:
                 "prefix": self._prefix(),
                 "rank": member.rank,
                 "world_size": current.world_size,
+                "backend": backend,
             }
             offer = SyncOffer(
                 self.run_epoch, current.version, current.attempt, group, snapshot.manifest, self.timeout_s

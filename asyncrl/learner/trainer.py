@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -38,14 +37,13 @@ from asyncrl.transport.messages import (
     TrainerStop,
     TrainerWelcome,
 )
-from asyncrl.transport.sockets import ClientSocket
+from asyncrl.transport.trainer_link import TrainerLink
 from asyncrl.transport.weight_group import SnapshotBuffer
 
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # a request that was lost is repeated after this long
 CANARY_LENGTH = 32
-LINK_FRAME_BYTES = 2**31 - 1  # a batch may be large, and this link never leaves the host
 
 
 class Trainer:
@@ -58,8 +56,7 @@ class Trainer:
         self.world_size = world_size
         self.device = _device(config.learner.device)
         self.run_dir = Path(config.run.dir)
-        self.link = ClientSocket(desk_address, max_frame_bytes=LINK_FRAME_BYTES)
-        self._inbox: deque[Message] = deque()
+        self.link = TrainerLink(desk_address)
         self.policy: PolicyTrainer
         self.publisher: Publisher | None = None
         self.run_epoch = 0
@@ -113,7 +110,7 @@ class Trainer:
         if backend == "auto":
             backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.publisher = Publisher(
-            self._connect_publisher,
+            self.desk_address,
             (buffers[0], buffers[1]),
             canary,
             self.policy.policy.score,
@@ -123,9 +120,6 @@ class Trainer:
         self.publisher.start()
         if self.policy.version >= self.replay_to:
             self.publisher.publish(self.policy.version)
-
-    def _connect_publisher(self) -> ClientSocket:
-        return ClientSocket(self.desk_address, max_frame_bytes=LINK_FRAME_BYTES)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -191,10 +185,9 @@ class Trainer:
         """
         started = time.monotonic()
         while True:
-            if self._inbox:
-                return self._inbox.popleft(), time.monotonic() - started
             self.link.send(request)
-            self._inbox.extend(self.link.receive(ASK_AGAIN_S))
+            if (message := self.link.receive(ASK_AGAIN_S)) is not None:
+                return message, time.monotonic() - started
             if self.publisher:
                 self._check_publisher()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgpack
 
 from asyncrl.learner.account import Account
 from asyncrl.learner.batches import BatchDealer, DecidedStep
+from asyncrl.learner.checkpoint_files import oldest_version
 from asyncrl.learner.intake import Intake
 from asyncrl.metrics import Metrics
 from asyncrl.replay.frontier import Frontier
@@ -39,6 +41,7 @@ class TrainerSide:
         metrics: Metrics,
         last_logged_version: int,
         desk_state: Callable[[], dict[str, Any]],
+        checkpoints: Path,
     ) -> None:
         self.version = version
         self.socket = socket
@@ -50,6 +53,7 @@ class TrainerSide:
         self._metrics = metrics
         self._last_logged_version = last_logged_version
         self._desk_state = desk_state
+        self._checkpoints = checkpoints
         self._peers: dict[int, bytes] = {}  # rank -> routing id
         self._step_ended_at = time.monotonic()
 
@@ -137,7 +141,8 @@ class TrainerSide:
             log.error("checkpoint of version %d failed, training goes on: %s", done.version, done.error)
             return
         log.info("checkpoint of version %d in %.1f s: %s", done.version, done.seconds, done.path)
-        self._journal.delete_before(done.version)
+        # The oldest one kept: a recovery may have to fall back to it, and then needs the journal since.
+        self._journal.delete_before(oldest_version(self._checkpoints) or 0)
 
     def _send(self, rank: int, message: Message) -> None:
         """Best effort: a rank asks again for what did not come."""

@@ -1,0 +1,1 @@
+"""Between the socket and the optimizer: leases, the durable journal, the replay buffer, packing."""

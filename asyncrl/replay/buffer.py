@@ -48,7 +48,12 @@ class ReplayBuffer:
         return len(self._groups)
 
     def add(self, group: StoredGroup) -> None:
-        """Takes in an accepted group; ordinals are unique."""
+        """Takes in an accepted group; ordinals are unique.
+
+        To be called in the turn of `LeaseDesk.accept`: between the two the group is counted nowhere, and a batch
+        taken then could leave it behind. It need not be durable yet; the record of the step that trains it comes
+        after its own in the journal, and is synced before the trainer sees the batch.
+        """
         assert group.ordinal not in self._ordinals, f"ordinal {group.ordinal} is already in the buffer"
         bisect.insort(self._groups, group, key=_oldest_first)
         self._ordinals.add(group.ordinal)

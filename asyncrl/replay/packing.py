@@ -106,7 +106,7 @@ def pack_groups(
     plain: list[_Row] = []
     shared: list[_Row] = []
     for group, group_advantages in zip(groups, advantages, strict=True):
-        _check_group(group, group_advantages, version)
+        check_group(group, group_advantages, version)
         rows = _rows(group, group_advantages, shared_row_tokens)
         (shared if len(rows) < len(group.rollouts) else plain).extend(rows)
     batches = []
@@ -116,7 +116,8 @@ def pack_groups(
     return batches
 
 
-def _check_group(group: Group, advantages: Sequence[float] | np.ndarray, version: int) -> None:
+def check_group(group: Group, advantages: Sequence[float] | np.ndarray, version: int) -> None:
+    """Refuses a group that cannot be trained on; what is raised when, see `pack_groups`."""
     where = f"group ({group.key.kind}, ordinal {group.key.ordinal}, attempt {group.key.attempt})"
     if len(group.prompt_token_ids) == 0:
         raise ShapeError(f"{where} has an empty prompt: nothing predicts its first token")
@@ -145,16 +146,13 @@ def _check_rollout(rollout: Rollout, version: int, where: str, index: int) -> No
         covered = span.stop
         if span.version > version:
             raise ProtocolError(
-                f"rollout {index} of {where} has tokens of version {span.version},"
-                f" but the learner holds {version}"
+                f"rollout {index} of {where} has tokens of version {span.version}, but the learner holds {version}"
             )
     else:
         if covered == num_tokens:
             return
     spans = [(span.start, span.stop) for span in rollout.version_spans]
-    raise ShapeError(
-        f"rollout {index} of {where}: version spans {spans} do not cover [0, {num_tokens}) in order"
-    )
+    raise ShapeError(f"rollout {index} of {where}: version spans {spans} do not cover [0, {num_tokens}) in order")
 
 
 def _rows(group: Group, advantages: Sequence[float] | np.ndarray, shared_row_tokens: int) -> list[_Row]:
@@ -194,12 +192,8 @@ def _chunks(rows: list[_Row], token_budget: int) -> Iterable[list[_Row]]:
 def _micro_batch(rows: list[_Row], version: int, is_shared: bool) -> MicroBatch:
     width = max(row.length for row in rows)
     pieces: list[np.ndarray] = []  # prompts and completions without their last token, in row order
-    layout: list[
-        tuple[int, int, int, int]
-    ] = []  # of each piece: length, place in [B * L], first position, segment
-    reads: list[
-        tuple[int, int, int]
-    ] = []  # of each completion: length, predictor of its first token, of its second
+    layout: list[tuple[int, int, int, int]] = []  # of each piece: length, place in [B * L], first position, segment
+    reads: list[tuple[int, int, int]] = []  # of each completion: length, predictor of its first token, of its second
     for row_number, row in enumerate(rows):
         prompt_length = len(row.prompt)
         place = row_number * width
@@ -219,9 +213,7 @@ def _micro_batch(rows: list[_Row], version: int, is_shared: bool) -> MicroBatch:
     return MicroBatch(
         input_ids=_scatter(shape, flat, np.concatenate(pieces), 0),
         position_ids=_scatter(shape, flat, np.repeat(positions, lengths) + inside, 0) if is_shared else None,
-        segment_ids=_scatter(shape, flat, np.repeat(segments, lengths), PADDING_SEGMENT)
-        if is_shared
-        else None,
+        segment_ids=_scatter(shape, flat, np.repeat(segments, lengths), PADDING_SEGMENT) if is_shared else None,
         **_completion_tokens(rows, np.array(reads, dtype=np.int64), version),
     )
 

@@ -1,14 +1,16 @@
 """CURVE keys: making, reading and checking them. Run `python -m asyncrl.transport.keys DIR` to make a set.
 
 A key file holds one key in Z85 (40 characters). Secret keys are readable by their owner only. The allow-list
-holds the public keys of the generators, one per line, with comments after #; it is read at every handshake, so
-a key is rotated by adding the new one, restarting the generator with it, and removing the old one.
+holds the public keys of the generators, one per line, each with an optional name after a space; lines that start
+with "# " are comments. It is read at every handshake, so a key is rotated by adding the new one, restarting the
+generator with it, and removing the old one.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +67,9 @@ def client_auth(transport: TransportConfig) -> ClientAuth | None:
 
 def read_allowed_keys(path: Path) -> frozenset[bytes]:
     """The public keys in an allow-list. Raises ConfigError."""
-    lines = (line.partition("#")[0].strip() for line in _read("allowed_keys_file", str(path)).splitlines())
-    return frozenset(_key(line, str(path)) for line in lines if line)
+    # Only the first word counts: a key may itself contain the character #.
+    words = (line.split()[0] for line in _read("allowed_keys_file", str(path)).splitlines() if line.strip())
+    return frozenset(_key(word, str(path)) for word in words if word != "#")
 
 
 def public_key(secret_key: bytes) -> bytes:
@@ -125,7 +128,7 @@ def _key(text: str, path: str) -> bytes:
     try:
         if len(key) == 40 and len(z85.decode(key)) == 32:
             return key
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, struct.error):  # all of these mean: not Z85
         pass
     raise ConfigError(f"{path} holds {len(key)} characters that are not a Z85 key of 40; {_MAKE}")
 
@@ -147,7 +150,7 @@ def main() -> None:
         with allowed.open("a") as file:
             for name in arguments.generators:
                 public = make_key_pair(directory, name)[1].read_text().strip()
-                file.write(f"{public}  # {name}\n")
+                file.write(f"{public} {name}\n")
     except ConfigError as error:
         parser.exit(error.exit_code, f"{error}\n")
     print(f"learner: transport.server_key_file={server_secret} transport.allowed_keys_file={allowed}")

@@ -42,7 +42,7 @@ def set_options(socket: zmq.Socket, address: Address, max_frame_bytes: int) -> N
         (zmq.MAXMSGSIZE, max_frame_bytes),
         (zmq.HEARTBEAT_IVL, limits.HEARTBEAT_MS),
         (zmq.HEARTBEAT_TIMEOUT, limits.HEARTBEAT_TIMEOUT_MS),
-        (zmq.HEARTBEAT_TTL, limits.HEARTBEAT_TIMEOUT_MS),
+        (zmq.HEARTBEAT_TTL, limits.HEARTBEAT_TTL_MS),
         (zmq.HANDSHAKE_IVL, limits.HANDSHAKE_MS),
         (zmq.CONNECT_TIMEOUT, limits.CONNECT_TIMEOUT_MS),
         (zmq.TCP_MAXRT, limits.TCP_MAX_RETRANSMIT_MS),

@@ -313,6 +313,7 @@ class GroupReady(Message):
     host: str
     port: int
     error: str
+    backend: str = "gloo"
 
 
 @message(45)

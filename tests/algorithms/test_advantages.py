@@ -85,12 +85,9 @@ def test_equals_a_loop_over_groups(groups, normalize):
 def slow_gae(rewards, values, gamma, lam):
     """One row, straight from the sum: A_t = sum_k (gamma lam)^k delta_{t+k}."""
     deltas = [
-        rewards[t] + gamma * (values[t + 1] if t + 1 < len(values) else 0.0) - values[t]
-        for t in range(len(values))
+        rewards[t] + gamma * (values[t + 1] if t + 1 < len(values) else 0.0) - values[t] for t in range(len(values))
     ]
-    return [
-        sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))
-    ]
+    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
 
 
 def test_gae_of_three_tokens_by_hand():

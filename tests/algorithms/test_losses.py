@@ -64,11 +64,7 @@ def test_age_zero_is_the_plain_policy_gradient():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    tokens=st.lists(
-        st.tuples(st.floats(-3, 3), st.floats(-2, 2), st.floats(0.05, 0.9)), min_size=1, max_size=8
-    )
-)
+@given(tokens=st.lists(st.tuples(st.floats(-3, 3), st.floats(-2, 2), st.floats(0.05, 0.9)), min_size=1, max_size=8))
 def test_without_a_cap_it_is_ppo_as_published(tokens):
     log_ratios, advantages, clips = (f64(*column) for column in zip(*tokens, strict=True))
     ours_in, plain_in = log_ratios.clone().requires_grad_(), log_ratios.clone().requires_grad_()
@@ -130,9 +126,7 @@ def test_shapes_that_differ_are_refused():
 
 def test_an_unknown_aggregation_is_refused():
     with pytest.raises(ConfigError, match="'mean' is not one of token-mean"):
-        aggregate_loss(
-            torch.zeros(1), torch.zeros(1, dtype=torch.int64), num_tokens=1, num_sequences=1, mode="mean"
-        )
+        aggregate_loss(torch.zeros(1), torch.zeros(1, dtype=torch.int64), num_tokens=1, num_sequences=1, mode="mean")
 
 
 @pytest.mark.parametrize(
@@ -145,9 +139,7 @@ def test_an_unknown_aggregation_is_refused():
     ],
 )
 def test_aggregations_of_three_tokens_by_hand(mode, expected):
-    got = aggregate_loss(
-        f64(1, 2, 3), torch.tensor([0, 0, 1]), num_tokens=3, num_sequences=2, mode=mode, max_tokens=10
-    )
+    got = aggregate_loss(f64(1, 2, 3), torch.tensor([0, 0, 1]), num_tokens=3, num_sequences=2, mode=mode, max_tokens=10)
     assert got.item() == pytest.approx(expected)
 
 
@@ -164,9 +156,7 @@ def test_parts_of_any_split_add_up_to_the_whole(lengths, cut, mode):
     def part(some):
         index = torch.tensor([i for i, one in enumerate(some) for _ in one], dtype=torch.int64)
         flat = torch.cat([*some, f64()])
-        return aggregate_loss(
-            flat, index, num_tokens=sum(lengths), num_sequences=len(lengths), mode=mode, max_tokens=7
-        )
+        return aggregate_loss(flat, index, num_tokens=sum(lengths), num_sequences=len(lengths), mode=mode, max_tokens=7)
 
     torch.testing.assert_close(part(losses[:cut]) + part(losses[cut:]), part(losses))
 

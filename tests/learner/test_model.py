@@ -206,6 +206,4 @@ def test_shared_prompt_mask_by_hand():
 def test_one_token_prompts_and_completions_work():
     policy = tiny_policy()
     group = make_group(0, [3], [make_rollout([5])])
-    assert packed_logprobs(policy, [group])[(3, 5)] == pytest.approx(
-        own_logprobs(policy.model, [3, 5])[0], abs=1e-5
-    )
+    assert packed_logprobs(policy, [group])[(3, 5)] == pytest.approx(own_logprobs(policy.model, [3, 5])[0], abs=1e-5)

@@ -206,7 +206,9 @@ def failing_cases():
     nan_logprob = random_groups(2, 4)
     nan_logprob[1].rollouts[0].behaviour_logprobs[0] = math.nan
     from_the_future = random_groups(2, 4, version=7)
+    flat_and_nan = [make_group(0, [1], [make_rollout([2], [math.nan], reward=1.0)] * 2)]
     return [
+        (flat_and_nan, NonFiniteError, "behaviour log-probs"),
         (nan_reward, NonFiniteError, "rewards"),
         (nan_logprob, NonFiniteError, "behaviour log-probs"),
         (from_the_future, ProtocolError, "version 7"),

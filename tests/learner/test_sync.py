@@ -139,6 +139,17 @@ def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
     assert bench.planner.held_version("a") == 0
 
 
+def test_a_snapshot_that_was_given_back_and_used_again_is_given_back_again():
+    bench = Bench()
+    assert messages(bench.snapshot(0), SnapshotReleased), "nobody wants it"
+    bench.planner.joined("a", 1, 1, bench.now)
+    bench.after(0.0)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    assert messages(bench.reply("a", "swap"), SnapshotReleased)
+
+
 def test_a_tensor_parallel_generator_takes_one_rank_per_worker():
     bench = Bench()
     bench.planner.joined("a", 1, 2, bench.now)

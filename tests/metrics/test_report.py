@@ -205,7 +205,7 @@ def test_last_lines_before_there_is_a_summary_are_refused(whole_run):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"metrics\.jsonl: is missing"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: there is no such file"):
         write_summary(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert "is missing" in capsys.readouterr().err

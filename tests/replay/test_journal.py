@@ -318,7 +318,7 @@ def test_a_damaged_run_epoch_is_not_guessed(tmp_path):
 def test_nothing_acknowledged_is_lost_when_the_learner_is_killed_at_any_moment(tmp_path):
     rng = random.Random(0)
     acknowledged, lasts = 0, []
-    for life in range(1, 41):
+    for life in range(1, 26):
         writer = run_python([HERE / "journal_writer.py"], tmp_path, life)
         assert writer.stdout.readline() == b"ready\n", writer.communicate(timeout=10)
         # Killed when a given number of acknowledgements was read: the writer is by then somewhere in the next ones.

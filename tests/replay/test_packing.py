@@ -188,7 +188,7 @@ def test_no_groups_make_no_micro_batches():
         (make_group(3, [1], [make_rollout([1, 2], [-1.0])]), [1.0], ShapeError, "2 tokens and 1 log-probs"),
         (make_group(3, [1], [make_rollout([1])]), [1.0, 2.0], ShapeError, "1 rollouts but 2 advantages"),
         (make_group(3, [1], [make_rollout([1, 2], spans=[(0, 1, 0)])]), [1.0], ShapeError, "do not cover"),
-        (make_group(3, [1], [make_rollout([1, 2], spans=[(0, 1, 0), (0, 2, 0)])]), [1.0], ShapeError, ""),
+        (make_group(3, [1], [make_rollout([1, 2], spans=[(0, 1, 0), (0, 2, 0)])]), [1.0], ShapeError, "cover"),
         (make_group(3, [1], [make_rollout([1], [np.nan])]), [1.0], NonFiniteError, "behaviour log-probs"),
         (make_group(3, [1], [make_rollout([1], [-np.inf])]), [1.0], NonFiniteError, "behaviour log-probs"),
         (make_group(3, [1], [make_rollout([1])]), [np.nan], NonFiniteError, "advantages"),

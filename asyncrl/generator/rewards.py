@@ -1,0 +1,264 @@
+"""Rewards in processes that can be killed: foreign code may raise, hang, exit, fork or fill memory, and costs only
+its own rollout.
+
+Threads cannot be stopped and alarms reach only a main thread, hence one process per worker, each in a session of its
+own: past the deadline its whole process group gets SIGKILL, and the next job starts a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from asyncrl.errors import DeadlineExceeded, ProtocolError, RewardError, TaskError
+from asyncrl.generator.reward_worker import LENGTH
+
+log = logging.getLogger(__name__)
+
+READ_BYTES = 64 * 1024
+MAX_RESULT_BYTES = 1024 * 1024
+START_TIMEOUT_S = 60.0  # importing a task may pull in large libraries
+END_TIMEOUT_S = 5.0
+BREAKER_WINDOW = 500  # completions the timeout share is taken over
+DEFAULT_MEMORY_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class RewardOutcome:
+    """One completion's reward, or why there is none: a failure is a state, never a number."""
+
+    parts: dict[str, float] | None  # None when failed
+    reason: str = ""  # "reward_error" or "reward_timeout" when failed
+    detail: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.parts is None
+
+    @property
+    def reward(self) -> float:
+        """Sum of the parts. Raises RewardError when there are none."""
+        if self.parts is None:
+            raise RewardError(f"{self.reason}: {self.detail}")
+        return sum(self.parts.values())
+
+
+class RewardPool:
+    """Scores completions with the task at `task_path` in `workers` processes, one job per process at a time.
+
+    timeout_s is the deadline of each single completion. memory_bytes limits the address space of each worker.
+    """
+
+    def __init__(
+        self,
+        task_path: str,
+        task_args: dict[str, Any],
+        workers: int,
+        timeout_s: float,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    ):
+        self._setup = {"path": task_path, "args": task_args, "memory_bytes": memory_bytes}
+        self._timeout_s = timeout_s
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._workers = [_Worker(self._setup) for _ in range(workers)]
+        self._recent_timeouts: deque[bool] = deque(maxlen=BREAKER_WINDOW)
+        self.outcomes: Counter[str] = Counter()  # "ok", "reward_error", "reward_timeout"
+        self.workers_killed = 0
+
+    async def start(self) -> None:
+        """Starts all workers. Raises TaskError when the task cannot be made, DeadlineExceeded when that takes long."""
+        await asyncio.gather(*(worker.ensure_running() for worker in self._workers))
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
+
+    async def close(self) -> None:
+        """Kills all workers, busy or not. What they were scoring fails."""
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+
+    @property
+    def timeout_share(self) -> float:
+        """Share of the last 500 completions that ran into the deadline: above 0.05, something is wrong."""
+        return sum(self._recent_timeouts) / len(self._recent_timeouts) if self._recent_timeouts else 0.0
+
+    async def score(self, completions: list[str], payload: dict[str, Any]) -> list[RewardOutcome]:
+        """One outcome per completion, in their order. Takes at most timeout_s per completion and worker start.
+
+        Waits for an idle worker first. Cancelling kills the worker: what it was doing is unknown.
+        """
+        worker = await self._idle.get()
+        try:
+            outcomes: list[RewardOutcome] = []
+            while len(outcomes) < len(completions):
+                outcomes += await self._score_on(worker, completions[len(outcomes) :], payload)
+        except BaseException:
+            await worker.kill()
+            raise
+        finally:
+            self._idle.put_nowait(worker)
+        self._count(outcomes)
+        return outcomes
+
+    async def _score_on(self, worker: _Worker, completions: list[str], payload: dict[str, Any]) -> list[RewardOutcome]:
+        """Outcomes of the first completions, one at least: all of them, or up to the one that cost the worker."""
+        try:
+            await worker.ensure_running()
+        except (DeadlineExceeded, RewardError, TaskError, ProtocolError) as error:
+            return [RewardOutcome(None, "reward_error", f"no reward worker: {error}")] * len(completions)
+        outcomes: list[RewardOutcome] = []
+        try:
+            await worker.send({"completions": completions, "payload": payload}, self._timeout_s)
+            while len(outcomes) < len(completions):
+                outcomes += [_outcome(result) for result in await worker.receive(self._timeout_s)]
+            return outcomes
+        except DeadlineExceeded as error:
+            failure = RewardOutcome(None, "reward_timeout", str(error))
+        except (RewardError, ProtocolError) as error:
+            failure = RewardOutcome(None, "reward_error", str(error))
+        await worker.kill()
+        self.workers_killed += 1
+        log.warning("reward worker replaced: %s", failure.detail)
+        return [*outcomes, failure]
+
+    def _count(self, outcomes: list[RewardOutcome]) -> None:
+        self.outcomes.update(outcome.reason or "ok" for outcome in outcomes)
+        self._recent_timeouts.extend(outcome.reason == "reward_timeout" for outcome in outcomes)
+
+
+def _outcome(result: object) -> RewardOutcome:
+    match result:
+        case [dict() as parts, None]:
+            return RewardOutcome(parts)
+        case [None, str() as detail]:
+            return RewardOutcome(None, "reward_error", detail)
+    raise ProtocolError("the reward worker's pipe carries something that is not a result; does the reward write to it?")
+
+
+class _Worker:
+    """One worker process, or none for the moment. Not for two jobs at once."""
+
+    def __init__(self, setup: dict[str, Any]):
+        self._setup = setup
+        self._process: asyncio.subprocess.Process | None = None
+        self._buffer = bytearray()
+        self._closed = False
+
+    async def ensure_running(self) -> None:
+        if self._closed:
+            raise RewardError("the reward workers were closed")
+        if self._process is not None and self._process.returncode is None:
+            return
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "asyncrl.generator.reward_worker",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=_environment(),
+                start_new_session=True,
+            )
+            if self._closed:
+                raise RewardError("the reward workers were closed")
+            await self.send(self._setup, START_TIMEOUT_S)
+            (answer,) = await self.receive(START_TIMEOUT_S)
+            if "error" in answer:
+                raise TaskError(answer["error"])
+        except BaseException:
+            await self.kill()
+            raise
+
+    async def close(self) -> None:
+        """Ends the worker for good."""
+        self._closed = True
+        await self.kill()
+
+    async def send(self, message: Any, timeout_s: float) -> None:
+        body = msgpack.packb(message)
+        process = self._running()
+        try:
+            process.stdin.write(LENGTH.pack(len(body)) + body)
+            async with asyncio.timeout(timeout_s):
+                await process.stdin.drain()
+        except TimeoutError:
+            raise DeadlineExceeded(f"a reward worker took no job for {timeout_s:g} s") from None
+        except ConnectionError:
+            raise RewardError(await _ending(process)) from None
+
+    async def receive(self, timeout_s: float) -> list[Any]:
+        """The results that have come in, one at least, within timeout_s."""
+        process = self._running()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (messages := self._take_messages()):
+                    chunk = await process.stdout.read(READ_BYTES)
+                    if not chunk:
+                        raise RewardError(await _ending(process))
+                    self._buffer += chunk
+        except TimeoutError:
+            raise DeadlineExceeded(f"no reward within {timeout_s:g} s; its worker was killed") from None
+        return messages
+
+    async def kill(self) -> None:
+        """Ends the worker and everything in its process group, and waits until it is gone."""
+        process, self._process = self._process, None
+        self._buffer.clear()
+        if process is None:
+            return
+        # The group outlives its leader while a child of the reward runs, hence also after the leader's end.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            log.error("reward worker %d does not end %g s after SIGKILL; leaving it", process.pid, END_TIMEOUT_S)
+
+    def _take_messages(self) -> list[Any]:
+        messages, start = [], 0
+        while len(self._buffer) - start >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(self._buffer, start)
+            if size > MAX_RESULT_BYTES:
+                raise ProtocolError(f"a result of {size} bytes is over the limit of {MAX_RESULT_BYTES}")
+            end = start + LENGTH.size + size
+            if end > len(self._buffer):
+                break
+            try:
+                messages.append(msgpack.unpackb(self._buffer[start + LENGTH.size : end]))
+            except ValueError as error:
+                raise ProtocolError(f"a result of a reward worker cannot be read: {error}") from None
+            start = end
+        del self._buffer[:start]
+        return messages
+
+    def _running(self) -> asyncio.subprocess.Process:
+        if self._process is None:
+            raise RewardError("the reward workers were closed")
+        return self._process
+
+
+async def _ending(process: asyncio.subprocess.Process) -> str:
+    """How the process ended, for a message."""
+    try:
+        async with asyncio.timeout(END_TIMEOUT_S):
+            code = await process.wait()
+    except TimeoutError:
+        return "the reward closed its worker's pipes"
+    if code < 0:
+        return f"the reward's process was ended by {signal.Signals(-code).name}"
+    return f"the reward ended its process with exit code {code}"
+
+
+def _environment() -> dict[str, str]:
+    """The worker finds what this process finds, also a task beside the configuration, and starts no thread pools."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

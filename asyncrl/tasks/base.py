@@ -1,0 +1,173 @@
+"""What a task is: prompts in, rewards out. Also how a task is found by its import path.
+
+A task of your own is one class in a module that can be imported from where the daemons are started:
+
+    # my_module.py
+    from asyncrl.tasks.base import Example
+
+    class Reverse:
+        train_size = None  # endless: every index has an example
+
+        def __init__(self, letters: int = 4):
+            self.letters = letters
+
+        def train_example(self, index: int) -> Example:
+            word = "".join(chr(97 + (index // 26**place) % 26) for place in range(self.letters))
+            return Example(prompt=f"{word} backwards is ", payload={"answer": word[::-1]})
+
+        def eval_examples(self, count: int) -> list[Example]:
+            return [Example(f"{'xyz'[i % 3] * self.letters} backwards is ", {"answer": "..."}) for i in range(count)]
+
+        def reward(self, completion: str, payload: dict) -> dict[str, float]:
+            return {"exact": float(completion.strip() == payload["answer"])}
+
+and is used with `task.path=my_module:Reverse task.args.letters=6`. The learner asks for examples, the reward workers
+of every generator for rewards: data files are needed beside the learner only, as long as the constructor does not
+open them.
+
+Nothing here imports torch, numpy or transformers: a reward worker must start fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Protocol, runtime_checkable
+
+from asyncrl.errors import RewardError, TaskError
+
+Messages = list[dict[str, str]]
+TASK_MEMBERS = ("train_size", "train_example", "eval_examples", "reward")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt, and what its reward needs.
+
+    prompt is plain text, or chat messages (`{"role": ..., "content": ...}`) for the tokenizer's chat template.
+    payload travels with the lease: strings, numbers, booleans, None, and lists and dicts of them.
+    """
+
+    prompt: str | Messages
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Prompts in, rewards out. Everything is a pure function of the arguments and the constructor's arguments."""
+
+    @property
+    def train_size(self) -> int | None:
+        """Number of training examples; None = endless."""
+
+    def train_example(self, index: int) -> Example:
+        """Training example `index`, 0 <= index < train_size. The order is shuffled by the caller."""
+
+    def eval_examples(self, count: int) -> list[Example]:
+        """The first `count` held-out examples (fewer if there are fewer); none of them is ever trained on."""
+
+    def reward(self, completion: str, payload: dict[str, Any]) -> dict[str, float]:
+        """Named parts of the reward of one completion; the reward is their sum.
+
+        To say "this cannot be scored", raise: the rollout is then counted as failed and never trained on.
+        """
+
+
+def load_task(path: str, args: dict[str, Any]) -> Task:
+    """Makes the task that the import path `module:Class` names, with `args` for its constructor.
+
+    Modules in the current directory can be imported. Raises TaskError, naming what is wrong: path, module, class, an
+    argument, or a missing member.
+    """
+    task_class = _find_class(path)
+    missing = [name for name in TASK_MEMBERS if not hasattr(task_class, name)]
+    task = _construct(path, task_class, args)
+    # Instance attributes count too. Only what the class lacks is looked up: a property may read a data file.
+    missing = [name for name in missing if not hasattr(task, name)]
+    if missing:
+        raise TaskError(
+            f"task.path={path}: {task_class.__name__} has no {', '.join(missing)}; "
+            f"a task has {', '.join(TASK_MEMBERS)} (see asyncrl.tasks.base)"
+        )
+    return task
+
+
+def checked_reward(task: Task, completion: str, payload: dict[str, Any]) -> dict[str, float]:
+    """The parts of the reward of one completion, each a finite float, and their sum too.
+
+    Raises RewardError when the task returned anything else; lets through what the task raises.
+    """
+    parts = task.reward(completion, payload)
+    if type(parts) is dict and parts and all(type(value) is float for value in parts.values()):
+        checked = parts
+    else:
+        checked = _as_floats(parts)
+    if not math.isfinite(sum(checked.values())):
+        raise RewardError(f"reward parts must be finite, and so must their sum: {_shown(checked)}")
+    return checked
+
+
+def _as_floats(parts: object) -> dict[str, float]:
+    if not isinstance(parts, dict) or not parts:
+        raise RewardError(f"reward must return a dict of named parts such as {{'exact': 1.0}}, not {_shown(parts)}")
+    for name, value in parts.items():
+        if not isinstance(name, str) or not isinstance(value, Real):
+            raise RewardError(f"reward part {_shown(name)} must be a number under a string name, not {_shown(value)}")
+    return {name: float(value) for name, value in parts.items()}
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _find_class(path: str) -> type:
+    module_name, separator, class_name = path.partition(":")
+    if not (separator and module_name and class_name):
+        raise TaskError(f"task.path={path!r} must be `module:Class`, for example asyncrl.tasks.gsm8k:Gsm8k")
+    # Last, so that a stray file here cannot take the place of an installed module.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    module = _import(path, module_name)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
+        near = difflib.get_close_matches(class_name, classes, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise TaskError(f"task.path={path}: module {module_name} has no class {class_name}{hint}")
+    return found
+
+
+def _import(path: str, module_name: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise TaskError(
+                f"task.path={path}: there is no module {error.name}; it must be installed, on PYTHONPATH, or a file "
+                f"in {os.getcwd()}"
+            ) from None
+        raise TaskError(f"task.path={path}: {module_name} needs the module {error.name}, install it") from error
+    except Exception as error:
+        raise TaskError(f"task.path={path}: importing {module_name} raised {type(error).__name__}: {error}") from error
+
+
+def _construct(path: str, task_class: type, args: dict[str, Any]) -> Any:
+    signature = inspect.signature(task_class)
+    try:
+        signature.bind(**args)
+    except TypeError as error:
+        accepted = ", ".join(map(str, signature.parameters.values())) or "no arguments"
+        raise TaskError(f"task.args={args}: {error}; {task_class.__name__} takes {accepted}") from None
+    try:
+        return task_class(**args)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task.args={args}: {path} raised {type(error).__name__}: {error}") from error

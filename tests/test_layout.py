@@ -1,0 +1,327 @@
+"""The borders of the project: who may import what, what is never called, how large a module may grow.
+
+Every rule is a function from a module to a list of complaints. One test runs all rules over the package; another feeds
+each rule a bad sample, so that a rule that lost its teeth is noticed.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Dependencies point inwards: a module imports only areas of a lower rank, or its own. Areas not named here (config,
+# metrics, ...) are the foundation, whose modules may use each other.
+NOUNS = {"errors", "types"}
+PARTS = {"algorithms", "transport", "replay", "tasks"}
+DAEMONS = {"generator", "learner"}
+FRONT = {"cli"}
+FOUNDATION_RANK = 1
+
+# Libraries that one area keeps to itself.
+OWNED_LIBRARIES = {"vllm": "generator", "zmq": "transport"}
+
+# Modules that may import torch when they are imported. All others must not, directly or through anything they import:
+# `--help`, `--dry-run` and the desk process start in a tenth of a second and survive the trainer's memory troubles.
+TORCH_PREFIXES = (
+    "asyncrl.algorithms.",
+    "asyncrl.generator.",
+    "asyncrl.transport.weight_",
+    "asyncrl.learner.checkpoint",
+    "asyncrl.learner.model",
+    "asyncrl.learner.optimizer_step",
+    "asyncrl.learner.publisher",
+    "asyncrl.learner.trainer",
+)
+HEAVY_LIBRARIES = ["torch", "vllm", "transformers"]
+
+# Ways to run code that came as data. The collectives of Python objects are pickle under another name.
+UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+UNSAFE_NAMES = {"recv_pyobj", "send_pyobj", "unsafe_load", "full_load"} | {
+    "all_gather_object",
+    "broadcast_object_list",
+    "gather_object",
+    "recv_object_list",
+    "scatter_object_list",
+    "send_object_list",
+}
+UNSAFE_BUILTINS = {"eval", "exec"}
+UNSAFE_FUNCTIONS = {"torch.load", "yaml.load"}  # under their full names only, so that their arguments can be seen
+HARMLESS_IMPORTS = {"pickle.UnpicklingError"}  # what torch.load(weights_only=True) raises on a bad file
+
+MAX_LINES = 500
+TOP_LEVEL_FOLDERS = {".ci", "asyncrl", "benchmarks", "bin", "configs", "tests"}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module: its dotted name and its text."""
+
+    name: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def area(self) -> str:
+        return area_of(self.name)
+
+    def imports(self) -> Iterator[tuple[int, str]]:
+        """Line and dotted name of everything imported, at any depth and also by a constant name at run time."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                parents = self.name.split(".")[: -node.level] if node.level else []
+                base = [*parents, *(node.module.split(".") if node.module else [])]
+                yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+            elif isinstance(node, ast.Call) and called_name(node) in {"import_module", "__import__"}:
+                yield from ((node.lineno, str(name.value)) for name in node.args[:1] if isinstance(name, ast.Constant))
+
+    def calls(self) -> Iterator[ast.Call]:
+        return (node for node in ast.walk(self.tree) if isinstance(node, ast.Call))
+
+
+def area_of(dotted: str) -> str:
+    """`asyncrl.replay.journal` belongs to `replay`, `asyncrl` itself to the empty area."""
+    return (dotted.split(".") + [""])[1]
+
+
+def rank(area: str) -> int:
+    for number, areas in ((0, NOUNS), (2, PARTS), (3, DAEMONS), (4, FRONT)):
+        if area in areas:
+            return number
+    return FOUNDATION_RANK
+
+
+def called_name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def called_on(call: ast.Call) -> str:
+    return getattr(call.func.value, "id", "") if isinstance(call.func, ast.Attribute) else ""
+
+
+def keyword_is(call: ast.Call, name: str, value: object) -> bool:
+    return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
+
+
+def imports_only_inwards(module: Module) -> list[str]:
+    complaints = []
+    for line, name in module.imports():
+        if name.split(".")[0] != "asyncrl":
+            continue
+        target = area_of(name)
+        same_layer = target == module.area or rank(target) == rank(module.area) <= FOUNDATION_RANK
+        inwards = rank(target) < rank(module.area) or target in {"", "__version__"}
+        if module.area == "algorithms" and rank(target) > 0:  # pure torch: not even the configuration
+            inwards = False
+        if not (same_layer or inwards):
+            complaints.append(f"line {line}: {module.area} must not import {name}")
+    return complaints
+
+
+def keeps_libraries_where_they_belong(module: Module) -> list[str]:
+    return [
+        f"line {line}: {name} is imported only in asyncrl.{OWNED_LIBRARIES[library]}"
+        for line, name in module.imports()
+        if (library := name.split(".")[0]) in OWNED_LIBRARIES and module.area != OWNED_LIBRARIES[library]
+    ]
+
+
+def runs_no_data_as_code(module: Module) -> list[str]:
+    complaints = [
+        f"line {line}: imports {name}"
+        for line, name in module.imports()
+        if name not in HARMLESS_IMPORTS
+        and (name.split(".")[0] in UNSAFE_MODULES or name in {"torch.load", "yaml.load"})
+    ]
+    for node in ast.walk(module.tree):
+        used = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        if used in UNSAFE_NAMES:
+            complaints.append(f"line {node.lineno}: uses {used}")
+    for call in module.calls():
+        on, name = called_on(call), called_name(call)
+        if isinstance(call.func, ast.Name) and name in UNSAFE_BUILTINS:
+            complaints.append(f"line {call.lineno}: calls {name}")
+        elif (on, name) == ("yaml", "load"):
+            complaints.append(f"line {call.lineno}: calls yaml.load; use yaml.safe_load")
+        elif (on, name) == ("torch", "load") and not keyword_is(call, "weights_only", True):
+            complaints.append(f"line {call.lineno}: calls torch.load without weights_only=True")
+        elif any(k.arg == "allow_pickle" for k in call.keywords) and not keyword_is(call, "allow_pickle", False):
+            complaints.append(f"line {call.lineno}: allows pickle in {on}.{name}")
+    return complaints
+
+
+def is_short_enough(module: Module) -> list[str]:
+    lines = module.text.count("\n")
+    return [f"{lines} lines, at most {MAX_LINES}: divide it"] if lines > MAX_LINES else []
+
+
+def has_a_docstring(module: Module) -> list[str]:
+    return [] if ast.get_docstring(module.tree) else ["no module docstring"]
+
+
+RULES: list[Callable[[Module], list[str]]] = [
+    imports_only_inwards,
+    keeps_libraries_where_they_belong,
+    runs_no_data_as_code,
+    is_short_enough,
+    has_a_docstring,
+]
+
+BAD_SAMPLES = [
+    (imports_only_inwards, "asyncrl.types", "from asyncrl import config"),
+    (imports_only_inwards, "asyncrl.config", "import asyncrl.transport.codec"),
+    (imports_only_inwards, "asyncrl.algorithms.kl", "from asyncrl.config import Config"),
+    (imports_only_inwards, "asyncrl.replay.journal", "def f():\n    from asyncrl.transport import codec"),
+    (imports_only_inwards, "asyncrl.learner.desk", "from asyncrl.generator.engine import Engine"),
+    (imports_only_inwards, "asyncrl.learner.desk", "from ..generator import engine"),
+    (
+        imports_only_inwards,
+        "asyncrl.generator.daemon",
+        "importlib.import_module('asyncrl.cli.common')",
+    ),
+    (keeps_libraries_where_they_belong, "asyncrl.learner.trainer", "def f():\n    from vllm import LLM"),
+    (keeps_libraries_where_they_belong, "asyncrl.generator.daemon", "import zmq.asyncio"),
+    (runs_no_data_as_code, "asyncrl.x", "import pickle"),
+    (runs_no_data_as_code, "asyncrl.x", "from pickle import loads, UnpicklingError"),
+    (runs_no_data_as_code, "asyncrl.x", "def f(s):\n    return s.recv_pyobj()"),
+    (runs_no_data_as_code, "asyncrl.x", "dist.broadcast_object_list([1])"),
+    (runs_no_data_as_code, "asyncrl.x", "eval('1')"),
+    (runs_no_data_as_code, "asyncrl.x", "yaml.load(f, Loader=yaml.Loader)"),
+    (runs_no_data_as_code, "asyncrl.x", "torch.load(p)"),
+    (runs_no_data_as_code, "asyncrl.x", "torch.load(p, weights_only=False)"),
+    (runs_no_data_as_code, "asyncrl.x", "from torch import load"),
+    (runs_no_data_as_code, "asyncrl.x", "np.load(p, allow_pickle=True)"),
+    (is_short_enough, "asyncrl.x", '"""Long."""\n' + "x = 1\n" * MAX_LINES),
+    (has_a_docstring, "asyncrl.x", "x = 1"),
+    (has_a_docstring, "asyncrl.x", ""),
+]
+
+GOOD_SAMPLES = [
+    ("asyncrl.cli.learner", "from asyncrl import __version__\nfrom asyncrl.learner import daemon"),
+    ("asyncrl.learner.model", "from pickle import UnpicklingError\nmodel.eval()\ntorch.load(p, weights_only=True)"),
+    ("asyncrl.generator.weights", "import vllm\nfrom . import engine\nfrom asyncrl.transport import codec"),
+    ("asyncrl.config_loading", "import yaml\nfrom asyncrl import config\nyaml.safe_load(f)"),
+]
+
+
+def package_modules() -> list[Module]:
+    modules = []
+    for path in sorted((ROOT / "asyncrl").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        modules.append(Module(name, path.read_text()))
+    return modules
+
+
+PACKAGE = package_modules()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_module_of_the_package(rule):
+    complaints = {module.name: found for module in PACKAGE if (found := rule(module))}
+    assert not complaints, json.dumps(complaints, indent=2)
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), BAD_SAMPLES)
+def test_each_rule_refuses_its_bad_sample(rule, name, text):
+    assert rule(Module(name, text))
+
+
+@pytest.mark.parametrize(("name", "text"), GOOD_SAMPLES)
+def test_no_rule_refuses_what_is_allowed(name, text):
+    module = Module(name, '"""Good."""\n' + text)
+    assert [complaint for rule in RULES for complaint in rule(module)] == []
+
+
+def test_programs_outside_the_package_run_no_data_as_code_either():
+    scripts = [path for folder in ("benchmarks", "configs") for path in (ROOT / folder).rglob("*.py")]
+    complaints = {str(path): found for path in scripts if (found := runs_no_data_as_code(Module("", path.read_text())))}
+    assert not complaints, json.dumps(complaints, indent=2)
+
+
+PROBE = """
+import importlib, json, sys
+modules, heavy = json.loads(sys.argv[1])
+brought = {}
+for module in modules:
+    before = set(sys.modules)
+    importlib.import_module(module)
+    if new := sorted(set(heavy) & (set(sys.modules) - before)):
+        brought[module] = new
+print(json.dumps(brought))
+"""
+
+
+def heavy_libraries_brought_in(modules: list[str], heavy: list[str], folder: Path = ROOT) -> dict[str, list[str]]:
+    """Imports `modules` one after another in a fresh interpreter; says which of them first brought a heavy library."""
+    arguments = [sys.executable, "-c", PROBE, json.dumps([modules, heavy])]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_desk_and_the_command_line_import_without_torch():
+    light = [module.name for module in PACKAGE if not module.name.startswith(TORCH_PREFIXES)]
+    assert "asyncrl.cli.learner" in light
+    assert heavy_libraries_brought_in(light, HEAVY_LIBRARIES) == {}
+
+
+def test_a_heavy_import_is_seen_through_another_module(tmp_path):
+    (tmp_path / "front.py").write_text("import middle")
+    (tmp_path / "middle.py").write_text("import heavyweight")
+    (tmp_path / "heavyweight.py").write_text("")
+    assert heavy_libraries_brought_in(["json", "front"], ["heavyweight"], tmp_path) == {"front": ["heavyweight"]}
+
+
+def third_party_imports(modules: list[Module]) -> dict[str, str]:
+    """Library → one module that imports it, the standard library and asyncrl left out."""
+    found = {}
+    for module in modules:
+        for _, name in module.imports():
+            library = name.split(".")[0]
+            if library not in sys.stdlib_module_names and library != "asyncrl":
+                found[library] = module.name
+    return found
+
+
+def test_every_imported_library_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["cuda"]
+    declared = {re.split(r"[^A-Za-z0-9_-]", requirement)[0].lower() for requirement in requirements}
+    distribution_of = {"zmq": "pyzmq", "yaml": "pyyaml"}  # where the names differ
+    imported = third_party_imports(PACKAGE)
+    assert "torch" in imported
+    assert {lib: by for lib, by in imported.items() if distribution_of.get(lib, lib) not in declared} == {}
+
+
+def folders_of(root: Path) -> set[str]:
+    ignored = [line.rstrip("/") for line in (root / ".gitignore").read_text().split() if line.endswith("/")]
+    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name != ".git"}
+    return {name for name in folders if not any(fnmatch(name, pattern) for pattern in ignored)}
+
+
+def test_the_top_level_holds_only_the_known_folders():
+    assert folders_of(ROOT) == TOP_LEVEL_FOLDERS
+
+
+def test_an_ignored_folder_does_not_count_but_a_new_one_does(tmp_path):
+    (tmp_path / ".gitignore").write_text("runs/\n*.egg-info/\n")
+    for name in (".git", "runs", "asyncrl.egg-info", "scripts"):
+        (tmp_path / name).mkdir()
+    assert folders_of(tmp_path) == {"scripts"}

@@ -1,0 +1,325 @@
+"""Frames: what goes in comes out, and nothing that is wrong does."""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+import tracemalloc
+import typing
+import zlib
+
+import hypothesis.strategies as st
+import msgpack
+import pytest
+from hypothesis import given, settings
+
+from asyncrl.errors import FrameError
+from asyncrl.transport import codec
+from asyncrl.transport.messages import (
+    Ack,
+    Batch,
+    Beat,
+    GroupResult,
+    Hello,
+    LeaseFailed,
+    LeaseGrant,
+    StepDone,
+    SyncReply,
+    message_types,
+)
+from asyncrl.transport.skeleton import BASE_OBJECTS, MAX_DEPTH, check_skeleton
+
+MAX_BYTES = 64 * 2**20
+TYPES = sorted(message_types().values(), key=lambda cls: cls.wire_code)
+
+
+def values(hint) -> st.SearchStrategy:
+    """Any value of an annotation."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        return st.lists(values(args[0]), max_size=3)
+    if origin is dict:
+        return st.dictionaries(st.text(max_size=5), values(args[1]), max_size=3)
+    if args:  # optional
+        return st.none() | values(args[0])
+    simple = {
+        int: st.integers(-(2**63), 2**64 - 1),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        bool: st.booleans(),
+        str: st.text(max_size=20),
+        bytes: st.binary(max_size=50),
+    }
+    return simple[hint] if hint in simple else st.recursive(st.one_of(*simple.values()), st.lists, max_leaves=4)
+
+
+messages = st.sampled_from(TYPES).flatmap(
+    lambda cls: st.builds(
+        cls, **{name: values(h) for name, h in typing.get_type_hints(cls).items() if name != "wire_code"}
+    )
+)
+
+
+def frame_of(body: bytes, code: int = Ack.wire_code, **changes) -> bytes:
+    """A frame with a right checksum around any body, written here independently of the codec."""
+    fields = {"magic": b"aRL\x01", "format": 1, "flags": 0, "body_len": len(body), "reserved": bytes(8)} | changes
+    head = struct.pack("<4sHHIQ", fields["magic"], fields["format"], code, fields["flags"], fields["body_len"])
+    return head + struct.pack("<I", zlib.crc32(head + body)) + fields["reserved"] + body
+
+
+def decode(frame: bytes, **limits):
+    return codec.decode(frame, **{"max_bytes": MAX_BYTES, **limits})
+
+
+@given(messages)
+@settings(max_examples=300, deadline=None)
+def test_every_message_comes_back_as_it_was(message):
+    frame = codec.encode(message, max_bytes=MAX_BYTES)
+    assert decode(frame) == message
+    assert codec.decode_body(type(message), codec.body_of(frame)) == message
+    assert codec.frame_with_body(type(message), codec.body_of(frame), max_bytes=MAX_BYTES) == frame
+
+
+@pytest.mark.parametrize("cls", TYPES, ids=lambda cls: cls.__name__)
+def test_every_class_has_a_plan_and_its_own_code(cls):
+    assert 0 < cls.wire_code < 2**16
+    assert codec.plan_of(cls).required >= 1
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=500, deadline=None)
+def test_random_bytes_are_refused(data):
+    with pytest.raises(FrameError):
+        decode(data)
+
+
+@given(st.sampled_from(TYPES), st.binary(max_size=200))
+@settings(max_examples=1000, deadline=None)
+def test_a_random_body_under_a_right_checksum_is_refused_or_a_whole_message(cls, body):
+    try:
+        message = decode(frame_of(body, cls.wire_code))
+    except FrameError:
+        return
+    assert type(message) is cls
+
+
+@given(messages, st.data())
+@settings(max_examples=500, deadline=None)
+def test_a_changed_byte_is_always_noticed(message, data):
+    frame = bytearray(codec.encode(message, max_bytes=MAX_BYTES))
+    place = data.draw(st.integers(0, len(frame) - 1))
+    frame[place] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(FrameError):
+        decode(bytes(frame))
+
+
+@given(messages, st.data())
+@settings(max_examples=500, deadline=None)
+def test_a_body_changed_under_a_right_checksum_never_gives_a_field_of_the_wrong_type(message, data):
+    """What an attacker can send: the checksum is right, the content is not."""
+    body = bytearray(codec.encode_body(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        got = decode(frame_of(bytes(body), type(message).wire_code))
+    except FrameError:
+        return
+    codec.encode_body(got)  # checks every field again
+
+
+@given(messages, st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_cut_frame_is_refused(message, data):
+    frame = codec.encode(message, max_bytes=MAX_BYTES)
+    with pytest.raises(FrameError):
+        decode(frame[: data.draw(st.integers(0, len(frame) - 1))])
+
+
+# -- the header
+
+
+ACK_BODY = msgpack.packb([1, 2, [], 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"magic": b"HTTP"}, "not asyncrl"),
+        ({"format": 2}, "frame format 2"),
+        ({"flags": 1}, "flags 0x1"),
+        ({"reserved": b"12345678"}, "same asyncrl version"),
+        ({"body_len": 2**40}, "header says 1099511627776 body bytes"),
+        ({"code": 999}, "unknown message code 999"),
+    ],
+)
+def test_a_wrong_header_is_refused_by_name(change, says):
+    assert decode(frame_of(ACK_BODY)) == Ack(1, 2, [], 3)
+    with pytest.raises(FrameError, match=says):
+        decode(frame_of(ACK_BODY, **change))
+
+
+def test_a_frame_over_the_limit_is_refused_before_it_is_read():
+    with pytest.raises(FrameError, match="must be 32 to 100"):
+        decode(bytes(1000), max_bytes=100)
+    with pytest.raises(FrameError, match=r"LeaseFailed of \d+ bytes is over the limit of 100: raise transport"):
+        codec.encode(LeaseFailed(1, 1, "train", 1, 0, "engine", "x" * 100), max_bytes=100)
+
+
+def test_a_message_that_this_peer_may_not_send_is_refused():
+    frame = codec.encode(Ack(1, 2, [], 3), max_bytes=MAX_BYTES)
+    assert decode(frame, allowed=frozenset({Ack})) == Ack(1, 2, [], 3)
+    with pytest.raises(FrameError, match="Ack is not a message this peer may send"):
+        decode(frame, allowed=frozenset({Hello, Beat}))
+
+
+# -- fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ([True, 2, [], 3], "Ack.run_epoch is True, must be an integer"),
+        ([1.0, 2, [], 3], "Ack.run_epoch is 1.0, must be an integer"),
+        (["1", 2, [], 3], "Ack.run_epoch is '1', must be an integer"),
+        ([None, 2, [], 3], "Ack.run_epoch is None, must be an integer"),
+        ([1, 2, [3, "x"], 3], r"Ack.beyond\[1\] is 'x', must be an integer"),
+        ([1, 2, {"a": 1}, 3], "Ack.beyond is dict of length 1, must be a list"),
+        ([1, 2], "Ack: 2 fields, must be 4 to 4"),
+        ([1, 2, [], 3, 4], "Ack: 5 fields, must be 4 to 4"),
+        ({"run_epoch": 1}, "not an array of fields"),
+        (None, "not an array of fields"),
+    ],
+)
+def test_a_wrong_field_is_refused_with_its_name_value_and_rule(fields, says):
+    with pytest.raises(FrameError, match=says):
+        decode(frame_of(msgpack.packb(fields)))
+
+
+def grant(**changes) -> LeaseGrant:
+    return LeaseGrant(**{**dict.fromkeys(("run_epoch", "ordinal", "attempt", "issued_version"), 1), **GRANT, **changes})
+
+
+GRANT = {
+    "kind": "train",
+    "deadline_s": 1.0,
+    "prompt": b"",
+    "payload": {},
+    "num_rollouts": 1,
+    "max_new_tokens": 1,
+    "temperature": 1.0,
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_must_be_finite_are_and_metrics_may_show_a_nan(value):
+    with pytest.raises(FrameError, match="LeaseGrant.temperature is .*, must be a finite number"):
+        codec.encode(grant(temperature=value), max_bytes=MAX_BYTES)
+    metrics = decode(codec.encode(StepDone(1, {"loss": value}, 1.0, 0.0), max_bytes=MAX_BYTES)).metrics
+    assert str(metrics["loss"]) == str(value)
+
+
+def test_an_integer_is_taken_where_a_number_is_wanted():
+    got = decode(codec.encode(grant(deadline_s=600), max_bytes=MAX_BYTES))
+    assert got.deadline_s == 600.0 and type(got.deadline_s) is float
+
+
+def test_missing_trailing_fields_take_their_defaults():
+    body = msgpack.packb([1, 2, 0, "stage", ""])
+    assert codec.decode_body(SyncReply, body) == SyncReply(1, 2, 0, "stage", "")
+
+
+def test_the_sender_is_told_of_a_wrong_field_too():
+    with pytest.raises(FrameError, match=r"GroupResult.rollouts\[0\] is 'x', must be a map"):
+        codec.encode(GroupResult(1, 1, "train", 1, 0, b"", ["x"]), max_bytes=MAX_BYTES)
+    with pytest.raises(FrameError, match="LeaseGrant: cannot be encoded: can not serialize 'object'"):
+        codec.encode(grant(payload={"a": object()}), max_bytes=MAX_BYTES)
+
+
+def test_a_batch_carries_result_bodies_untouched():
+    result = GroupResult(1, 1, "train", 5, 0, b"1234", [{"tokens": b"5678"}])
+    body = codec.body_of(codec.encode(result, max_bytes=MAX_BYTES))
+    batch = decode(codec.encode(Batch(3, 0, [body], b"", False, True), max_bytes=MAX_BYTES))
+    assert codec.decode_body(GroupResult, batch.groups[0]) == result
+
+
+# -- bombs
+
+
+def array_header(length: int) -> bytes:
+    return b"\xdd" + struct.pack(">I", length)
+
+
+BOMBS = {
+    "ten million empty arrays": array_header(10**7) + b"\x90" * 10**7,
+    "ten million empty maps": array_header(10**7) + b"\x80" * 10**7,
+    "ten million nils": array_header(10**7) + b"\xc0" * 10**7,
+    "a map of five million": b"\xdf" + struct.pack(">I", 5 * 10**6) + b"\xa0\xc0" * (5 * 10**6),
+    "two thousand levels": b"\x91" * 2000 + b"\xc0",
+    "a thousand levels of long arrays": array_header(4000) * 1000,
+    "a lie about an array": array_header(2**32 - 1) + b"\x01",
+    "a lie about a string": b"\xdb" + struct.pack(">I", 2**32 - 1) + b"x",
+    "a lie about bytes": b"\xc6" + struct.pack(">I", 2**31) + b"x",
+    "an extension type": b"\xc7\x04\x01abcd",
+    "a timestamp": b"\xd6\xff\x00\x00\x00\x00",
+    "the reserved byte": b"\xc1",
+    "an integer as a key": b"\x94\x01\x02\x90\x81\x01\x02",
+    "text that is not utf-8": b"\x94\xa2\xff\xff\x02\x90\x03",
+    "something after the end": ACK_BODY + b"\x00",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_fast_and_in_bounded_memory(name):
+    bomb = frame_of(BOMBS[name])
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(FrameError):
+        decode(bomb)
+    elapsed_s, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert elapsed_s < 0.5  # far below the seconds that decoding would take, far above noise
+    assert peak < 2**20
+
+
+def test_the_largest_body_the_limits_allow_stays_within_sixteen_mebibytes_of_objects():
+    body = msgpack.packb([1, 2, [[]] * (BASE_OBJECTS - 10), 3])
+    tracemalloc.start()
+    with pytest.raises(FrameError, match=r"Ack.beyond\[0\] is list of length 0"):
+        decode(frame_of(body))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(body) + 16 * 2**20
+
+
+plain_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=30,
+)
+
+
+@given(plain_values)
+@settings(max_examples=300, deadline=None)
+def test_the_skeleton_walk_reads_whatever_msgpack_writes(value):
+    body = msgpack.packb(value)
+    check_skeleton(body)
+    for wrong in (body[:-1], body + b"\x00"):
+        with pytest.raises(ValueError):
+            check_skeleton(wrong)
+
+
+@pytest.mark.parametrize("length", [0, 31, 32, 255, 256, 65_535, 65_536])
+def test_the_skeleton_walk_knows_every_width_of_length(length):
+    for value in (
+        "x" * length,
+        b"x" * length,
+        [None] * min(length, 60_000),
+        dict.fromkeys(map(str, range(length % 300))),
+    ):
+        check_skeleton(msgpack.packb(value))
+
+
+def test_depth_is_allowed_up_to_the_limit():
+    check_skeleton(b"\x91" * MAX_DEPTH + b"\xc0")
+    with pytest.raises(ValueError, match="at depth 16"):
+        check_skeleton(b"\x91" * (MAX_DEPTH + 1) + b"\xc0")
