@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<end>", "<unknown>")
@@ -24,7 +25,9 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocab_size: int, hidden: int, layers: int, heads: int, inner: int, tied: bool, seed: int) -> LlamaForCausalLM:
+def make_model(
+    vocab_size: int, hidden: int, layers: int, heads: int, inner: int, tied: bool, seed: int
+) -> LlamaForCausalLM:
     """A new Llama model in float32; equal seeds give equal weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -100,5 +103,6 @@ def complete(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes model and tokenizer in Hugging Face format."""
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -19,10 +19,11 @@ from asyncrl.cli.supervised import END_ID, SPECIAL_TOKENS, SupervisedTrainer, co
 from asyncrl.tasks.arithmetic import CHARACTERS, Arithmetic, Problem, worked_answer
 
 FORGET_SHARE = 0.7  # of carries, in the examples
-BATCH = 64
+BATCH = 32
 LR = 3e-3
+DECAY_STEPS, MIN_LR_SHARE = 400, 0.1  # linear decay: steadies the end, which must be hit within a window
 MAX_STEPS = 800
-EVAL_FROM, EVAL_EVERY, EVAL_PROBLEMS = 150, 25, 256
+EVAL_FROM, EVAL_EVERY, EVAL_PROBLEMS = 200, 25, 256
 WANTED_ACCURACY = (0.2, 0.4)
 WANTED_COHERENT = 0.8
 
@@ -77,18 +78,11 @@ def judge(problems: list[Problem], completions: list[str]) -> tuple[float, float
 def possible_answers(problem: Problem) -> set[str]:
     """Answers with any of the carries lost."""
     carries = len(str(problem.left))
-    return {
-        _answer(worked_answer(problem, forget=_plan(lost, carries))) for lost in range(1 << carries)
-    }
-
-
-def _plan(lost: int, carries: int):  # noqa: ANN202 - a closure
-    order = iter([bool(lost >> place & 1) for place in range(carries)])
-    return lambda: next(order)
-
-
-def _answer(worked: str) -> str:
-    return worked.rpartition("=")[2]
+    answers = set()
+    for lost in range(1 << carries):
+        plan = iter([bool(lost >> place & 1) for place in range(carries)])
+        answers.add(worked_answer(problem, forget=lambda plan=plan: next(plan)).rpartition("=")[2])
+    return answers
 
 
 def _step(
@@ -99,4 +93,5 @@ def _step(
     answers = [worked_answer(problem, lambda: generator.random() < FORGET_SHARE) for problem in problems]
     completions = tokenizer(answers)["input_ids"]
     sequences = [[*prompt, *completion, END_ID] for prompt, completion in zip(prompts, completions, strict=True)]
-    return trainer.step(sequences, [len(prompt) for prompt in prompts])
+    lr_share = max(MIN_LR_SHARE, 1.0 - trainer.steps / DECAY_STEPS)
+    return trainer.step(sequences, [len(prompt) for prompt in prompts], lr_share)

@@ -5,9 +5,13 @@
     link          frames from the learner     leases, syncs, acks          the session's next deadline
     lease (many)  one lease                   one group or one failure     the lease's deadline
     beat          counters                    Beat, once a second          -
-    watchdog      progress of the engine      exit 5 when it is wedged     the probe's deadline
+    engine        a welcome                   a started engine             its start's deadline
+                  progress of the engine      exit 5 when it is wedged     the probe's deadline
 
 Everything runs in one event loop, the beat included: a wedged loop stops beating, and the learner notices.
+The link comes first and the engine, which takes many seconds, after the welcome: an address that does not answer and a
+model that does not fit are told at once. Until the engine is up, beats say so and nothing is offered or leased.
+
 Shutdown: a signal (or the learner's Stop) ends the wish for leases → running ones finish or are handed back →
 the outbox is flushed → Bye. All of it within `generator.drain_timeout_s` + 2 s.
 """
@@ -94,6 +98,8 @@ class GeneratorDaemon:
         self._tasks: dict[LeaseKey, asyncio.Task[None]] = {}
         self._sequences_received = 0
         self._run_epoch = 0
+        self._welcomed = asyncio.Event()
+        self._ready = False
         self._stopping = asyncio.Event()
         self._why_stopping = ""
         self._run_finished = False
@@ -103,7 +109,7 @@ class GeneratorDaemon:
 
     async def run(self) -> int:
         """Serves until the run is over or a signal comes. Returns 0; raises what ended it otherwise."""
-        loops = [asyncio.create_task(loop()) for loop in (self._link, self._beats, self._watch_engine)]
+        loops = [asyncio.create_task(loop()) for loop in (self._link, self._beats, self._run_engine)]
         stopped = asyncio.create_task(self._stopping.wait())
         try:
             done, _ = await asyncio.wait([stopped, *loops], return_when=asyncio.FIRST_COMPLETED)
@@ -153,7 +159,8 @@ class GeneratorDaemon:
                 f"(generator.unreachable_timeout_s={limit_s:g}); is asyncrl-learner running there?"
             )
         if silence_s >= SAY_UNREACHABLE_EVERY_S and now - said_at >= SAY_UNREACHABLE_EVERY_S:
-            log.warning("no answer from the learner at %s for %.0f s (limit %g s)", address, silence_s, limit_s)
+            link = self.socket.link
+            log.warning("no answer from the learner at %s for %.0f s (limit %g s): %s", address, silence_s, limit_s, link)
             return now
         return said_at
 
@@ -200,6 +207,7 @@ class GeneratorDaemon:
         if welcome.run_epoch != self._run_epoch:
             log.info("welcome from %s, run epoch %d, version %d", welcome.run_name, welcome.run_epoch, welcome.version)
             self._run_epoch, self._sequences_received = welcome.run_epoch, 0
+        self._welcomed.set()
         self._beat_soon.set()
 
     def _learner_stops(self, stop: messages.Stop) -> None:
@@ -251,7 +259,7 @@ class GeneratorDaemon:
 
     def _room(self) -> int:
         """Sequences it could take now, a small backlog behind the full engine included."""
-        if self._stopping.is_set() or not self.session.has_room:
+        if not self._ready or self._stopping.is_set() or not self.session.has_room:
             return 0
         capacity = math.ceil(self.config.generator.max_sequences * (1 + BACKLOG_SHARE))
         return max(0, capacity - sum(lease.num_rollouts for lease in self.leases.values()))
@@ -285,19 +293,33 @@ class GeneratorDaemon:
             outbox_bytes=self.session.outbox_bytes,
             held_version=self.sync.held_version,
             generations_failed=self.runner.generations_failed,
+            ready=self._ready,
         )
 
     def _clock_engine(self) -> None:
         """Adds the time since the last call to busy or idle, by what the engine had to do in it."""
         now = time.monotonic()
-        if self.leases:
+        if not self._ready:
+            pass  # starting is neither
+        elif self.leases:
             self._busy_s += now - self._since
         else:
             self._idle_s += now - self._since
         self._since = now
 
-    async def _watch_engine(self) -> None:
-        """Ends the daemon when the engine is dead or wedged: half-alive is worse than gone."""
+    async def _run_engine(self) -> None:
+        """Starts engine and rewards once the learner wants them, then watches.
+
+        Ends the daemon when the engine is dead or wedged: half-alive is worse than gone.
+        """
+        await self._welcomed.wait()
+        started = time.monotonic()
+        log.info("starting the engine")
+        await asyncio.gather(self.rewards.start(), self.engine.start())
+        log.info("engine ready after %.1f s", time.monotonic() - started)
+        self._clock_engine()
+        self._ready = True
+        self._beat_soon.set()
         tokens = -1
         while True:
             await asyncio.sleep(PROBE_EVERY_S)
@@ -348,24 +370,14 @@ async def _serve(config: Config, identity: Identity, stop: StopSignal) -> int:
     rewards = RewardPool(
         config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
     )
-    started = asyncio.create_task(_start(engine, rewards))
-    asyncio.get_running_loop().add_reader(stop.fd, started.cancel)
+    daemon = GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
+    asyncio.get_running_loop().add_reader(stop.fd, daemon.stop, "signal")
     try:
-        await started
-        daemon = GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
-        asyncio.get_running_loop().add_reader(stop.fd, daemon.stop, "signal")
         return await daemon.run()
-    except asyncio.CancelledError:
-        log.info("stopped while starting")
-        return 0
     finally:
         asyncio.get_running_loop().remove_reader(stop.fd)
         await rewards.close()
         await engine.close()
-
-
-async def _start(engine: RolloutEngine, rewards: RewardPool) -> None:
-    await asyncio.gather(rewards.start(), engine.start())
 
 
 def _engine_options(config: Config, generator_id: str) -> EngineOptions:

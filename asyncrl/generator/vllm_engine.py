@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
 import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -59,6 +60,7 @@ class VLLMEngine:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self._llm: Any = None
+        self._building: asyncio.Future[Any] | None = None
         self._version: int | None = None
         self._tainted = False
         self._dead: str | None = None
@@ -105,7 +107,8 @@ class VLLMEngine:
             async with asyncio.timeout(timeout_s):
                 # In a thread: importing vllm and starting its processes takes seconds, and the loop must go
                 # on.
-                self._llm = await asyncio.to_thread(self._build)
+                self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
+                self._llm = await asyncio.shield(self._building)
                 await self.probe(timeout_s)
         except TimeoutError as error:
             await self.close()
@@ -130,6 +133,8 @@ class VLLMEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(self._options.model_path)
         self._stop_ids = stop_token_ids(self._options.model_path, self._tokenizer)
         arguments = engine_arguments(self._options, BACKEND, EXTENSION)
+        if self._dead:
+            raise EngineError(f"the engine was {self._dead} before it started")
         try:
             return Engine.from_engine_args(AsyncEngineArgs(**arguments))
         except Exception as error:
@@ -140,12 +145,25 @@ class VLLMEngine:
         self._dead = self._dead or "closed"
         self._version = None
         self._fail_running("the engine was closed")
+        await self._stop_building()
         llm, self._llm = self._llm, None
         if llm is None:
             return
         if llm.output_handler is not None:
             llm.output_handler.cancel()  # else it reports the end of the engine as a failure
         await asyncio.to_thread(llm.shutdown, timeout=SHUTDOWN_TIMEOUT_S)
+
+    async def _stop_building(self) -> None:
+        """A start under way ends soon once its process is gone; the thread that waits for it cannot be cancelled."""
+        building, self._building = self._building, None
+        if building is None:
+            return
+        while not building.done():
+            for child in multiprocessing.active_children():
+                child.kill()
+            await asyncio.wait([building], timeout=POLL_MAX_S)
+        if building.exception() is None:
+            self._llm = building.result()
 
     # -- sampling
     # --------------------------------------------------------------------------------------------------

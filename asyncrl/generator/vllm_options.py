@@ -5,6 +5,7 @@ Nothing here imports vllm: the environment must be complete before the first imp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -130,10 +131,15 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def follow_parent() -> None:
-    """End this process when its parent is gone: vLLM would leave its processes behind."""
+    """Tie a process of vLLM to the daemon: it ends when its parent is gone, and only the daemon gets the signals.
+
+    A session of its own keeps Ctrl-C and a signal to the whole process group away from it: the daemon drains first.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    with contextlib.suppress(PermissionError):  # it leads a group already
+        os.setsid()
 
     def wait() -> None:
         parent.join()  # returns when the pipe to the parent closes, however it ended

@@ -42,6 +42,7 @@ from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
 from asyncrl.tasks.base import load_task
 from asyncrl.tasks.prompts import PromptSource, load_tokenizer
+from asyncrl.transport.addresses import ipc_address
 from asyncrl.transport.keys import server_auth
 from asyncrl.transport.session import DeskSessions, Expected
 from asyncrl.transport.sockets import ServerSocket
@@ -65,7 +66,7 @@ def run_learner(config: Config) -> int:
     rollout_socket = ServerSocket(
         transport.address, max_frame_bytes=transport.max_frame_bytes, auth=server_auth(transport)
     )
-    trainer_socket = ServerSocket(_local_address(run_dir), max_frame_bytes=LOCAL_FRAME_BYTES)
+    trainer_socket = ServerSocket(ipc_address(run_dir, "desk.sock"), max_frame_bytes=LOCAL_FRAME_BYTES)
     log.info("listening on %s (run %s, run epoch %d)", rollout_socket.address, config.run.name, run_epoch)
     trainer = TrainerProcess(
         config_file,
@@ -242,10 +243,6 @@ def _write_config(config: Config, run_dir: Path) -> Path:
     path = run_dir / "config.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     return path
-
-
-def _local_address(run_dir: Path) -> str:
-    return f"ipc://{(run_dir / 'desk.sock').resolve()}"
 
 
 def _max_prompt_tokens(config: Config) -> int:

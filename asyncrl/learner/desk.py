@@ -114,7 +114,7 @@ class Desk:
         self.generators.expire(now)
         if self._stopping_since is None:
             self.weights.advance(now)
-            self.evaluator.advance(self.trainers.version, now)
+            self.evaluator.advance(self.trainers.version, self.weights.held_versions())
             self.generators.acknowledge(self.trainers.decide(now))
             self.generators.grant(self.trainers.version, now)
         self.trainers.deal()
@@ -172,7 +172,7 @@ class Desk:
             case messages.StepDone():
                 self.trainers.step_done(message, len(self.generators.alive()), now)
                 self.trainer.stepped()
-                self.evaluator.advance(self.trainers.version, now)
+                self.evaluator.advance(self.trainers.version, self.weights.held_versions())
             case messages.CheckpointDone():
                 self.trainers.checkpoint_done(message)
             case messages.SnapshotReady():

@@ -92,13 +92,20 @@ class Evaluator:
         """Nothing is due and nothing runs."""
         return self._due is None and self._running is None
 
-    def advance(self, version: int, now: float) -> None:
-        """Called with the newest version: notes what became due, ends what is complete."""
+    def advance(self, version: int, held_versions: set[int | None]) -> None:
+        """Called with the newest version and those that generators hold: notes what is due, ends what is complete."""
         if evaluation_due(version, self._config.run.steps, self._config.eval.every, self._num_prompts, self.done):
             self.done.add(version)
             self._due = version
         leased = self._leases.evaluation
-        if self._running is not None and leased is not None and leased.done:
+        if self._running is None or leased is None:
+            return
+        if not leased.done and not leased.running and self._running.version not in held_versions:
+            # The generators that held it died or were reloaded: what is left can never be answered.
+            log.warning("evaluation of version %d: no generator holds it any more; repeated", self._running.version)
+            self._leases.abandon_eval()
+            self._due, self._running = version, None
+        elif leased.done:
             self._make_durable()  # results that were accepted but are not on disk yet belong to it too
             self._finish()
 

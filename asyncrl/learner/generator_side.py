@@ -109,7 +109,6 @@ class GeneratorSide:
         assert session.hello is not None
         log.info("generator %s joined (incarnation %d)", session.generator_id, session.incarnation)
         self._granted[session.generator_id] = 0
-        self._planner.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
 
     def _free(self, name: str, why: str, now: float) -> None:
         """What a generator held goes back to the lease desk and the sync planner."""
@@ -125,6 +124,9 @@ class GeneratorSide:
         self._intake.account.beat(session.generator_id, session.incarnation, beat)
         if beat.run_epoch == self._run_epoch:
             self._compare_leases(session, beat, now)
+            if beat.ready and session.hello is not None:
+                # Not at the hello: the engine starts only then, and weights can be sent to a started one alone.
+                self._planner.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
         # The answer to a beat is the state of acknowledgements: it repairs lost ones and shows that the desk lives.
         self._send(session, self._sessions.ack(session))
 

@@ -104,9 +104,8 @@ class SyncPlanner:
             receiver.busy = receiver.name in names
 
     def snapshot_ready(self, message: SnapshotReady, now: float) -> None:
-        """The publisher offers a newer snapshot. It does so only between rounds."""
+        """The publisher offers a newer snapshot. It does so only between rounds; `advance` starts the next one."""
         self.snapshot, self._released = message, None
-        self.advance(now)
 
     def publisher_lost(self, now: float) -> None:
         """The trainer died: what it offered is gone, and so is the open group."""

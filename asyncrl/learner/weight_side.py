@@ -52,6 +52,10 @@ class WeightSide:
         deadline = self.planner.next_deadline(now)
         return float("inf") if deadline is None else deadline
 
+    def held_versions(self) -> set[int | None]:
+        """The versions that generators hold, proven."""
+        return {receiver.held_version for receiver in self.planner.receivers.values()}
+
     def advance(self, now: float) -> None:
         """Lets the planner act, and does what it asks for."""
         held = {name: receiver.held_version for name, receiver in self.planner.receivers.items()}

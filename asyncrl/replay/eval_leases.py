@@ -130,6 +130,12 @@ class EvalLeases:
             self.current.waiting.clear()
         return expired
 
+    def abandon(self) -> None:
+        """Gives up what is still waiting: nobody holds the version any more."""
+        if self.current is not None:
+            self.current.given_up.update(self.current.waiting)
+            self.current.waiting.clear()
+
     def next_deadline(self) -> float:
         if not self.in_progress:
             return float("inf")

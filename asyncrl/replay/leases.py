@@ -253,6 +253,10 @@ class LeaseDesk:
         """Starts an evaluation; its leases go first, and only to generators that hold exactly `version`."""
         return self._evals.start(version, num_prompts, timeout_s, now)
 
+    def abandon_eval(self) -> None:
+        """Gives up the prompts of the evaluation that are not answered or running."""
+        self._evals.abandon()
+
     def eval_holders(self, held_versions: Mapping[str, int | None]) -> set[str]:
         """Generators that must not swap weights: they run eval leases, or waiting ones need their version."""
         return self._evals.holders(held_versions)

@@ -50,7 +50,7 @@ class GeneratorSession:
     does the work; each is answered. When `reconnect_due`, it replaces its socket and calls `reconnected`.
 
     hello: who this generator is; first_unacked_seq, instance and the later max_run_epoch are filled in here.
-    run_name: of the configuration; a learner of another run counts as a refusal.
+    run_name, max_frame_bytes: of the configuration; a learner that differs in them counts as a refusal.
     outbox_bytes: above this `has_room` is false, and no new leases should be taken.
     """
 
@@ -165,16 +165,20 @@ class GeneratorSession:
         return True
 
     def _welcomed(self, message: Welcome, now: float) -> bool:
-        if message.run_name != self._run_name:
-            reason = "the learner at this address belongs to another run: check run.name and transport.address"
-            return self._refused(Refused("run", reason, expected=message.run_name, got=self._run_name))
+        # A learner that takes smaller frames would drop the link at each of ours, for ever.
+        for code, name, theirs, ours in (
+            ("run", "run.name", message.run_name, self._run_name),
+            ("config", "transport.max_frame_bytes", message.max_frame_bytes, self._max_frame_bytes),
+        ):
+            if theirs != ours:
+                reason = f"learner and generator differ in {name}: wrong transport.address, or another configuration"
+                return self._refused(Refused(code, reason, expected=str(theirs), got=str(ours)))
         fresh = not self.welcomed or message.run_epoch > self.run_epoch
         self._heard_at = now
         self.state = GeneratorState.WELCOMED
         self.run_epoch = message.run_epoch
         self.refusal = None
         self._credit_bytes = message.credit_bytes
-        self._max_frame_bytes = min(self._max_frame_bytes, message.max_frame_bytes)
         self._settle(message.acked_seq, [])
         if fresh:
             for item in self._unacked.values():

@@ -77,6 +77,7 @@ class Beat(Message):
     outbox_bytes: int
     held_version: int | None = None
     generations_failed: int = 0  # cumulative
+    ready: bool = True  # False while its engine starts: it takes neither weights nor leases yet
 
 
 @message(3)
@@ -155,7 +156,7 @@ class Welcome(Message):
 class Refused(Message):
     """The generator is not admitted and should exit. `expected` and `got` name the values that differ."""
 
-    code: str  # protocol | model | tokenizer | task | run | fenced | run_epoch (not final)
+    code: str  # protocol | model | tokenizer | task | run | config | fenced | run_epoch (not final)
     reason: str
     expected: str
     got: str

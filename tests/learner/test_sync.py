@@ -41,6 +41,7 @@ class Bench:
     def snapshot(self, version):
         message = SnapshotReady(version, {"digests": DIGESTS}, [b"\x01\0\0\0"], CANARY, 1.0)
         self.planner.snapshot_ready(message, self.now)
+        self.planner.advance(self.now)
         return self.take()
 
     def take(self):

@@ -72,7 +72,7 @@ def decode(frame: bytes, **limits):
 
 
 @given(messages)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_message_comes_back_as_it_was(message):
     frame = codec.encode(message, max_bytes=MAX_BYTES)
     assert decode(frame) == message
@@ -87,14 +87,14 @@ def test_every_class_has_a_plan_and_its_own_code(cls):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_random_bytes_are_refused(data):
     with pytest.raises(FrameError):
         decode(data)
 
 
 @given(st.sampled_from(TYPES), st.binary(max_size=200))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_a_random_body_under_a_right_checksum_is_refused_or_a_whole_message(cls, body):
     try:
         message = decode(frame_of(body, cls.wire_code))
@@ -104,7 +104,7 @@ def test_a_random_body_under_a_right_checksum_is_refused_or_a_whole_message(cls,
 
 
 @given(messages, st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_changed_byte_is_always_noticed(message, data):
     frame = bytearray(codec.encode(message, max_bytes=MAX_BYTES))
     place = data.draw(st.integers(0, len(frame) - 1))
@@ -114,7 +114,7 @@ def test_a_changed_byte_is_always_noticed(message, data):
 
 
 @given(messages, st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_a_body_changed_under_a_right_checksum_never_gives_a_field_of_the_wrong_type(message, data):
     """What an attacker can send: the checksum is right, the content is not."""
     body = bytearray(codec.encode_body(message))
@@ -299,7 +299,7 @@ plain_values = st.recursive(
 
 
 @given(plain_values)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_the_skeleton_walk_reads_whatever_msgpack_writes(value):
     body = msgpack.packb(value)
     check_skeleton(body)

@@ -263,10 +263,15 @@ def test_a_malformed_hello_is_refused(change):
     assert isinstance(reply, Refused) and reply.code == "protocol"
 
 
-def test_a_learner_of_another_run_counts_as_a_refusal():
+@pytest.mark.parametrize(
+    ("run_name", "max_frame_bytes", "code", "expected", "got"),
+    [("other", MAX_BYTES, "run", "other", "run"), ("run", 4096, "config", "4096", str(MAX_BYTES))],
+)
+def test_a_learner_of_another_run_or_frame_limit_counts_as_a_refusal(run_name, max_frame_bytes, code, expected, got):
     session = generator()
-    assert session.receive(Welcome(1, "other-run", 0, 0, 0, 1.0, MAX_BYTES), 0.0)
-    assert (session.state, session.refusal.code) == (GeneratorState.REFUSED, "run")
+    assert session.receive(Welcome(1, run_name, 0, 0, 0, 1.0, max_frame_bytes), 0.0)
+    assert session.state is GeneratorState.REFUSED
+    assert (session.refusal.code, session.refusal.expected, session.refusal.got) == (code, expected, got)
 
 
 def test_a_newer_incarnation_fences_the_older_one_and_frees_its_leases():

@@ -82,7 +82,7 @@ class Link(RuleBasedStateMachine):
 
 TestLink = Link.TestCase
 TestLink.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
