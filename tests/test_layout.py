@@ -37,7 +37,7 @@ OWNED_LIBRARIES = {"vllm": "generator", "zmq": "transport"}
 # `--help`, `--dry-run` and the desk process start in a tenth of a second and survive the trainer's memory troubles.
 TORCH_PREFIXES = (
     "asyncrl.algorithms.",
-    "asyncrl.cli.supervised",  # the warm-up's training, which asyncrl.cli.warmup imports once it has parsed its arguments
+    "asyncrl.cli.supervised",  # the warm-up, imported once its arguments are parsed
     "asyncrl.cli.warmup_",
     "asyncrl.generator.",
     "asyncrl.transport.weight_",

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import AutoTokenizer
 
-from asyncrl.errors import AsyncRLError, DeadlineExceeded, EngineError, NonFiniteError, WeightGroupError
+from asyncrl.errors import AsyncRLError, DeadlineExceeded, EngineError, WeightGroupError
 from asyncrl.generator.engine import Completion, GenerationRequest, StageReport, SwapReport
 from asyncrl.generator.vllm_options import (
     SPARE_SEQUENCES,
@@ -34,14 +34,15 @@ from asyncrl.generator.vllm_options import (
     prepare_environment,
     stop_token_ids,
 )
+from asyncrl.generator.vllm_outputs import completion_from, scores_from
 from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
-from asyncrl.types import FinishReason, VersionSpan
 
 _T = TypeVar("_T")
 
 REPORT_SLACK_S = 1.5  # workers keep the deadline themselves; this is for their answer to arrive
 POLL_FIRST_S, POLL_MAX_S = 0.002, 0.05
 RPC_TIMEOUT_S = 5.0
+STOP_BUILDING_TIMEOUT_S = 8.0
 SHUTDOWN_TIMEOUT_S = 0.5  # the engine's processes hold nothing that a kill could damage
 
 
@@ -73,8 +74,7 @@ class VLLMEngine:
         self._swapping = False
         self._open = asyncio.Event()  # closed from a pause to its resume: nothing is submitted in between
 
-    # -- state
-    # -----------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int | None:
@@ -92,8 +92,7 @@ class VLLMEngine:
     def tokens_generated(self) -> int:
         return self._tokens_generated
 
-    # -- life
-    # ------------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start vLLM and sample once, so that what is compiled or allocated late is in place.
@@ -158,15 +157,15 @@ class VLLMEngine:
         building, self._building = self._building, None
         if building is None:
             return
-        while not building.done():
+        deadline = time.monotonic() + STOP_BUILDING_TIMEOUT_S
+        while not building.done() and time.monotonic() < deadline:
             for child in multiprocessing.active_children():
                 child.kill()
             await asyncio.wait([building], timeout=POLL_MAX_S)
-        if building.exception() is None:
+        if building.done() and building.exception() is None:
             self._llm = building.result()
 
-    # -- sampling
-    # --------------------------------------------------------------------------------------------------
+    # -- sampling ----------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """See `RolloutEngine.generate`."""
@@ -223,7 +222,9 @@ class VLLMEngine:
                 sequence.engine_id = f"{request.request_id}/{index}/{next(self._ids)}"
                 output = await self._run(prompt, params, sequence.engine_id, salt=f"v{self._version}")
                 if not (sequence.restart and output.outputs[0].finish_reason == "abort"):
-                    return self._completion(request, output.outputs[0])
+                    completion = completion_from(output.outputs[0], self._tokenizer, request.request_id)
+                    self._tokens_generated += len(completion.token_ids)
+                    return completion
 
     async def _run(self, prompt: list[int], params: Any, engine_id: str, salt: str) -> Any:
         tokens = {"type": "token", "prompt_token_ids": prompt, "cache_salt": salt}
@@ -241,20 +242,6 @@ class VLLMEngine:
             raise EngineError(f"{engine_id}: the engine returned nothing")
         return output
 
-    def _completion(self, request: GenerationRequest, sample: Any) -> Completion:
-        if sample.finish_reason not in ("stop", "length"):
-            raise EngineError(f"request {request.request_id}: the engine ended it as {sample.finish_reason!r}")
-        token_ids = np.asarray(sample.token_ids, dtype=np.int32)
-        logprobs = np.asarray(sample.logprobs.logprobs, dtype=np.float32)
-        if logprobs.shape != token_ids.shape:
-            raise EngineError(f"request {request.request_id}: {len(logprobs)} log-probs for {len(token_ids)} tokens")
-        if not np.isfinite(logprobs).all():
-            raise NonFiniteError(f"request {request.request_id}: log-prob {logprobs[~np.isfinite(logprobs)][0]}")
-        spans = tuple(VersionSpan(s.start, s.end, int(s.version)) for s in sample.weight_versions)
-        self._tokens_generated += len(token_ids)
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return Completion(token_ids, logprobs, spans, FinishReason(sample.finish_reason), text)
-
     async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:
         """See `RolloutEngine.score`."""
         self._check_usable()
@@ -268,15 +255,9 @@ class VLLMEngine:
         )  # fmt: skip
         engine_id = f"score/{next(self._ids)}"
         async with self._spare_slots:
-            # vLLM reads no cached prefix when prompt log-probs are asked for; the salt keeps it from leaving
-            # one.
+            # vLLM reads no cached prefix when prompt log-probs are asked for; the salt keeps it from leaving one.
             output = await self._run(list(token_ids), params, engine_id, salt=engine_id)
-        found = output.prompt_logprobs
-        rows = [found.logprobs[found.start_indices[i] : found.end_indices[i]] for i in range(1, len(token_ids))]
-        scores = np.asarray([row[0] for row in rows], dtype=np.float32)
-        if not np.isfinite(scores).all():
-            raise NonFiniteError(f"a log-prob of a scored sequence is {scores[~np.isfinite(scores)][0]}")
-        return scores
+        return scores_from(output, len(token_ids))
 
     async def probe(self, timeout_s: float) -> None:
         """See `RolloutEngine.probe`."""
@@ -289,8 +270,7 @@ class VLLMEngine:
         run = self._run([self._stop_ids[0]], params, engine_id, salt=engine_id)
         await self._within(timeout_s, "the engine's probe", run)
 
-    # -- weights
-    # ---------------------------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------------------------
 
     async def join_weight_group(self, spec: WeightGroupSpec, timeout_s: float) -> None:
         """See `RolloutEngine.join_weight_group`."""
@@ -381,8 +361,7 @@ class VLLMEngine:
                 await self.leave_weight_group()
             raise
 
-    # -- helpers
-    # ---------------------------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _check_alive(self) -> None:
         if self._dead or self._llm is None:

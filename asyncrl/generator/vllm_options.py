@@ -13,11 +13,12 @@ import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from asyncrl.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PLUGIN = "asyncrl_weights"  # the name in pyproject.toml's entry points
 SPARE_SEQUENCES = 8  # slots beyond max_sequences, so that canary and probe never wait for a rollout to end
@@ -29,8 +30,7 @@ class EngineOptions:
     """How to run one vLLM engine.
 
     kv_cache_bytes holds on CPUs; on GPUs gpu_memory_fraction does, unless kv_cache_bytes is set. threads are
-    OpenMP threads of each worker; cpus pins them, one set per worker rank, with None for no pinning beyond
-    what the process itself has. log_path takes all of vLLM's log; without it errors alone go to stderr.
+    OpenMP threads of each worker. log_path takes all of vLLM's log; without it errors alone go to stderr.
     """
 
     model_path: str
@@ -66,12 +66,10 @@ def prepare_environment(options: EngineOptions) -> None:
             "OMP_NUM_THREADS": str(options.threads),
             # An idle OpenMP thread that spins takes the core from the process beside it.
             "OMP_WAIT_POLICY": "PASSIVE",
-            # Threads stay where the daemon was pinned; vLLM's own binding takes cores by rank, for itself
-            # alone.
+            # Threads stay where the daemon was pinned; vLLM's own binding takes cores by rank, for itself alone.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # With one worker vLLM would still give it a process of its own, and a third process on one core
-            # costs more than it brings. This switch keeps the worker in the engine's process (which AsyncLLM
-            # always has).
+            # With one worker vLLM would still give it a process of its own, and a third process on one core costs
+            # more than it brings. This switch keeps the worker in the engine's process, which AsyncLLM always has.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if options.tensor_parallel_size == 1 else "1",
         }
     os.environ.update(values)
@@ -118,6 +116,8 @@ def stop_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> list[
     Raises:
         ModelError: there is none, so that every completion would run to its limit.
     """
+    from transformers import AutoConfig, GenerationConfig
+
     found: set[int] = set()
     sources: list[Any] = [AutoConfig.from_pretrained(model_path).eos_token_id, tokenizer.eos_token_id]
     if (Path(model_path) / "generation_config.json").exists():

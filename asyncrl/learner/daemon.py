@@ -170,6 +170,7 @@ def _make_desk(
         intake=intake,
         evaluator=evaluator,
         metrics=metrics,
+        on_first_proof=trainers.begin,
     )
     return Desk(
         config,

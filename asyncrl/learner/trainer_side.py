@@ -43,7 +43,7 @@ class TrainerSide:
         desk_state: Callable[[], dict[str, Any]],
         checkpoints: Path,
     ) -> None:
-        self.version = version
+        self.version = self._first_version = version
         self.socket = socket
         self._run_epoch = run_epoch
         self._intake = intake
@@ -73,6 +73,11 @@ class TrainerSide:
         self._dealer.train_again(steps, replay_to)
         self._intake.newest_version = max(self._intake.newest_version, replay_to)
         self._send(hello.rank, messages.TrainerWelcome(self._run_epoch, replay_to))
+
+    def begin(self, now: float) -> None:
+        """The first generator is ready: time before that is start-up, not idling."""
+        if self.version == self._first_version:
+            self._step_ended_at = now
 
     def request(self, peer: bytes, message: messages.BatchRequest) -> None:
         self._peers[message.rank] = peer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from asyncrl.learner.evaluation import Evaluator
 from asyncrl.learner.generator_side import GeneratorSide
@@ -29,6 +30,7 @@ class WeightSide:
         intake: Intake,
         evaluator: Evaluator,
         metrics: Metrics,
+        on_first_proof: Callable[[float], None],
     ) -> None:
         self.planner = planner
         self._socket = socket
@@ -36,6 +38,8 @@ class WeightSide:
         self._intake = intake
         self._evaluator = evaluator
         self._metrics = metrics
+        self._on_first_proof = on_first_proof
+        self._proven_once = False
         self._publisher: bytes | None = None  # routing id
         self._committed: list[Committed] = []  # in the round under way
 
@@ -70,6 +74,9 @@ class WeightSide:
                 case Committed():
                     self._committed.append(output)
                     self._evaluator.version_proven(output.version, now)
+                    if not self._proven_once:
+                        self._proven_once = True
+                        self._on_first_proof(now)
                 case SyncFailed():
                     self._failed(output, now)
                 case RoundEnded():

@@ -213,6 +213,8 @@ def test_members_in_threads_receive_what_was_sent_and_groups_can_follow_each_oth
             thread.start()
         root.join()
         root.join()  # joined already: nothing to do
+        sockets = psutil.Process().net_connections("tcp")
+        assert {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
         for row in sent:
             root.broadcast(row, 10.0)
         for thread in threads:

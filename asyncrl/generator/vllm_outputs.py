@@ -1,0 +1,53 @@
+"""vLLM's outputs as completions and scores, checked: what is missing or not finite is an error, never a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from asyncrl.errors import EngineError, NonFiniteError
+from asyncrl.generator.engine import Completion
+from asyncrl.types import FinishReason, VersionSpan
+
+
+def completion_from(sample: Any, tokenizer: PreTrainedTokenizerBase, request_id: str) -> Completion:
+    """A finished vLLM CompletionOutput with flat log-probs.
+
+    Raises:
+        EngineError: it did not end by itself or by its limit, or log-probs or versions do not cover its tokens.
+        NonFiniteError: a log-prob is not finite.
+    """
+    if sample.finish_reason not in ("stop", "length"):
+        raise EngineError(f"request {request_id}: the engine ended it as {sample.finish_reason!r}")
+    token_ids = np.asarray(sample.token_ids, dtype=np.int32)
+    logprobs = np.asarray(sample.logprobs.logprobs, dtype=np.float32)
+    spans = tuple(VersionSpan(span.start, span.end, int(span.version)) for span in sample.weight_versions)
+    if logprobs.shape != token_ids.shape or not spans or spans[-1].stop != len(token_ids):
+        raise EngineError(
+            f"request {request_id}: {len(token_ids)} tokens with {len(logprobs)} log-probs and versions {spans}"
+        )
+    _check_finite(logprobs, f"request {request_id}")
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return Completion(token_ids, logprobs, spans, FinishReason(sample.finish_reason), text)
+
+
+def scores_from(output: Any, num_tokens: int) -> np.ndarray:
+    """Log-probs of prompt tokens 1.. of a vLLM RequestOutput with flat prompt log-probs: float32 [num_tokens - 1].
+
+    Raises:
+        NonFiniteError: a log-prob is not finite.
+    """
+    found = output.prompt_logprobs
+    # Position i holds the prompt's own token first, then (with a positive prompt_logprobs) the likeliest ones.
+    first = [found.start_indices[i] for i in range(1, num_tokens)]
+    scores = np.asarray([found.logprobs[i] for i in first], dtype=np.float32)
+    _check_finite(scores, "a scored sequence")
+    return scores
+
+
+def _check_finite(logprobs: np.ndarray, what: str) -> None:
+    finite = np.isfinite(logprobs)
+    if not finite.all():
+        raise NonFiniteError(f"{what}: log-prob {logprobs[~finite][0]} at token {int(np.argmin(finite))}")
