@@ -29,7 +29,7 @@ from typing import Any
 
 from asyncrl.config import Config
 from asyncrl.config.host import has_gpu
-from asyncrl.errors import FrameError, PeerUnreachable, ProtocolError, Refused
+from asyncrl.errors import PeerUnreachable, ProtocolError, Refused
 from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.generator.engine import RolloutEngine
 from asyncrl.generator.identity import Identity, claim_identity
@@ -147,7 +147,10 @@ class GeneratorDaemon:
             self._pump(now)
             wait_s = max(0.0, min(self.session.next_due(now) - now, LINK_WAIT_S))
             for frame in await self.socket.receive(wait_s):
-                self._handle(frame)
+                try:
+                    self._handle(frame)
+                except ProtocolError as error:
+                    log.warning("frame from the learner dropped: %s", error)
 
     def _check_reachable(self, now: float, said_at: float) -> float:
         """Says every 10 s that the learner does not answer, and gives up after the configured time."""
@@ -165,6 +168,7 @@ class GeneratorDaemon:
         return said_at
 
     def _pump(self, now: float) -> None:
+        self.session.held_version = self.sync.held_version
         for frame in self.session.due(now):
             self.socket.send(frame)
 
@@ -174,11 +178,7 @@ class GeneratorDaemon:
             log.debug("send queue full, %s dropped", type(message).__name__)
 
     def _handle(self, frame: bytes) -> None:
-        try:
-            message = decode(frame, max_bytes=self.config.transport.max_frame_bytes, allowed=FROM_DESK)
-        except FrameError as error:
-            log.warning("frame from the learner dropped: %s", error)
-            return
+        message = decode(frame, max_bytes=self.config.transport.max_frame_bytes, allowed=FROM_DESK)
         if not self.session.receive(message, time.monotonic()):
             return  # of an earlier run epoch, or out of turn
         match message:

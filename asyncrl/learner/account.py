@@ -14,6 +14,9 @@ from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.transport.messages import Beat, StepDone
 
 
+REWARD_PART = "reward_part/"  # begins the name of a reward part's mean among the trainer's figures
+
+
 @dataclass(slots=True)
 class GeneratorTotals:
     """Sums over all generators and incarnations."""
@@ -56,8 +59,10 @@ class Account:
     def step_metrics(self, done: StepDone, interval_s: float, buffer: ReplayBuffer, num_alive: int) -> StepMetrics:
         """Everything since the previous step, joined with what the trainer measured in this one."""
         generators = self._generators_since_last()
+        parts, figures = _split_parts(done.metrics)
         return StepMetrics.of_step(
-            done.metrics,
+            figures,
+            reward_parts=parts,
             version=done.version,
             interval_s=interval_s,
             step_s=done.step_s,
@@ -123,6 +128,13 @@ _KEPT = (
     "sync_failures",
     "rollouts_failed",
 )
+
+
+def _split_parts(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Means of the task's reward parts by name, and the trainer's other figures."""
+    parts = {name: value for name, value in metrics.items() if name.startswith(REWARD_PART)}
+    others = {name: value for name, value in metrics.items() if name not in parts}
+    return {name.removeprefix(REWARD_PART): value for name, value in parts.items()}, others
 
 
 def _add(total: GeneratorTotals, part: GeneratorTotals | Beat) -> None:

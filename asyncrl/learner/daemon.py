@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -196,9 +197,10 @@ def _restore(
         state = msgpack.unpackb(load_desk_state(manifest), strict_map_key=False)
     settled = Frontier.from_state(state["leases"]["settled"]) if state else Frontier()
     plan = replay_plan(version, settled, journal.read_all())
+    now = time.monotonic()
     if state:
         account.restore(state["account"])
-        sessions.restore(state["sessions"], now=0.0)
+        sessions.restore(state["sessions"], now=now)
     leases.restore(
         state.get("leases"),
         trained=plan.trained,
@@ -209,7 +211,7 @@ def _restore(
         buffer.add(group)
     for (generator_id, incarnation), seqs in plan.seen.items():
         for seq in sorted(seqs):
-            sessions.replay(generator_id, incarnation, seq, now=0.0)
+            sessions.replay(generator_id, incarnation, seq, now=now)
     _say_restored(version, plan, journal)
     return version, set(state.get("evals_done", []))
 

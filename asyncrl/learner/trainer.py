@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, CheckpointError
+from asyncrl.learner.account import REWARD_PART
 from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from asyncrl.learner.model import load_policy
 from asyncrl.learner.optimizer_step import PolicyTrainer
@@ -39,6 +41,7 @@ from asyncrl.transport.messages import (
 )
 from asyncrl.transport.trainer_link import TrainerLink
 from asyncrl.transport.weight_group import SnapshotBuffer
+from asyncrl.types import FinishReason, Group
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +134,7 @@ class Trainer:
         groups = [result_to_group(decode_body(GroupResult, body)) for body in batch.groups]
         result = self.policy.step(groups)
         step_s = time.monotonic() - started
-        metrics = dict(result.metrics)
+        metrics = result.metrics | outcome_metrics(groups)
         self.desk_state = batch.desk_state
         if self.publisher and batch.publish:
             self._check_publisher()
@@ -190,6 +193,18 @@ class Trainer:
                 return message, time.monotonic() - started
             if self.publisher:
                 self._check_publisher()
+
+
+def outcome_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the rollouts of a batch brought: truncated_share, and the mean of each reward part as `reward_part/NAME`."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
+    figures = {
+        f"{REWARD_PART}{name}": sum(rollout.reward_parts.get(name, 0.0) for rollout in rollouts) / len(rollouts)
+        for name in names
+    }
+    truncated = sum(rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts)
+    return figures | {"truncated_share": truncated / len(rollouts)}
 
 
 def _device(name: str) -> torch.device:
