@@ -113,9 +113,7 @@ class EngineUnderTest:
         from asyncrl.transport.weight_group import SnapshotBuffer
 
         version, self.next_version = self.next_version, self.next_version + 1
-        named = [
-            (n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if not only or only(n)
-        ]
+        named = [(n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if not only or only(n)]
         buffer = SnapshotBuffer(named, bucket_bytes=64 * 1024)
         buffer.snapshot()
         manifest = buffer.manifest(version)

@@ -104,8 +104,7 @@ class VLLMEngine:
         timeout_s = self._options.start_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                # In a thread: importing vllm and starting its processes takes seconds, and the loop must go
-                # on.
+                # In a thread: importing vllm and starting its processes takes seconds, and the loop must go on.
                 self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
                 self._llm = await asyncio.shield(self._building)
                 await self.probe(timeout_s)

@@ -24,26 +24,12 @@ PROMPT = [5, 9, 33, 71, 12, 64]
 
 
 def assert_logprobs_are_those_of(model, prompt, completion, temperature=1.0):
-    expected = reference_logprobs(model, prompt + completion.token_ids.tolist(), temperature)[
-        len(prompt) - 1 :
-    ]
+    expected = reference_logprobs(model, prompt + completion.token_ids.tolist(), temperature)[len(prompt) - 1 :]
     np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
 
 
 def random_prompt(length, seed):
     return np.random.default_rng(seed).integers(2, VOCAB_SIZE, length).tolist()
-
-
-# -- before any weights --------------------------------------------------------------------------------
-
-
-def test_without_a_version_the_engine_answers_but_refuses_to_sample(tied_engine):
-    assert tied_engine.engine.version is None, "this test must be the first of the session's engine"
-    with pytest.raises(EngineError, match="no policy version"):
-        tied_engine.run(tied_engine.generate(PROMPT))
-    with pytest.raises(EngineError, match="no policy version"):
-        tied_engine.run(tied_engine.engine.score([PROMPT], 5.0))
-    tied_engine.run(tied_engine.engine.probe(10.0))
 
 
 # -- sampling and scoring ------------------------------------------------------------------------------
@@ -59,9 +45,7 @@ def test_scores_agree_with_transformers_also_at_full_length(engine):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_the_distribution_sampled_from(engine, temperature):
-    completions = engine.run(
-        engine.generate(PROMPT, num_rollouts=4, max_new_tokens=24, temperature=temperature)
-    )
+    completions = engine.run(engine.generate(PROMPT, num_rollouts=4, max_new_tokens=24, temperature=temperature))
     assert len(completions) == 4
     for completion in completions:
         assert completion.token_ids.dtype == np.int32 and completion.logprobs.dtype == np.float32
@@ -95,9 +79,7 @@ def test_seeds_survive_long_prompts_that_do_not_fit_into_one_step(engine):
     # 60 prompts of 180 tokens are more than a step takes, so some wait; none may be split (vLLM would die).
     async def many():
         prompts = [random_prompt(180, 100 + i) for i in range(60)]
-        work = [
-            engine.generate(p, num_rollouts=1, max_new_tokens=4, seeds=(i,)) for i, p in enumerate(prompts)
-        ]
+        work = [engine.generate(p, num_rollouts=1, max_new_tokens=4, seeds=(i,)) for i, p in enumerate(prompts)]
         return await asyncio.gather(*work)
 
     assert len(engine.run(many())) == 60
@@ -117,9 +99,7 @@ def test_the_end_token_is_in_the_tokens_and_not_in_the_text(engine):
 
 def test_an_aborted_request_fails_and_leaves_nothing_running(engine):
     async def abort_midway():
-        task = asyncio.create_task(
-            engine.generate(PROMPT, request_id="doomed", max_new_tokens=180, num_rollouts=8)
-        )
+        task = asyncio.create_task(engine.generate(PROMPT, request_id="doomed", max_new_tokens=180, num_rollouts=8))
         while not engine.engine._llm.output_processor.has_unfinished_requests():
             await asyncio.sleep(0.001)
         await engine.engine.abort("never seen")
@@ -323,16 +303,23 @@ def test_joining_a_group_that_never_forms_ends_at_its_deadline(engine):
 # -- an engine of its own: untied embeddings, and its end ----------------------------------------------
 
 
-def test_untied_model_syncs_exactly_and_a_hung_or_killed_engine_is_found_out(untied_engine):
+def test_an_engine_refuses_without_weights_syncs_untied_ones_exactly_and_is_found_out_when_hung_or_killed(
+    untied_engine,
+):
     under_test = untied_engine
+    assert under_test.engine.version is None and not under_test.engine.tainted
+    with pytest.raises(EngineError, match="no policy version"):
+        under_test.run(under_test.generate(PROMPT))
+    with pytest.raises(EngineError, match="no policy version"):
+        under_test.run(under_test.engine.score([PROMPT], 5.0))
+    under_test.run(under_test.engine.probe(10.0))
+
     for seed in (31, 32):
         randomize(under_test.model, seed)
         under_test.run(under_test.sync())
         sequence = random_prompt(60, seed)
         (score,) = under_test.run(under_test.engine.score([sequence], 20.0))
-        np.testing.assert_allclose(
-            score, reference_logprobs(under_test.model, sequence), atol=TOLERANCE, rtol=0
-        )
+        np.testing.assert_allclose(score, reference_logprobs(under_test.model, sequence), atol=TOLERANCE, rtol=0)
 
     (core,) = [child for child in psutil.Process().children() if child.pid in engine_pids(under_test)]
     core.send_signal(signal.SIGSTOP)
