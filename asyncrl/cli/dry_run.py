@@ -55,12 +55,11 @@ def _learner_network(config: Config) -> Rows:
 
 
 def _generator_network(config: Config) -> Rows:
-    interface = config.weights.interface or "the one that reaches the learner"
     return [
         ("rollouts, connects to", f"{config.transport.address}, {_security(config)}"),
         (
             "weights, connects to",
-            f"{config.weights.host}, backend {_backend(config)}, interface: {interface}",
+            f"{config.weights.host}, backend {_backend(config)}",
         ),
     ]
 

@@ -25,7 +25,7 @@ DECAY_STEPS, MIN_LR_SHARE = 400, 0.1  # linear decay: steadies the end, which mu
 MAX_STEPS = 800
 EVAL_FROM, EVAL_EVERY, EVAL_PROBLEMS = 200, 25, 256
 WANTED_ACCURACY = (0.2, 0.4)
-WANTED_COHERENT = 0.8
+WANTED_COHERENT = 0.9
 
 
 def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: int, threads: int) -> None:

@@ -136,7 +136,11 @@ class GeneratorConfig:
     tensor_parallel_size: int = key(1, "GPUs (or CPU workers) one copy of the model is spread over.", minimum=1)
     kv_cache_gib: float = key(1.0, "KV cache on the CPU; on a GPU see gpu_memory_fraction.", above=0.0)
     gpu_memory_fraction: float = key(0.85, "Share of GPU memory the engine may take.", above=0.0, maximum=1.0)
-    compile: bool = key(True, "Let vLLM compile the model: slower start, faster steps.")
+    compile: str = key(
+        "auto",
+        "Let vLLM compile the model: a slower start for faster steps. auto = on GPUs only; small models gain nothing.",
+        choices=["auto", "always", "never"],
+    )
     device: str = key("auto", "Device of the engine: cuda if there is one, else cpu.", choices=["auto", "cpu", "cuda"])
     threads: int = key(1, "CPU threads of each engine worker.", minimum=1)
     cpus: list[int] = key([], "Pin the generator and its engine to these CPUs; empty = do not pin.")
@@ -187,10 +191,6 @@ class WeightsConfig:
         "127.0.0.1",
         "Private address of the learner's weight store. The weight plane has no authentication: a trusted "
         "network only.",
-    )
-    interface: str = key(
-        "",
-        "Network interface of the weight plane on this host (eth1, ...); empty = the one that holds the address.",
     )
     backend: str = key("auto", "nccl on GPUs, gloo on CPU.", choices=["auto", "gloo", "nccl"])
     bucket_bytes: int = key(64 * 2**20, "Bytes sent in one collective.", minimum=1024)

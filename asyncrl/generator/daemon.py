@@ -23,6 +23,7 @@ import contextlib
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,7 +367,7 @@ def run_generator(config: Config) -> int:
 
 async def _serve(config: Config, identity: Identity, stop: StopSignal) -> int:
     """Builds the parts, runs the daemon, takes the parts down again."""
-    engine = VLLMEngine(_engine_options(config, identity.generator_id))
+    engine = VLLMEngine(_engine_options(config, identity))
     rewards = RewardPool(
         config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
     )
@@ -380,7 +381,7 @@ async def _serve(config: Config, identity: Identity, stop: StopSignal) -> int:
         await engine.close()
 
 
-def _engine_options(config: Config, generator_id: str) -> EngineOptions:
+def _engine_options(config: Config, identity: Identity) -> EngineOptions:
     generator = config.generator
     on_gpu = generator.device == "cuda" or (generator.device == "auto" and has_gpu())
     return EngineOptions(
@@ -392,9 +393,11 @@ def _engine_options(config: Config, generator_id: str) -> EngineOptions:
         kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
         gpu_memory_fraction=generator.gpu_memory_fraction,
         device="cuda" if on_gpu else "cpu",
-        enforce_eager=not generator.compile,
+        enforce_eager=generator.compile == "never" or (generator.compile == "auto" and not on_gpu),
         threads=generator.threads,
-        log_path=str(Path(config.run.dir) / "generators" / f"{generator_id}.vllm.log"),
+        # Another stream for each generator and each of its lives, and for each run.seed.
+        seed=zlib.crc32(f"{config.run.seed}/{identity.generator_id}/{identity.incarnation}".encode()),
+        log_path=str(Path(config.run.dir) / "generators" / f"{identity.generator_id}.vllm.log"),
     )
 
 

@@ -45,6 +45,7 @@ class EngineOptions:
     threads: int = 1
     log_path: str | None = None
     start_timeout_s: float = 600.0
+    seed: int = 0  # of the engine's own random stream; two generators must not draw the same noise
 
 
 def prepare_environment(options: EngineOptions) -> None:
@@ -99,7 +100,7 @@ def engine_arguments(options: EngineOptions, weight_backend: str, worker_extensi
         "skip_tokenizer_init": True,  # text is decoded once, at the end, outside the engine
         "generation_config": "vllm",  # no sampling defaults from the model's folder
         "disable_log_stats": True,
-        "seed": 0,
+        "seed": options.seed,
     }
     if options.kv_cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = options.kv_cache_bytes

@@ -149,6 +149,23 @@ class Policy:
         return self._head(inputs, self._tensor(batch.predictor), self._tensor(batch.token_ids), temperature)
 
     @torch.no_grad()
+    def sample_sequences(self, count: int, length: int, seed: int) -> list[np.ndarray]:
+        """`count` sequences of `length` tokens (int32) that this policy finds likely: the canary.
+
+        The first token of each is random, the others are sampled. Sequences of random tokens would have log-probs of
+        -30 and below, whose rounding errors grow with the logits until they pass for a difference in weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, self.vocab_size, (count, 1), generator=generator)
+        past = None
+        for _ in range(length - 1):
+            outputs = self.model(input_ids=tokens[:, -1:].to(self.device), past_key_values=past, use_cache=True)
+            past = outputs.past_key_values
+            probabilities = torch.softmax(outputs.logits[:, -1].float().cpu(), dim=-1)
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+        return list(tokens.numpy().astype(np.int32))
+
+    @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of each token after the first, float32 [L - 1] per sequence of L tokens.
 

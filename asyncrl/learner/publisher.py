@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from asyncrl.errors import AsyncRLError
 from asyncrl.transport.messages import (
@@ -183,10 +182,3 @@ class Publisher(threading.Thread):
         group, self._group = self._group, None
         if group is not None:
             group.close()
-
-
-def canary_sequences(vocab_size: int, count: int, length: int, seed: int) -> list[np.ndarray]:
-    """`count` sequences of random tokens. Random ones touch every part of the embedding and favour no task."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, vocab_size, (count, length), generator=generator, dtype=torch.int32)
-    return list(rows.numpy().astype(TOKEN_DTYPE))

@@ -24,7 +24,7 @@ from asyncrl.learner.account import REWARD_PART
 from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from asyncrl.learner.model import load_policy
 from asyncrl.learner.optimizer_step import PolicyTrainer
-from asyncrl.learner.publisher import Publisher, canary_sequences
+from asyncrl.learner.publisher import Publisher
 from asyncrl.processes import die_with_parent, pin_to
 from asyncrl.transport.codec import decode_body
 from asyncrl.transport.groups import result_to_group
@@ -106,9 +106,11 @@ class Trainer:
             return
         weights = self.config.weights
         parameters = self.policy.policy.named_sync_parameters()
-        buffers = tuple(SnapshotBuffer(parameters, weights.bucket_bytes) for _ in range(2))
+        # The engine computes in bfloat16 then: sending the float32 masters would double the bytes for nothing.
+        wire_dtype = torch.bfloat16 if self.config.model.dtype == "bfloat16" else None
+        buffers = tuple(SnapshotBuffer(parameters, weights.bucket_bytes, wire_dtype) for _ in range(2))
         length = min(CANARY_LENGTH, self.config.model.max_length)
-        canary = canary_sequences(self.policy.policy.vocab_size, weights.canary_sequences, length, self.config.run.seed)
+        canary = self.policy.policy.sample_sequences(weights.canary_sequences, length, self.config.run.seed)
         backend = weights.backend
         if backend == "auto":
             backend = "nccl" if self.device.type == "cuda" else "gloo"

@@ -167,7 +167,7 @@ def test_any_wrong_name_gets_a_valid_suggestion(name):
         ("run.steps=0", "0", "at least 1"),
         ("run.steps=true", "True", "integer"),
         ("run.steps=null", "null", "integer"),
-        ("generator.compile=maybe", "maybe", "true or false"),
+        ("sampling.repeatable=maybe", "maybe", "true or false"),
         ("generator.gpu_memory_fraction=1.5", "1.5", "at most 1.0"),
         ("model.dtype=float16", "float16", "one of float32, bfloat16"),
         ("learner.cpus=0", "0", "list of integers"),

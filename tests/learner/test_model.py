@@ -207,3 +207,16 @@ def test_one_token_prompts_and_completions_work():
     policy = tiny_policy()
     group = make_group(0, [3], [make_rollout([5])])
     assert packed_logprobs(policy, [group])[(3, 5)] == pytest.approx(own_logprobs(policy.model, [3, 5])[0], abs=1e-5)
+
+
+def test_the_canary_sequences_are_likely_under_the_policy_and_repeatable():
+    policy = tiny_policy()
+    sequences = policy.sample_sequences(3, 12, seed=1)
+    again = policy.sample_sequences(3, 12, seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(sequences, again, strict=True))
+    assert not np.array_equal(sequences[0], policy.sample_sequences(3, 12, seed=2)[0])
+    assert all(len(s) == 12 and s.dtype == np.int32 and 0 <= s.min() and s.max() < policy.vocab_size for s in sequences)
+    random = [np.random.default_rng(0).integers(0, policy.vocab_size, 12) for _ in range(3)]
+    likely = np.mean([row.mean() for row in policy.score([s.tolist() for s in sequences])])
+    unlikely = np.mean([row.mean() for row in policy.score([s.tolist() for s in random])])
+    assert likely > unlikely

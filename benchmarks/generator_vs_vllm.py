@@ -1,0 +1,165 @@
+"""Generator throughput against raw vLLM: what leases, rewards, versions and the link cost.
+
+One engine, two ways to drive it, in turn:
+
+    raw     AsyncLLM.generate with the same sampling parameters, always `sequences` in flight, nothing done with the tokens
+    leases  the generator daemon: leases over the socket, groups decoded, scored by reward workers, sent back, checked
+            by the learner's end on the other CPU, acknowledged
+
+Each phase is the same fixed amount of work, from the first submission to the last completion (at the learner's end), so
+that both pay for filling and emptying the engine. Lengths follow a known law: all `max_new_tokens`, or geometric.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from benchmarks.learner_peer import FIRST_TOKEN, PROMPT_TOKENS
+from benchmarks.models import SIZES, make_model
+from benchmarks.rig import Rig, generator
+
+GROUP_SIZE = 8
+BAR = ">= 0.90, aim 0.97"
+LENGTHS = ("fixed", "geometric")
+
+
+@dataclass(slots=True)
+class Setting:
+    """One engine: a model, a number of sequences in flight, a law of lengths."""
+
+    size: str
+    sequences: int
+    lengths: str
+    max_new_tokens: int
+    groups: int  # of one phase
+    raw: list[float] = field(default_factory=list)  # completion tokens/s, one per pair
+    leases: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}, {self.sequences} sequences, {self.lengths} lengths"
+
+
+class RawDriver:
+    """Drives the engine's AsyncLLM without anything of asyncrl in between."""
+
+    def __init__(self, rig: Rig, setting: Setting, *, grouped: bool) -> None:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        self._llm = rig.engine._llm
+        self._setting = setting
+        self._vocab = SIZES[setting.size].vocab
+        self._prompts = np.random.default_rng(1)
+        self._ids = itertools.count()
+        self._grouped = grouped
+        self._params = SamplingParams(
+            n=GROUP_SIZE if grouped else 1,
+            temperature=1.0,
+            max_tokens=setting.max_new_tokens,
+            stop_token_ids=rig.engine._stop_ids,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self.tokens = 0
+
+    async def phase(self) -> float:
+        """Completion tokens per second over `setting.groups` groups."""
+        self.tokens = 0
+        started = time.perf_counter()
+        width = GROUP_SIZE if self._grouped else 1
+        slots = asyncio.Semaphore(self._setting.sequences // width)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self._setting.groups):
+                prompt = self._prompts.integers(FIRST_TOKEN, self._vocab, PROMPT_TOKENS).tolist()
+                for _ in range(GROUP_SIZE // width):
+                    tasks.create_task(self._request(prompt, slots))
+        return self.tokens / (time.perf_counter() - started)
+
+    async def _request(self, prompt: list[int], slots: asyncio.Semaphore) -> None:
+        async with slots:
+            tokens: Any = {"type": "token", "prompt_token_ids": prompt}
+            async for output in self._llm.generate(tokens, self._params, f"raw/{next(self._ids)}"):
+                self.tokens += sum(len(sample.token_ids) for sample in output.outputs)
+
+
+async def measure(setting: Setting, folder: Path, options: Any, report: common.Report) -> None:
+    """Alternating phases on one engine; fills in the setting's lists."""
+    mean = None if setting.lengths == "fixed" else setting.max_new_tokens / 2
+    model = make_model(folder / "model", setting.size, mean_tokens=mean)
+    async with generator(
+        folder / "run",
+        model,
+        learner_cpu=options.learner_cpu,
+        sequences=setting.sequences,
+        group_size=GROUP_SIZE,
+        max_new_tokens=setting.max_new_tokens,
+        compiled=not options.eager,
+    ) as rig:
+        raw = RawDriver(rig, setting, grouped=options.raw == "groups")
+        await raw.phase()  # the first phases compile and fill caches
+        await rig.peer.ask("generate", groups=setting.groups)
+        for pair in range(options.pairs):
+            # Each side goes first in every other pair: neither always meets the machine as the other left it.
+            for side in ("raw", "leases") if pair % 2 == 0 else ("leases", "raw"):
+                with common.watch() as watch:
+                    if side == "raw":
+                        setting.raw.append(await raw.phase())
+                    else:
+                        done = await rig.peer.ask("generate", groups=setting.groups)
+                        setting.leases.append(done["tokens"] / done["seconds"])
+                report.watched(watch)
+            print(
+                f"{setting.name}, pair {pair + 1}: leases {setting.leases[-1]:,.0f}, raw {setting.raw[-1]:,.0f} tokens/s, "
+                f"ratio {setting.leases[-1] / setting.raw[-1]:.3f}; others took up to {report.others_share:.0%} of the CPU",
+                flush=True,
+            )
+
+
+def main() -> int:
+    parser = common.arguments(__doc__ or "")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
+    parser.add_argument("--sequences", nargs="+", type=int, default=[64, 128], help="sequences in flight")
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS), help="laws of lengths")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--waves", type=int, default=12, help="groups of a phase, in fillings of the engine")
+    parser.add_argument("--eager", action="store_true", help="no torch.compile in vLLM")
+    parser.add_argument(
+        "--raw",
+        choices=("sequences", "groups"),
+        default="sequences",
+        help="the raw side submits sequences one by one, or whole groups with n=8 (default %(default)s, the faster)",
+    )
+    options = common.parse(parser)
+    if options.quick:
+        options.sizes, options.sequences, options.lengths, options.waves, options.eager = ["0.8M"], [32], ["fixed"], 2, True
+    for count in options.sequences:
+        if count % GROUP_SIZE:
+            parser.error(f"--sequences {count}: must be a multiple of the group size {GROUP_SIZE}")
+    options.learner_cpu, generator_cpu = common.cpus()
+    common.pin(generator_cpu)
+    report = common.Report("generator_vs_vllm", options)
+    for size, sequences, lengths in itertools.product(options.sizes, options.sequences, options.lengths):
+        groups = options.waves * sequences // GROUP_SIZE
+        setting = Setting(size, sequences, lengths, options.max_new_tokens, groups)
+        with tempfile.TemporaryDirectory() as folder:
+            asyncio.run(measure(setting, Path(folder), options, report))
+        report.pairs(setting.name, "tokens/s", setting.leases, setting.raw, "raw vLLM", BAR)
+    report.note("no journal at the learner's end: a result is acknowledged when it is decoded and checked")
+    report.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

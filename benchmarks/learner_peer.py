@@ -1,0 +1,429 @@
+"""The learner's end for benchmarks of the generator: real socket, sessions, leases' messages and weight group; no trainer,
+no journal (a result counts as durable once it is checked), no pacing (a lease whenever there is room).
+
+A process of its own on the learner's CPU: ``python -m benchmarks.learner_peer CONFIG CPU``. It takes one JSON command per
+line on stdin and answers with one JSON line on stdout. `LearnerPeer` is the other end, for the generator's process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asyncrl.config import Config
+from asyncrl.config.loading import load_config
+from asyncrl.errors import AsyncRLError, WeightGroupError
+from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.transport import messages
+from asyncrl.transport.codec import body_of, decode, encode
+from asyncrl.transport.groups import lease_to_grant, result_to_group, validate_group
+from asyncrl.transport.messages import Message
+from asyncrl.transport.session import DeskSession, DeskSessions, Expected, Offer
+from asyncrl.transport.sockets import ServerSocket, SocketPoller
+from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
+
+RUN_EPOCH = 1
+COMMAND_TIMEOUT_S = 600.0
+ENGINE_START_TIMEOUT_S = 300.0
+LEASE_TIMEOUT_S = 300.0
+POLL_S = 0.5
+PROMPT_TOKENS = 32
+FIRST_TOKEN = 2  # after padding and end
+CANARY_SEQUENCES, CANARY_LENGTH, CANARY_TOLERANCE = 4, 32, 1e-4
+ANSWER = {"answer": "42"}
+
+
+class Peer:
+    """Serves the commands."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.vocab_size = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
+        self.socket = ServerSocket("tcp://127.0.0.1:0", max_frame_bytes=config.transport.max_frame_bytes)
+        self.sessions = DeskSessions(
+            run_epoch=RUN_EPOCH,
+            run_name=config.run.name,
+            expected=Expected(
+                model_folder_fingerprint(config.model.path),
+                tokenizer_fingerprint(Path(config.model.path)),
+                config.task.path,
+            ),
+            credit_bytes=config.transport.credit_bytes,
+            max_frame_bytes=config.transport.max_frame_bytes,
+        )
+        self.weights: WeightSide | None = None
+        self.session: DeskSession | None = None
+        self.version = 0
+        self.replies: list[messages.SyncReply] = []
+        self.prompts = np.random.default_rng(0)
+        self.leases: dict[int, Lease] = {}  # by ordinal
+        self.next_ordinal = 0
+        self.granted = 0
+        self.wanted_groups = 0  # leases still to be granted
+        self.rollouts = self.tokens = self.groups = 0
+        self.poller = SocketPoller()
+        self.poller.add(self.socket)
+        self.poller.add(sys.stdin.fileno())
+
+    def serve(self) -> None:
+        """Answers commands until stdin ends; the link is served all the time."""
+        self._answer({"address": self.socket.address})
+        commands: dict[str, Callable[..., dict[str, Any]]] = {
+            "ready": self.ready,
+            "sync": self.sync,
+            "generate": self.generate,
+            "flow": self.flow,
+            "raw_join": self.raw_join,
+            "raw_broadcast": self.raw_broadcast,
+        }
+        while True:
+            if sys.stdin.fileno() in self._pump(POLL_S):
+                line = sys.stdin.readline()
+                if not line:
+                    return
+                command = json.loads(line)
+                self._answer(commands[command.pop("do")](**command))
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    def ready(self) -> dict[str, Any]:
+        """Returns when the generator's engine is up."""
+        self._until(
+            lambda: self.session is not None and self.session.beat is not None and self.session.beat.ready,
+            ENGINE_START_TIMEOUT_S,
+            "the generator's engine",
+        )
+        return {}
+
+    def generate(self, groups: int) -> dict[str, Any]:
+        """Leases `groups` groups and waits for them. Seconds count from the first lease to the last result checked."""
+        self._until(self._room, COMMAND_TIMEOUT_S, "room at the generator")
+        self.groups = self.rollouts = self.tokens = 0
+        started = time.perf_counter()
+        self.wanted_groups = groups
+        self._grant()
+        self._until(lambda: self.groups == groups, COMMAND_TIMEOUT_S, f"{groups} groups")
+        return {"seconds": time.perf_counter() - started, "rollouts": self.rollouts, "tokens": self.tokens}
+
+    def flow(self, on: bool, seconds: float = 0.0) -> dict[str, Any]:
+        """Keeps the generator full from now on, or lets it run empty. Returns after `seconds`, or when it is empty."""
+        if on:
+            self.wanted_groups = 10**9
+            self._grant()
+            deadline = time.monotonic() + seconds
+            while (left := deadline - time.monotonic()) > 0:
+                self._pump(left)
+        else:
+            self.wanted_groups = 0
+            self._until(lambda: not self.leases, COMMAND_TIMEOUT_S, "the last leases")
+        return {}
+
+    def sync(self) -> dict[str, Any]:
+        """Brings the next version to the generator; leases go on. Durations in ms."""
+        self.weights = self.weights or WeightSide(self.config)
+        self.version += 1
+        session = self._session()
+        offer, timings = self.weights.snapshot(self.version)
+        started = time.perf_counter()
+        self._send(session, offer)
+        sending = threading.Thread(target=self.weights.broadcast, daemon=True)
+        sending.start()
+        staged = self._sync_reply("stage")
+        staged_ms = (time.perf_counter() - started) * 1e3
+        sending.join(self.config.weights.timeout_s)
+        if staged.digests != [list(self.weights.manifest.digests)]:
+            raise AsyncRLError(f"staged digests {staged.digests} are not {self.weights.manifest.digests}")
+        canary = [row.tobytes() for row in self.weights.canary]
+        self._send(session, messages.SyncSwap(RUN_EPOCH, self.version, 0, canary, self.config.weights.timeout_s))
+        swapped = self._sync_reply("swap")
+        diff = self.weights.canary_diff(swapped.canary_logprobs)
+        if not diff <= CANARY_TOLERANCE:
+            raise AsyncRLError(f"canary of version {self.version} differs by {diff:.3g}: figures would be worthless")
+        self._send(session, messages.SyncCommit(RUN_EPOCH, self.version, 0))
+        total_ms = (time.perf_counter() - started) * 1e3
+        return {
+            **timings,
+            **staged.timings_ms,
+            **swapped.timings_ms,
+            "staged_ms": staged_ms,
+            "transfer_ms": self.weights.transfer_ms,
+            "total_ms": total_ms,
+            "canary_diff": diff,
+            "num_bytes": self.weights.buffer.layout.total_bytes,
+        }
+
+    def raw_join(self, port: int) -> dict[str, Any]:
+        """Joins the plain torch.distributed group with the raw receiver."""
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=2)
+        return {}
+
+    def raw_broadcast(self) -> dict[str, Any]:
+        """The same bytes in one torch.distributed.broadcast, as the thread of a sync would do it; and one memory copy.
+
+        echo_ms ends when the receiver has answered that it has them: what staging reports, without digests.
+        """
+        import torch
+        import torch.distributed as dist
+
+        assert self.weights is not None
+        flat = self.weights.buffer.flat
+        result: dict[str, Any] = {}
+
+        def send() -> None:
+            started = time.perf_counter()
+            dist.broadcast(flat, src=0)
+            result["send_ms"] = (time.perf_counter() - started) * 1e3
+            dist.recv(torch.zeros(1, dtype=torch.uint8), src=1)
+            result["echo_ms"] = (time.perf_counter() - started) * 1e3
+
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        self._until(lambda: "echo_ms" in result, self.config.weights.timeout_s, "the raw receiver", poll_s=0.001)
+        other = torch.empty_like(flat)
+        other.copy_(flat)  # the first touch of new memory is not part of a copy
+        started = time.perf_counter()
+        other.copy_(flat)
+        result["memcpy_ms"] = (time.perf_counter() - started) * 1e3
+        return result
+
+    # -- the link --------------------------------------------------------------------------------------------------
+
+    def _pump(self, timeout_s: float) -> list[Any]:
+        """Waits up to `timeout_s`, handles what came, grants what there is room for. Returns what was readable."""
+        ready = self.poller.wait(timeout_s)
+        if self.socket in ready:
+            for peer, frame in self.socket.receive():
+                self._handle(peer, frame)
+            self._grant()
+        return ready
+
+    def _handle(self, peer: bytes, frame: bytes) -> None:
+        message, now = decode(frame, max_bytes=self.socket.max_frame_bytes), time.monotonic()
+        if isinstance(message, messages.Hello):
+            admission = self.sessions.hello(peer, message, version=self.version, now=now)
+            if admission.session is None:
+                raise AsyncRLError(f"the generator does not fit: {admission.reply}")
+            self.session = admission.session
+            self._send(self.session, admission.reply)
+            return
+        session = self.sessions.of(peer, now)
+        if session is None:
+            return
+        match message:
+            case messages.Beat():
+                session.on_beat(message, now)
+                self._send(session, self.sessions.ack(session))
+            case messages.GroupResult():
+                self._result(session, message, len(body_of(frame)))
+            case messages.LeaseFailed():
+                raise AsyncRLError(f"lease {message.ordinal} failed ({message.reason}): {message.detail}")
+            case messages.SyncReply():
+                self.replies.append(message)
+
+    def _result(self, session: DeskSession, message: messages.GroupResult, num_bytes: int) -> None:
+        if self.sessions.offer(session, message.seq, num_bytes) is not Offer.NEW:
+            return
+        group, lease = result_to_group(message), self.leases.pop(message.ordinal)
+        validate_group(
+            group,
+            vocab_size=self.vocab_size,
+            prompt_token_ids=lease.prompt_token_ids,
+            num_rollouts=lease.num_rollouts,
+            max_new_tokens=lease.max_new_tokens,
+            oldest_version=0,
+            newest_version=self.version,
+        )
+        self.sessions.mark_durable(session, message.seq)
+        self._send(session, self.sessions.ack(session))
+        self.groups += 1
+        self.rollouts += len(group.rollouts)
+        self.tokens += group.num_tokens
+
+    def _room(self) -> bool:
+        beat = self.session and self.session.beat
+        return bool(beat) and beat.held_version == self.version and beat.sequences_wanted > self.granted
+
+    def _grant(self) -> None:
+        sampling = self.config.sampling
+        while self.wanted_groups and self._room():
+            prompt = self.prompts.integers(FIRST_TOKEN, self.vocab_size, PROMPT_TOKENS).astype(TOKEN_DTYPE)
+            lease = Lease(
+                key=LeaseKey(LeaseKind.TRAIN, self.next_ordinal, 0),
+                issued_version=self.version,
+                deadline_s=LEASE_TIMEOUT_S,
+                prompt_token_ids=prompt,
+                payload=ANSWER,
+                num_rollouts=sampling.group_size,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+            )
+            self.leases[self.next_ordinal] = lease
+            self.next_ordinal += 1
+            self.wanted_groups -= 1
+            self.granted += lease.num_rollouts
+            self._send(self._session(), lease_to_grant(lease, RUN_EPOCH))
+
+    def _sync_reply(self, phase: str) -> messages.SyncReply:
+        self._until(lambda: bool(self.replies), self.config.weights.timeout_s + 2.0, f"the reply in phase {phase}")
+        reply = self.replies.pop()
+        if reply.error or reply.phase != phase:
+            raise AsyncRLError(f"sync failed in phase {reply.phase} (wanted {phase}): {reply.error}")
+        return reply
+
+    def _until(self, condition: Callable[[], Any], timeout_s: float, what: str, *, poll_s: float = POLL_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise AsyncRLError(f"{what}: nothing within {timeout_s:.0f} s")
+            self._pump(min(left, poll_s))
+
+    def _session(self) -> DeskSession:
+        if self.session is None:
+            raise AsyncRLError("no generator is connected")
+        return self.session
+
+    def _send(self, session: DeskSession, message: Message) -> None:
+        frame = encode(message, max_bytes=self.socket.max_frame_bytes)
+        if session.peer is None or not self.socket.send(session.peer, frame):
+            raise AsyncRLError(f"{type(message).__name__} could not be sent")
+
+    @staticmethod
+    def _answer(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), flush=True)
+
+
+class WeightSide:
+    """What publisher and trainer do for a sync: snapshot, manifest, canary, broadcast."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        from asyncrl.learner.model import Policy
+        from asyncrl.learner.publisher import canary_sequences
+        from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
+
+        torch.set_num_threads(1)
+        self.timeout_s = config.weights.timeout_s
+        self.policy = Policy.load(config.model.path, dtype=config.model.dtype)
+        self.parameters = self.policy.named_sync_parameters()
+        self.buffer = SnapshotBuffer(self.parameters, config.weights.bucket_bytes)
+        self.canary = canary_sequences(self.policy.vocab_size, CANARY_SEQUENCES, CANARY_LENGTH, seed=0)
+        spec = WeightGroupSpec("127.0.0.1", 0, "benchmark/1", 0, 2, "gloo", self.timeout_s)
+        self.group = WeightGroup.host(spec)
+        self.noise = torch.Generator().manual_seed(0)
+        self.transfer_ms = 0.0
+        self.canary_logprobs: list[np.ndarray] = []
+
+    def snapshot(self, version: int) -> tuple[messages.SyncOffer, dict[str, float]]:
+        """The offer of new weights, and what its parts took in ms."""
+        self._change_weights()
+        started = time.perf_counter()
+        self.canary_logprobs = self.policy.score([row.tolist() for row in self.canary])
+        scored = time.perf_counter()
+        self.buffer.snapshot()
+        copied = time.perf_counter()
+        self.manifest = self.buffer.manifest(version)
+        timings = {
+            "score_ms": (scored - started) * 1e3,
+            "snapshot_ms": (copied - scored) * 1e3,
+            "digest_ms": (time.perf_counter() - copied) * 1e3,
+        }
+        group = {"group_epoch": 1, **self.group.spec.for_rank(1).to_dict()}
+        return messages.SyncOffer(RUN_EPOCH, version, 0, group, self.manifest.to_dict(), self.timeout_s), timings
+
+    def broadcast(self) -> None:
+        """In a thread. What fails here shows as the generator's error."""
+        try:
+            self.group.join()
+            started = time.perf_counter()
+            for bucket in self.buffer.buckets():
+                self.group.broadcast(bucket, self.timeout_s)
+            self.transfer_ms = (time.perf_counter() - started) * 1e3
+        except WeightGroupError as error:
+            print(f"broadcast: {error}", file=sys.stderr)
+
+    def canary_diff(self, theirs: list[bytes]) -> float:
+        """Largest |generator - learner| log-prob."""
+        rows = [np.frombuffer(row, LOGPROB_DTYPE) for row in theirs]
+        return max(
+            float(np.abs(mine - other).max()) for mine, other in zip(self.canary_logprobs, rows, strict=True)
+        )
+
+    def _change_weights(self) -> None:
+        """By about as much as an optimizer step: every version has digests of its own."""
+        import torch
+
+        seen = set()
+        for _, parameter in self.parameters:
+            if parameter.data_ptr() not in seen:
+                seen.add(parameter.data_ptr())
+                parameter.add_(torch.randn(parameter.shape, generator=self.noise), alpha=1e-5)
+
+
+class LearnerPeer:
+    """The peer's process, seen from the generator's event loop."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.address = ""
+
+    @classmethod
+    async def start(cls, config_file: Path, cpu: int) -> LearnerPeer:
+        """Returns when it listens at `address`."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "benchmarks.learner_peer", str(config_file), str(cpu),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        peer = cls(process)
+        peer.address = (await peer._read("start"))["address"]
+        return peer
+
+    async def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        """The answer to one command. Raises AsyncRLError when the peer ends or stays silent."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **values}).encode() + b"\n")
+        return await self._read(do)
+
+    async def close(self) -> None:
+        """Ends the process."""
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+    async def _read(self, what: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            line = await self._process.stdout.readline()
+        if not line:
+            raise AsyncRLError(f"the learner's end of the benchmark ended during {what!r}; its error is above")
+        return json.loads(line)
+
+
+def main() -> None:
+    from asyncrl.processes import die_with_parent
+    from benchmarks.common import pin
+
+    die_with_parent()
+    config_file, cpu = sys.argv[1:3]
+    pin(int(cpu))
+    peer = Peer(load_config(config_file, []))
+    peer.serve()
+    # Threads of gloo may still wait for a partner that is gone.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

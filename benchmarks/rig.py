@@ -1,0 +1,98 @@
+"""The generator's end for benchmarks: a real daemon with its engine, rewards and link, in the calling process."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from asyncrl.config.loading import load_config, to_yaml
+from asyncrl.generator.daemon import GeneratorDaemon, _connect, _engine_options, _session
+from asyncrl.generator.identity import claim_identity
+from asyncrl.generator.rewards import RewardPool
+from asyncrl.generator.vllm_engine import VLLMEngine
+from benchmarks.learner_peer import PROMPT_TOKENS, LearnerPeer
+
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """A generator with weights, and the learner's end it is connected to."""
+
+    daemon: GeneratorDaemon
+    engine: VLLMEngine
+    peer: LearnerPeer
+
+
+@asynccontextmanager
+async def generator(
+    folder: Path, model: Path, *, learner_cpu: int, sequences: int, group_size: int, max_new_tokens: int, compiled: bool
+) -> AsyncIterator[Rig]:
+    """Starts both ends. The caller's process, and with it the engine, must be pinned already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    overrides = [
+        "run.name=benchmark",
+        f"run.dir={folder}",
+        f"model.path={model}",
+        f"model.max_length={PROMPT_TOKENS + max_new_tokens}",
+        f"sampling.group_size={group_size}",
+        f"sampling.max_new_tokens={max_new_tokens}",
+        f"generator.max_sequences={sequences}",
+        "generator.kv_cache_gib=0.5",
+        "generator.device=cpu",
+        f"generator.compile={str(compiled).lower()}",
+    ]
+    config = load_config(None, overrides)
+    config_file = folder / "config.yaml"
+    config_file.write_text(to_yaml(config))
+    peer = await LearnerPeer.start(config_file, learner_cpu)
+    config = dataclasses.replace(config, transport=dataclasses.replace(config.transport, address=peer.address))
+    identity = claim_identity(folder / "generators", "benchmark")
+    engine = VLLMEngine(_engine_options(config, "benchmark"))
+    rewards = RewardPool(
+        config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
+    )
+    daemon = GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
+    running = asyncio.create_task(daemon.run())
+    try:
+        async with _alive(running):
+            await peer.ask("ready")
+            await peer.ask("sync")
+            yield Rig(daemon, engine, peer)
+    finally:
+        daemon.stop("the benchmark is over", run_finished=True)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await running
+        finally:
+            await rewards.close()
+            await engine.close()
+            await peer.close()
+
+
+@asynccontextmanager
+async def _alive(running: asyncio.Task[int]) -> AsyncIterator[None]:
+    """Ends the body when the daemon ends: it would wait for an answer that cannot come."""
+    body = asyncio.current_task()
+    assert body is not None
+    ended = False
+
+    def end(task: asyncio.Task[int]) -> None:
+        nonlocal ended
+        ended = True
+        body.cancel()
+
+    running.add_done_callback(end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if ended and body.uncancel() == 0:
+            running.result()
+            raise RuntimeError("the generator ended in the middle of the benchmark") from None
+        raise
+    finally:
+        running.remove_done_callback(end)
