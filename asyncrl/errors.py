@@ -79,6 +79,12 @@ class RewardError(AsyncRLError):
     """A reward could not be computed: it raised, hung or was not finite. Never becomes a number."""
 
 
+class TooManyFailures(AsyncRLError):
+    """So many prompts got no group that going on would only burn time: the task or the engine is at fault."""
+
+    exit_code = 8
+
+
 class JournalError(AsyncRLError):
     """The rollout journal cannot be written or read."""
 

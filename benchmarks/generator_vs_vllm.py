@@ -56,7 +56,7 @@ class RawDriver:
     def __init__(self, rig: Rig, setting: Setting, *, grouped: bool) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        self._llm = rig.engine._llm
+        self._llm = rig.daemon.engine._llm
         self._setting = setting
         self._vocab = SIZES[setting.size].vocab
         self._prompts = np.random.default_rng(1)
@@ -66,7 +66,7 @@ class RawDriver:
             n=GROUP_SIZE if grouped else 1,
             temperature=1.0,
             max_tokens=setting.max_new_tokens,
-            stop_token_ids=rig.engine._stop_ids,
+            stop_token_ids=rig.daemon.engine._stop_ids,
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -105,7 +105,7 @@ async def measure(setting: Setting, folder: Path, options: Any, report: common.R
         sequences=setting.sequences,
         group_size=GROUP_SIZE,
         max_new_tokens=setting.max_new_tokens,
-        compiled=not options.eager,
+        compile_model=options.compile,
     ) as rig:
         raw = RawDriver(rig, setting, grouped=options.raw == "groups")
         await raw.phase()  # the first phases compile and fill caches
@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS), help="laws of lengths")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--waves", type=int, default=12, help="groups of a phase, in fillings of the engine")
-    parser.add_argument("--eager", action="store_true", help="no torch.compile in vLLM")
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the model (generator.compile=always)")
     parser.add_argument(
         "--raw",
         choices=("sequences", "groups"),
@@ -143,7 +143,7 @@ def main() -> int:
     )
     options = common.parse(parser)
     if options.quick:
-        options.sizes, options.sequences, options.lengths, options.waves, options.eager = ["0.8M"], [32], ["fixed"], 2, True
+        options.sizes, options.sequences, options.lengths, options.waves = ["0.8M"], [32], ["fixed"], 2
     for count in options.sequences:
         if count % GROUP_SIZE:
             parser.error(f"--sequences {count}: must be a multiple of the group size {GROUP_SIZE}")

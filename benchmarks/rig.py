@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asyncrl.config.loading import load_config, to_yaml
-from asyncrl.generator.daemon import GeneratorDaemon, _connect, _engine_options, _session
+from asyncrl.generator.daemon import GeneratorDaemon, build_generator
 from asyncrl.generator.identity import claim_identity
-from asyncrl.generator.rewards import RewardPool
-from asyncrl.generator.vllm_engine import VLLMEngine
 from benchmarks.learner_peer import PROMPT_TOKENS, LearnerPeer
 
 STOP_TIMEOUT_S = 30.0
@@ -24,13 +22,12 @@ class Rig:
     """A generator with weights, and the learner's end it is connected to."""
 
     daemon: GeneratorDaemon
-    engine: VLLMEngine
     peer: LearnerPeer
 
 
 @asynccontextmanager
 async def generator(
-    folder: Path, model: Path, *, learner_cpu: int, sequences: int, group_size: int, max_new_tokens: int, compiled: bool
+    folder: Path, model: Path, *, learner_cpu: int, sequences: int, group_size: int, max_new_tokens: int, compile_model: bool
 ) -> AsyncIterator[Rig]:
     """Starts both ends. The caller's process, and with it the engine, must be pinned already."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,33 +41,28 @@ async def generator(
         f"generator.max_sequences={sequences}",
         "generator.kv_cache_gib=0.5",
         "generator.device=cpu",
-        f"generator.compile={str(compiled).lower()}",
+        f"generator.compile={'always' if compile_model else 'never'}",
     ]
     config = load_config(None, overrides)
     config_file = folder / "config.yaml"
     config_file.write_text(to_yaml(config))
     peer = await LearnerPeer.start(config_file, learner_cpu)
     config = dataclasses.replace(config, transport=dataclasses.replace(config.transport, address=peer.address))
-    identity = claim_identity(folder / "generators", "benchmark")
-    engine = VLLMEngine(_engine_options(config, "benchmark"))
-    rewards = RewardPool(
-        config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
-    )
-    daemon = GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
+    daemon = build_generator(config, claim_identity(folder / "generators", "benchmark"))
     running = asyncio.create_task(daemon.run())
     try:
         async with _alive(running):
             await peer.ask("ready")
             await peer.ask("sync")
-            yield Rig(daemon, engine, peer)
+            yield Rig(daemon, peer)
     finally:
         daemon.stop("the benchmark is over", run_finished=True)
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await running
         finally:
-            await rewards.close()
-            await engine.close()
+            await daemon.rewards.close()
+            await daemon.engine.close()
             await peer.close()
 
 

@@ -367,18 +367,26 @@ def run_generator(config: Config) -> int:
 
 async def _serve(config: Config, identity: Identity, stop: StopSignal) -> int:
     """Builds the parts, runs the daemon, takes the parts down again."""
-    engine = VLLMEngine(_engine_options(config, identity))
-    rewards = RewardPool(
-        config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
-    )
-    daemon = GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
+    daemon = build_generator(config, identity)
     asyncio.get_running_loop().add_reader(stop.fd, daemon.stop, "signal")
     try:
         return await daemon.run()
     finally:
         asyncio.get_running_loop().remove_reader(stop.fd)
-        await rewards.close()
-        await engine.close()
+        await daemon.rewards.close()
+        await daemon.engine.close()
+
+
+def build_generator(config: Config, identity: Identity) -> GeneratorDaemon:
+    """A generator and its parts, none of them started; inside a running event loop.
+
+    The caller runs it, and afterwards closes its `rewards` and its `engine`.
+    """
+    engine = VLLMEngine(_engine_options(config, identity))
+    rewards = RewardPool(
+        config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
+    )
+    return GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
 
 
 def _engine_options(config: Config, identity: Identity) -> EngineOptions:

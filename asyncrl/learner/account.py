@@ -13,7 +13,6 @@ from asyncrl.metrics import StepMetrics, SyncMetrics
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.transport.messages import Beat, StepDone
 
-
 REWARD_PART = "reward_part/"  # begins the name of a reward part's mean among the trainer's figures
 
 

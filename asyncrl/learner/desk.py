@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 
 from asyncrl.config import Config
-from asyncrl.errors import FrameError, ProtocolError
+from asyncrl.errors import FrameError, ProtocolError, TooManyFailures
 from asyncrl.learner.evaluation import Evaluator
 from asyncrl.learner.generator_side import GeneratorSide
 from asyncrl.learner.intake import Intake
@@ -61,7 +61,11 @@ FROM_TRAINER = frozenset(
 )
 MAX_WAIT_S = 0.5
 SAY_WAITING_EVERY_S = 30.0
-TRAINER_STOP_TIMEOUT_S = 20.0
+SIGNAL_STOP_TIMEOUT_S = 20.0  # whoever sent the signal may kill after 30 s
+FINISH_TIMEOUT_S = 600.0  # the last checkpoint and the export of a large model
+# Prompts without a group after all their attempts: more than this, and more than a tenth of all, ends the run.
+MAX_GIVEN_UP = 16
+MAX_GIVEN_UP_SHARE = 0.1
 
 
 class Desk:
@@ -109,6 +113,7 @@ class Desk:
     def _tick(self, now: float) -> None:
         """Everything that time or the last messages made due. Order: results count before batches are decided."""
         self.intake.note_given_up(now)
+        self._check_failures()
         self.generators.acknowledge(self.intake.sync_if_due(now))
         self._watch_trainer(now)
         self.generators.expire(now)
@@ -187,6 +192,18 @@ class Desk:
             self.weights.trainer_lost(now)
             self.trainers.lost()
 
+    def _check_failures(self) -> None:
+        """Raises TooManyFailures when prompts are given up wholesale."""
+        leases = self.intake.leases
+        given_up = leases.num_given_up
+        if given_up > MAX_GIVEN_UP and given_up > MAX_GIVEN_UP_SHARE * (given_up + leases.num_trained):
+            self.generators.stop(True, "the learner gives up: too many prompts failed")
+            raise TooManyFailures(
+                f"{given_up} prompts got no group after all their attempts, {leases.num_trained} did "
+                f"(rollouts lost by reason: {self.intake.account.rollouts_failed}); see the warnings above, correct "
+                "the task's reward or the generator, and start again"
+            )
+
     # -- end -------------------------------------------------------------------------------------------------------
 
     def _over(self, now: float) -> bool:
@@ -197,10 +214,11 @@ class Desk:
                 return False
             self._begin_stop(finished, now)
         assert self._stopping_since is not None
-        if self.trainer.running and now - self._stopping_since < TRAINER_STOP_TIMEOUT_S:
+        limit_s = SIGNAL_STOP_TIMEOUT_S if self.stop.received is not None else FINISH_TIMEOUT_S
+        if self.trainer.running and now - self._stopping_since < limit_s:
             return False
         if self.trainer.running:
-            log.error("the trainer did not stop within %.0f s and is killed", TRAINER_STOP_TIMEOUT_S)
+            log.error("the trainer did not stop within %.0f s and is killed", limit_s)
             self.trainer.kill()
         self.generators.acknowledge(self.intake.sync())
         return True
