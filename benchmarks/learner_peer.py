@@ -311,7 +311,6 @@ class WeightSide:
         import torch
 
         from asyncrl.learner.model import Policy
-        from asyncrl.learner.publisher import canary_sequences
         from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
 
         torch.set_num_threads(1)
@@ -319,7 +318,9 @@ class WeightSide:
         self.policy = Policy.load(config.model.path, dtype=config.model.dtype)
         self.parameters = self.policy.named_sync_parameters()
         self.buffer = SnapshotBuffer(self.parameters, config.weights.bucket_bytes)
-        self.canary = canary_sequences(self.policy.vocab_size, CANARY_SEQUENCES, CANARY_LENGTH, seed=0)
+        shape = (CANARY_SEQUENCES, CANARY_LENGTH)
+        tokens = np.random.default_rng(0).integers(FIRST_TOKEN, self.policy.vocab_size, shape)
+        self.canary = list(tokens.astype(TOKEN_DTYPE))
         spec = WeightGroupSpec("127.0.0.1", 0, "benchmark/1", 0, 2, "gloo", self.timeout_s)
         self.group = WeightGroup.host(spec)
         self.noise = torch.Generator().manual_seed(0)

@@ -55,6 +55,10 @@ def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: i
         )
         if coherent >= WANTED_COHERENT and WANTED_ACCURACY[0] <= accuracy <= WANTED_ACCURACY[1]:
             break
+    else:
+        print(
+            f"warmup: not within {WANTED_ACCURACY} after {MAX_STEPS} steps; the model is written as it is", flush=True
+        )
     save(model, tokenizer, folder)
 
 

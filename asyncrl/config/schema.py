@@ -160,7 +160,7 @@ class GeneratorConfig:
         600.0, "Give up (exit 3) when the learner has not answered for this long.", above=0.0
     )
     drain_timeout_s: float = key(
-        8.0, "After SIGTERM: finish what can be finished within this, hand back the rest.", above=0.0
+        6.0, "After SIGTERM: finish what can be finished within this, hand back the rest.", above=0.0
     )
 
 

@@ -5,6 +5,7 @@ The desk uses this, so torch must not come in: transformers' own auto classes im
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # So many over-long prompts in a row mean that the limit does not fit the task, not that a prompt stands out.
 MAX_TRIES = 100
+CACHED_PROMPTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ class PromptSource:
         self._seed = seed
         self._max_prompt_tokens = max_prompt_tokens
         self._train_size = task.train_size
+        # A prompt is needed when it is leased and again when its group comes back.
+        self._cached = functools.lru_cache(CACHED_PROMPTS)(self._train)
         if self._train_size is not None and self._train_size < 1:
             raise TaskError(f"the task has train_size={self._train_size}; it must be at least 1, or None for endless")
 
@@ -88,6 +92,9 @@ class PromptSource:
 
         Raises TaskError when the task gives no example, or MAX_TRIES in a row that are too long.
         """
+        return self._cached(ordinal)
+
+    def _train(self, ordinal: int) -> Prompt:
         first = self._example_index(ordinal)
         for distance in range(MAX_TRIES):
             index = first + distance if self._train_size is None else (first + distance) % self._train_size

@@ -76,11 +76,11 @@ class Daemon:
 
     def exit_code(self, timeout_s: float = EXIT_S) -> int:
         """Waits for the end."""
-        wait_until(lambda: not self.running, timeout_s, f"the end of {self.name}", [self], may_end=True)
+        wait_until(lambda: not self.running, timeout_s, f"the end of {self.name}", [self])
         return self.process.wait()
 
     def wait_for_log(self, text: str, timeout_s: float = STEP_S) -> None:
-        wait_until(lambda: text in self.stderr, timeout_s, f"{text!r} in the log of {self.name}", [self], may_end=True)
+        wait_until(lambda: text in self.stderr, timeout_s, f"{text!r} in the log of {self.name}", [self])
 
     def last_words(self) -> str:
         return f"--- {self.name} (exit code {self.process.poll()})\n{self.stdout[-1500:]}\n{self.stderr[-4000:]}"
@@ -90,18 +90,17 @@ def command(role: str) -> list[str]:
     return [str(COMMANDS / f"asyncrl-{role}")]
 
 
-def wait_until(
-    condition: Callable[[], T], timeout_s: float, what: str, daemons: list[Daemon] | None = None, *, may_end: bool = False
-) -> T:
-    """Polls until `condition` is true and returns its value; fails with the daemons' logs at the deadline.
+def wait_until(condition: Callable[[], T], timeout_s: float, what: str, daemons: list[Daemon] | None = None) -> T:
+    """Polls until `condition` is true and returns its value.
 
-    Fails at once when a daemon ends that should not.
+    Fails with the daemons' logs at the deadline, or at once when one of them has ended without making it true.
     """
     deadline = time.monotonic() + timeout_s
     while True:
+        # In this order: what a daemon did last still counts.
+        dead = [daemon.name for daemon in daemons or [] if not daemon.running]
         if value := condition():
             return value
-        dead = [daemon.name for daemon in daemons or [] if not daemon.running and not may_end]
         if dead or time.monotonic() >= deadline:
             words = "\n".join(daemon.last_words() for daemon in daemons or [])
             why = f"{', '.join(dead)} ended before" if dead else f"not within {timeout_s:.0f} s:"
@@ -127,7 +126,7 @@ def base_config(model_dir: Path, run_dir: Path) -> dict[str, Any]:
         "generator": {
             "max_sequences": 16,
             "kv_cache_gib": 0.0625,
-            "compile": False,
+            "compile": "never",
             "device": "cpu",
             "reward_timeout_s": 5.0,
             "lease_timeout_s": 60.0,

@@ -62,7 +62,7 @@ def story(module_run: Run) -> Story:
     generator.signal(signal.SIGKILL)
     generator.process.wait()
     second_generator = run.generator("generator.id=second")
-    wait_until(lambda: run.version() >= STEPS, START_S + STEP_S, "the last step", [second_learner], may_end=True)
+    wait_until(lambda: run.version() >= STEPS, START_S + STEP_S, "the last step", [second_learner])
     second_learner.exit_code()
     second_generator.exit_code()
     return Story(run, learner, second_learner, generator, second_generator, outlived_s, acked, before, at_death)
