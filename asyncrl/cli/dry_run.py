@@ -103,7 +103,7 @@ def _model(config: Config, model: ModelFiles) -> Rows:
 def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
     """Bytes the learner holds, by what for. N parameters; e bytes per element of model.dtype.
 
-    Master weights 4N, gradients 4N, Adam moments 8N, staging buffer of the broadcast eN; a compute copy eN
+    Master weights 4N, gradients 4N, Adam moments 8N, two staging buffers of the broadcast 2eN; a compute copy eN
     when model.dtype is not float32; the frozen reference eN when algorithm.kl_coef > 0. The replay buffer
     holds at most (max_age + 1) x groups_per_step groups of the largest size. Activations come on top.
     """
@@ -113,7 +113,7 @@ def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
         "master weights, float32": MASTER_BYTES * count,
         "gradients, float32": MASTER_BYTES * count,
         "Adam moments, float32": ADAM_BYTES * count,
-        "staging buffer of the broadcast": element * count,
+        "staging buffers of the broadcast, 2": 2 * element * count,
         f"replay buffer, at most {groups} groups": groups * largest_group_bytes(config),
     }
     if config.model.dtype != "float32":

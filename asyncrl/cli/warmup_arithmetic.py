@@ -24,14 +24,14 @@ LR = 3e-3
 DECAY_STEPS, MIN_LR_SHARE = 400, 0.1  # linear decay: steadies the end, which must be hit within a window
 MAX_STEPS = 800
 EVAL_FROM, EVAL_EVERY, EVAL_PROBLEMS = 200, 25, 256
-WANTED_ACCURACY = (0.2, 0.4)
 WANTED_COHERENT = 0.9
+MARGIN = 0.1  # of accuracy, around that of a calculator that loses every carry
 
 
 def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: int, threads: int) -> None:
     """Trains a model of 0.8 million parameters until it works coherently, and writes it to `folder`.
 
-    Held-out accuracy (greedy) then lies between 0.2 and 0.4, for two digits and one operation.
+    Its held-out accuracy (greedy) is then that of losing every carry, 0.3 for sums of two digits, within MARGIN.
     """
     torch.set_num_threads(threads)
     started = time.monotonic()
@@ -40,6 +40,7 @@ def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: i
     model = make_model(len(tokenizer), hidden=128, layers=4, heads=4, inner=384, tied=False, seed=seed)
     trainer = SupervisedTrainer(model, LR, warmup_steps=30)
     held_out = task.held_out_problems(EVAL_PROBLEMS)
+    careless, _ = judge(held_out, [worked_answer(problem, forget=lambda: True) for problem in held_out])
     max_new_tokens = 4 * digits + 8
     generator = random.Random(seed)
     while trainer.steps < MAX_STEPS:
@@ -53,12 +54,10 @@ def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: i
             f"{coherent:.3f}, {time.monotonic() - started:.0f} s",
             flush=True,
         )
-        if coherent >= WANTED_COHERENT and WANTED_ACCURACY[0] <= accuracy <= WANTED_ACCURACY[1]:
+        if coherent >= WANTED_COHERENT and abs(accuracy - careless) <= MARGIN:
             break
     else:
-        print(
-            f"warmup: not within {WANTED_ACCURACY} after {MAX_STEPS} steps; the model is written as it is", flush=True
-        )
+        print(f"accuracy is not near {careless:.2f} after {MAX_STEPS} steps; writing the model as it is", flush=True)
     save(model, tokenizer, folder)
 
 

@@ -20,8 +20,8 @@ from asyncrl.errors import ConfigError
 from asyncrl.tasks.gsm8k import Gsm8k, prompt_text, read_records, worked_answer
 
 VOCAB_SIZE = 2048
-LR, MIN_LR_SHARE, WARMUP_STEPS = 2e-3, 0.05, 50
-BATCH_TOKENS = 2048
+LR, MIN_LR_SHARE, WARMUP_STEPS = 2e-3, 0.05, 30
+BATCH_TOKENS = 1024
 MAX_TOKENS = 384  # longer examples are left out: a few in a hundred
 BUCKET = 256  # examples sorted by length among themselves, so that little of a batch is padding
 REPORT_EVERY_S = 30.0

@@ -45,7 +45,7 @@ from asyncrl.transport.codec import decode, encode
 from asyncrl.transport.groups import grant_to_lease, group_to_result
 from asyncrl.transport.keys import client_auth
 from asyncrl.transport.messages import Message
-from asyncrl.transport.session import GeneratorSession
+from asyncrl.transport.session import GeneratorSession, GeneratorState
 from asyncrl.transport.sockets import AsyncClientSocket
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
 
@@ -71,9 +71,10 @@ BEAT_GATHER_S = 0.01  # leases that end together ask for the next ones together
 LINK_WAIT_S = 0.5
 PROBE_EVERY_S = 10.0  # an engine with work but without a new token for this long is probed
 PROBE_TIMEOUT_S = 5.0
-FLUSH_TIMEOUT_S = 2.0
+FLUSH_TIMEOUT_S = 1.0
 SAY_UNREACHABLE_EVERY_S = 10.0
 MAX_DETAIL = 500
+MAX_IN_HAND = 4  # sequences of all leases, finished ones included, per sequence of capacity: bounds memory
 BACKLOG_SHARE = 0.25  # leases waiting behind a full engine, so that it never runs dry between two grants
 
 
@@ -182,14 +183,12 @@ class GeneratorDaemon:
         message = decode(frame, max_bytes=self.config.transport.max_frame_bytes, allowed=FROM_DESK)
         if not self.session.receive(message, time.monotonic()):
             return  # of an earlier run epoch, or out of turn
+        if self.session.state is GeneratorState.REFUSED:
+            # Also for a welcome: the session refuses what does not fit this end.
+            raise _refused(self.session.refusal)
         match message:
             case messages.Welcome():
                 self._welcome(message)
-            case messages.Refused():
-                raise Refused(
-                    f"the learner refused this generator ({message.code}): {message.reason}; "
-                    f"it has {message.expected!r}, here is {message.got!r}"
-                )
             case messages.LeaseGrant():
                 self._take(grant_to_lease(message))
             case messages.Ack():
@@ -263,7 +262,10 @@ class GeneratorDaemon:
         if not self._ready or self._stopping.is_set() or not self.session.has_room:
             return 0
         capacity = math.ceil(self.config.generator.max_sequences * (1 + BACKLOG_SHARE))
-        return max(0, capacity - sum(lease.num_rollouts for lease in self.leases.values()))
+        # A group ends with its longest sequence. Room counted by whole leases would leave the others' slots empty.
+        left = sum(self.runner.sequences_left(lease) for lease in self.leases.values())
+        in_hand = sum(lease.num_rollouts for lease in self.leases.values())
+        return max(0, min(capacity - left, MAX_IN_HAND * capacity - in_hand))
 
     # -- beats and probes ------------------------------------------------------------------------------------------
 
@@ -346,6 +348,14 @@ class GeneratorDaemon:
                 while not condition():
                     self._progress.clear()
                     await self._progress.wait()
+
+
+def _refused(refusal: messages.Refused | None) -> Refused:
+    assert refusal is not None, "the session is refused and does not say why"
+    return Refused(
+        f"learner and generator do not fit ({refusal.code}): {refusal.reason}; "
+        f"the learner has {refusal.expected!r}, here is {refusal.got!r}"
+    )
 
 
 def to_key(item: list[Any]) -> LeaseKey:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 from asyncrl.types import FinishReason, VersionSpan
+
+if TYPE_CHECKING:
+    from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,10 @@ class RolloutEngine(Protocol):
     @property
     def num_running(self) -> int:
         """Sequences that were submitted and have not ended."""
+        ...
+
+    def num_unfinished(self, request_id: str) -> int | None:
+        """Sequences of a request that have not ended; None when `generate` is not at work on it."""
         ...
 
     @property

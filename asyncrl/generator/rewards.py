@@ -228,7 +228,7 @@ class _Worker:
         while len(self._buffer) - start >= LENGTH.size:
             (size,) = LENGTH.unpack_from(self._buffer, start)
             if size > MAX_RESULT_BYTES:
-                raise ProtocolError(f"a result of {size} bytes is over the limit of {MAX_RESULT_BYTES}")
+                raise ProtocolError(f"a result in the pipe has {size} bytes, over the limit of {MAX_RESULT_BYTES}")
             end = start + LENGTH.size + size
             if end > len(self._buffer):
                 break

@@ -10,7 +10,7 @@ from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.engine import Completion, GenerationRequest, RolloutEngine
 from asyncrl.generator.rewards import RewardOutcome, RewardPool
 from asyncrl.generator.weight_sync import WeightSync
-from asyncrl.types import FinishReason, Group, Lease, LeaseKind, Rollout
+from asyncrl.types import FinishReason, Group, Lease, LeaseKey, LeaseKind, Rollout
 
 MIN_SHARE = 0.5  # a training group is worth sending when at least this share of its rollouts was scored
 
@@ -33,13 +33,14 @@ class LeaseRunner:
         self._rewards = rewards
         self._sync = sync
         self._commit_timeout_s = commit_timeout_s
+        self._sampled: set[LeaseKey] = set()  # leases in hand whose completions are there
         self.rollouts_completed = 0
         self.rewards_failed = 0
         self.generations_failed = 0
 
     async def run(self, lease: Lease) -> Group | LeaseFailure:
         """The lease's group, or why there is none. Ends by the lease's deadline, whatever the parts do."""
-        request_id = "-".join(str(part) for part in lease.key)
+        request_id = _request_id(lease)
         try:
             async with asyncio.timeout(lease.deadline_s):
                 return await self._run(lease, request_id)
@@ -49,6 +50,15 @@ class LeaseRunner:
         except asyncio.CancelledError:
             await self._engine.abort(request_id)
             raise
+        finally:
+            self._sampled.discard(lease.key)
+
+    def sequences_left(self, lease: Lease) -> int:
+        """Sequences of a lease in hand that are still to be sampled: what it asks of the engine from now on."""
+        if lease.key in self._sampled:
+            return 0
+        unfinished = self._engine.num_unfinished(_request_id(lease))
+        return lease.num_rollouts if unfinished is None else unfinished
 
     async def _run(self, lease: Lease, request_id: str) -> Group | LeaseFailure:
         try:
@@ -56,6 +66,7 @@ class LeaseRunner:
         except (EngineError, NonFiniteError) as error:
             self.generations_failed += 1
             return LeaseFailure("engine", str(error))
+        self._sampled.add(lease.key)
         versions = {span.version for completion in completions for span in completion.version_spans}
         if lease.pinned_version is not None and versions != {lease.pinned_version}:
             return LeaseFailure("not_pinned", f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone")
@@ -94,6 +105,10 @@ class LeaseRunner:
             if not outcome.failed
         ]
         return Group(lease.key, lease.prompt_token_ids, rollouts)
+
+
+def _request_id(lease: Lease) -> str:
+    return "-".join(str(part) for part in lease.key)
 
 
 def _request(lease: Lease, request_id: str) -> GenerationRequest:

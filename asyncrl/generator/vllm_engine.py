@@ -20,10 +20,9 @@ import itertools
 import multiprocessing
 import time
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from asyncrl.errors import AsyncRLError, DeadlineExceeded, EngineError, WeightGroupError
 from asyncrl.generator.engine import Completion, GenerationRequest, StageReport, SwapReport
@@ -35,7 +34,9 @@ from asyncrl.generator.vllm_options import (
     stop_token_ids,
 )
 from asyncrl.generator.vllm_outputs import completion_from, scores_from
-from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+
+if TYPE_CHECKING:
+    from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 
 _T = TypeVar("_T")
 
@@ -53,6 +54,10 @@ class _Sequence:
     task: asyncio.Task[Completion] | None = None
     engine_id: str = ""
     restart: bool = False
+
+
+def _num_unfinished(sequences: list[_Sequence]) -> int:
+    return sum(sequence.task is None or not sequence.task.done() for sequence in sequences)
 
 
 class VLLMEngine:
@@ -86,11 +91,16 @@ class VLLMEngine:
 
     @property
     def num_running(self) -> int:
-        return sum(len(sequences) for sequences in self._requests.values())
+        return sum(map(_num_unfinished, self._requests.values()))
 
     @property
     def tokens_generated(self) -> int:
         return self._tokens_generated
+
+    def num_unfinished(self, request_id: str) -> int | None:
+        """See `RolloutEngine.num_unfinished`."""
+        sequences = self._requests.get(request_id)
+        return None if sequences is None else _num_unfinished(sequences)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -113,6 +123,8 @@ class VLLMEngine:
             raise EngineError(f"the engine was not ready within {timeout_s:g} s; see its log") from error
 
     def _build(self) -> Any:
+        """Imports what is heavy here, in a thread: until then the daemon is up within a second."""
+        from transformers import AutoTokenizer
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind, SamplingParams

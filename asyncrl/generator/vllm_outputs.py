@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.engine import Completion
 from asyncrl.types import FinishReason, VersionSpan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def completion_from(sample: Any, tokenizer: PreTrainedTokenizerBase, request_id: str) -> Completion:

@@ -19,7 +19,6 @@ import numpy as np
 from asyncrl.errors import AsyncRLError, EngineError
 from asyncrl.generator.engine import RolloutEngine
 from asyncrl.transport.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
-from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 
 log = logging.getLogger(__name__)
@@ -102,6 +101,9 @@ class WeightSync:
         self._task.add_done_callback(_report_crash)
 
     async def _stage(self, offer: SyncOffer) -> None:
+        # Not at the top: it brings torch, which the daemon must not wait for before it says hello.
+        from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+
         try:
             spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
             epoch = int(offer.group["group_epoch"])

@@ -104,13 +104,17 @@ def checked_reward(task: Task, completion: str, payload: dict[str, Any]) -> dict
     Raises RewardError when the task returned anything else; lets through what the task raises.
     """
     parts = task.reward(completion, payload)
-    if type(parts) is dict and parts and all(type(value) is float for value in parts.values()):
-        checked = parts
-    else:
-        checked = _as_floats(parts)
+    checked = parts if _is_plain(parts) else _as_floats(parts)
     if not math.isfinite(sum(checked.values())):
         raise RewardError(f"reward parts must be finite, and so must their sum: {_shown(checked)}")
     return checked
+
+
+def _is_plain(parts: object) -> bool:
+    """Nothing to convert? The usual case, and cheaper than converting."""
+    if type(parts) is not dict or not parts:
+        return False
+    return all(type(name) is str and type(value) is float for name, value in parts.items())
 
 
 def _as_floats(parts: object) -> dict[str, float]:

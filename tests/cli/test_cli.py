@@ -106,7 +106,7 @@ def test_help_survives_a_reader_who_left():
 def test_every_exit_code_of_an_error_is_documented():
     codes = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
     assert codes <= set(EXIT_CODES)
-    assert codes == {2, 3, 4, 5, 6, 7}
+    assert codes == {2, 3, 4, 5, 6, 7, 8}
 
 
 def test_version_is_printed():
@@ -238,9 +238,9 @@ def test_learner_memory_follows_the_documented_formula(config_file, model_folder
     need = learner_memory(config, find_model(str(model_folder)))
     count = 536
     replay = 3 * config.learner.groups_per_step * largest_group_bytes(config)
-    assert sum(need.values()) == count * (4 + 4 + 8 + 2 + 2 + 2) + replay
+    assert sum(need.values()) == count * (4 + 4 + 8 + 2 * 2 + 2 + 2) + replay
     plain = learner_memory(load_config(config_file, ["staleness.max_age=2"]), find_model(str(model_folder)))
-    assert sum(plain.values()) == count * (4 + 4 + 8 + 4) + replay
+    assert sum(plain.values()) == count * (4 + 4 + 8 + 2 * 4) + replay
 
 
 def test_generator_memory_counts_weights_staging_cache_and_outbox(config_file, model_folder):

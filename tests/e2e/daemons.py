@@ -36,13 +36,13 @@ T = TypeVar("T")
 class Daemon:
     """One daemon process. stdout and stderr go to files."""
 
-    def __init__(self, role: str, arguments: list[str], folder: Path, name: str, environment: dict[str, str]):
+    def __init__(self, command: list[str], folder: Path, name: str, environment: dict[str, str]):
         self.name = name
         self.out_path, self.err_path = folder / f"{name}.out", folder / f"{name}.err"
         with self.out_path.open("wb") as out, self.err_path.open("wb") as err:
             # Its own session, so that a test can signal the whole process group and not itself.
             self.process = subprocess.Popen(
-                [*command(role), *arguments],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -84,10 +84,6 @@ class Daemon:
 
     def last_words(self) -> str:
         return f"--- {self.name} (exit code {self.process.poll()})\n{self.stdout[-1500:]}\n{self.stderr[-4000:]}"
-
-
-def command(role: str) -> list[str]:
-    return [str(COMMANDS / f"asyncrl-{role}")]
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float, what: str, daemons: list[Daemon] | None = None) -> T:
@@ -155,13 +151,14 @@ class Run:
             self.config.setdefault(name, {}).update(values)
         return self
 
-    def start(self, role: str, *overrides: str) -> Daemon:
+    def start(self, role: str, *overrides: str, inside: tuple[str, ...] = ()) -> Daemon:
+        """Starts one daemon by its console command; `inside` is a command that executes another, such as `ip netns`."""
         self.config_file.write_text(yaml.safe_dump(self.config))
         self._started += 1
         environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
-        arguments = [str(self.config_file), *overrides]
-        daemon = Daemon(role, arguments, self.folder, f"{role}-{self._started}", environment)
+        command = [*inside, str(COMMANDS / f"asyncrl-{role}"), str(self.config_file), *overrides]
+        daemon = Daemon(command, self.folder, f"{role}-{self._started}", environment)
         self.daemons.append(daemon)
         return daemon
 

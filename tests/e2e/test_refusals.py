@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from daemons import STEP_S, Run, wait_until
+from daemons import STEP_S, Run, free_port, wait_until
 
 from asyncrl.transport.codec import HEADER_BYTES, encode
 from asyncrl.transport.messages import Beat, Hello
@@ -93,7 +93,7 @@ def test_a_generator_of_another_run_is_refused(served):
 
 
 def test_a_second_learner_on_the_run_folder_is_refused_with_the_pid_of_the_first(served):
-    second = served.learner("transport.address=tcp://127.0.0.1:0")
+    second = served.learner(f"transport.address=tcp://127.0.0.1:{free_port()}")
     assert second.exit_code() == 6
     assert str(served.daemons[0].pid) in second.stderr
     assert "Traceback" not in second.stderr
@@ -168,7 +168,7 @@ def test_a_generator_that_starts_its_engine_stops_at_a_signal_and_leaves_nothing
     started = time.monotonic()
     generator.signal_group(signal.SIGTERM)
     assert generator.exit_code(STEP_S) == 0, generator.last_words()
-    assert time.monotonic() - started < 15.0
+    assert time.monotonic() - started < 30.0  # an import under way is not broken off
     assert "Traceback" not in generator.stderr
     wait_until(lambda: set(served.processes()) <= before, 15.0, "the end of its processes")
     shutil.rmtree(served.run_dir / "generators")
