@@ -78,22 +78,28 @@ class Watch:
 @contextmanager
 def watch() -> Iterator[Watch]:
     """Measures the body. Meant for phases of a second or more: the kernel counts CPU time in hundredths of one."""
-    result, busy, ours = Watch(), _busy_ticks(), _own_ticks()
+    result, busy, ours = Watch(), _busy_ticks(), _ticks(os.getpid())
     result.started = time.perf_counter()
     yield result
     result.seconds = time.perf_counter() - result.started
-    others = (_busy_ticks() - busy) - (_own_ticks() - ours)
-    result.others_share = max(0.0, others / TICKS_PER_S / result.seconds / (os.cpu_count() or 1))
+    others = (_busy_ticks() - busy) - (_ticks(os.getpid()) - ours)
+    result.others_share = min(1.0, max(0.0, others / TICKS_PER_S / result.seconds / (os.cpu_count() or 1)))
 
 
 def _busy_ticks() -> int:
     """CPU time spent on anything since boot, time stolen by the host included."""
-    user, nice, system, _idle, _iowait, *interrupts_and_steal = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    return sum(map(int, (user, nice, system, *interrupts_and_steal)))
+    total = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, total[1:9])
+    return user + nice + system + irq + softirq + steal
 
 
-def _own_ticks() -> int:
-    """CPU time of this process and all its descendants, ended ones that were waited for included."""
+def cpu_seconds(*, without: int = 0) -> float:
+    """CPU time so far of this process and its descendants, except the process `without` and its own."""
+    return (_ticks(os.getpid()) - (_ticks(without) if without else 0)) / TICKS_PER_S
+
+
+def _ticks(root: int) -> int:
+    """CPU time of a process and all its descendants, ended ones that were waited for included."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -103,11 +109,11 @@ def _own_ticks() -> int:
             continue  # ended meanwhile
         parents[int(folder.name)] = int(values[1])
         ticks[int(folder.name)] = sum(map(int, values[11:15]))  # utime, stime, cutime, cstime
-    return sum(count for pid, count in ticks.items() if _descends(pid, parents))
+    return sum(count for pid, count in ticks.items() if _descends(pid, root, parents))
 
 
-def _descends(pid: int, parents: dict[int, int]) -> bool:
-    while pid and pid != os.getpid():
+def _descends(pid: int, root: int, parents: dict[int, int]) -> bool:
+    while pid and pid != root:
         pid = parents.get(pid, 0)
     return pid != 0
 
@@ -224,9 +230,10 @@ class Report:
                     ]
                 )
             else:
-                lines.append([f"{row['what']}, {row['unit']}", shown(median), "", "", f"{shown(low)} .. {shown(high)}", ""])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+                what, bounds = f"{row['what']}, {row['unit']}", f"{shown(low)} .. {shown(high)}"
+                lines.append([what, shown(median), "", "", bounds, ""])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def machine() -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The learner's end for benchmarks of the generator: real socket, sessions, leases' messages and weight group; no trainer,
-no journal (a result counts as durable once it is checked), no pacing (a lease whenever there is room).
+"""The learner's end for benchmarks of the generator: real socket, sessions, messages and weight group. No trainer, no
+journal (a result counts as durable once it is checked), no pacing (a lease whenever there is room).
 
-A process of its own on the learner's CPU: ``python -m benchmarks.learner_peer CONFIG CPU``. It takes one JSON command per
-line on stdin and answers with one JSON line on stdout. `LearnerPeer` is the other end, for the generator's process.
+A process of its own on the learner's CPU: ``python -m benchmarks.learner_peer CONFIG CPU``. It takes one JSON command
+per line on stdin and answers with one JSON line on stdout. `LearnerPeer` is the other end, in the generator's process.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Peer:
             credit_bytes=config.transport.credit_bytes,
             max_frame_bytes=config.transport.max_frame_bytes,
         )
-        self.weights: WeightSide | None = None
+        self.weights = WeightSide(config)  # now: a long silence later would make the generator reconnect
         self.session: DeskSession | None = None
         self.version = 0
         self.replies: list[messages.SyncReply] = []
@@ -129,7 +129,6 @@ class Peer:
 
     def sync(self) -> dict[str, Any]:
         """Brings the next version to the generator; leases go on. Durations in ms."""
-        self.weights = self.weights or WeightSide(self.config)
         self.version += 1
         session = self._session()
         offer, timings = self.weights.snapshot(self.version)
@@ -176,7 +175,6 @@ class Peer:
         import torch
         import torch.distributed as dist
 
-        assert self.weights is not None
         flat = self.weights.buffer.flat
         result: dict[str, Any] = {}
 
@@ -358,9 +356,7 @@ class WeightSide:
     def canary_diff(self, theirs: list[bytes]) -> float:
         """Largest |generator - learner| log-prob."""
         rows = [np.frombuffer(row, LOGPROB_DTYPE) for row in theirs]
-        return max(
-            float(np.abs(mine - other).max()) for mine, other in zip(self.canary_logprobs, rows, strict=True)
-        )
+        return max(float(np.abs(mine - other).max()) for mine, other in zip(self.canary_logprobs, rows, strict=True))
 
     def _change_weights(self) -> None:
         """By about as much as an optimizer step: every version has digests of its own."""
@@ -378,6 +374,7 @@ class LearnerPeer:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
+        self.pid = process.pid
         self.address = ""
 
     @classmethod

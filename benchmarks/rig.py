@@ -14,6 +14,7 @@ from asyncrl.generator.daemon import GeneratorDaemon, build_generator
 from asyncrl.generator.identity import claim_identity
 from benchmarks.learner_peer import PROMPT_TOKENS, LearnerPeer
 
+GROUP_SIZE = 8
 STOP_TIMEOUT_S = 30.0
 
 
@@ -27,7 +28,7 @@ class Rig:
 
 @asynccontextmanager
 async def generator(
-    folder: Path, model: Path, *, learner_cpu: int, sequences: int, group_size: int, max_new_tokens: int, compile_model: bool
+    folder: Path, model: Path, *, learner_cpu: int, sequences: int, max_new_tokens: int, compile_model: bool
 ) -> AsyncIterator[Rig]:
     """Starts both ends. The caller's process, and with it the engine, must be pinned already."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ async def generator(
         f"run.dir={folder}",
         f"model.path={model}",
         f"model.max_length={PROMPT_TOKENS + max_new_tokens}",
-        f"sampling.group_size={group_size}",
+        f"sampling.group_size={GROUP_SIZE}",
         f"sampling.max_new_tokens={max_new_tokens}",
         f"generator.max_sequences={sequences}",
         "generator.kv_cache_gib=0.5",

@@ -1,9 +1,9 @@
 """The rollout link without a model: encoding, sockets, journal, each beside its floor.
 
-    encoding  one rollout to a frame and back, decoded, checked and validated, against the same fields as lists in msgpack,
-              pickle and JSON (which check nothing), and against copying its bytes twice
-    sockets   frames through ClientSocket and ServerSocket against bare pyzmq sockets with the same options
-    journal   append and sync against write and fdatasync of the same bytes in the same pieces
+encoding  one rollout to a frame and back, checked and validated, against the same fields as lists in msgpack, pickle
+          and JSON (which check nothing), and against copying its bytes twice
+sockets   frames through ClientSocket and ServerSocket against bare pyzmq sockets with the same options
+journal   append and sync against write and fdatasync of the same bytes in the same pieces
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _default_out(program: str) -> Path:
-    return Path("models") / program.split()[-1]
+    return Path("runs/models") / program.split()[-1]
 
 
 def _run(arguments: argparse.Namespace) -> None:

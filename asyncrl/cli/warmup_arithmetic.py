@@ -25,13 +25,13 @@ DECAY_STEPS, MIN_LR_SHARE = 400, 0.1  # linear decay: steadies the end, which mu
 MAX_STEPS = 800
 EVAL_FROM, EVAL_EVERY, EVAL_PROBLEMS = 200, 25, 256
 WANTED_COHERENT = 0.9
-MARGIN = 0.1  # of accuracy, around that of a calculator that loses every carry
+MARGIN = 0.15  # of accuracy, at most so much above that of losing every carry: more, and carrying is a habit already
 
 
 def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: int, threads: int) -> None:
     """Trains a model of 0.8 million parameters until it works coherently, and writes it to `folder`.
 
-    Its held-out accuracy (greedy) is then that of losing every carry, 0.3 for sums of two digits, within MARGIN.
+    Its held-out accuracy (greedy) is then near that of losing every carry: 0.2 to 0.4 for sums of two digits.
     """
     torch.set_num_threads(threads)
     started = time.monotonic()
@@ -54,10 +54,10 @@ def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: i
             f"{coherent:.3f}, {time.monotonic() - started:.0f} s",
             flush=True,
         )
-        if coherent >= WANTED_COHERENT and abs(accuracy - careless) <= MARGIN:
+        if coherent >= WANTED_COHERENT and accuracy <= careless + MARGIN:
             break
     else:
-        print(f"accuracy is not near {careless:.2f} after {MAX_STEPS} steps; writing the model as it is", flush=True)
+        print(f"no coherent and careless model after {MAX_STEPS} steps; writing the model as it is", flush=True)
     save(model, tokenizer, folder)
 
 

@@ -165,7 +165,9 @@ class GeneratorDaemon:
             )
         if silence_s >= SAY_UNREACHABLE_EVERY_S and now - said_at >= SAY_UNREACHABLE_EVERY_S:
             link = self.socket.link
-            log.warning("no answer from the learner at %s for %.0f s (limit %g s): %s", address, silence_s, limit_s, link)
+            log.warning(
+                "no answer from the learner at %s for %.0f s (limit %g s): %s", address, silence_s, limit_s, link
+            )
             return now
         return said_at
 

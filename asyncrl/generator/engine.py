@@ -62,9 +62,7 @@ class SwapReport:
     """How long a swap held up generation, and where."""
 
     version: int
-    timings_ms: dict[
-        str, float
-    ]  # pause_ms: no token was sampled; apply_ms: part of it, in the slowest worker
+    timings_ms: dict[str, float]  # pause_ms: no token was sampled; apply_ms: part of it, in the slowest worker
 
     @property
     def pause_ms(self) -> float:

@@ -30,7 +30,7 @@ class Identity:
 def claim_identity(folder: Path, wanted_id: str) -> Identity:
     """Takes `wanted_id`, or the first free `<host>-<n>`, and raises its incarnation durably.
 
-    Raises ConfigError when `wanted_id` is held by a running generator.
+    Raises ConfigError when `wanted_id` is held by a running generator, or its file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     candidates = [wanted_id] if wanted_id else [f"{socket.gethostname()}-{n}" for n in range(MAX_PER_HOST)]
@@ -51,7 +51,13 @@ def _try_claim(path: Path, generator_id: str) -> Identity | None:
         lock.close()
         return None
     lock.seek(0)
-    incarnation = int(lock.read().strip() or 0) + 1
+    text = lock.read().strip() or "0"
+    if not text.isdecimal():
+        lock.close()
+        raise ConfigError(
+            f"{path} holds {text[:20]!r}, not a number; write the highest incarnation of the learner's log there"
+        )
+    incarnation = int(text) + 1
     lock.seek(0)
     lock.truncate()
     lock.write(f"{incarnation}\n")

@@ -62,9 +62,7 @@ class WeightGroup:
         self.spec = spec
         self.device = torch.device(device)
         if spec.backend == "nccl" and self.device.type != "cuda":
-            raise WeightGroupError(
-                f"group {spec.prefix}: nccl needs a cuda device, not {self.device}; use gloo"
-            )
+            raise WeightGroupError(f"group {spec.prefix}: nccl needs a cuda device, not {self.device}; use gloo")
         self._store: WeightStore | None = None
         self._group: Any = None
         self._aborted = threading.Event()
@@ -123,9 +121,7 @@ class WeightGroup:
         if self._group is None:
             raise WeightGroupError(f"{what}: the group was not joined")
         if flat.device.type != self.device.type or not flat.is_contiguous():
-            raise WeightGroupError(
-                f"{what}: the buffer must be contiguous on {self.device}, is on {flat.device}"
-            )
+            raise WeightGroupError(f"{what}: the buffer must be contiguous on {self.device}, is on {flat.device}")
         started = time.monotonic()
         try:
             if self.spec.backend == "gloo":

@@ -91,22 +91,16 @@ class WeightLayout:
                 buckets=tuple((int(start), int(stop)) for start, stop in data["buckets"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(
-                f"weight layout is malformed: {error!r}; both daemons must run one version"
-            ) from error
+            raise ProtocolError(f"weight layout is malformed: {error!r}; both daemons must run one version") from error
         layout._validate()
         return layout
 
     def _validate(self) -> None:
         for entry in self.tensors:
             if entry.dtype not in _DTYPES:
-                raise ProtocolError(
-                    f"tensor {entry.name}: dtype {entry.dtype!r} is not one of {sorted(_DTYPES)}"
-                )
+                raise ProtocolError(f"tensor {entry.name}: dtype {entry.dtype!r} is not one of {sorted(_DTYPES)}")
             if any(n < 0 for n in entry.shape) or entry.offset < 0 or entry.offset % ALIGNMENT:
-                raise ProtocolError(
-                    f"tensor {entry.name}: shape {entry.shape} at offset {entry.offset} is not valid"
-                )
+                raise ProtocolError(f"tensor {entry.name}: shape {entry.shape} at offset {entry.offset} is not valid")
             if entry.offset + entry.num_bytes > self.total_bytes:
                 raise ProtocolError(
                     f"tensor {entry.name} ends at byte {entry.offset + entry.num_bytes}, "
@@ -147,9 +141,7 @@ class WeightManifest:
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"weight manifest is malformed: {error!r}") from error
         if len(digests) != len(layout.buckets):
-            raise ProtocolError(
-                f"weight manifest has {len(digests)} digests for {len(layout.buckets)} buckets"
-            )
+            raise ProtocolError(f"weight manifest has {len(digests)} digests for {len(layout.buckets)} buckets")
         return cls(version, layout, digests)
 
 
@@ -169,9 +161,7 @@ def plan_buckets(
     """
     assert bucket_bytes >= ALIGNMENT, bucket_bytes
     entries: list[TensorEntry] = []
-    placed: dict[
-        int, tuple[torch.Tensor, int]
-    ] = {}  # the tensor is kept, else its id may be given to another
+    placed: dict[int, tuple[torch.Tensor, int]] = {}  # the tensor is kept, else its id may be given to another
     position = 0
     for name, tensor in named:
         dtype = wire_dtype if wire_dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
@@ -207,9 +197,7 @@ def snapshot(named: Iterable[tuple[str, torch.Tensor]], layout: WeightLayout, bu
     copied: set[int] = set()
     for (name, tensor), (_, view), entry in zip(given, layout.views(buffer), layout.tensors, strict=True):
         if tuple(tensor.shape) != entry.shape:
-            raise ShapeError(
-                f"snapshot: {name} has shape {tuple(tensor.shape)}, the layout says {entry.shape}"
-            )
+            raise ShapeError(f"snapshot: {name} has shape {tuple(tensor.shape)}, the layout says {entry.shape}")
         if entry.offset not in copied or not entry.num_bytes:
             view.copy_(tensor, non_blocking=True)
             copied.add(entry.offset)

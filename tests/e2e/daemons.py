@@ -193,7 +193,7 @@ class Run:
 
     def processes(self) -> dict[int, str]:
         """Living processes with this run's mark, by pid."""
-        return {pid: name for pid, name in marked_processes(self.mark)}
+        return dict(marked_processes(self.mark))
 
     def close(self) -> None:
         """Kills what still runs: for the end of a test, whatever happened in it."""

@@ -1,4 +1,4 @@
-"""A task of the user's own, found by its import path: many letters are good. Some prompts have a reward that misbehaves.
+"""A task of the user's own, found by its import path: letters are good. Some prompts have a reward that misbehaves.
 
 Every reward that is computed is at least 0.1, so a zero in a batch could only be a failure that became a number.
 """

@@ -1,4 +1,4 @@
-"""One run in which every process is killed with -9 once, in mid-run: trainer, desk, generator. Nothing is lost or repeated.
+"""One run in which trainer, desk and generator are each killed with -9. Nothing is lost or repeated.
 
 The order: trainer (the desk starts it again) → desk (the generator lives on and reconnects to the next one) → generator
 (a second one joins and is caught up) → the run ends by itself.

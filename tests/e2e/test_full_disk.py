@@ -49,7 +49,7 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_older_ones_sta
     run.wait_for_version(failed_at + 3, learner, generator)
     manifest = json.loads((small_disk / kept / "MANIFEST.json").read_text())
     assert manifest["version"] <= failed_at
-    assert re.search(r"No space left|ENOSPC|28", learner.stderr)
+    assert re.search(r"failed, training goes on: .*MiB free", learner.stderr)
 
     filler.unlink()
     assert learner.exit_code(STEP_S) == 0

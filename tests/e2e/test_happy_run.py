@@ -14,11 +14,12 @@ from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records,
 from asyncrl.metrics.types import DERIVED
 
 STEPS = 8
-SUMMARY_KEYS = (
-    "reward_first reward_last eval_first eval_last steps tokens_generated tokens_trained policy_age_mean "
-    "policy_age_max rollouts_acked rollouts_trained rollouts_dropped sync_count sync_pause_ms_median "
-    "sync_total_ms_median canary_max_abs_diff learner_idle_share generator_idle_share wall_s"
-).split()
+SUMMARY_KEYS = [
+    *("reward_first", "reward_last", "eval_first", "eval_last", "steps", "tokens_generated", "tokens_trained"),
+    *("policy_age_mean", "policy_age_max", "rollouts_acked", "rollouts_trained", "rollouts_dropped", "sync_count"),
+    *("sync_pause_ms_median", "sync_total_ms_median", "canary_max_abs_diff", "learner_idle_share"),
+    *("generator_idle_share", "wall_s"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -208,7 +208,7 @@ def hello(name: str, run: Run) -> bytes:
 
 
 def bad_frames() -> list[bytes]:
-    """Malformed in each layer: no header, wrong crc, a lying length, a bomb, wrong types, a message of the other side."""
+    """Malformed in each layer: header, crc, length, a bomb, wrong types, a message of the other side."""
     good = encode(Beat(1, 0, [], 0, 0, 0, 0.0, 0.0, 0), max_bytes=MEBIBYTE)
     bomb = b"\xdd\xff\xff\xff\xff" + b"\x90" * 100_000
     return [
@@ -252,7 +252,9 @@ def test_malformed_frames_are_dropped_and_the_desk_goes_on(served):
     dropped = learner.stderr.count("frame dropped")
     for garbage in bad_frames():
         assert client.send(garbage, STEP_S)
-    wait_until(lambda: learner.stderr.count("frame dropped") >= dropped + len(bad_frames()), STEP_S, "all dropped", [learner])
+    wait_until(
+        lambda: learner.stderr.count("frame dropped") >= dropped + len(bad_frames()), STEP_S, "all dropped", [learner]
+    )
     assert answered(client, hello("polite", served))
     client.close()
     assert learner.running

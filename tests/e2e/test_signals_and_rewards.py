@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from daemons import START_S, STEP_S, Daemon, Run, check_results_have_no_gap, steps_in, wait_until
+from daemons import START_S, Daemon, Run, check_results_have_no_gap, steps_in, wait_until
 from letters_task import LEAST_REWARD, NOT_A_NUMBER, RAISES
 
 from asyncrl.replay.records import StoredGroup

@@ -1,0 +1,136 @@
+"""One weight sync, part by part, with sequences in flight, beside its floors.
+
+    snapshot   copying the parameters to the staging buffer (the trainer waits), against one copy of the flat buffer
+    transfer   broadcasting the buckets as the sender sees it, waiting for the worker to take part included, against one
+               torch.distributed.broadcast (gloo) of the same bytes to a bare process on the generator's CPU
+    staged     from the offer until the generator answers that every digest fits, against that broadcast and an echo
+    pause      no token is sampled: the engine loads the staged weights
+    total      from the offer to the commit, the generator's canary included
+
+The generator is kept full of leases all the time; syncs and bare broadcasts alternate. Figures are milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from asyncrl.processes import die_with_parent
+from benchmarks import common
+from benchmarks.models import SIZES, make_model
+from benchmarks.rig import generator
+
+SEQUENCES = 64
+MAX_NEW_TOKENS = 256
+SETTLE_S = 1.0  # between two measurements, with sequences in flight
+FIGURES = {
+    "pause_ms": "pause: no token is sampled",
+    "apply_ms": "of it, loading in the worker",
+    "stage_ms": "receiving and digests in the worker",
+    "canary_ms": "canary at the generator",
+    "score_ms": "canary at the learner",
+    "digest_ms": "digests at the learner",
+    "total_ms": "total, offer to commit",
+}
+
+
+def main() -> int:
+    parser = common.arguments(__doc__ or "", pairs=15)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
+    options = common.parse(parser)
+    if options.quick:
+        options.sizes = ["0.8M"]
+    options.learner_cpu, options.generator_cpu = common.cpus()
+    common.pin(options.generator_cpu)
+    report = common.Report("weight_sync", options)
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            syncs, raws = asyncio.run(measure(size, Path(folder), options, report))
+        add_rows(report, size, syncs, raws)
+    report.finish()
+    return 0
+
+
+async def measure(
+    size: str, folder: Path, options: Any, report: common.Report
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Syncs and bare broadcasts in turn; their durations."""
+    model = make_model(folder / "model", size)
+    syncs, raws = [], []
+    async with generator(
+        folder / "run",
+        model,
+        learner_cpu=options.learner_cpu,
+        sequences=SEQUENCES,
+        max_new_tokens=MAX_NEW_TOKENS,
+        compile_model=False,
+    ) as rig:
+        receiver = await start_receiver(rig.peer, (await rig.peer.ask("sync"))["num_bytes"])
+        try:
+            await rig.peer.ask("flow", on=True, seconds=3 * SETTLE_S)
+            await rig.peer.ask("raw_broadcast")  # connects
+            for pair in range(options.pairs):
+                with common.watch() as watch:
+                    await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
+                    syncs.append(await rig.peer.ask("sync"))
+                    await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
+                    raws.append(await rig.peer.ask("raw_broadcast"))
+                report.watched(watch)
+                print(f"{size}, pair {pair + 1}: pause {syncs[-1]['pause_ms']:.1f} ms", flush=True)
+            await rig.peer.ask("flow", on=False)
+        finally:
+            receiver.kill()
+            await receiver.wait()
+    return syncs, raws
+
+
+def add_rows(report: common.Report, size: str, syncs: list[dict[str, float]], raws: list[dict[str, float]]) -> None:
+    """The rows of one model."""
+
+    def of(rows: list[dict[str, float]], name: str) -> list[float]:
+        return [row[name] for row in rows]
+
+    what = f"{size} ({syncs[0]['num_bytes'] / 1e6:.1f} MB)"
+    report.pairs(f"{what} snapshot", "ms", of(syncs, "snapshot_ms"), of(raws, "memcpy_ms"), "one copy")
+    report.pairs(f"{what} transfer", "ms", of(syncs, "transfer_ms"), of(raws, "send_ms"), "gloo broadcast")
+    report.pairs(f"{what} staged", "ms", of(syncs, "staged_ms"), of(raws, "echo_ms"), "gloo broadcast, echo")
+    for name, sentence in FIGURES.items():
+        report.figure(f"{what} {sentence}", "ms", of(syncs, name))
+    report.figure(f"{what} canary difference", "nats", of(syncs, "canary_diff"))
+
+
+async def start_receiver(peer: Any, num_bytes: float) -> asyncio.subprocess.Process:
+    """The bare receiver, connected to the learner's end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "benchmarks.weight_sync", "--receiver", str(port), str(int(num_bytes)),
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    await peer.ask("raw_join", port=port)
+    return process
+
+
+def _receive_forever(port: str, num_bytes: str) -> None:
+    """The bare receiver: takes each broadcast and answers with one byte. Inherits its CPU; ended by its parent."""
+    import torch
+    import torch.distributed as dist
+
+    die_with_parent()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=1, world_size=2)
+    flat, echo = torch.zeros(int(num_bytes), dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    while True:
+        dist.broadcast(flat, src=0)
+        dist.send(echo, dst=0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--receiver"]:
+        _receive_forever(*sys.argv[2:])
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""An engine that does what a test says, for the code around it. What a real engine does is tested with the real one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from asyncrl.errors import EngineError
+from asyncrl.generator.engine import Completion, StageReport, SwapReport
+from asyncrl.types import FinishReason, VersionSpan
+
+
+def completion(text: str = "ok", spans: tuple[tuple[int, int, int], ...] = ((0, 2, 0),)) -> Completion:
+    length = spans[-1][1]
+    return Completion(
+        token_ids=np.arange(length, dtype=np.int32),
+        logprobs=np.full(length, -1.0, dtype=np.float32),
+        version_spans=tuple(VersionSpan(*span) for span in spans),
+        finish_reason=FinishReason.STOP,
+        text=text,
+    )
+
+
+class FakeEngine:
+    """`sample` makes the completions of a request; `fail` holds the error of a method that must fail."""
+
+    def __init__(self, sample: Callable[[Any], list[Completion]] | None = None):
+        self.sample = sample or (lambda request: [completion() for _ in range(request.num_rollouts)])
+        self.fail: dict[str, BaseException] = {}
+        self.calls: list[tuple[str, Any]] = []
+        self.requests: list[Any] = []
+        self.held_up: asyncio.Event | None = None  # generate waits for it
+        self.aborted: list[str] = []
+
+    def _called(self, name: str, argument: Any = None) -> None:
+        self.calls.append((name, argument))
+        if name in self.fail:
+            raise self.fail[name]
+
+    async def generate(self, request: Any) -> list[Completion]:
+        self.requests.append(request)
+        if self.held_up is not None:
+            await self.held_up.wait()
+        self._called("generate", request.request_id)
+        return self.sample(request)
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    async def join_weight_group(self, spec: Any, timeout_s: float) -> None:
+        self._called("join", spec.prefix)
+
+    async def leave_weight_group(self) -> None:
+        self._called("leave")
+
+    async def stage_weights(self, manifest: Any, timeout_s: float) -> StageReport:
+        self._called("stage", manifest.version)
+        return StageReport([[11, 22]], {"stage_ms": 1.0})
+
+    async def swap_weights(self, version: int, timeout_s: float) -> SwapReport:
+        self._called("swap", version)
+        return SwapReport(version, {"pause_ms": 2.0, "apply_ms": 1.0})
+
+    async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:
+        self._called("score", sequences)
+        return [np.full(len(sequence) - 1, -0.5, dtype=np.float32) for sequence in sequences]
+
+
+def dead() -> EngineError:
+    return EngineError("the engine died")

@@ -1,0 +1,178 @@
+"""One lease from its prompt to its group, or to the reason why there is none."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from fake_engine import FakeEngine, completion, dead
+
+from asyncrl.errors import EngineError, NonFiniteError
+from asyncrl.generator.rewards import RewardOutcome
+from asyncrl.generator.rollout import LeaseFailure, LeaseRunner
+from asyncrl.transport.messages import FAILURE_REASONS
+from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
+
+GOOD = RewardOutcome({"exact": 1.0, "format": 0.5})
+HUNG = RewardOutcome(None, "reward_timeout", "no reward within 1 s")
+
+
+class Rewards:
+    """Outcomes in turn."""
+
+    def __init__(self, *outcomes):
+        self.outcomes = outcomes
+        self.scored = []
+
+    async def score(self, completions, payload):
+        self.scored.append((completions, payload))
+        return list(self.outcomes) or [GOOD] * len(completions)
+
+
+class Proofs:
+    """Stands for the weight sync: which versions are proven."""
+
+    def __init__(self, error=None):
+        self.asked = []
+        self.error = error
+
+    async def wait_proven(self, versions, timeout_s):
+        self.asked.append(set(versions))
+        if self.error:
+            raise self.error
+
+
+def lease(kind=LeaseKind.TRAIN, num_rollouts=4, deadline_s=30.0, **changes):
+    values = {
+        "key": LeaseKey(kind, 3, 1),
+        "issued_version": 0,
+        "deadline_s": deadline_s,
+        "prompt_token_ids": np.array([5, 6], dtype=np.int32),
+        "payload": {"answer": "7"},
+        "num_rollouts": num_rollouts,
+        "max_new_tokens": 8,
+        "temperature": 0.7,
+    }
+    return Lease(**values | changes)
+
+
+def run(a_lease, engine=None, rewards=None, proofs=None):
+    runner = LeaseRunner(engine or FakeEngine(), rewards or Rewards(), proofs or Proofs(), commit_timeout_s=5.0)
+    return asyncio.run(runner.run(a_lease)), runner
+
+
+def test_a_group_has_the_lease_key_the_prompt_and_every_scored_rollout():
+    rewards = Rewards()
+    group, runner = run(lease(), rewards=rewards)
+    assert isinstance(group, Group)
+    assert group.key == LeaseKey(LeaseKind.TRAIN, 3, 1)
+    assert group.prompt_token_ids.tolist() == [5, 6]
+    assert [(rollout.reward, rollout.reward_parts) for rollout in group.rollouts] == [(1.5, GOOD.parts)] * 4
+    assert rewards.scored == [(["ok"] * 4, {"answer": "7"})]
+    assert (runner.rollouts_completed, runner.rewards_failed) == (4, 0)
+
+
+def test_the_engine_is_asked_for_what_the_lease_says():
+    engine = FakeEngine()
+    run(lease(seed=100), engine)
+    (request,) = engine.requests
+    assert (request.prompt_token_ids, request.num_rollouts, request.max_new_tokens) == ([5, 6], 4, 8)
+    assert (request.temperature, request.seeds) == (0.7, (100, 101, 102, 103))
+    assert request.request_id == "train-3-1"
+
+
+def test_without_a_seed_the_engine_draws_freely():
+    engine = FakeEngine()
+    run(lease(), engine)
+    assert engine.requests[0].seeds is None
+
+
+def test_a_failed_reward_costs_its_rollout_and_nothing_else():
+    group, runner = run(lease(), rewards=Rewards(GOOD, HUNG, GOOD, GOOD))
+    assert len(group.rollouts) == 3
+    assert runner.rewards_failed == 1
+
+
+@pytest.mark.parametrize(
+    "outcomes", [(GOOD, HUNG, HUNG, HUNG), (HUNG, HUNG, HUNG, HUNG)], ids=["one of four left", "none left"]
+)
+def test_a_group_that_lost_more_than_half_is_a_failure_with_the_reason(outcomes):
+    failure, _ = run(lease(), rewards=Rewards(*outcomes))
+    assert isinstance(failure, LeaseFailure)
+    assert failure.reason == "reward_timeout"
+    assert "of 4 rewards failed: no reward within 1 s" in failure.detail
+
+
+def test_a_group_of_two_needs_both():
+    """One rollout alone has nothing to be compared with."""
+    assert isinstance(run(lease(num_rollouts=2), rewards=Rewards(GOOD, HUNG))[0], LeaseFailure)
+
+
+def test_an_evaluated_prompt_needs_its_one_reward():
+    evaluated = lease(LeaseKind.EVAL, num_rollouts=1, temperature=0.0, pinned_version=0)
+    assert isinstance(run(evaluated)[0], Group)
+    assert run(evaluated, rewards=Rewards(HUNG))[0].reason == "reward_timeout"
+
+
+def test_tokens_leave_only_after_every_version_they_were_sampled_under_is_proven():
+    engine = FakeEngine(lambda request: [completion(spans=((0, 1, 3), (1, 4, 4))), completion(spans=((0, 2, 5),))])
+    proofs = Proofs()
+    group, _ = run(lease(num_rollouts=2), engine, proofs=proofs)
+    assert proofs.asked == [{3, 4, 5}]
+    assert group.oldest_version == 3
+
+
+def test_tokens_of_a_version_that_was_never_proven_are_lost_work():
+    failure, runner = run(lease(), proofs=Proofs(EngineError("tokens of versions [2], which were never proven")))
+    assert failure.reason == "tainted"
+    assert runner.generations_failed == 1
+
+
+def test_an_evaluation_that_crossed_a_weight_swap_is_no_evaluation_of_its_version():
+    engine = FakeEngine(lambda request: [completion(spans=((0, 1, 3), (1, 2, 4)))])
+    rewards = Rewards()
+    failure, _ = run(lease(LeaseKind.EVAL, num_rollouts=1, pinned_version=3), engine, rewards)
+    assert failure.reason == "not_pinned"
+    assert rewards.scored == []
+
+
+@pytest.mark.parametrize("error", [dead(), NonFiniteError("log-prob nan")], ids=lambda error: type(error).__name__)
+def test_a_failing_engine_is_a_state_and_no_reward(error):
+    engine = FakeEngine()
+    engine.fail["generate"] = error
+    failure, runner = run(lease(), engine)
+    assert (failure.reason, failure.detail) == ("engine", str(error))
+    assert runner.generations_failed == 1
+
+
+def test_a_lease_ends_at_its_deadline_and_takes_its_sequences_along():
+    async def scenario():
+        engine = FakeEngine()
+        engine.held_up = asyncio.Event()
+        runner = LeaseRunner(engine, Rewards(), Proofs(), commit_timeout_s=5.0)
+        return await runner.run(lease(deadline_s=0.05)), engine.aborted
+
+    failure, aborted = asyncio.run(scenario())
+    assert failure.reason == "deadline"
+    assert aborted == ["train-3-1"]
+
+
+def test_an_abandoned_lease_takes_its_sequences_along():
+    async def scenario():
+        engine = FakeEngine()
+        engine.held_up = asyncio.Event()
+        runner = LeaseRunner(engine, Rewards(), Proofs(), commit_timeout_s=5.0)
+        task = asyncio.create_task(runner.run(lease()))
+        while not engine.requests:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return engine.aborted
+
+    assert asyncio.run(scenario()) == ["train-3-1"]
+
+
+def test_every_reason_is_one_that_the_learner_knows():
+    assert {"deadline", "engine", "not_pinned", "tainted", "reward_error", "reward_timeout"} <= set(FAILURE_REASONS)

@@ -1,0 +1,240 @@
+"""The generator's part in a weight sync: phases answered in order, no token out before its version is proven."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+import torch
+from fake_engine import FakeEngine, dead
+
+from asyncrl.errors import EngineError, WeightGroupError
+from asyncrl.generator.weight_sync import WeightSync
+from asyncrl.transport.messages import SyncAbort, SyncCommit, SyncOffer, SyncSwap
+from asyncrl.transport.weight_group import SnapshotBuffer
+from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
+
+TIMEOUT_S = 5.0
+
+
+def manifest(version):
+    buffer = SnapshotBuffer([("weight", torch.nn.Parameter(torch.ones(4)))], bucket_bytes=1024)
+    buffer.snapshot()
+    return buffer.manifest(version).to_dict()
+
+
+def offer(version, epoch=1, attempt=0):
+    group = {
+        "group_epoch": epoch,
+        "store_host": "127.0.0.1",
+        "store_port": 1,
+        "prefix": f"run/1/{epoch}",
+        "rank": 1,
+        "world_size": 2,
+        "backend": "gloo",
+    }
+    return SyncOffer(1, version, attempt, group, manifest(version), TIMEOUT_S)
+
+
+def swap(version, attempt=0):
+    return SyncSwap(1, version, attempt, [np.arange(5, dtype=TOKEN_DTYPE).tobytes()], TIMEOUT_S)
+
+
+class World:
+    """One WeightSync and what it answered."""
+
+    def __init__(self):
+        self.engine = FakeEngine()
+        self.replies = []
+        self.sync = WeightSync(self.engine, self.replies.append)
+
+    async def handle(self, *messages):
+        """Hands over messages and returns the last answer once all are worked off."""
+        for message in messages:
+            self.sync.handle(message)
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.sync.busy:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0)
+        return self.replies[-1] if self.replies else None
+
+    async def load(self, version, commit=True):
+        await self.handle(offer(version))
+        await self.handle(swap(version))
+        if commit:
+            await self.handle(SyncCommit(1, version, 0))
+
+    def names(self):
+        return [name for name, _ in self.engine.calls]
+
+
+def scenario(work):
+    """Runs a coroutine that takes a fresh world."""
+
+    async def run():
+        world = World()
+        try:
+            return await work(world)
+        finally:
+            await world.sync.close()
+
+    return asyncio.run(run())
+
+
+def test_an_offer_is_staged_and_answered_with_the_digests():
+    async def work(world):
+        reply = await world.handle(offer(3, attempt=2))
+        assert world.engine.calls == [("leave", None), ("join", "run/1/1"), ("stage", 3)]
+        assert (reply.version, reply.attempt, reply.phase, reply.error) == (3, 2, "stage", "")
+        assert (reply.digests, reply.timings_ms) == ([[11, 22]], {"stage_ms": 1.0})
+        assert world.sync.held_version is None
+
+    scenario(work)
+
+
+def test_a_group_that_is_open_is_used_again():
+    async def work(world):
+        await world.handle(offer(1, epoch=1))
+        await world.handle(offer(2, epoch=1))
+        assert world.names() == ["leave", "join", "stage", "stage"]
+        await world.handle(offer(3, epoch=2))
+        assert world.names()[4:] == ["leave", "join", "stage"]
+
+    scenario(work)
+
+
+def test_after_a_failed_stage_the_group_is_joined_anew_and_the_held_version_stays():
+    async def work(world):
+        await world.load(1)
+        world.engine.fail["stage"] = WeightGroupError("rank 0 is gone")
+        reply = await world.handle(offer(2))
+        assert reply.error == "WeightGroupError: rank 0 is gone"
+        assert world.sync.held_version == 1
+        world.engine.fail.clear()
+        world.engine.calls.clear()
+        await world.handle(offer(2, attempt=1))
+        assert world.names() == ["leave", "join", "stage"]
+
+    scenario(work)
+
+
+def test_a_swap_is_answered_with_the_canary_and_held_only_after_the_commit():
+    async def work(world):
+        await world.load(1)
+        await world.handle(offer(2))
+        reply = await world.handle(swap(2))
+        assert (reply.phase, reply.error) == ("swap", "")
+        (scores,) = (np.frombuffer(row, LOGPROB_DTYPE) for row in reply.canary_logprobs)
+        assert scores.tolist() == [-0.5] * 4
+        assert set(reply.timings_ms) == {"pause_ms", "apply_ms", "canary_ms"}
+        assert world.sync.held_version is None
+        await world.handle(SyncCommit(1, 2, 0))
+        assert world.sync.held_version == 2
+
+    scenario(work)
+
+
+@pytest.mark.parametrize("method", ["swap", "score"])
+def test_after_a_failed_swap_or_canary_no_version_is_held(method):
+    async def work(world):
+        await world.load(1)
+        world.engine.fail[method] = dead()
+        await world.handle(offer(2))
+        reply = await world.handle(swap(2))
+        assert (reply.phase, reply.error) == ("swap", "EngineError: the engine died")
+        assert world.sync.held_version is None
+
+    scenario(work)
+
+
+def test_a_commit_of_what_is_not_loaded_is_ignored():
+    async def work(world):
+        await world.load(1, commit=False)
+        await world.handle(SyncCommit(1, 2, 0))
+        assert world.sync.held_version is None
+        with pytest.raises(EngineError):
+            await world.sync.wait_proven({2}, 0.01)
+
+    scenario(work)
+
+
+def test_phases_that_arrive_together_are_worked_off_in_order():
+    async def work(world):
+        await world.handle(offer(1), swap(1), SyncCommit(1, 1, 0))
+        assert world.names() == ["leave", "join", "stage", "swap", "score"]
+        assert world.sync.held_version == 1
+
+    scenario(work)
+
+
+# -- proofs
+
+
+def test_tokens_wait_for_the_commit_of_what_is_loaded_and_go_then():
+    async def work(world):
+        await world.load(1)
+        await world.load(2, commit=False)
+        waiting = asyncio.create_task(world.sync.wait_proven({1, 2}, TIMEOUT_S))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await world.handle(SyncCommit(1, 2, 0))
+        await waiting
+
+    scenario(work)
+
+
+def test_tokens_of_a_tainted_version_are_never_proven():
+    async def work(world):
+        await world.load(1)
+        await world.load(2, commit=False)
+        waiting = asyncio.create_task(world.sync.wait_proven({2}, TIMEOUT_S))
+        await world.handle(SyncAbort(1, 2, 0, "canary differs", True))
+        with pytest.raises(EngineError, match=r"versions \[2\], which were never proven"):
+            await waiting
+        assert world.sync.held_version is None
+
+    scenario(work)
+
+
+def test_an_abort_that_changed_no_weights_leaves_the_held_version():
+    async def work(world):
+        await world.load(1)
+        await world.handle(offer(2))
+        await world.handle(SyncAbort(1, 2, 0, "another generator died", False))
+        assert world.sync.held_version == 1
+        await world.sync.wait_proven({1}, 0.01)
+
+    scenario(work)
+
+
+def test_a_version_stays_proven_after_the_next_one():
+    """A group begun under 1 and finished under 2 needs both."""
+
+    async def work(world):
+        await world.load(1)
+        await world.load(2)
+        await world.sync.wait_proven({1, 2}, 0.01)
+
+    scenario(work)
+
+
+def test_the_wait_for_a_learner_that_died_between_swap_and_commit_ends():
+    async def work(world):
+        await world.load(1, commit=False)
+        with pytest.raises(EngineError, match=r"versions \[1\] were not proven within 0 s"):
+            await world.sync.wait_proven({1}, 0.05)
+
+    scenario(work)
+
+
+def test_a_version_that_was_never_loaded_fails_at_once():
+    async def work(world):
+        await world.load(1)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match="never proven"):
+            await world.sync.wait_proven({7}, 60.0)
+        assert time.monotonic() - started < 5.0
+
+    scenario(work)

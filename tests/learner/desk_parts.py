@@ -1,0 +1,147 @@
+"""The desk's parts put together for tests: the real ones, except that prompts come without a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asyncrl.config import Config
+from asyncrl.learner.account import Account
+from asyncrl.learner.intake import Intake
+from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.replay.journal import Journal
+from asyncrl.replay.leases import LeaseDesk
+from asyncrl.replay.pacing import Pacing
+from asyncrl.replay.records import StoredGroup
+from asyncrl.tasks.prompts import Prompt
+from asyncrl.transport import messages
+from asyncrl.transport.codec import encode_body
+from asyncrl.transport.groups import group_to_result
+from asyncrl.transport.session import DeskSession, DeskSessions, Expected
+from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
+
+VOCAB = 50
+MEBIBYTE = 2**20
+
+
+class Prompts:
+    """Prompt n is [n, n]."""
+
+    def train(self, ordinal: int) -> Prompt:
+        return Prompt(np.array([ordinal, ordinal], dtype=np.int32), {"index": ordinal})
+
+
+def small_config(**changes: Any) -> Config:
+    """Steps of 2 groups of 4 rollouts of at most 6 tokens; `section__key=value` changes one key."""
+    config = Config()
+    config.run.steps, config.learner.groups_per_step = 5, 2
+    config.sampling.group_size, config.sampling.max_new_tokens = 4, 6
+    config.staleness.max_age = 1
+    config.task.path = "tests:Task"
+    for name, value in changes.items():
+        section, key = name.split("__")
+        setattr(getattr(config, section), key, value)
+    return config
+
+
+def hello(name: str, incarnation: int = 1, num_workers: int = 1) -> messages.Hello:
+    return messages.Hello(
+        protocol=messages.PROTOCOL_VERSION,
+        generator_id=name,
+        incarnation=incarnation,
+        max_run_epoch=0,
+        model_fingerprint="model",
+        tokenizer_fingerprint="tokenizer",
+        task="tests:Task",
+        num_workers=num_workers,
+        first_unacked_seq=1,
+        instance=f"{name}.{incarnation}",
+    )
+
+
+def beat(run_epoch: int = 1, **changes: Any) -> messages.Beat:
+    values: dict[str, Any] = {
+        "run_epoch": run_epoch,
+        "sequences_wanted": 0,
+        "active": [],
+        "tokens_generated": 0,
+        "rollouts_completed": 0,
+        "rewards_failed": 0,
+        "busy_s": 0.0,
+        "idle_s": 0.0,
+        "outbox_bytes": 0,
+    }
+    return messages.Beat(**values | changes)
+
+
+@dataclass
+class Parts:
+    """An intake and what it is connected to."""
+
+    config: Config
+    leases: LeaseDesk
+    buffer: ReplayBuffer
+    journal: Journal
+    sessions: DeskSessions
+    intake: Intake
+
+    def connect(self, name: str = "g1", now: float = 0.0) -> DeskSession:
+        admission = self.sessions.hello(name.encode(), hello(name), version=0, now=now)
+        assert admission.session is not None
+        return admission.session
+
+    def deliver(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> messages.Message | None:
+        """Hands in a group as if it came over the wire."""
+        result = group_to_result(group, seq, 1)
+        return self.intake.group(session, result, encode_body(result), now)
+
+
+def make_parts(folder: Path, config: Config | None = None, run_epoch: int = 1) -> Parts:
+    config = config or small_config()
+    pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
+    leases = LeaseDesk(pacing, config.generator.lease_timeout_s, run_epoch)
+    buffer = ReplayBuffer(pacing, config.staleness.over_age)
+    journal = Journal.open(folder / "journal")
+    sessions = DeskSessions(
+        run_epoch=run_epoch,
+        run_name="run",
+        expected=Expected("model", "tokenizer", "tests:Task"),
+        credit_bytes=MEBIBYTE,
+        max_frame_bytes=MEBIBYTE,
+    )
+    evals = [Prompt(np.array([40 + index], dtype=np.int32), {"index": -1}) for index in range(3)]
+    intake = Intake(config, VOCAB, Prompts(), evals, leases, buffer, journal, Account(), sessions)  # type: ignore[arg-type]
+    return Parts(config, leases, buffer, journal, sessions, intake)
+
+
+def make_rollout(reward: float = 1.0, version: int = 0, num_tokens: int = 3) -> Rollout:
+    return Rollout(
+        token_ids=np.arange(num_tokens, dtype=np.int32),
+        behaviour_logprobs=np.full(num_tokens, -1.0, dtype=np.float32),
+        version_spans=(VersionSpan(0, num_tokens, version),),
+        finish_reason=FinishReason.STOP,
+        reward=reward,
+        reward_parts={"exact": reward},
+    )
+
+
+def train_group(ordinal: int, attempt: int = 0, *, num_rollouts: int = 4, version: int = 0) -> Group:
+    """What a generator makes of the lease of `ordinal`."""
+    key = LeaseKey(LeaseKind.TRAIN, ordinal, attempt)
+    rollouts = [make_rollout(float(index), version) for index in range(num_rollouts)]
+    return Group(key, np.array([ordinal, ordinal], dtype=np.int32), rollouts)
+
+
+def stored_group(ordinal: int, *, num_tokens: tuple[int, ...] = (4, 5), version: int = 0) -> StoredGroup:
+    """A group as the journal holds it; its body is a few bytes that name it."""
+    return StoredGroup(
+        "g1", 1, ordinal + 1, ordinal, 0, version, version, version, num_tokens, f"body {ordinal}.0".encode()
+    )
+
+
+def eval_group(ordinal: int, prompt: int, *, version: int = 0, reward: float = 1.0, attempt: int = 0) -> Group:
+    key = LeaseKey(LeaseKind.EVAL, ordinal, attempt)
+    return Group(key, np.array([prompt], dtype=np.int32), [make_rollout(reward, version)])

@@ -1,0 +1,91 @@
+"""Counters of generators and trainer become increments of a step, across restarts of either."""
+
+from __future__ import annotations
+
+from desk_parts import beat
+
+from asyncrl.learner.account import Account
+from asyncrl.learner.sync_records import Committed, RoundEnded
+from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.replay.pacing import Pacing
+from asyncrl.transport.messages import StepDone
+
+
+def step(account: Account, version: int = 1, **metrics: float):
+    figures = {"reward_mean": 0.5, "reward_std": 0.1, "policy_age_mean": 0.0, "policy_age_max": 0.0} | metrics
+    done = StepDone(version, figures, step_s=0.5, idle_s=9.0)
+    return account.step_metrics(done, 2.0, ReplayBuffer(Pacing(2, 1, 5)), 1)
+
+
+def test_tokens_of_a_step_are_those_sampled_since_the_step_before():
+    account = Account()
+    account.beat("a", 1, beat(tokens_generated=0))
+    account.beat("a", 1, beat(tokens_generated=100, busy_s=1.5, idle_s=0.5))
+    first = step(account)
+    account.beat("a", 1, beat(tokens_generated=150, busy_s=2.0, idle_s=0.5))
+    second = step(account, 2)
+    assert (first.tokens_generated, second.tokens_generated) == (100, 50)
+    assert (first.generator_busy_s, first.generator_idle_s, second.generator_idle_s) == (1.5, 0.5, 0.0)
+
+
+def test_a_restarted_generator_counts_from_zero_and_nothing_is_lost_or_negative():
+    account = Account()
+    account.beat("a", 1, beat(tokens_generated=0))
+    account.beat("a", 1, beat(tokens_generated=100))
+    account.beat("a", 2, beat(tokens_generated=7))
+    assert step(account).tokens_generated == 107
+
+
+def test_what_a_generator_did_before_this_learner_started_belongs_to_no_step():
+    account = Account()
+    account.beat("a", 1, beat(tokens_generated=1000))
+    account.beat("a", 1, beat(tokens_generated=1010))
+    assert step(account).tokens_generated == 10
+
+
+def test_acknowledged_dropped_and_failed_rollouts_are_increments_by_reason():
+    account = Account(rollouts_acked=8, rollouts_dropped=4)
+    account.lease_failed("engine", 4)
+    first = step(account)
+    account.rollouts_acked = 20
+    account.lease_failed("engine", 4)
+    account.lease_failed("reward_error", 1)
+    second = step(account, 2)
+    assert (first.rollouts_acked, first.rollouts_dropped, first.rollouts_failed) == (8, 4, {"engine": 4})
+    assert (second.rollouts_acked, second.rollouts_dropped) == (12, 0)
+    assert second.rollouts_failed == {"engine": 4, "reward_error": 1}
+
+
+def test_a_restored_account_goes_on_where_the_checkpoint_was():
+    account = Account(rollouts_acked=8, rollouts_trained=6)
+    account.lease_failed("engine", 4)
+    restored = Account()
+    restored.restore(account.state())
+    restored.rollouts_acked += 3
+    figures = step(restored)
+    assert (restored.rollouts_trained, figures.rollouts_acked, figures.rollouts_failed) == (6, 3, {"engine": 0})
+
+
+def test_idle_time_is_never_longer_than_the_step():
+    assert step(Account()).learner_idle_s == 2.0
+
+
+def test_reward_parts_are_split_from_the_trainers_figures():
+    figures = step(Account(), **{"reward_part/exact": 0.25, "reward_part/format": 0.5, "padded_tokens": 64.0})
+    assert figures.reward_parts == {"exact": 0.25, "format": 0.5}
+    assert figures.extra == {"padded_tokens": 64.0}
+
+
+def test_a_sync_reports_the_longest_pause_and_the_worst_canary_of_its_generators():
+    ended = RoundEnded(3, 120.0, 40.0, 1000, 2, 1)
+    committed = [
+        Committed("a", 3, 0, 100.0, 40.0, 1000, 2e-6, {"pause_ms": 5.0}),
+        Committed("b", 3, 0, 110.0, 40.0, 1000, 1e-6, {"pause_ms": 9.0}),
+    ]
+    figures = Account().sync_metrics(ended, committed)
+    assert (figures.pause_ms, figures.canary_max_abs_diff, figures.generators_failed) == (9.0, 2e-6, 1)
+
+
+def test_a_sync_that_nobody_committed_has_no_pause_and_no_canary():
+    figures = Account().sync_metrics(RoundEnded(3, 120.0, 0.0, 0, 0, 1), [])
+    assert (figures.pause_ms, figures.canary_max_abs_diff, figures.num_bytes) == (None, None, None)

@@ -1,0 +1,123 @@
+"""When a version is evaluated, on what, and what is reported of it."""
+
+from __future__ import annotations
+
+import pytest
+from desk_parts import eval_group, make_parts, small_config
+
+from asyncrl.learner.evaluation import Evaluation, Evaluator, evaluation_due
+
+PROMPTS = 3
+
+
+class Log:
+    """Takes what would go to metrics.jsonl."""
+
+    def __init__(self):
+        self.evals = []
+
+    def log_eval(self, figures):
+        self.evals.append(figures)
+
+
+class World:
+    """A desk's leases and one evaluator."""
+
+    def __init__(self, folder, done=()):
+        self.parts = make_parts(folder, small_config(eval__every=2, eval__prompts=PROMPTS))
+        self.log = Log()
+        self.durable = 0
+        config, leases = self.parts.config, self.parts.leases
+        self.evaluator = Evaluator(config, PROMPTS, leases, self.log, self.make_durable, set(done))
+
+    def make_durable(self):
+        self.durable += 1
+
+    def answer(self, version, rewards, now=0.0):
+        """One generator that holds `version` answers as many prompts as there are rewards."""
+        for reward, record in zip(rewards, self.parts.leases.grant("g", version, PROMPTS, version, now), strict=False):
+            group = eval_group(
+                record.key.ordinal, prompt=40, version=version, reward=reward, attempt=record.key.attempt
+            )
+            self.parts.leases.accept(group.key)
+            self.evaluator.add(group)
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    yield world
+    world.parts.journal.close()
+
+
+def test_start_end_and_every_so_many_steps_in_between_are_due_once():
+    due = [version for version in range(8) if evaluation_due(version, last_step=7, every=3, prompts=1, done={3})]
+    assert due == [0, 6, 7]
+    assert [version for version in range(8) if evaluation_due(version, 7, 0, 1, set())] == [0, 7]
+    assert not any(evaluation_due(version, 7, 1, 0, set()) for version in range(8))
+
+
+def test_an_evaluation_starts_with_the_first_proven_version_at_or_above_the_due_one(world):
+    world.evaluator.advance(2, {1})
+    world.evaluator.version_proven(1, 0.0)
+    assert world.parts.leases.evaluation is None
+    world.evaluator.version_proven(3, 0.0)
+    assert world.parts.leases.evaluation.version == 3
+    assert not world.evaluator.idle
+
+
+def test_its_figures_are_means_over_all_prompts_once_all_are_answered(world):
+    world.evaluator.advance(0, {0})
+    world.evaluator.version_proven(0, 0.0)
+    world.answer(0, [1.0, 0.0, 0.5])
+    assert world.log.evals == []
+    world.evaluator.advance(0, {0})
+    (figures,) = world.log.evals
+    assert (figures.version, figures.prompts, figures.prompts_failed, figures.reward_mean) == (0, 3, 0, 0.5)
+    assert figures.reward_parts == {"exact": 0.5}
+    assert figures.completion_tokens_mean == 3.0
+    assert world.durable == 1
+    assert world.evaluator.idle
+
+
+def test_prompts_that_got_no_reward_are_counted_and_are_no_zeros():
+    evaluation = Evaluation(4, num_prompts=3, started=0.0)
+    assert evaluation.metrics() is None
+    evaluation.add(eval_group(0, prompt=40, reward=1.0))
+    evaluation.add(eval_group(0, prompt=40, reward=0.0))  # the first result of a prompt counts
+    figures = evaluation.metrics()
+    assert (figures.prompts, figures.prompts_failed, figures.reward_mean) == (1, 2, 1.0)
+
+
+def test_an_evaluation_that_nobody_can_finish_is_repeated_with_a_later_version(world):
+    """The only generator that held the version died."""
+    world.evaluator.advance(0, {0})
+    world.evaluator.version_proven(0, 0.0)
+    world.answer(0, [1.0])
+    world.parts.leases.release("g", 0.0)
+    world.evaluator.advance(1, {None})
+    assert world.log.evals == []
+    assert not world.evaluator.idle
+    world.evaluator.version_proven(1, 0.0)
+    world.answer(1, [0.0, 0.0, 0.0])
+    world.evaluator.advance(1, {1})
+    assert [(figures.version, figures.prompts, figures.reward_mean) for figures in world.log.evals] == [(1, 3, 0.0)]
+
+
+def test_while_it_runs_training_goes_on_and_a_later_evaluation_waits_its_turn(world):
+    world.evaluator.advance(0, {0})
+    world.evaluator.version_proven(0, 0.0)
+    world.evaluator.advance(2, {0})
+    world.evaluator.version_proven(2, 0.0)
+    assert world.parts.leases.evaluation.version == 0
+    world.answer(0, [1.0] * 3)
+    world.evaluator.advance(2, {0})
+    world.evaluator.version_proven(2, 0.0)
+    assert world.parts.leases.evaluation.version == 2
+
+
+def test_what_was_evaluated_before_a_restart_is_not_evaluated_again(tmp_path):
+    world = World(tmp_path, done={0})
+    world.evaluator.advance(0, {0})
+    assert world.evaluator.idle
+    world.parts.journal.close()

@@ -1,0 +1,241 @@
+"""Generators come, get leases as far as they have room, and go; what they held goes back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from desk_parts import MEBIBYTE, beat, hello, make_parts, small_config
+
+from asyncrl.learner.generator_side import ORDINAL_SEED_STRIDE, GeneratorSide
+from asyncrl.learner.sync import SyncPlanner
+from asyncrl.transport import limits, messages
+from asyncrl.transport.codec import decode
+from asyncrl.types import LeaseKey, LeaseKind
+
+
+class Wire:
+    """Stands for the ROUTER: keeps what was sent."""
+
+    max_frame_bytes = MEBIBYTE
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, peer, frame):
+        self.sent.append((peer, decode(frame, max_bytes=MEBIBYTE)))
+        return True
+
+    def take(self, kind):
+        """What was sent of one kind, by peer; it is forgotten."""
+        found = [(peer, message) for peer, message in self.sent if isinstance(message, kind)]
+        self.sent = [item for item in self.sent if not isinstance(item[1], kind)]
+        return found
+
+
+class World:
+    def __init__(self, folder, **changes):
+        self.parts = make_parts(folder, small_config(**changes))
+        self.wire = Wire()
+        self.planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=10.0, tolerance=1e-4)
+        self.side = GeneratorSide(
+            self.parts.config,
+            run_epoch=1,
+            socket=self.wire,
+            sessions=self.parts.sessions,
+            intake=self.parts.intake,
+            planner=self.planner,
+        )
+
+    def join(self, name, wanted=0, incarnation=1, now=0.0, version=0, **changes):
+        """Hello, first beat, and the proof of `version`."""
+        peer = f"{name}.{incarnation}".encode()
+        self.side.hello(peer, hello(name, incarnation), 0, now)
+        session = self.side.session_of(peer, now)
+        self.side.beat(session, beat(sequences_wanted=wanted, **changes), now)
+        if name in self.planner.receivers:
+            self.planner.receivers[name].held_version = version
+        return session
+
+    def grants(self):
+        return [(peer.decode(), message.ordinal) for peer, message in self.wire.take(messages.LeaseGrant)]
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    yield world
+    world.parts.journal.close()
+
+
+def test_a_generator_that_fits_is_welcomed_and_one_that_does_not_is_refused(world):
+    world.side.hello(b"p", hello("a"), 3, 0.0)
+    ((_, welcome),) = world.wire.take(messages.Welcome)
+    assert (welcome.run_epoch, welcome.version) == (1, 3)
+    world.side.hello(b"q", dataclasses.replace(hello("b"), tokenizer_fingerprint="other"), 3, 0.0)
+    ((_, refused),) = world.wire.take(messages.Refused)
+    assert (refused.code, refused.expected, refused.got) == ("tokenizer", "tokenizer", "other")
+    assert [session.generator_id for session in world.side.alive()] == ["a"]
+
+
+def test_an_unknown_peer_is_asked_to_say_hello(world):
+    assert world.side.session_of(b"stranger", 0.0) is None
+    ((_, nack),) = world.wire.take(messages.Nack)
+    assert (nack.seq, nack.code) == (0, "hello")
+
+
+def test_every_beat_is_answered(world):
+    world.join("a")
+    assert len(world.wire.take(messages.Ack)) == 1
+
+
+def test_weights_are_offered_only_once_the_engine_is_ready(world):
+    session = world.join("a", ready=False)
+    assert world.planner.receivers == {}
+    world.side.beat(session, beat(ready=True), 1.0)
+    assert list(world.planner.receivers) == ["a"]
+
+
+def test_leases_fill_the_room_that_a_generator_says_it_has(world):
+    """Two groups of four fit into nine sequences; the third is for the one sequence left over."""
+    world.join("a", wanted=9)
+    world.side.grant(0, 0.0)
+    assert world.grants() == [("a.1", 0), ("a.1", 1), ("a.1", 2)]
+    world.side.grant(0, 0.0)
+    assert world.grants() == []
+
+
+def test_room_is_cumulative_so_that_a_beat_on_its_way_asks_for_nothing_twice(world):
+    session = world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    assert len(world.grants()) == 1
+    world.side.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), 0.1)
+    world.side.grant(0, 0.1)
+    assert world.grants() == []
+    world.side.beat(session, beat(sequences_wanted=8, active=[["train", 0, 0, 0]]), 0.2)
+    world.side.grant(0, 0.2)
+    assert world.grants() == [("a.1", 1)]
+
+
+def test_pacing_bounds_what_all_generators_get_together(world):
+    """(version 0 + max_age 1 + 1) x 2 groups in a step."""
+    world.join("a", wanted=100)
+    world.join("b", wanted=100)
+    world.side.grant(0, 0.0)
+    assert len(world.grants()) == 4
+
+
+def test_a_generator_that_proved_no_version_gets_no_lease(world):
+    world.join("a", wanted=100, version=None)
+    world.side.grant(0, 0.0)
+    assert world.grants() == []
+
+
+def test_a_lease_says_everything_that_is_needed(tmp_path):
+    world = World(tmp_path, sampling__repeatable=True, run__seed=2)
+    world.join("a", wanted=8)
+    world.side.grant(0, 5.0)
+    first, second = (message for _, message in world.wire.take(messages.LeaseGrant))
+    assert (first.kind, first.ordinal, first.attempt, first.issued_version) == ("train", 0, 0, 0)
+    assert (first.num_rollouts, first.max_new_tokens, first.temperature) == (4, 6, 1.0)
+    assert (first.payload, first.prompt) == ({"index": 0}, bytes(8))
+    assert first.deadline_s == world.parts.config.generator.lease_timeout_s
+    assert second.seed - first.seed == ORDINAL_SEED_STRIDE
+    assert first.seed > 0
+    world.parts.journal.close()
+
+
+def test_what_a_leaving_generator_held_goes_to_another_one_at_once(world):
+    leaving = world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    assert world.grants() == [("a.1", 0)]
+    world.side.bye(leaving, messages.Bye("signal"), 1.0)
+    assert world.planner.receivers == {}
+    world.join("b", wanted=4)
+    world.side.grant(0, 1.0)
+    assert world.grants() == [("b.1", 0)]
+
+
+def test_a_silent_generator_is_dead_after_its_deadline_and_its_leases_go_back(world):
+    world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    world.side.expire(limits.DEAD_S - 0.1)
+    assert world.parts.leases.num_running == 1
+    world.side.expire(limits.DEAD_S)
+    assert world.parts.leases.num_running == 0
+    assert world.side.alive() == []
+
+
+def test_a_generator_taken_for_dead_that_comes_back_begins_with_the_weights(world):
+    session = world.join("a", wanted=4)
+    world.side.expire(limits.DEAD_S)
+    assert world.planner.held_version("a") is None
+    assert world.side.session_of(b"a.1", limits.DEAD_S + 1) is session
+    world.side.beat(session, beat(sequences_wanted=4), limits.DEAD_S + 1)
+    world.side.expire(limits.DEAD_S + 1)
+    assert world.side.alive() == [session]
+    assert world.planner.receivers["a"].held_version is None
+    world.side.grant(0, limits.DEAD_S + 1)
+    assert world.grants() == []
+
+
+def test_a_newer_incarnation_takes_the_place_of_the_older_and_of_its_leases(world):
+    world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    world.grants()
+    world.join("a", wanted=4, incarnation=2, now=1.0)
+    assert world.parts.leases.num_running == 0
+    world.side.grant(0, 1.0)
+    assert world.grants() == [("a.2", 0)]
+    assert world.side.session_of(b"a.1", 1.0) is None
+
+
+def test_a_lease_that_the_generator_does_not_know_is_leased_again(world):
+    session = world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    world.grants()
+    world.side.beat(session, beat(sequences_wanted=4), 1.0)  # too early: the grant may be on its way
+    assert world.parts.leases.num_running == 1
+    world.side.beat(session, beat(sequences_wanted=4), 60.0)
+    assert world.parts.leases.num_running == 0
+    world.side.grant(0, 60.0)
+    assert world.grants() == [("a.1", 0)]
+
+
+def test_a_lease_that_nobody_wants_is_abandoned_and_one_of_an_earlier_learner_adopted(tmp_path):
+    world = World(tmp_path)
+    world.parts.journal.close()
+    world.parts = make_parts(tmp_path / "second", small_config(), run_epoch=2)
+    world.side = GeneratorSide(
+        world.parts.config,
+        run_epoch=2,
+        socket=world.wire,
+        sessions=world.parts.sessions,
+        intake=world.parts.intake,
+        planner=world.planner,
+    )
+    world.join("a", run_epoch=2, active=[["train", 1, 0, 0], ["train", 9999, 0, 0]])
+    ((_, abandon),) = world.wire.take(messages.Abandon)
+    assert abandon.leases == [["train", 9999, 0]]
+    assert world.parts.leases.lease(LeaseKey(LeaseKind.TRAIN, 1, 0)) is not None
+    world.parts.journal.close()
+
+
+def test_an_expired_lease_is_abandoned_by_its_holder_and_leased_again(world):
+    session = world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    world.grants()
+    deadline = world.parts.config.generator.lease_timeout_s
+    world.side.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), deadline - 1)
+    world.parts.sessions.of(b"a.1", deadline)
+    world.side.expire(deadline)
+    ((_, abandon),) = world.wire.take(messages.Abandon)
+    assert abandon.leases == [["train", 0, 0]]
+    assert world.parts.leases.num_running == 0
+
+
+def test_all_generators_are_told_when_the_learner_stops(world):
+    world.join("a")
+    world.join("b")
+    world.side.stop(True, "the run is finished")
+    assert [(peer, stop.finished) for peer, stop in world.wire.take(messages.Stop)] == [(b"a.1", True), (b"b.1", True)]

@@ -1,0 +1,246 @@
+"""Results on their way in: checked, journalled, acknowledged, buffered; in this order and each at most once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from desk_parts import eval_group, make_parts, make_rollout, small_config, train_group
+
+from asyncrl.errors import JournalError
+from asyncrl.replay.journal import SYNC_AFTER_S
+from asyncrl.replay.records import MessageSeen, PromptGivenUp, StoredGroup
+from asyncrl.transport.messages import Ack, LeaseFailed, Nack
+from asyncrl.types import LeaseKey, LeaseKind, VersionSpan
+
+
+@pytest.fixture
+def parts(tmp_path):
+    parts = make_parts(tmp_path)
+    yield parts
+    parts.journal.close()
+
+
+@pytest.fixture
+def session(parts):
+    return parts.connect()
+
+
+def lease(parts, count: int = 1, now: float = 0.0):
+    return parts.leases.grant("g1", 0, count, 0, now)
+
+
+def records(parts, kind):
+    return [record for _, record in parts.journal.read_all() if isinstance(record, kind)]
+
+
+def test_a_result_is_acknowledged_only_after_the_journal_is_synced(parts, session):
+    lease(parts)
+    assert parts.deliver(session, train_group(0), seq=1) is None
+    assert parts.sessions.ack(session).acked_seq == 0
+    assert records(parts, StoredGroup) == []
+    assert parts.intake.sync() == [session]
+    assert parts.sessions.ack(session).acked_seq == 1
+    assert [record.ordinal for record in records(parts, StoredGroup)] == [0]
+
+
+def test_nothing_is_acknowledged_when_the_disk_fails(parts, session, monkeypatch):
+    lease(parts)
+    parts.deliver(session, train_group(0), seq=1)
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fdatasync", full)
+    with pytest.raises(JournalError, match="No space left"):
+        parts.intake.sync()
+    assert parts.sessions.ack(session).acked_seq == 0
+
+
+def test_the_sync_is_put_off_until_it_is_due_so_that_results_share_it(parts, session):
+    lease(parts, 2)
+    parts.deliver(session, train_group(0), seq=1, now=10.0)
+    assert parts.intake.sync_if_due(10.0) == []
+    parts.deliver(session, train_group(1), seq=2, now=10.0)
+    assert parts.intake.sync_if_due(10.0 + SYNC_AFTER_S) == [session]
+    assert parts.sessions.ack(session).acked_seq == 2
+
+
+def test_an_accepted_group_is_buffered_and_counted_by_its_rollouts(parts, session):
+    lease(parts)
+    parts.deliver(session, train_group(0, num_rollouts=3), seq=1)
+    parts.intake.sync()
+    assert len(parts.buffer) == 1
+    assert parts.leases.num_running == 0
+    assert parts.intake.account.rollouts_acked == 3
+
+
+def test_a_result_sent_twice_is_stored_once_and_acknowledged_again(parts, session):
+    lease(parts)
+    parts.deliver(session, train_group(0), seq=1)
+    assert parts.deliver(session, train_group(0), seq=1) is None  # still being written: no answer yet
+    parts.intake.sync()
+    answer = parts.deliver(session, train_group(0), seq=1)
+    assert isinstance(answer, Ack)
+    assert answer.acked_seq == 1
+    assert len(records(parts, StoredGroup)) == len(parts.buffer) == 1
+
+
+def test_a_second_group_for_a_prompt_is_acknowledged_and_forgotten(parts, session):
+    """The lease expired, another generator was faster: the late one is no use, but must not be sent for ever."""
+    lease(parts)
+    parts.deliver(session, train_group(0), seq=1)
+    other = parts.connect("g2")
+    assert parts.deliver(other, train_group(0), seq=1) is None
+    parts.intake.sync()
+    assert parts.sessions.ack(other).acked_seq == 1
+    assert len(parts.buffer) == 1
+    assert [record.generator_id for record in records(parts, MessageSeen)] == ["g2"]
+
+
+def test_a_faster_group_cancels_the_lease_that_runs_elsewhere(parts, session):
+    (first,) = lease(parts)
+    parts.leases.expire(first.deadline_at)
+    (second,) = parts.leases.grant("g2", 0, 1, 0, first.deadline_at + 100.0)
+    cancelled = []
+    parts.intake.on_cancel = cancelled.append
+    parts.deliver(session, train_group(0), seq=1)
+    assert cancelled == [second]
+
+
+def spoil_prompt(group):
+    group.prompt_token_ids = np.array([1, 2, 3], dtype=np.int32)
+
+
+def spoil_token(group):
+    group.rollouts[0].token_ids[1] = 50
+
+
+def spoil_logprob(group):
+    group.rollouts[1].behaviour_logprobs[0] = math.nan
+
+
+def spoil_reward(group):
+    group.rollouts[2].reward = math.inf
+
+
+def spoil_version(group):
+    group.rollouts[3].version_spans = (VersionSpan(0, 3, 1),)
+
+
+def spoil_size(group):
+    group.rollouts.append(make_rollout())
+
+
+def leave_too_few(group):
+    del group.rollouts[1:]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_prompt, spoil_token, spoil_logprob, spoil_reward, spoil_version, spoil_size, leave_too_few],
+    ids=lambda spoil: spoil.__name__,
+)
+def test_a_group_that_does_not_fit_is_refused_for_good_and_its_prompt_leased_again(parts, session, spoil):
+    lease(parts)
+    group = train_group(0)
+    spoil(group)
+    answer = parts.deliver(session, group, seq=1)
+    assert isinstance(answer, Nack)
+    assert answer.code == "invalid"
+    assert "group train 0" in answer.reason or "rollouts" in answer.reason
+    assert (len(parts.buffer), parts.leases.num_running) == (0, 0)
+    assert parts.intake.account.results_refused == 1
+    assert parts.intake.account.rollouts_failed == {"invalid": 4}
+    assert isinstance(parts.deliver(session, group, seq=1), Nack)  # repeated: the same answer again
+    (again,) = lease(parts, now=100.0)
+    assert (again.key.ordinal, again.key.attempt) == (0, 1)
+
+
+def test_groups_that_were_never_leased_are_refused(parts, session):
+    beyond_the_run, not_granted = train_group(10), train_group(3)
+    for seq, group in enumerate((beyond_the_run, not_granted), start=1):
+        assert isinstance(parts.deliver(session, group, seq), Nack)
+    assert len(parts.buffer) == 0
+
+
+def test_a_group_that_lost_half_of_its_rollouts_is_still_taken(parts, session):
+    lease(parts)
+    assert parts.deliver(session, train_group(0, num_rollouts=2), seq=1) is None
+    assert len(parts.buffer) == 1
+
+
+def failure(ordinal: int, seq: int, reason: str = "reward_error", attempt: int = 0) -> LeaseFailed:
+    return LeaseFailed(seq, 1, "train", ordinal, attempt, reason, "why")
+
+
+def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts, session):
+    lease(parts)
+    assert parts.intake.failed(session, failure(0, seq=1), 100, 0.0) is None
+    parts.intake.sync()
+    assert parts.sessions.ack(session).acked_seq == 1
+    assert parts.intake.account.rollouts_failed == {"reward_error": 4}
+    assert len(parts.buffer) == 0
+    (again,) = lease(parts, now=100.0)
+    assert (again.key.ordinal, again.key.attempt) == (0, 1)
+
+
+def test_an_unknown_reason_of_failure_is_not_taken_over(parts, session):
+    lease(parts)
+    parts.intake.failed(session, failure(0, seq=1, reason="x" * 1000), 100, 0.0)
+    assert parts.intake.account.rollouts_failed == {"engine": 4}
+
+
+def test_a_prompt_that_always_fails_is_given_up_in_the_journal(parts, session):
+    now = 0.0
+    for attempt in range(3):
+        now += 1000.0
+        assert [record.key.ordinal for record in lease(parts, now=now)] == [0]
+        parts.intake.failed(session, failure(0, seq=attempt + 1, attempt=attempt), 100, now)
+    parts.intake.note_given_up(now)
+    parts.intake.sync()
+    assert records(parts, PromptGivenUp) == [PromptGivenUp(0)]
+    assert [record.key.ordinal for record in lease(parts, now=now + 1000.0)] == [1]
+
+
+def test_evaluated_groups_reach_the_evaluation_once_durable_and_never_the_buffer(parts, session):
+    parts.leases.start_eval(0, 3, 60.0, 0.0)
+    granted = parts.leases.grant("g1", 0, 2, 0, 0.0)
+    assert [record.key.kind for record in granted] == [LeaseKind.EVAL] * 2
+    evaluated = []
+    parts.intake.on_eval = evaluated.append
+    parts.deliver(session, eval_group(0, prompt=40), seq=1)
+    assert evaluated == []
+    parts.intake.sync()
+    assert [group.key for group in evaluated] == [LeaseKey(LeaseKind.EVAL, 0, 0)]
+    assert len(parts.buffer) == 0
+    assert parts.intake.account.rollouts_acked == 0
+
+
+def test_an_evaluated_group_with_tokens_of_another_version_is_refused(parts, session):
+    parts.intake.newest_version = 5
+    parts.leases.start_eval(0, 3, 60.0, 0.0)
+    parts.leases.grant("g1", 0, 1, 0, 0.0)
+    answer = parts.deliver(session, eval_group(0, prompt=40, version=1), seq=1)
+    assert isinstance(answer, Nack)
+
+
+def test_an_evaluated_group_of_an_evaluation_that_is_over_is_refused(parts, session):
+    assert isinstance(parts.deliver(session, eval_group(7, prompt=40), seq=1), Nack)
+
+
+def test_what_is_over_the_credit_is_ignored_and_comes_again(tmp_path):
+    parts = make_parts(tmp_path, small_config())
+    parts.sessions._credit_limit_bytes = 400
+    session = parts.connect()
+    lease(parts, 2)
+    parts.deliver(session, train_group(0), seq=1)
+    parts.deliver(session, train_group(1), seq=2)
+    parts.intake.sync()
+    assert parts.sessions.ack(session).acked_seq == 1
+    assert parts.leases.num_running == 1
+    parts.deliver(session, train_group(1), seq=2)
+    parts.intake.sync()
+    assert parts.sessions.ack(session).acked_seq == 2
+    parts.journal.close()

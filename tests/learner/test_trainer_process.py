@@ -1,0 +1,129 @@
+"""The trainer as a child: started again with back-off, given up after too many deaths, gone with its desk.
+
+The configuration file does not exist, so the real rank dies at once, and says so in its log.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from asyncrl.errors import TrainerFailed
+from asyncrl.learner.trainer_process import MAX_BACKOFF_S, RESTART_BACKOFF_S, TrainerProcess
+
+DEADLINE_S = 60.0
+
+DESK = """
+import sys, time
+from pathlib import Path
+from asyncrl.learner.trainer_process import TrainerProcess
+folder = Path(sys.argv[1])
+trainer = TrainerProcess(folder / "missing", "ipc:///nowhere", folder / "log", num_ranks=1, threads=1, max_restarts=0)
+trainer.start()
+print(trainer.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def make(folder: Path, max_restarts: int) -> TrainerProcess:
+    return TrainerProcess(
+        folder / "missing.yaml",
+        "ipc:///nowhere",
+        folder / "trainer.log",
+        num_ranks=1,
+        threads=1,
+        max_restarts=max_restarts,
+    )
+
+
+def until(condition, what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    trainer = make(tmp_path, max_restarts=1)
+    trainer.start()
+    yield trainer
+    trainer.kill()
+
+
+def test_a_death_is_told_once_and_followed_by_a_restart_after_the_back_off(trainer):
+    assert trainer.running
+    assert not trainer.poll(0.0)
+    first = trainer.pid
+    trainer.kill()
+    assert trainer.poll(0.0)
+    assert not trainer.poll(RESTART_BACKOFF_S / 2)
+    assert not trainer.running
+    assert not trainer.poll(RESTART_BACKOFF_S)
+    assert trainer.running
+    assert trainer.pid != first
+
+
+def test_too_many_deaths_without_a_step_end_the_learner_with_the_last_words_of_the_trainer(tmp_path):
+    trainer = make(tmp_path, max_restarts=0)
+    trainer.start()
+    until(lambda: not trainer.running, "the rank ends: its configuration is missing")
+    with pytest.raises(TrainerFailed, match=r"died 1 times.*\n(.|\n)*missing\.yaml: there is no such"):
+        trainer.poll(0.0)
+
+
+def test_a_step_in_between_wipes_out_earlier_deaths(trainer):
+    for death in range(3):
+        trainer.kill()
+        assert trainer.poll(100.0 * death)
+        trainer.poll(100.0 * death + RESTART_BACKOFF_S)
+        assert trainer.running
+        trainer.stepped()
+
+
+def test_the_back_off_doubles_up_to_its_limit(tmp_path):
+    trainer = make(tmp_path, max_restarts=8)
+    now, delays = 0.0, []
+    for _ in range(7):
+        trainer.start()
+        trainer.kill()
+        assert trainer.poll(now)
+        delays.append(trainer._restart_at - now)
+        trainer._restart_at = None
+    assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, MAX_BACKOFF_S, MAX_BACKOFF_S]
+
+
+def test_no_trainer_outlives_a_desk_that_was_killed(tmp_path):
+    desk = subprocess.Popen([sys.executable, "-c", DESK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert desk.stdout is not None
+    pid = int(desk.stdout.readline())
+    os.kill(pid, signal.SIGSTOP)  # so that it cannot end by itself
+    desk.kill()
+    desk.wait()
+    desk.stdout.close()
+    until(lambda: gone(pid), f"the end of trainer {pid}")
+
+
+def gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state in "ZX"
+
+
+def test_killing_a_trainer_that_is_gone_does_nothing(trainer):
+    trainer.kill()
+    trainer.kill()
+    assert not trainer.running
+    assert trainer.wait(1.0) == -signal.SIGKILL
+
+
+def test_a_missing_log_is_said_and_not_raised(tmp_path):
+    assert "no trainer log" in make(tmp_path, 0).last_words()
