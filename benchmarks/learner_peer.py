@@ -221,7 +221,7 @@ class Peer:
         match message:
             case messages.Beat():
                 session.on_beat(message, now)
-                self._send(session, self.sessions.ack(session))
+                self._acknowledge(session)
             case messages.GroupResult():
                 self._result(session, message, len(body_of(frame)))
             case messages.LeaseFailed():
@@ -243,7 +243,7 @@ class Peer:
             newest_version=self.version,
         )
         self.sessions.mark_durable(session, message.seq)
-        self._send(session, self.sessions.ack(session))
+        self._acknowledge(session)
         self.groups += 1
         self.rollouts += len(group.rollouts)
         self.tokens += group.num_tokens
@@ -291,6 +291,11 @@ class Peer:
         if self.session is None:
             raise AsyncRLError("no generator is connected")
         return self.session
+
+    def _acknowledge(self, session: DeskSession) -> None:
+        """Best effort, as at the real desk: the next one repairs a lost one, and a generator may just be reconnecting."""
+        if session.peer is not None:
+            self.socket.send(session.peer, encode(self.sessions.ack(session), max_bytes=self.socket.max_frame_bytes))
 
     def _send(self, session: DeskSession, message: Message) -> None:
         frame = encode(message, max_bytes=self.socket.max_frame_bytes)

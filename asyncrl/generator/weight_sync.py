@@ -31,7 +31,8 @@ class WeightSync:
         self._engine = engine
         self._send = send
         self._task: asyncio.Task[None] | None = None
-        self._group_epoch: int | None = None
+        self._group: str | None = None  # prefix of the joined group; unlike its epoch unique over all learners
+        self._staging = False
         self._proven: set[int] = set()
         self._held: int | None = None
         self._loaded: int | None = None  # in the engine, not proven yet
@@ -51,12 +52,14 @@ class WeightSync:
         """Starts the work of one phase. Never blocks."""
         match message:
             case SyncOffer():
+                self._end_stage()
                 self._replace_task(self._stage(message))
             case SyncSwap():
                 self._replace_task(self._swap(message))
             case SyncCommit():
                 self._replace_task(self._commit(message))
             case SyncAbort():
+                self._end_stage()
                 self._replace_task(self._abort(message))
 
     async def wait_proven(self, versions: Iterable[int], timeout_s: float) -> None:
@@ -87,6 +90,14 @@ class WeightSync:
         missing = needed - self._proven
         return not missing or missing != {self._loaded}
 
+    def _end_stage(self) -> None:
+        """The learner gave up the stage under way: its members may be gone, so it could take until its deadline.
+
+        A swap is never broken off: the engine would be left between two versions.
+        """
+        if self._staging and self._task is not None:
+            self._task.cancel()
+
     def _replace_task(self, work: Coroutine[Any, Any, None]) -> None:
         previous, self._task = self._task, None
 
@@ -105,18 +116,18 @@ class WeightSync:
         from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 
         try:
+            joined, self._group, self._staging = self._group, None, True
             spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
-            epoch = int(offer.group["group_epoch"])
-            if epoch != self._group_epoch:
-                self._group_epoch = None
+            if spec.prefix != joined:
                 await self._engine.leave_weight_group()
                 await self._engine.join_weight_group(spec, offer.timeout_s)
-                self._group_epoch = epoch
             report = await self._engine.stage_weights(WeightManifest.from_dict(offer.manifest), offer.timeout_s)
         except (AsyncRLError, TimeoutError) as error:
-            self._group_epoch = None
             self._reply(offer, "stage", error=_text(error))
             return
+        finally:
+            self._staging = False
+        self._group = spec.prefix
         self._reply(offer, "stage", digests=report.digests, timings_ms=report.timings_ms)
 
     async def _swap(self, swap: SyncSwap) -> None:
@@ -148,7 +159,7 @@ class WeightSync:
 
     async def _abort(self, abort: SyncAbort) -> None:
         log.warning("sync to version %d aborted: %s", abort.version, abort.reason)
-        self._group_epoch = None
+        self._group = None
         if abort.tainted:
             await self._settle(None)
 

@@ -106,6 +106,10 @@ class SyncPlanner:
     def snapshot_ready(self, message: SnapshotReady, now: float) -> None:
         """The publisher offers a newer snapshot. It does so only between rounds; `advance` starts the next one."""
         self.snapshot, self._released = message, None
+        if self.round is not None and self.round.opening_deadline is not None:
+            # The one before was released and replaced while the wish for a group was on its way to the publisher.
+            # Nothing of the round has reached a generator yet, so it goes on with the newer version.
+            self.round.version, self.round.attempt = message.version, self._next_attempt(message.version)
 
     def publisher_lost(self, now: float) -> None:
         """The trainer died: what it offered is gone, and so is the open group."""
@@ -197,8 +201,7 @@ class SyncPlanner:
             return
         version = self.snapshot.version
         self._released = None  # used again, so it has to be given back again
-        attempt = self._attempts.get(version, 0)
-        self._attempts = {version: attempt + 1}
+        attempt = self._next_attempt(version)
         members, rank = {}, 1
         for receiver in sorted(due, key=lambda r: r.name):
             members[receiver.name] = Member(
@@ -223,6 +226,11 @@ class SyncPlanner:
             self._offer(now)
         else:
             self._emit(ToPublisher(OpenGroup(self.group_epoch, self._prefix(), rank, self.timeout_s)))
+
+    def _next_attempt(self, version: int) -> int:
+        attempt = self._attempts.get(version, 0)
+        self._attempts = {version: attempt + 1}
+        return attempt
 
     def _offer(self, now: float) -> None:
         current, snapshot = self.round, self.snapshot

@@ -32,7 +32,10 @@ class FakeEngine:
         self.fail: dict[str, BaseException] = {}
         self.calls: list[tuple[str, Any]] = []
         self.requests: list[Any] = []
-        self.held_up: asyncio.Event | None = None  # generate waits for it
+        # generate, stage_weights and swap_weights wait for theirs.
+        self.held_up: asyncio.Event | None = None
+        self.stage_held_up: asyncio.Event | None = None
+        self.swap_held_up: asyncio.Event | None = None
         self.aborted: list[str] = []
 
     def _called(self, name: str, argument: Any = None) -> None:
@@ -58,10 +61,14 @@ class FakeEngine:
 
     async def stage_weights(self, manifest: Any, timeout_s: float) -> StageReport:
         self._called("stage", manifest.version)
+        if self.stage_held_up is not None:
+            await self.stage_held_up.wait()
         return StageReport([[11, 22]], {"stage_ms": 1.0})
 
     async def swap_weights(self, version: int, timeout_s: float) -> SwapReport:
         self._called("swap", version)
+        if self.swap_held_up is not None:
+            await self.swap_held_up.wait()
         return SwapReport(version, {"pause_ms": 2.0, "apply_ms": 1.0})
 
     async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:

@@ -25,17 +25,17 @@ def manifest(version):
     return buffer.manifest(version).to_dict()
 
 
-def offer(version, epoch=1, attempt=0):
+def offer(version, epoch=1, attempt=0, run_epoch=1):
     group = {
         "group_epoch": epoch,
         "store_host": "127.0.0.1",
         "store_port": 1,
-        "prefix": f"run/1/{epoch}",
+        "prefix": f"run/{run_epoch}/{epoch}",
         "rank": 1,
         "world_size": 2,
         "backend": "gloo",
     }
-    return SyncOffer(1, version, attempt, group, manifest(version), TIMEOUT_S)
+    return SyncOffer(run_epoch, version, attempt, group, manifest(version), TIMEOUT_S)
 
 
 def swap(version, attempt=0):
@@ -236,5 +236,52 @@ def test_a_version_that_was_never_loaded_fails_at_once():
         with pytest.raises(EngineError, match="never proven"):
             await world.sync.wait_proven({7}, 60.0)
         assert time.monotonic() - started < 5.0
+
+    scenario(work)
+
+
+# -- learners and members that went away
+
+
+def test_the_groups_of_a_new_learner_are_joined_anew_whatever_their_numbers():
+    """A restarted learner counts its groups from 1 again."""
+
+    async def work(world):
+        await world.handle(offer(1, epoch=1, run_epoch=1))
+        world.engine.calls.clear()
+        await world.handle(offer(1, epoch=1, run_epoch=2))
+        assert world.engine.calls == [("leave", None), ("join", "run/2/1"), ("stage", 1)]
+
+    scenario(work)
+
+
+@pytest.mark.parametrize("news", ["offer", "abort"])
+def test_a_stage_that_the_learner_has_given_up_holds_up_nothing(news):
+    async def work(world):
+        world.engine.stage_held_up = asyncio.Event()  # for ever: a member is gone
+        world.sync.handle(offer(1))
+        while "stage" not in world.names():
+            await asyncio.sleep(0)
+        world.engine.stage_held_up, world.replies[:] = None, []
+        reply = await world.handle(offer(2, epoch=2) if news == "offer" else SyncAbort(1, 1, 0, "too late", False))
+        assert (reply and (reply.version, reply.error)) == ((2, "") if news == "offer" else None)
+        await world.handle(swap(2))
+        assert world.replies[-1].error == ""
+
+    scenario(work)
+
+
+def test_a_swap_is_never_broken_off():
+    async def work(world):
+        await world.handle(offer(1))
+        world.engine.swap_held_up = asyncio.Event()
+        world.sync.handle(swap(1))
+        while "swap" not in world.names():
+            await asyncio.sleep(0)
+        world.sync.handle(SyncAbort(1, 1, 0, "no answer to the swap within the deadline", True))
+        world.engine.swap_held_up.set()
+        await world.handle()
+        assert [reply.error for reply in world.replies] == ["", ""]
+        assert world.sync.held_version is None
 
     scenario(work)

@@ -304,3 +304,22 @@ def test_every_wait_has_a_deadline():
     bench.reply("a", "stage")
     bench.reply("b", "stage")
     assert bench.planner.next_deadline(bench.now) is not None
+
+
+def test_a_snapshot_that_is_replaced_while_its_group_opens_gives_way_to_the_newer_one():
+    """The publisher was told that it may replace it, and had done so before it read that a group is wanted again."""
+    bench = Bench("a")
+    bench.snapshot(1)
+    bench.open_group()
+    bench.reply("a", "stage", error="a bucket was damaged")
+    outputs = bench.broadcast_done() + bench.after(0.0)
+    assert messages(outputs, SnapshotReleased)
+    assert messages(outputs, OpenGroup)
+    bench.snapshot(2)
+    outputs = bench.open_group()
+    assert [(offer.version, offer.attempt) for offer in messages(outputs, SyncOffer)] == [(2, 0)]
+    assert [broadcast.version for broadcast in messages(outputs, Broadcast)] == [2]
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    bench.reply("a", "swap")
+    assert bench.planner.held_version("a") == 2
