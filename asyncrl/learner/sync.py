@@ -14,7 +14,8 @@ Who waits for whom, and until when:
   blame. The publisher is always waited for: it ends by its own deadline, and only then can it open the next group.
 - SWAPPING waits for each member alone. A slow one delays nobody else's commit, only the next round, by `timeout_s`.
 - A member that was silent or tainted sits out the next rounds (`PENALTY_S`, doubling), so that it costs the others one
-  deadline and not one per round. A member that answered with an error may be the victim and is tried again at once.
+  deadline and not one per round. A member that answered with an error may be the victim and is tried again at once,
+  a few times.
 
 Groups are numbered (`group_epoch`) and used again only while nothing went wrong in them; a store prefix never is.
 """
@@ -58,6 +59,7 @@ GRACE_S = 2.0
 PENALTY_S = 5.0
 MAX_PENALTY_S = 120.0
 MAX_TAINTS = 3
+MAX_ERRORS = 3  # from here on a member that answers with errors sits out like one that is silent
 
 
 class SyncPlanner:
@@ -295,7 +297,8 @@ class SyncPlanner:
         assert current is not None
         member.phase = Phase.COMMITTED
         receiver = self.receivers[member.name]
-        receiver.held_version, receiver.silences, receiver.taints = current.version, 0, 0
+        receiver.held_version = current.version
+        receiver.silences = receiver.errors = receiver.taints = 0
         self._emit(ToGenerator(member.name, SyncCommit(self.run_epoch, current.version, current.attempt)))
         self._emit(
             Committed(
@@ -325,6 +328,9 @@ class SyncPlanner:
         phase, member.phase = member.phase.value, Phase.FAILED
         receiver = self.receivers.get(member.name)
         fatal = receiver is not None and receiver.taints >= MAX_TAINTS
+        if receiver and not silent:
+            receiver.errors += 1
+            silent = receiver.errors >= MAX_ERRORS
         if receiver and silent:
             receiver.silences += 1
             receiver.excluded_until = now + min(PENALTY_S * 2 ** (receiver.silences - 1), MAX_PENALTY_S)

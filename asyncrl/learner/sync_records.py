@@ -18,6 +18,7 @@ class Receiver:
     held_version: int | None = None
     busy: bool = False  # must not be swapped now: it runs a pinned evaluation
     silences: int = 0  # rounds in a row in which it did not answer or was tainted
+    errors: int = 0  # rounds in a row that it answered with an error, its own or a victim's
     taints: int = 0
     excluded_until: float = 0.0
 

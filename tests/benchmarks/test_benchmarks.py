@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
 
-from benchmarks import common  # noqa: E402
+from benchmarks import common
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = ("transport", "generator_vs_vllm", "weight_sync", "async_vs_sync")

@@ -215,7 +215,7 @@ def test_the_canary_sequences_are_likely_under_the_policy_and_repeatable():
     again = policy.sample_sequences(3, 12, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(sequences, again, strict=True))
     assert not np.array_equal(sequences[0], policy.sample_sequences(3, 12, seed=2)[0])
-    assert all(len(s) == 12 and s.dtype == np.int32 and 0 <= s.min() and s.max() < policy.vocab_size for s in sequences)
+    assert all(len(s) == 12 and s.dtype == np.int32 and s.min() >= 0 and s.max() < policy.vocab_size for s in sequences)
     random = [np.random.default_rng(0).integers(0, policy.vocab_size, 12) for _ in range(3)]
     likely = np.mean([row.mean() for row in policy.score([s.tolist() for s in sequences])])
     unlikely = np.mean([row.mean() for row in policy.score([s.tolist() for s in random])])

@@ -5,6 +5,7 @@ import pytest
 
 from asyncrl.learner.sync import (
     GRACE_S,
+    MAX_ERRORS,
     MAX_TAINTS,
     PENALTY_S,
     SyncPlanner,
@@ -323,3 +324,15 @@ def test_a_snapshot_that_is_replaced_while_its_group_opens_gives_way_to_the_newe
     bench.broadcast_done()
     bench.reply("a", "swap")
     assert bench.planner.held_version("a") == 2
+
+
+def test_a_member_that_errs_again_and_again_sits_out_in_the_end():
+    bench = Bench("a")
+    bench.snapshot(0)
+    for failures in range(1, MAX_ERRORS + 1):
+        bench.open_group()
+        bench.reply("a", "stage", error="disk of the store is on fire")
+        bench.broadcast_done(error="a member left")
+        bench.after(0.0)
+        assert (bench.planner.round is None) == (failures == MAX_ERRORS)
+    assert messages(bench.after(PENALTY_S), OpenGroup)
