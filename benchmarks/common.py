@@ -35,6 +35,7 @@ def arguments(description: str, *, pairs: int = MIN_PAIRS) -> argparse.ArgumentP
     parser.add_argument("--quick", action="store_true", help="small sizes and few pairs: does it run, not how fast")
     parser.add_argument("--pairs", type=int, default=None, help=f"measured pairs (default {pairs}; 2 with --quick)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file (default %(default)s)")
+    parser.add_argument("--name", help="name of the JSON file (default: that of the script)")
     parser.set_defaults(default_pairs=pairs)
     return parser
 
@@ -139,11 +140,15 @@ class Report:
         self.options = options
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self._others: list[float] = []
+        self._others_share = 0.0  # in the phases of the present setting
+
+    def begin(self) -> None:
+        """A new setting: what others took of the CPU before is not its matter."""
+        self._others_share = 0.0
 
     def watched(self, *phases: Watch) -> None:
-        """Takes over how much of the CPU others had during these phases."""
-        self._others += [phase.others_share for phase in phases]
+        """Takes over how much of the CPU others had during these phases; rows that follow are marked with it."""
+        self._others_share = max(self._others_share, *(phase.others_share for phase in phases))
 
     def pairs(
         self, what: str, unit: str, ours: Sequence[float], reference: Sequence[float], against: str, bar: str = ""
@@ -151,7 +156,7 @@ class Report:
         """A comparison, pair by pair. The ratio is ours / reference; its median is returned."""
         ratios = [mine / other for mine, other in zip(ours, reference, strict=True)]
         median, low, high = spread(ratios)
-        self.rows.append(
+        self._add(
             {
                 "what": what,
                 "unit": unit,
@@ -168,7 +173,10 @@ class Report:
 
     def figure(self, what: str, unit: str, values: Sequence[float]) -> None:
         """A measurement without a reference."""
-        self.rows.append({"what": what, "unit": unit, "asyncrl": list(values)})
+        self._add({"what": what, "unit": unit, "asyncrl": list(values)})
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.rows.append({**row, "others_cpu_share": round(self._others_share, 4)})
 
     def note(self, text: str) -> None:
         """A sentence for the foot of the table."""
@@ -177,7 +185,7 @@ class Report:
     @property
     def others_share(self) -> float:
         """The largest share of the CPU that others took in any measured phase."""
-        return max(self._others, default=0.0)
+        return max([self._others_share, *(row["others_cpu_share"] for row in self.rows)])
 
     def finish(self) -> Path:
         """Writes the JSON file, prints the table, returns the file's path."""
@@ -185,14 +193,15 @@ class Report:
         if busy:
             self.note(
                 f"BUSY MACHINE: others took up to {self.others_share:.0%} of the CPU during a phase "
-                f"(limit {MAX_OTHERS_SHARE:.0%}); not a result"
+                f"(limit {MAX_OTHERS_SHARE:.0%}); rows marked ! are not results"
             )
         if self.options.quick:
             self.note("--quick: sizes and pairs too small for a result")
         elif self.options.pairs < MIN_PAIRS:
             self.note(f"{self.options.pairs} pairs: fewer than {MIN_PAIRS}, not a result")
         self.options.results.mkdir(parents=True, exist_ok=True)
-        path = self.options.results / f"{self.name}{'.quick' if self.options.quick else ''}.json"
+        name = self.options.name or self.name
+        path = self.options.results / f"{name}{'.quick' if self.options.quick else ''}.json"
         path.write_text(json.dumps(self._record(busy), indent=1) + "\n")
         print("\n" + "\n".join(self._table()))
         for note in self.notes:
@@ -214,13 +223,15 @@ class Report:
         }
 
     def _table(self) -> list[str]:
-        lines = [["", "asyncrl", "reference", "ratio (median)", "range", "bar"]]
+        lines = [["", "", "asyncrl", "reference", "ratio (median)", "range", "bar"]]
         for row in self.rows:
             median, low, high = spread(row["asyncrl"])
+            mark = "!" if row["others_cpu_share"] > MAX_OTHERS_SHARE else ""
             if "ratios" in row:
                 ratio, bounds = row["ratio_median"], row["ratio_range"]
                 lines.append(
                     [
+                        mark,
                         f"{row['what']}, {row['unit']}",
                         shown(median),
                         f"{shown(statistics.median(row['reference']))} ({row['against']})",
@@ -231,7 +242,7 @@ class Report:
                 )
             else:
                 what, bounds = f"{row['what']}, {row['unit']}", f"{shown(low)} .. {shown(high)}"
-                lines.append([what, shown(median), "", "", bounds, ""])
+                lines.append([mark, what, shown(median), "", "", bounds, ""])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 

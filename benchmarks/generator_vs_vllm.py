@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--sequences", nargs="+", type=int, default=[64, 128], help="sequences in flight")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS), help="laws of lengths")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--waves", type=int, default=12, help="groups of a phase, in fillings of the engine")
+    parser.add_argument("--waves", type=int, default=6, help="groups of a phase, in fillings of the engine")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model (generator.compile=always)")
     parser.add_argument(
         "--raw",
@@ -181,6 +181,7 @@ def main() -> int:
     report = common.Report("generator_vs_vllm", options)
     for size, sequences, lengths in itertools.product(options.sizes, options.sequences, options.lengths):
         groups = options.waves * sequences // GROUP_SIZE
+        report.begin()
         setting = Setting(size, sequences, lengths, options.max_new_tokens, groups)
         with tempfile.TemporaryDirectory() as folder:
             asyncio.run(measure(setting, Path(folder), options, report))

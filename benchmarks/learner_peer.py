@@ -293,7 +293,7 @@ class Peer:
         return self.session
 
     def _acknowledge(self, session: DeskSession) -> None:
-        """Best effort, as at the real desk: the next one repairs a lost one, and a generator may just be reconnecting."""
+        """Best effort, as at the real desk: a later one repairs it, and a generator may just be reconnecting."""
         if session.peer is not None:
             self.socket.send(session.peer, encode(self.sessions.ack(session), max_bytes=self.socket.max_frame_bytes))
 

@@ -111,6 +111,7 @@ def measure_encoding(report: common.Report, options: Any) -> None:
     }
     for name, other in others.items():
         ours, theirs = [], []
+        report.begin()
         for _ in range(options.pairs):
             for work, times in ((asyncrl, ours), (other, theirs)):
                 with common.watch() as watch:
@@ -150,6 +151,7 @@ def measure_sockets(report: common.Report, options: Any, group: Group, name: str
     frame = encode(group_to_result(group, 7, 1), max_bytes=MAX_FRAME_BYTES)
     ours: list[float] = []
     raw: list[float] = []
+    report.begin()
     for pair in range(options.pairs):
         for side in ("asyncrl", "raw") if pair % 2 == 0 else ("raw", "asyncrl"):
             with common.watch() as watch:
@@ -230,6 +232,7 @@ def measure_journal(report: common.Report, options: Any, group: Group, group_com
     body = encode_body(group_to_result(group, 7, 1))
     ours: list[float] = []
     raw: list[float] = []
+    report.begin()
     options.results.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.results) as folder:
         for pair in range(options.pairs):

@@ -48,6 +48,7 @@ def main() -> int:
     common.pin(options.generator_cpu)
     report = common.Report("weight_sync", options)
     for size in options.sizes:
+        report.begin()
         with tempfile.TemporaryDirectory() as folder:
             syncs, raws = asyncio.run(measure(size, Path(folder), options, report))
         add_rows(report, size, syncs, raws)

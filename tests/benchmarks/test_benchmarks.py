@@ -71,10 +71,15 @@ def test_a_busy_machine_and_too_few_pairs_mark_the_result(tmp_path, capsys):
     parser = common.arguments("a benchmark")
     options = parser.parse_args(["--pairs", "2", "--results", str(tmp_path)])
     report = common.Report("sample", options)
-    assert report.pairs("work", "s", [1.0, 3.0, 2.0], [2.0, 2.0, 2.0], "other") == 1.0
     report.watched(common.Watch(seconds=1.0, others_share=0.31))
+    assert report.pairs("work", "s", [1.0, 3.0, 2.0], [2.0, 2.0, 2.0], "other") == 1.0
+    report.begin()
+    report.watched(common.Watch(seconds=1.0, others_share=0.02))
+    report.figure("rest", "s", [1.0])
     path = report.finish()
     printed = capsys.readouterr().out
     assert "BUSY MACHINE: others took up to 31% of the CPU" in printed and "fewer than 5" in printed
     record = json.loads(path.read_text())
     assert record["busy_machine"] and record["rows"][0]["ratio_range"] == [0.5, 1.5]
+    assert [row["others_cpu_share"] for row in record["rows"]] == [0.31, 0.02]
+    assert [line.startswith("!") for line in printed.splitlines() if ", s " in line] == [True, False]
