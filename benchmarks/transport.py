@@ -1,6 +1,6 @@
 """The rollout link without a model: encoding, sockets, journal, each beside its floor.
 
-encoding  one rollout to a frame and back, checked and validated, against the same fields as lists in msgpack, pickle
+encoding  one rollout to a frame and back, checked and validated, against the same fields as lists in msgpack
           and JSON (which check nothing), and against copying its bytes twice
 sockets   frames through ClientSocket and ServerSocket against bare pyzmq sockets with the same options
 journal   append and sync against write and fdatasync of the same bytes in the same pieces
@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -105,7 +104,6 @@ def measure_encoding(report: common.Report, options: Any) -> None:
 
     others: dict[str, Callable[[], Any]] = {
         "lists in msgpack": lambda: msgpack.unpackb(msgpack.packb(fields)),
-        "lists in pickle": lambda: pickle.loads(pickle.dumps(fields, pickle.HIGHEST_PROTOCOL)),  # noqa: S301 - our own
         "lists in JSON": lambda: json.loads(json.dumps(fields)),
         "two copies of its bytes": copies,
     }

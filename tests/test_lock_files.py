@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +78,10 @@ def test_a_loose_line_in_a_lock_file_is_refused(tmp_path):
 
 def test_what_is_installed_is_what_the_lock_says():
     kind = "cpu" if metadata.version("torch").endswith("+cpu") else "cuda"
-    installed = {canonicalize_name(one.metadata["Name"]): one.version for one in metadata.distributions()}
+    # Not all of sys.path: packages that others carry inside them (setuptools does) are not what is installed.
+    places = [sysconfig.get_paths()[name] for name in ("purelib", "platlib")]
+    found = metadata.distributions(path=places)
+    installed = {canonicalize_name(one.metadata["Name"]): one.version for one in found}
     wanted = lock(kind)
     del wanted["pip"]  # the installer may be whichever came with Python
     assert {name: installed.get(name) for name in wanted} == wanted

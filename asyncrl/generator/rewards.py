@@ -224,9 +224,12 @@ class _Worker:
             log.error("reward worker %d does not end %g s after SIGKILL; leaving it", process.pid, END_TIMEOUT_S)
 
     def _take_messages(self) -> list[Any]:
+        """Whole messages in the buffer. Raises ProtocolError for what is none, after those before it were taken."""
         messages, start = [], 0
         while len(self._buffer) - start >= LENGTH.size:
             (size,) = LENGTH.unpack_from(self._buffer, start)
+            if size > MAX_RESULT_BYTES and messages:
+                break
             if size > MAX_RESULT_BYTES:
                 raise ProtocolError(f"a result in the pipe has {size} bytes, over the limit of {MAX_RESULT_BYTES}")
             end = start + LENGTH.size + size
@@ -235,6 +238,8 @@ class _Worker:
             try:
                 messages.append(msgpack.unpackb(self._buffer[start + LENGTH.size : end]))
             except ValueError as error:
+                if messages:
+                    break
                 raise ProtocolError(f"a result of a reward worker cannot be read: {error}") from None
             start = end
         del self._buffer[:start]

@@ -279,7 +279,8 @@ def print_summary(run_dir: str | Path, picture: Path | None = None) -> None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; `python -m asyncrl.metrics.report {run_dir}` makes it") from None
+        remedy = f"`python -m asyncrl.metrics.report {run_dir}` makes it"
+        raise UserError(f"{path}: there is no such file; {remedy}") from None
     print("\n".join(summary_lines(summary, run_dir, picture)), flush=True)
 
 

@@ -69,6 +69,7 @@ def plain(run: Run, tied_engine, tied_model_dir) -> dict:
         figures["loss"].append(sum(loss.item() for loss in losses))
         figures["grad_norm"].append(norm.item())
         figures["reward_mean"].append(float(np.mean([reward for *_, reward in rollouts])))
+    tied_engine.run(tied_engine.sync())  # the engine is shared: whoever comes next expects it at the model's weights
     return figures | {"model": model}
 
 

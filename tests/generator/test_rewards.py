@@ -96,6 +96,10 @@ UNRULY = """
             with open(fifo, mode):
                 return {"exact": 1.0}
 
+        def holds(self, fifo, mode):
+            with open(fifo, mode):
+                time.sleep(600)
+
         def note(self, pid):
             with open(self.notes, "a") as file:
                 file.write(f"{pid}\\n")
@@ -290,8 +294,8 @@ def test_closing_ends_busy_workers_and_starts_no_new_ones(unruly):
     os.mkfifo(fifo)
 
     async def work(pool):
-        scoring = asyncio.create_task(pool.score(["meets", "good"], {"fifo": fifo, "mode": "w"}))
-        with open(await asyncio.to_thread(os.path.realpath, fifo), "rb", opener=_open_without_waiting):
+        scoring = asyncio.create_task(pool.score(["holds", "good"], {"fifo": fifo, "mode": "w"}))
+        with await asyncio.to_thread(open, fifo, "rb"):  # returns once the worker is at its job
             await pool.close()
         return await scoring, pool
 
@@ -299,9 +303,6 @@ def test_closing_ends_busy_workers_and_starts_no_new_ones(unruly):
     assert [outcome.reason for outcome in outcomes] == ["reward_error"] * 2
     assert [worker._process for worker in pool._workers] == [None]
 
-
-def _open_without_waiting(path, flags):
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whol
 
 
 def test_last_lines_before_there_is_a_summary_are_refused(whole_run):
-    with pytest.raises(UserError, match=r"summary\.json: is missing; `python -m asyncrl.metrics.report"):
+    with pytest.raises(UserError, match=r"summary\.json: there is no such file; `python -m asyncrl.metrics.report"):
         print_summary(whole_run)
 
 
@@ -208,7 +208,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(UserError, match=r"metrics\.jsonl: there is no such file"):
         write_summary(tmp_path)
     assert main([str(tmp_path)]) == 2
-    assert "is missing" in capsys.readouterr().err
+    assert "there is no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b"]])
