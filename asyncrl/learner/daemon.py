@@ -103,36 +103,9 @@ def _make_desk(
     metrics: Metrics,
     stop: StopSignal,
 ) -> Desk:
-    """Builds the desk's parts and puts back what the newest checkpoint and the journal after it hold."""
-    pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
-    leases = LeaseDesk(pacing, config.generator.lease_timeout_s, run_epoch)
-    buffer = ReplayBuffer(pacing, config.staleness.over_age)
-    account = Account()
-    sessions = DeskSessions(
-        run_epoch=run_epoch,
-        run_name=config.run.name,
-        expected=Expected(
-            model_folder_fingerprint(config.model.path),
-            tokenizer_fingerprint(Path(config.model.path)),
-            config.task.path,
-        ),
-        credit_bytes=config.transport.credit_bytes,
-        max_frame_bytes=config.transport.max_frame_bytes,
-    )
-    version, evals_done = _restore(config, journal, leases, buffer, account, sessions)
-    task = load_task(config.task.path, config.task.args)
-    prompts = PromptSource(task, load_tokenizer(config.model.path), config.run.seed, _max_prompt_tokens(config))
-    intake = Intake(
-        config=config,
-        vocab_size=_vocab_size(config.model.path),
-        prompts=prompts,
-        evals=prompts.evals(config.eval.prompts) if config.eval.prompts else [],
-        leases=leases,
-        buffer=buffer,
-        journal=journal,
-        account=account,
-        sessions=sessions,
-    )
+    """Joins the desk's sides around an intake that continues where the run stopped."""
+    intake, version, evals_done = _make_intake(config, run_epoch, journal)
+    leases, sessions, account = intake.leases, intake.sessions, intake.account
     planner = SyncPlanner(
         run_epoch=run_epoch,
         run_name=config.run.name,
@@ -183,6 +156,43 @@ def _make_desk(
         trainer=trainer,
         stop=stop,
     )
+
+
+def _make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Intake, int, set[int]]:
+    """Leases, buffer, sessions and prompts, with what the newest checkpoint and the journal after it hold.
+
+    Returns the version of that checkpoint (0 without one) and the versions that were evaluated by then, too.
+    """
+    pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
+    leases = LeaseDesk(pacing, config.generator.lease_timeout_s, run_epoch)
+    buffer = ReplayBuffer(pacing, config.staleness.over_age)
+    account = Account()
+    sessions = DeskSessions(
+        run_epoch=run_epoch,
+        run_name=config.run.name,
+        expected=Expected(
+            model_folder_fingerprint(config.model.path),
+            tokenizer_fingerprint(Path(config.model.path)),
+            config.task.path,
+        ),
+        credit_bytes=config.transport.credit_bytes,
+        max_frame_bytes=config.transport.max_frame_bytes,
+    )
+    version, evals_done = _restore(config, journal, leases, buffer, account, sessions)
+    task = load_task(config.task.path, config.task.args)
+    prompts = PromptSource(task, load_tokenizer(config.model.path), config.run.seed, _max_prompt_tokens(config))
+    intake = Intake(
+        config=config,
+        vocab_size=_vocab_size(config.model.path),
+        prompts=prompts,
+        evals=prompts.evals(config.eval.prompts) if config.eval.prompts else [],
+        leases=leases,
+        buffer=buffer,
+        journal=journal,
+        account=account,
+        sessions=sessions,
+    )
+    return intake, version, evals_done
 
 
 def _restore(
