@@ -304,7 +304,6 @@ def test_closing_ends_busy_workers_and_starts_no_new_ones(unruly):
     assert [worker._process for worker in pool._workers] == [None]
 
 
-
 @pytest.mark.parametrize(
     ("path", "args", "says"),
     [
