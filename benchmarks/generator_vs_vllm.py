@@ -157,12 +157,12 @@ def say(setting: Setting, pair: int, report: common.Report) -> None:
 
 
 def main() -> int:
-    parser = common.arguments(__doc__ or "")
+    parser = common.arguments(__doc__ or "", pairs=15)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models (default: all)")
     parser.add_argument("--sequences", nargs="+", type=int, default=[64, 128], help="sequences in flight")
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS), help="laws of lengths")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--waves", type=int, default=6, help="groups of a phase, in fillings of the engine")
+    parser.add_argument("--waves", type=int, default=4, help="groups of a phase, in fillings of the engine")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model (generator.compile=always)")
     parser.add_argument(
         "--raw",

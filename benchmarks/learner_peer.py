@@ -1,5 +1,7 @@
-"""The learner's end for benchmarks of the generator: real socket, sessions, messages and weight group. No trainer, no
-journal (a result counts as durable once it is checked), no pacing (a lease whenever there is room).
+"""The learner's end for benchmarks of the generator: real socket, sessions, messages and weight group.
+
+No trainer. No journal: a result counts as durable once it is checked, and is acknowledged as late as after a journal's
+sync. No pacing: there is a lease whenever there is room.
 
 A process of its own on the learner's CPU: ``python -m benchmarks.learner_peer CONFIG CPU``. It takes one JSON command
 per line on stdin and answers with one JSON line on stdout. `LearnerPeer` is the other end, in the generator's process.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sys
 import threading
@@ -23,6 +26,7 @@ from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, WeightGroupError
 from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.replay.journal import SYNC_AFTER_S
 from asyncrl.transport import messages
 from asyncrl.transport.codec import body_of, decode, encode
 from asyncrl.transport.groups import lease_to_grant, result_to_group, validate_group
@@ -70,6 +74,7 @@ class Peer:
         self.granted = 0
         self.wanted_groups = 0  # leases still to be granted
         self.rollouts = self.tokens = self.groups = 0
+        self.ack_due = math.inf
         self.poller = SocketPoller()
         self.poller.add(self.socket)
         self.poller.add(sys.stdin.fileno())
@@ -199,11 +204,13 @@ class Peer:
 
     def _pump(self, timeout_s: float) -> list[Any]:
         """Waits up to `timeout_s`, handles what came, grants what there is room for. Returns what was readable."""
-        ready = self.poller.wait(timeout_s)
+        ready = self.poller.wait(max(0.0, min(timeout_s, self.ack_due - time.monotonic())))
         if self.socket in ready:
             for peer, frame in self.socket.receive():
                 self._handle(peer, frame)
             self._grant()
+        if time.monotonic() >= self.ack_due:
+            self._acknowledge(self._session())
         return ready
 
     def _handle(self, peer: bytes, frame: bytes) -> None:
@@ -243,7 +250,7 @@ class Peer:
             newest_version=self.version,
         )
         self.sessions.mark_durable(session, message.seq)
-        self._acknowledge(session)
+        self.ack_due = min(self.ack_due, time.monotonic() + SYNC_AFTER_S)
         self.groups += 1
         self.rollouts += len(group.rollouts)
         self.tokens += group.num_tokens
@@ -294,6 +301,7 @@ class Peer:
 
     def _acknowledge(self, session: DeskSession) -> None:
         """Best effort, as at the real desk: a later one repairs it, and a generator may just be reconnecting."""
+        self.ack_due = math.inf
         if session.peer is not None:
             self.socket.send(session.peer, encode(self.sessions.ack(session), max_bytes=self.socket.max_frame_bytes))
 

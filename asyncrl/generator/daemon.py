@@ -95,10 +95,17 @@ class GeneratorDaemon:
         self.engine = engine
         self.rewards = rewards
         self.sync = WeightSync(engine, self._send)
-        self.runner = LeaseRunner(engine, rewards, self.sync, commit_timeout_s=2 * config.weights.timeout_s)
+        self.runner = LeaseRunner(
+            engine,
+            rewards,
+            self.sync,
+            commit_timeout_s=2 * config.weights.timeout_s,
+            on_sequence_end=self._sequence_ended,
+        )
         self.leases: dict[LeaseKey, Lease] = {}
         self._tasks: dict[LeaseKey, asyncio.Task[None]] = {}
         self._sequences_received = 0
+        self._announced_room = self._ended_since_beat = 0  # sequences
         self._run_epoch = 0
         self._welcomed = asyncio.Event()
         self._ready = False
@@ -252,7 +259,14 @@ class GeneratorDaemon:
         self.session.put(result, time.monotonic())
         self._pump(time.monotonic())
         self._progress.set()
-        self._beat_soon.set()
+        if not self.leases or self._announced_room == 0 or isinstance(outcome, LeaseFailure):
+            self._beat_soon.set()  # in all other cases its sequences asked for more when they ended
+
+    def _sequence_ended(self) -> None:
+        """Asks for the next lease when there is room for one, which may be long before a lease in hand ends."""
+        self._ended_since_beat += 1
+        if self._ended_since_beat >= self.config.sampling.group_size:
+            self._beat_soon.set()
 
     def _abandon(self, keys: list[LeaseKey]) -> None:
         for key in keys:
@@ -272,7 +286,7 @@ class GeneratorDaemon:
     # -- beats and probes ------------------------------------------------------------------------------------------
 
     async def _beats(self) -> None:
-        """Once a second, and soon after a lease ended, so that the next one comes before the engine runs dry."""
+        """Once a second, and soon after room came up, so that the next lease comes before the engine runs dry."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_S):
@@ -284,11 +298,12 @@ class GeneratorDaemon:
 
     def _beat(self) -> messages.Beat:
         self._clock_engine()
+        self._announced_room, self._ended_since_beat = self._room(), 0
         active = [[*key, lease.issued_version] for key, lease in self.leases.items()]
         active += self.session.unacked_leases()
         return messages.Beat(
             run_epoch=self._run_epoch,
-            sequences_wanted=self._sequences_received + self._room(),
+            sequences_wanted=self._sequences_received + self._announced_room,
             active=active,
             tokens_generated=self.engine.tokens_generated,
             rollouts_completed=self.runner.rollouts_completed,

@@ -6,7 +6,7 @@ while it samples. vLLM is one implementation (`generator.vllm_engine`); nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """Sample `num_rollouts` completions of one prompt.
 
     temperature 0 is greedy. seeds, one per rollout, make sampling repeatable under equal weights; None draws
-    from the engine's own stream.
+    from the engine's own stream. on_sequence_end is called for each sequence that has ended, also by failure.
     """
 
     request_id: str
@@ -32,6 +36,7 @@ class GenerationRequest:
     max_new_tokens: int
     temperature: float
     seeds: tuple[int, ...] | None = None
+    on_sequence_end: Callable[[], None] = field(default=_nothing, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +102,6 @@ class RolloutEngine(Protocol):
     @property
     def num_running(self) -> int:
         """Sequences that were submitted and have not ended."""
-        ...
-
-    def num_unfinished(self, request_id: str) -> int | None:
-        """Sequences of a request that have not ended; None when `generate` is not at work on it."""
         ...
 
     @property

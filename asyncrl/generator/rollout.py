@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncrl.errors import EngineError, NonFiniteError
@@ -23,24 +24,36 @@ class LeaseFailure:
     detail: str
 
 
+def _nothing() -> None:
+    pass
+
+
 class LeaseRunner:
     """Turns leases into groups. Holds nothing between leases but its counters."""
 
     def __init__(
-        self, engine: RolloutEngine, rewards: RewardPool, sync: WeightSync, *, commit_timeout_s: float
+        self,
+        engine: RolloutEngine,
+        rewards: RewardPool,
+        sync: WeightSync,
+        *,
+        commit_timeout_s: float,
+        on_sequence_end: Callable[[], None] = _nothing,
     ) -> None:
         self._engine = engine
         self._rewards = rewards
         self._sync = sync
         self._commit_timeout_s = commit_timeout_s
-        self._sampled: set[LeaseKey] = set()  # leases in hand whose completions are there
+        self._on_sequence_end = on_sequence_end
+        self._left: dict[LeaseKey, int] = {}  # sequences still to be sampled, of leases at work
         self.rollouts_completed = 0
         self.rewards_failed = 0
         self.generations_failed = 0
 
     async def run(self, lease: Lease) -> Group | LeaseFailure:
         """The lease's group, or why there is none. Ends by the lease's deadline, whatever the parts do."""
-        request_id = _request_id(lease)
+        request_id = "-".join(str(part) for part in lease.key)
+        self._left[lease.key] = lease.num_rollouts
         try:
             async with asyncio.timeout(lease.deadline_s):
                 return await self._run(lease, request_id)
@@ -51,22 +64,23 @@ class LeaseRunner:
             await self._engine.abort(request_id)
             raise
         finally:
-            self._sampled.discard(lease.key)
+            self._left.pop(lease.key, None)
 
     def sequences_left(self, lease: Lease) -> int:
         """Sequences of a lease in hand that are still to be sampled: what it asks of the engine from now on."""
-        if lease.key in self._sampled:
-            return 0
-        unfinished = self._engine.num_unfinished(_request_id(lease))
-        return lease.num_rollouts if unfinished is None else unfinished
+        return self._left.get(lease.key, lease.num_rollouts)
+
+    def _sequence_ended(self, key: LeaseKey) -> None:
+        if key in self._left:  # else the lease ended before its sequences did
+            self._left[key] -= 1
+            self._on_sequence_end()
 
     async def _run(self, lease: Lease, request_id: str) -> Group | LeaseFailure:
         try:
-            completions = await self._engine.generate(_request(lease, request_id))
+            completions = await self._engine.generate(self._request(lease, request_id))
         except (EngineError, NonFiniteError) as error:
             self.generations_failed += 1
             return LeaseFailure("engine", str(error))
-        self._sampled.add(lease.key)
         versions = {span.version for completion in completions for span in completion.version_spans}
         if lease.pinned_version is not None and versions != {lease.pinned_version}:
             return LeaseFailure("not_pinned", f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone")
@@ -78,6 +92,20 @@ class LeaseRunner:
             self.generations_failed += 1
             return LeaseFailure("tainted", str(error))
         return self._group(lease, completions, outcomes)
+
+    def _request(self, lease: Lease, request_id: str) -> GenerationRequest:
+        seeds = None
+        if lease.seed is not None:
+            seeds = tuple(lease.seed + index for index in range(lease.num_rollouts))
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=lease.prompt_token_ids.tolist(),
+            num_rollouts=lease.num_rollouts,
+            max_new_tokens=lease.max_new_tokens,
+            temperature=lease.temperature,
+            seeds=seeds,
+            on_sequence_end=lambda: self._sequence_ended(lease.key),
+        )
 
     def _group(
         self, lease: Lease, completions: list[Completion], outcomes: list[RewardOutcome]
@@ -105,21 +133,3 @@ class LeaseRunner:
             if not outcome.failed
         ]
         return Group(lease.key, lease.prompt_token_ids, rollouts)
-
-
-def _request_id(lease: Lease) -> str:
-    return "-".join(str(part) for part in lease.key)
-
-
-def _request(lease: Lease, request_id: str) -> GenerationRequest:
-    seeds = None
-    if lease.seed is not None:
-        seeds = tuple(lease.seed + index for index in range(lease.num_rollouts))
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_token_ids=lease.prompt_token_ids.tolist(),
-        num_rollouts=lease.num_rollouts,
-        max_new_tokens=lease.max_new_tokens,
-        temperature=lease.temperature,
-        seeds=seeds,
-    )

@@ -56,10 +56,6 @@ class _Sequence:
     restart: bool = False
 
 
-def _num_unfinished(sequences: list[_Sequence]) -> int:
-    return sum(sequence.task is None or not sequence.task.done() for sequence in sequences)
-
-
 class VLLMEngine:
     """A `RolloutEngine` over vLLM. All methods belong to the event loop that called `start`."""
 
@@ -91,16 +87,12 @@ class VLLMEngine:
 
     @property
     def num_running(self) -> int:
-        return sum(map(_num_unfinished, self._requests.values()))
+        sequences = itertools.chain.from_iterable(self._requests.values())
+        return sum(sequence.task is None or not sequence.task.done() for sequence in sequences)
 
     @property
     def tokens_generated(self) -> int:
         return self._tokens_generated
-
-    def num_unfinished(self, request_id: str) -> int | None:
-        """See `RolloutEngine.num_unfinished`."""
-        sequences = self._requests.get(request_id)
-        return None if sequences is None else _num_unfinished(sequences)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -190,6 +182,7 @@ class VLLMEngine:
         try:
             for index, sequence in enumerate(sequences):
                 sequence.task = asyncio.create_task(self._sample(request, index, sequence))
+                sequence.task.add_done_callback(lambda _: request.on_sequence_end())
             return await asyncio.gather(*(sequence.task for sequence in sequences if sequence.task))
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]

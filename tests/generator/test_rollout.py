@@ -174,5 +174,31 @@ def test_an_abandoned_lease_takes_its_sequences_along():
     assert asyncio.run(scenario()) == ["train-3-1"]
 
 
+def test_a_sequence_that_ended_leaves_room_before_its_lease_ends():
+    async def scenario():
+        engine = FakeEngine()
+        engine.held_up = asyncio.Event()
+        heard = []
+        runner = LeaseRunner(
+            engine, Rewards(), Proofs(), commit_timeout_s=5.0, on_sequence_end=lambda: heard.append("ended")
+        )
+        a_lease = lease()
+        left = [runner.sequences_left(a_lease)]
+        task = asyncio.create_task(runner.run(a_lease))
+        while not engine.requests:
+            await asyncio.sleep(0)
+        for _ in range(3):
+            engine.requests[0].on_sequence_end()
+        left.append(runner.sequences_left(a_lease))
+        engine.held_up.set()
+        await task
+        engine.requests[0].on_sequence_end()  # of a lease that is over: nobody's room
+        return left, heard
+
+    left, heard = asyncio.run(scenario())
+    assert left == [4, 1]
+    assert heard == ["ended"] * 3
+
+
 def test_every_reason_is_one_that_the_learner_knows():
     assert {"deadline", "engine", "not_pinned", "tainted", "reward_error", "reward_timeout"} <= set(FAILURE_REASONS)

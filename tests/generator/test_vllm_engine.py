@@ -97,6 +97,27 @@ def test_the_end_token_is_in_the_tokens_and_not_in_the_text(engine):
     assert all(len(c.token_ids) == 150 for c in cut)
 
 
+def test_the_end_of_each_sequence_is_told_before_the_end_of_the_group(engine):
+    ended = []
+
+    async def watched():
+        request = asyncio.create_task(
+            engine.generate(
+                PROMPT, num_rollouts=6, max_new_tokens=170, on_sequence_end=lambda: ended.append(request.done())
+            )
+        )
+        running = []
+        while not request.done():
+            running.append((len(ended), engine.engine.num_running))
+            await asyncio.sleep(0.001)
+        return running
+
+    running = engine.run(watched())
+    assert ended == [False] * 6
+    assert all(told + left == 6 for told, left in running if left)
+    assert len({told for told, left in running if left}) > 1, "all ended together: nothing was shown"
+
+
 def test_an_aborted_request_fails_and_leaves_nothing_running(engine):
     async def abort_midway():
         task = asyncio.create_task(engine.generate(PROMPT, request_id="doomed", max_new_tokens=180, num_rollouts=8))
