@@ -1,4 +1,6 @@
-"""Advantages: group-relative (GRPO, Dr. GRPO) and generalised advantage estimation."""
+"""Advantages from rewards alone: against the group, the batch or a greedy completion. Those that need a critic
+are in `value_targets`.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,7 @@ def group_relative_advantages(
     Returns [R]. Raises ShapeError on differing shapes and NonFiniteError on a reward that is NaN or infinite.
     """
     _check_groups(rewards, group_index)
-    counts = torch.bincount(group_index, minlength=num_groups).to(rewards.dtype)
-    means = _group_sum(rewards, group_index, num_groups) / counts.clamp_min(1)
-    centred = rewards - means[group_index]
+    centred, counts = _centred(rewards, group_index, num_groups)
     if normalize_std:
         variances = _group_sum(centred.square(), group_index, num_groups) / (counts - 1).clamp_min(1)
         centred = centred / (variances.sqrt()[group_index] + epsilon)
@@ -55,34 +55,131 @@ def zero_variance_groups(rewards: Tensor, group_index: Tensor, num_groups: int) 
     return lowest >= highest  # a group without rollouts keeps (inf, -inf) and counts as flat
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over completion tokens.
+def rloo_advantages(rewards: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
+    """Reward of each rollout minus the mean of the others of its group: REINFORCE leave-one-out (Ahmadian et
+    al. 2024, "Back to Basics"; Kool et al. 2019).
 
-        delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      return_t = A_t + V_t
+        A_i = R_i - 1 / (n - 1) sum_{j != i} R_j = n / (n - 1) (R_i - mean(R))
 
-    rewards, values  [B, T], value of the state before token t; mask [B, T] bool, True on completion tokens,
-    which are contiguous in each row. Behind its last token a row has ended: value and advantage there are 0.
+    The baseline does not depend on rollout i, so the gradient is unbiased; that of Dr. GRPO is the same up to
+    the factor n / (n - 1). Nothing is divided by a standard deviation.
 
-    Example: rewards (0, 0, 1), values (0.5, 0.5, 0.5), gamma = lam = 1: A = (0.5, 0.5, 0.5), returns (1, 1,
-    1).
+    rewards, group_index, num_groups  as in `group_relative_advantages`
+    Groups whose rewards are all equal get exactly 0.0. A group of one has no others to compare with: 0.0 too,
+    so it gives no gradient. (verl keeps its bare reward, which is on another scale than all other advantages.)
 
-    Returns (advantages, returns), both [B, T] and 0.0 outside the mask; nothing is whitened.
-    Raises ShapeError when shapes differ.
+    Example: rewards (1, 0, 0.5) of one group: others' means (0.25, 0.75, 0.5) -> (0.75, -0.75, 0).
+
+    Returns [R]. Raises ShapeError on differing shapes and NonFiniteError on a reward that is NaN or infinite.
     """
-    if not rewards.shape == values.shape == mask.shape or rewards.dim() != 2:
-        shapes = tuple(rewards.shape), tuple(values.shape), tuple(mask.shape)
-        raise ShapeError(f"rewards, values and mask must share one shape [B, T]; got {shapes}")
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
-    for t in reversed(range(rewards.shape[1])):
-        inside = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(inside, delta + gamma * lam * next_advantage, 0.0)
-        next_value = torch.where(inside, values[:, t], 0.0)
-        advantages[:, t] = next_advantage
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    _check_groups(rewards, group_index)
+    centred, counts = _centred(rewards, group_index, num_groups)
+    scale = counts / (counts - 1).clamp_min(1)
+    flat = zero_variance_groups(rewards, group_index, num_groups)
+    return (centred * scale[group_index]).masked_fill(flat[group_index], 0.0)
+
+
+def reinforce_pp_advantages(
+    rewards: Tensor,
+    *,
+    epsilon: float = 1e-6,
+    group_index: Tensor | None = None,
+    num_groups: int | None = None,
+) -> Tensor:
+    """Rewards whitened over the whole batch instead of within a group (REINFORCE++, Hu 2025, 2501.03262).
+
+        A_i = (R_i - mean(R)) / (std(R) + epsilon)                                      over the batch
+        A_i = R'_i / (std(R') + epsilon),  R'_i = R_i - mean(R of the group of i)       with groups: "baseline"
+
+    rewards      [R] of the whole global batch: the rewards of one micro-batch or rank would be whitened apart
+    group_index, num_groups  both or neither; as in `group_relative_advantages`. With them it is the paper's
+                 variant with a baseline: the group takes away how hard a prompt is, the batch sets the scale
+
+    The mean and the (unbiased) standard deviation count every rollout once. verl and OpenRLHF repeat a
+    rollout's reward for each of its tokens and whiten those, so that long completions weigh more: that is
+    `whiten(rewards[sequence_index])`.
+
+    All rewards equal: exactly 0.0; with groups, also for each group whose rewards are all equal.
+
+    Example: rewards (1, 0, 0): mean 1/3, std 0.57735 -> (1.1547, -0.57735, -0.57735). Groups (0, 0, 1):
+    R' = (0.5, -0.5, 0), std 0.5 -> (1, -1, 0).
+
+    Returns [R]. Raises ShapeError on differing shapes and NonFiniteError on a reward that is NaN or infinite.
+    """
+    if group_index is None:
+        assert num_groups is None, "num_groups without group_index"
+        if rewards.dim() != 1:
+            raise ShapeError(f"rewards must be [R]; got {tuple(rewards.shape)}")
+        require_finite(rewards, "rewards")
+        return whiten(rewards, epsilon=epsilon)
+    assert num_groups is not None, "group_index without num_groups"
+    _check_groups(rewards, group_index)
+    flat = zero_variance_groups(rewards, group_index, num_groups)[group_index]
+    centred, _ = _centred(rewards, group_index, num_groups)
+    # Once more at the end: whitening subtracts a mean that is 0 up to rounding.
+    return whiten(centred.masked_fill(flat, 0.0), epsilon=epsilon).masked_fill(flat, 0.0)
+
+
+def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
+    """Reward of each rollout minus that of the greedy completion of its prompt (ReMax, Li et al. 2023,
+    2310.10505).
+
+        A_i = R_i - R(greedy completion of the prompt of i)
+
+    rewards    [R]
+    baselines  [R] reward of the greedy completion, repeated for the rollouts of a prompt. It must come from
+               the policy that sampled the rollouts, or one near it
+
+    A greedy completion that could not be scored has no reward: its baseline is NaN and refused here, never
+    taken as 0.
+
+    Example: rewards (1, 0, 0.5), baselines (0.5, 0.5, 0.5) -> (0.5, -0.5, 0).
+
+    Returns [R]. Raises ShapeError on differing shapes and NonFiniteError on a reward or baseline that is NaN
+    or infinite.
+    """
+    if rewards.dim() != 1 or rewards.shape != baselines.shape:
+        shapes = tuple(rewards.shape), tuple(baselines.shape)
+        raise ShapeError(f"rewards and baselines must both be [R]; got {shapes}")
+    require_finite(rewards, "rewards")
+    require_finite(baselines, "baselines (leave out groups whose greedy completion has no reward)")
+    return rewards - baselines
+
+
+def whiten(values: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-6) -> Tensor:
+    """Values shifted and scaled to mean 0 and standard deviation 1 over all tokens, for advantages of GAE
+    (advantage normalisation; Andrychowicz et al. 2021, "What matters for on-policy deep actor-critic methods?").
+
+        (x - mean(x)) / (std(x) + epsilon)
+
+    values  [N] or [B, T]: all tokens of the global batch
+    mask    bool, shape of values: only these count, the others become 0.0. None: all count
+
+    The standard deviation is the unbiased one (divisor N - 1), as in `group_relative_advantages` and verl;
+    OpenRLHF divides by N. All values equal, one value among them: exactly 0.0.
+
+    Example: (1, 2, 3): mean 2, std 1 -> (-1, 0, 1).
+
+    Returns the shape of values. Raises ShapeError on differing shapes and NonFiniteError on a NaN or infinity
+    inside the mask.
+    """
+    if mask is None:
+        mask = torch.ones_like(values, dtype=torch.bool)
+    if values.shape != mask.shape:
+        raise ShapeError(f"values and mask must share one shape; got {tuple(values.shape)} and {tuple(mask.shape)}")
+    inside = values[mask]
+    require_finite(inside, "values to whiten")
+    if not inside.numel() or bool(inside.min() == inside.max()):
+        return torch.zeros_like(values)
+    std, mean = torch.std_mean(inside)
+    return torch.where(mask, (values - mean) / (std + epsilon), 0.0)
+
+
+def _centred(rewards: Tensor, group_index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Rewards minus the mean of their group, [R], and the size of each group, [num_groups]."""
+    counts = torch.bincount(group_index, minlength=num_groups).to(rewards.dtype)
+    means = _group_sum(rewards, group_index, num_groups) / counts.clamp_min(1)
+    return rewards - means[group_index], counts
 
 
 def _group_sum(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from asyncrl.errors import ShapeError
+from asyncrl.algorithms.sequences import require_same_shape, sequence_means, sequence_sums
 
 # A ratio of e^20 is as good as infinite; without the bound float32 overflows at 88 and gradients become NaN.
 MAX_LOG_RATIO = 20.0
@@ -17,13 +17,11 @@ MAX_LOG_RATIO = 20.0
 
 def log_importance_ratios(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
     """log rho = log pi - log mu per token, [N]. Carries the gradient of logprobs. Raises ShapeError."""
-    if logprobs.shape != behaviour_logprobs.shape:
-        shapes = tuple(logprobs.shape), tuple(behaviour_logprobs.shape)
-        raise ShapeError(f"logprobs and behaviour_logprobs must share one shape; got {shapes}")
+    require_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
     return logprobs - behaviour_logprobs
 
 
-def truncated_ratios(log_ratios: Tensor, cap: float | None) -> Tensor:
+def truncated_ratios(log_ratios: Tensor, cap: float | Tensor | None) -> Tensor:
     """min(rho, cap), with the gradient of a truncated importance weight (TIS; Espeholt et al. 2018, section
     4.1).
 
@@ -34,19 +32,87 @@ def truncated_ratios(log_ratios: Tensor, cap: float | None) -> Tensor:
     the ratio is held below e^20 in the same way.
 
     log_ratios [N] from `log_importance_ratios`; -inf gives 0, NaN stays NaN, no value overflows.
+    cap        float, or [N] for a cap per token (`age_cap`); above 0
 
     Example: rho = (0.5, 1, 4), cap 2: value (0.5, 1, 2); d value / d log pi = (0.5, 1, 2).
     """
-    limit = MAX_LOG_RATIO if cap is None else min(math.log(cap), MAX_LOG_RATIO)
+    limit: float | Tensor
+    if isinstance(cap, Tensor):
+        require_same_shape(log_ratios=log_ratios, cap=cap)
+        limit = cap.to(log_ratios.dtype).log().clamp(max=MAX_LOG_RATIO)
+    else:
+        limit = MAX_LOG_RATIO if cap is None else min(math.log(cap), MAX_LOG_RATIO)
     excess = (log_ratios.detach() - limit).clamp(min=0.0)
     # inf - inf would be NaN: an infinite ratio is truncated like any other, its cause is reported by the
     # caller.
     return torch.exp(torch.where(torch.isposinf(excess), limit, log_ratios - excess))
 
 
-def truncated_importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
+def truncated_importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float | Tensor) -> Tensor:
     """TIS weights w = sg(min(pi / mu, cap)), [N], without gradient. Raises ShapeError."""
     return truncated_ratios(log_importance_ratios(logprobs, behaviour_logprobs).detach(), cap)
+
+
+def sequence_truncated_weights(
+    log_ratios: Tensor, sequence_index: Tensor, cap: float | Tensor, *, mean: bool = False
+) -> Tensor:
+    """Truncated importance weights of whole sequences, read off at every token, [N] without gradient.
+
+        w = min(exp(sum over the sequence of log rho), cap)       the ratio of the sequence; verl, SkyRL
+        w = min(exp(mean over the sequence of log rho), cap)      with `mean`: its geometric mean; AReaL
+
+    The sum is unbiased below the cap, and after some thousand tokens either near 0 or at the cap.
+
+    log_ratios      [N] log rho, detached here; one -inf makes its sequence 0, NaN or both infinities NaN
+    sequence_index  [N] int64, see `sequences`
+
+    Example: rho = (2, 2, 0.5), sequences (0, 0, 1), cap 3: (3, 3, 0.5); with mean: (2, 2, 0.5).
+
+    Raises ShapeError.
+    """
+    reduce = sequence_means if mean else sequence_sums
+    return truncated_ratios(reduce(log_ratios.detach(), sequence_index), cap)
+
+
+def interpolated_proximal_logprobs(logprobs: Tensor, behaviour_logprobs: Tensor, policy_ages: Tensor) -> Tensor:
+    """Proximal log-probs of decoupled PPO without a forward pass, by token age (A-3PO, 2512.06547).
+
+        log pi_p = log mu + a (log pi - log mu)        a = (v_p - v_mu) / (v_pi - v_mu) = d / (d + 1)
+
+    v_mu is the version that sampled the token, v_p the learner's, v_pi = v_p + 1 the one being made: d = v_p -
+    v_mu is the policy age. So a fresh token has pi_p = mu, and the ratio pi / pi_p = (pi / mu)^(1 / (d + 1))
+    of an old one is that of one step out of d + 1 equal ones.
+
+    logprobs, behaviour_logprobs  [N]; policy_ages [N] int64, >= 0
+
+    Example: log mu = -2, log pi = -1, ages (0, 1, 3): (-2, -1.5, -1.25).
+
+    Returns [N] without gradient. Raises ShapeError.
+    """
+    require_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs, policy_ages=policy_ages)
+    ages = policy_ages.to(logprobs.dtype)
+    share = ages / (ages + 1.0)
+    return behaviour_logprobs + share * (logprobs.detach() - behaviour_logprobs)
+
+
+def age_cap(cap: float, policy_ages: Tensor) -> Tensor:
+    """Cap of importance ratios that falls with the policy age d of a token: C(d) = 1 + (cap - 1) / (1 + d).
+
+    Our own schedule, not a published one: old ratios are noisier, so they may amplify less, down to 1.
+
+    Example: cap 3, ages (0, 1, 3): (3, 2, 1.5).  [N], float32.
+    """
+    return 1.0 + (cap - 1.0) / (1.0 + policy_ages)
+
+
+def age_clip(clip: float, policy_ages: Tensor) -> Tensor:
+    """Clip distance that falls with the policy age d of a token: eps(d) = clip / sqrt(1 + d).
+
+    Our own schedule, not a published one.
+
+    Example: clip 0.2, ages (0, 3, 8): (0.2, 0.1, 0.0667).  [N], float32.
+    """
+    return clip * torch.rsqrt(1.0 + policy_ages)
 
 
 def effective_sample_share(weights: Tensor) -> Tensor:

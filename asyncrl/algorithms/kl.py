@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from asyncrl.algorithms.corrections import MAX_LOG_RATIO
-from asyncrl.errors import ConfigError, ShapeError
+from asyncrl.algorithms.sequences import require_same_shape
+from asyncrl.errors import ConfigError, NonFiniteError
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -30,9 +33,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str = "
 
     Returns [...]. Raises ShapeError when shapes differ, ConfigError for an unknown estimator.
     """
-    if logprobs.shape != reference_logprobs.shape:
-        shapes = tuple(logprobs.shape), tuple(reference_logprobs.shape)
-        raise ShapeError(f"logprobs and reference_logprobs must share one shape; got {shapes}")
+    require_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
     difference = reference_logprobs - logprobs
     if estimator == "k1":
         return -difference
@@ -43,3 +44,25 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str = "
     if estimator == "abs":
         return difference.abs()
     raise ConfigError(f"KL estimator {estimator!r} is not one of {', '.join(KL_ESTIMATORS)}")
+
+
+def adapted_kl_coef(coef: float, kl: float, target: float, *, horizon_steps: float = 10.0) -> float:
+    """Weight of the KL for the next step, so that the KL comes near its target (Ziegler et al. 2019, section
+    2.2).
+
+        e = clip(kl / target - 1, -0.2, 0.2)        coef' = coef (1 + e / horizon_steps)
+
+    kl, target     nats per token, of this step and wanted; target > 0
+    horizon_steps  optimizer steps; 10 is the paper's K_beta = 0.1. A step changes coef by 2 % at most then
+
+    Estimators that may be negative are welcome: below the target is below the target.
+
+    Example: coef 0.1, target 0.05: kl 0.055 -> 0.101, kl 0.5 -> 0.102, kl 0 -> 0.098.
+
+    Raises NonFiniteError when kl is NaN or infinite: a coefficient once NaN would stay so.
+    """
+    assert target > 0.0 and horizon_steps > 0.0, (target, horizon_steps)
+    if not math.isfinite(kl):
+        raise NonFiniteError(f"KL to the reference policy is {kl}; its coefficient cannot be adapted to it")
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coef * (1.0 + error / horizon_steps)

@@ -1,8 +1,8 @@
-"""Policy losses per token, and their aggregation over the global batch.
+"""Per-token losses become one number for the global batch; sums of micro-batches become those of the batch.
 
 Completion tokens come flat, [N], as `replay.packing` lays them out: there is no padding here and so no mask.
-Losses return one value per token together with `Sums`: detached scalars that add up over micro-batches
-(`merge_sums`).
+`policy_losses` makes the losses. `Sums` are detached tensors that add up over micro-batches (`merge_sums`)
+and ranks; they leave the device once per step (`sums_to_floats`).
 """
 
 from __future__ import annotations
@@ -10,73 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.corrections import MAX_LOG_RATIO, log_importance_ratios, truncated_ratios
-from asyncrl.errors import ConfigError, ShapeError
+from asyncrl.algorithms.corrections import MAX_LOG_RATIO
+from asyncrl.algorithms.sequences import require_same_shape, sequence_sums
+from asyncrl.errors import ConfigError
 
 Sums = dict[str, Tensor]
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-
-
-def ppo_clip_loss(
-    logprobs: Tensor,
-    behaviour_logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    clip_low: float | Tensor,
-    clip_high: float | Tensor,
-    ratio_cap: float | None = None,
-    dual_clip: float | None = None,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, Sums]:
-    """PPO clipped surrogate (Schulman et al. 2017, eq. 7) with a truncated importance ratio, per token.
-
-    With mu the policy that sampled the token, r = pi / mu and r_C = `truncated_ratios`(r, ratio_cap):
-
-        loss = max(-r_C A, -clip(r_C, 1 - clip_low, 1 + clip_high) A)
-        A < 0 and dual_clip = c:  loss = min(loss, -c A)                      (Ye et al. 2020, eq. 5)
-
-    How clip and cap share the work, as the weight of A * d log pi in the gradient:
-
-                 r < 1 - clip_low    inside    1 + clip_high < r <= C    r > C
-        A > 0           r              r                 0                 0
-        A < 0           0              r                 r                 C    (dual clip: 0 from c on)
-
-    PPO's clip is one-sided: for A < 0 it leaves the ratio unbounded above, and one stale token can own the
-    gradient. The cap (above 1 + clip_high as a rule) bounds it there only, and keeps the gradient.
-    Taking the ratio against mu, not against the policy at the start of the step, makes the clip a trust
-    region around what was sampled: with one optimizer step per batch the latter ratio is 1 and clips nothing.
-
-    Decoupled PPO (Hilton et al. 2021, eq. 8) is the same function: give the proximal log-probs as
-    `behaviour_logprobs` and sg(min(pi_prox / mu, C)) as `weights`, which multiply the loss.
-
-    logprobs            [N] under the policy being trained; carries the gradient
-    behaviour_logprobs  [N] recorded by the generator when it sampled the token
-    advantages          [N]; clip_low, clip_high, float or [N]; weights [N] without gradient
-
-    Example: A = (1, -1, -1), r = (1.5, 0.5, 4), clip 0.2 / 0.2, cap 2: loss = (-1.2, 0.8, 2).
-
-    Returns (losses [N], sums). Sums: tokens, ratio_sum, ratio_square_sum, ratio_max, clipped (tokens whose
-    gradient the clip switched off), capped, log_ratio_sum, log_ratio_abs_sum; ratios there are before the
-    cap. Raises ShapeError on differing shapes. Looks at no value (that would wait for the device): NaN stays
-    NaN; check inputs with `require_finite`.
-    """
-    _same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs, advantages=advantages)
-    log_ratios = log_importance_ratios(logprobs, behaviour_logprobs)
-    ratios = truncated_ratios(log_ratios, ratio_cap)
-    plain = -ratios * advantages
-    clipped = -torch.clamp(ratios, 1.0 - clip_low, 1.0 + clip_high) * advantages
-    losses = torch.maximum(plain, clipped)
-    is_clipped = clipped > plain
-    if dual_clip is not None:
-        bound = -dual_clip * advantages
-        is_bounded = (advantages < 0) & (bound < losses)
-        losses = torch.where(is_bounded, bound, losses)
-        is_clipped = is_clipped | is_bounded
-    if weights is not None:
-        _same_shape(logprobs=logprobs, weights=weights)
-        losses = losses * weights
-    return losses, _ratio_sums(log_ratios.detach(), is_clipped, ratio_cap)
 
 
 def aggregate_loss(
@@ -102,13 +42,16 @@ def aggregate_loss(
     num_tokens, num_sequences   of the global batch: all ranks, all micro-batches
     max_tokens      the constant length of the last mode
 
+    Masked tokens have loss 0 and still count in every denominator, as in AReaL: a mask never makes the tokens
+    that stay louder.
+
     Example: losses (1, 2, 3), sequences (0, 0, 1), alone: token-mean 2, seq-mean-token-mean (1.5 + 3) / 2 =
     2.25.
 
     Returns a scalar; 0 (with a graph) for N = 0. Raises ShapeError on differing shapes, ConfigError for an
     unknown mode.
     """
-    _same_shape(losses=losses, sequence_index=sequence_index)
+    require_same_shape(losses=losses, sequence_index=sequence_index)
     if mode == "token-mean":
         return losses.sum() / num_tokens
     if mode == "seq-mean-token-sum":
@@ -117,14 +60,46 @@ def aggregate_loss(
         assert max_tokens, "seq-mean-token-sum-norm divides by max_tokens"
         return losses.sum() / (num_sequences * max_tokens)
     if mode == "seq-mean-token-mean":
-        lengths = torch.bincount(sequence_index)
-        return (losses / lengths[sequence_index]).sum() / num_sequences
+        lengths = sequence_sums(torch.ones_like(losses), sequence_index)
+        return (losses / lengths).sum() / num_sequences
     raise ConfigError(f"loss aggregation {mode!r} is not one of {', '.join(AGGREGATIONS)}")
 
 
+def ratio_sums(log_ratios: Tensor, is_clipped: Tensor, *, cap: float | Tensor | None = None) -> Sums:
+    """What is measured of the importance ratios of one micro-batch, whatever its loss.
+
+    log_ratios  [N] without gradient: log pi - log mu
+    is_clipped  [N] bool, as a policy loss returns it
+    cap         float or [N]: where ratios are truncated, if they are
+
+    Ratios here are before the cap, held below e^20.
+
+    Example: r = (1.5, 0.5, 4), cap 2, the first two clipped: tokens 3, ratio_sum 6, ratio_square_sum 18.5,
+    ratio_max 4, clipped 2, capped 1.
+
+    Returns scalars: tokens, ratio_sum, ratio_square_sum, ratio_max (absent for N = 0), clipped, log_ratio_sum,
+    log_ratio_abs_sum, and capped with a cap. NaN stays NaN. Raises ShapeError on differing shapes.
+    """
+    require_same_shape(log_ratios=log_ratios, is_clipped=is_clipped)
+    ratios = log_ratios.clamp(max=MAX_LOG_RATIO).exp()
+    sums = {
+        "tokens": ratios.new_tensor(float(ratios.numel())),
+        "ratio_sum": ratios.sum(),
+        "ratio_square_sum": ratios.square().sum(),
+        "clipped": is_clipped.sum(dtype=ratios.dtype),
+        "log_ratio_sum": log_ratios.sum(),
+        "log_ratio_abs_sum": log_ratios.abs().sum(),
+    }
+    if cap is not None:
+        sums["capped"] = (ratios > cap).sum(dtype=ratios.dtype)
+    if ratios.numel():
+        sums["ratio_max"] = ratios.max()
+    return sums
+
+
 def merge_sums(total: Sums, part: Sums) -> Sums:
-    """Adds the sums of one micro-batch to those so far; keys ending in `_max` keep the larger. Returns a new
-    dict.
+    """Adds the sums of one micro-batch to those so far, elementwise; keys ending in `_max` keep the larger.
+    Returns a new dict.
     """
     merged = dict(total)
     for name, value in part.items():
@@ -137,24 +112,13 @@ def merge_sums(total: Sums, part: Sums) -> Sums:
     return merged
 
 
-def _ratio_sums(log_ratios: Tensor, is_clipped: Tensor, ratio_cap: float | None) -> Sums:
-    ratios = log_ratios.clamp(max=MAX_LOG_RATIO).exp()
-    sums = {
-        "tokens": ratios.new_tensor(float(ratios.numel())),
-        "ratio_sum": ratios.sum(),
-        "ratio_square_sum": ratios.square().sum(),
-        "clipped": is_clipped.sum(dtype=ratios.dtype),
-        "log_ratio_sum": log_ratios.sum(),
-        "log_ratio_abs_sum": log_ratios.abs().sum(),
-    }
-    if ratio_cap is not None:
-        sums["capped"] = (ratios > ratio_cap).sum(dtype=ratios.dtype)
-    if ratios.numel():
-        sums["ratio_max"] = ratios.max()
-    return sums
-
-
-def _same_shape(**tensors: Tensor) -> None:
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ShapeError(f"these must share one shape [N]: {shapes}")
+def sums_to_floats(sums: Sums) -> dict[str, float | list[float]]:
+    """Scalars as floats and vectors as lists, with one transfer from the device for all of them."""
+    if not sums:
+        return {}
+    flat = torch.cat([value.detach().double().reshape(-1) for value in sums.values()]).tolist()
+    floats: dict[str, float | list[float]] = {}
+    for name, value in sums.items():
+        floats[name] = flat[: value.numel()] if value.dim() else flat[0]
+        flat = flat[value.numel() :]
+    return floats

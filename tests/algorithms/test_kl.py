@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from asyncrl.algorithms.kl import KL_ESTIMATORS, kl_estimate
-from asyncrl.errors import ConfigError, ShapeError
+from asyncrl.algorithms.kl import KL_ESTIMATORS, adapted_kl_coef, kl_estimate
+from asyncrl.errors import ConfigError, NonFiniteError, ShapeError
 
 LOGPROBS = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
 REFERENCE = torch.tensor([-1.0, -2.0, 0.0], dtype=torch.float64)
@@ -74,3 +74,29 @@ def test_differing_shapes_and_unknown_names_are_refused():
         kl_estimate(LOGPROBS, REFERENCE[:2])
     with pytest.raises(ConfigError, match="'k4' is not one of k1, k2, k3, abs"):
         kl_estimate(LOGPROBS, REFERENCE, "k4")
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(0.055, 0.101), (0.05, 0.1), (0.045, 0.099), (0.5, 0.102), (0.0, 0.098), (-1.0, 0.098)],
+)
+def test_the_kl_coefficient_by_hand(kl, expected):
+    assert adapted_kl_coef(0.1, kl, 0.05) == pytest.approx(expected)
+
+
+def test_a_longer_horizon_moves_the_coefficient_less():
+    assert adapted_kl_coef(0.1, 0.5, 0.05, horizon_steps=100) == pytest.approx(0.1002)
+
+
+@pytest.mark.parametrize("start", [1e-3, 10.0])
+def test_the_controller_brings_a_kl_that_answers_it_to_its_target(start):
+    coef = start
+    for _ in range(2000):
+        coef = adapted_kl_coef(coef, 0.01 / coef, 0.05)
+    assert 0.01 / coef == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf, -math.inf])
+def test_a_kl_that_is_no_number_adapts_nothing(kl):
+    with pytest.raises(NonFiniteError, match="cannot be adapted"):
+        adapted_kl_coef(0.1, kl, 0.05)

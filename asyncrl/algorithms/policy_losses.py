@@ -1,0 +1,237 @@
+"""Policy losses, one value per token. Minimise them; `losses.aggregate_loss` makes one number of them.
+
+What all of them share. Tokens come flat, [N]; pi is the policy being trained, mu the one the ratio r = pi / mu
+is taken against: the policy that sampled the token, or the proximal one of decoupled PPO.
+
+    logprobs      [N] log pi; carries the gradient
+    old_logprobs  [N] log mu, without gradient
+    advantages    [N], without gradient; a whole completion shares one, or each token has its own
+    weights       [N] or None, without gradient: multiplies the losses. Correction weights and masks; 0 leaves
+                  a token out
+    clip_low, clip_high, ratio_cap   float, or [N] when older tokens get less room
+
+They look at no value (that would wait for the device). Ratios are held below e^20, so log-ratios of any size,
++-inf too, give finite ratios. NaN stays NaN, under a weight of 0 too: check inputs with `require_finite`.
+log pi = -inf is ratio 0 in `ppo_clip_loss` and `gspo_loss`; the others, and the token gradient of GSPO, need
+log pi itself and give a loss that is not finite.
+
+All raise ShapeError when shapes differ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from asyncrl.algorithms.corrections import log_importance_ratios, truncated_ratios
+from asyncrl.algorithms.sequences import require_same_shape, sequence_means
+from asyncrl.errors import ConfigError
+
+GSPO_GRADIENTS = ("sequence", "token")
+
+
+class PolicyLoss(NamedTuple):
+    """losses [N] with the gradient; is_clipped [N] bool, where the loss's own bound acted on a token: its
+    gradient is off (ppo_clip, gspo), or its weight is held at the bound (cispo, reinforce, topr). Weights do
+    not count, nor does the cap of ppo_clip and gspo: see `losses.ratio_sums`.
+    """
+
+    losses: Tensor
+    is_clipped: Tensor
+
+
+def ppo_clip_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    ratio_cap: float | Tensor | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+) -> PolicyLoss:
+    """PPO clipped surrogate (Schulman et al. 2017, eq. 7) with a truncated importance ratio, per token.
+
+    With r_C = `truncated_ratios`(r, ratio_cap):
+
+        loss = max(-r_C A, -clip(r_C, 1 - clip_low, 1 + clip_high) A)
+        A < 0 and dual_clip = c:  loss = min(loss, -c A)                      (Ye et al. 2020, eq. 5)
+
+    How clip and cap share the work, as the weight of A * d log pi in the gradient:
+
+                 r < 1 - clip_low    inside    1 + clip_high < r <= C    r > C
+        A > 0           r              r                 0                 0
+        A < 0           0              r                 r                 C    (dual clip: 0 from c on)
+
+    PPO's clip is one-sided: for A < 0 it leaves the ratio unbounded above, and one stale token can own the
+    gradient. The cap (above 1 + clip_high as a rule) bounds it there only, and keeps the gradient.
+    Taking the ratio against the policy that sampled, not against that at the start of the step, makes the
+    clip a trust region around what was sampled: with one optimizer step per batch the latter ratio is 1 and
+    clips nothing.
+
+    Decoupled PPO (Hilton et al. 2021, eq. 8) is the same function: give the proximal log-probs as
+    `old_logprobs` and sg(min(pi_prox / mu, C)) as `weights`.
+
+    Peers: dual clip is always on in verl (c = 3) and off by default in AReaL and here; TRL's `delta` caps the
+    unclipped ratio for either sign, which for A > 0 changes nothing above 1 + clip_high.
+
+    Example: A = (1, -1, -1), r = (1.5, 0.5, 4), clip 0.2 / 0.2, cap 2: losses (-1.2, 0.8, 2), the first two
+    clipped.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    ratios = truncated_ratios(log_importance_ratios(logprobs, old_logprobs), ratio_cap)
+    losses, is_clipped = _clipped_surrogate(ratios, advantages, clip_low, clip_high)
+    if dual_clip is not None:
+        bound = -dual_clip * advantages
+        is_bounded = (advantages < 0) & (bound < losses)
+        losses = torch.where(is_bounded, bound, losses)
+        is_clipped = is_clipped | is_bounded
+    return PolicyLoss(_weighted(losses, weights), is_clipped)
+
+
+def gspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    sequence_index: Tensor,
+    *,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    ratio_cap: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    gradient: str = "sequence",
+) -> PolicyLoss:
+    """GSPO: PPO's clip on one ratio per sequence (Zheng et al. 2025, eqs. 5 and 7).
+
+        s = exp(mean over the sequence of log r)        loss = max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A)
+
+    sequence_index  [N] int64, see `sequences`
+    ratio_cap       truncates s as it truncates r in `ppo_clip_loss`
+    gradient        "sequence": s is differentiated, so a token's loss moves all tokens of its sequence
+                    (eq. 10; TRL, AReaL). "token": s_t = sg(s) pi_t / sg(pi_t), so it moves its own token
+                    alone (GSPO-token, eq. 14; verl). Values are equal always; gradients are as long as all
+                    tokens of a sequence have one advantage and one weight.
+
+    A weight of 0 takes a token's loss out, not its part in s. The paper clips at 3e-4 / 4e-4 and averages by
+    seq-mean-token-mean; with old rollouts such a clip silences most sequences, see is_clipped.
+
+    Example: sequences (0, 0, 1), r = (0.5, 2, 1.5), A = 1, clip 0.2 / 0.2: s = (1, 1, 1.5), losses (-1, -1,
+    -1.2), the third clipped.
+
+    Raises ConfigError for an unknown gradient.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    mean_log_ratios = sequence_means(log_importance_ratios(logprobs, old_logprobs), sequence_index)
+    if gradient == "token":
+        mean_log_ratios = mean_log_ratios.detach() + (logprobs - logprobs.detach())
+    elif gradient != "sequence":
+        raise ConfigError(f"GSPO gradient {gradient!r} is not one of {', '.join(GSPO_GRADIENTS)}")
+    ratios = truncated_ratios(mean_log_ratios, ratio_cap)
+    losses, is_clipped = _clipped_surrogate(ratios, advantages, clip_low, clip_high)
+    return PolicyLoss(_weighted(losses, weights), is_clipped)
+
+
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float | Tensor | None,
+    clip_high: float | Tensor,
+    weights: Tensor | None = None,
+) -> PolicyLoss:
+    """CISPO: the clipped ratio is a weight, and every token keeps its gradient (MiniMax-M1 2025, eqs. 4 and 5).
+
+        loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi
+
+    clip_low  None for no floor, as MiniMax-M1 trained it and TRL has it
+
+    Bounds are distances from 1, as in verl and the paper: TRL's `epsilon_high` 5 is clip_high 4 here.
+
+    Example: log pi = -1, A = (1, 1, -1), r = (0.5, 1, 8), clip_high 4. No floor: losses (0.5, 1, -5), the
+    third clipped; with clip_low 0.2: (0.8, 1, -5), the first and the third.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    ratios = truncated_ratios(log_importance_ratios(logprobs, old_logprobs).detach(), None)
+    bounded = ratios.clamp(max=1.0 + clip_high)
+    if clip_low is not None:
+        bounded = bounded.clamp(min=1.0 - clip_low)
+    is_clipped = (bounded < ratios) | (bounded > ratios)
+    return PolicyLoss(_weighted(-bounded * advantages * logprobs, weights), is_clipped)
+
+
+def reinforce_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    ratio_cap: float | Tensor | None,
+    importance: bool = True,
+    weights: Tensor | None = None,
+) -> PolicyLoss:
+    """REINFORCE (Williams 1992) with truncated importance weights; with a cap in [2, 10] it is AIPO (Wu et al.
+    2025, LlamaRL, 2505.24034).
+
+        loss = -sg(min(r, ratio_cap)) A log pi
+        loss = -A log pi                            without `importance`: old rollouts are taken for new ones
+
+    ratio_cap  None truncates nothing (below e^20); not looked at without `importance`
+
+    One-sided, like CISPO without a floor: a ratio below 1 already quiets its token.
+
+    Example: log pi = -1, A = (1, 1, -1), r = (0.5, 1, 8), cap 5: losses (0.5, 1, -5), the third clipped.
+    Without importance: (1, 1, -1).
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    log_ratios = log_importance_ratios(logprobs, old_logprobs).detach()
+    if not importance:
+        is_clipped = torch.zeros_like(log_ratios, dtype=torch.bool)
+        return PolicyLoss(_weighted(-advantages * logprobs, weights), is_clipped)
+    truncated = truncated_ratios(log_ratios, ratio_cap)
+    is_clipped = truncated < truncated_ratios(log_ratios, None)
+    return PolicyLoss(_weighted(-truncated * advantages * logprobs, weights), is_clipped)
+
+
+def topr_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    weights: Tensor | None = None,
+) -> PolicyLoss:
+    """TOPR: tapered off-policy REINFORCE (Le Roux et al. 2025, 2503.14286, the canonical form).
+
+        A > 0   loss = -A log pi                       good completions count in full, however old they are
+        else    loss = -sg(clip(r, 0, 1)) A log pi     bad ones fade as the policy leaves them behind
+
+    The paper takes the ratio of the whole completion; it is the token's here, as in ROLL, since a product
+    over thousands of tokens is 0 or infinite.
+
+    Example: log pi = -1, A = (1, -1, -1), r = (0.5, 0.5, 8): losses (1, -0.5, -1), the third clipped.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    log_ratios = log_importance_ratios(logprobs, old_logprobs).detach()
+    is_good = advantages > 0
+    tapered = torch.where(is_good, 1.0, truncated_ratios(log_ratios, 1.0))
+    is_clipped = ~is_good & (log_ratios > 0)
+    return PolicyLoss(_weighted(-tapered * advantages * logprobs, weights), is_clipped)
+
+
+def _clipped_surrogate(
+    ratios: Tensor, advantages: Tensor, clip_low: float | Tensor, clip_high: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    plain = -ratios * advantages
+    # One bound at a time: torch.clamp takes two numbers or two tensors, not one of each.
+    clipped = -ratios.clamp(min=1.0 - clip_low).clamp(max=1.0 + clip_high) * advantages
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def _weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return losses
+    require_same_shape(losses=losses, weights=weights)
+    assert not weights.requires_grad, "weights are constants of the loss"
+    return losses * weights
