@@ -108,13 +108,17 @@ class EngineUnderTest:
         await root
         return group
 
-    async def stage(self, *, only: Any = None, tamper: Any = None) -> int:
-        """Stage the model's weights as the next version; `tamper` may change the manifest on its way."""
+    async def stage(self, *, only: Any = None, tamper: Any = None, buffer: Any = None) -> int:
+        """Stage the model's weights as the next version, or those of `buffer`, a SnapshotBuffer.
+
+        `tamper` may change the manifest on its way.
+        """
         from asyncrl.transport.weight_group import SnapshotBuffer
 
         version, self.next_version = self.next_version, self.next_version + 1
-        named = [(n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if not only or only(n)]
-        buffer = SnapshotBuffer(named, bucket_bytes=64 * 1024)
+        if buffer is None:
+            named = [(n, p) for n, p in self.model.named_parameters(remove_duplicate=False) if not only or only(n)]
+            buffer = SnapshotBuffer(named, bucket_bytes=64 * 1024)
         buffer.snapshot()
         manifest = buffer.manifest(version)
         group = await self.open_group(version)
@@ -132,9 +136,9 @@ class EngineUnderTest:
         randomize(self.model, seed)
         return await self.stage()
 
-    async def sync(self) -> int:
-        """A full weight sync: afterwards the engine samples from the model's weights."""
-        version = await self.stage()
+    async def sync(self, buffer: Any = None) -> int:
+        """A weight sync: afterwards the engine samples from the model's weights, or from those of `buffer`."""
+        version = await self.stage(buffer=buffer)
         await self.engine.swap_weights(version, 20.0)
         return version
 

@@ -42,10 +42,15 @@ TORCH_PREFIXES = (
     "asyncrl.generator.",
     "asyncrl.transport.weight_",
     "asyncrl.learner.checkpoint",
+    "asyncrl.learner.critic",
     "asyncrl.learner.model",
+    "asyncrl.learner.objective",
     "asyncrl.learner.optimizer_step",
+    "asyncrl.learner.preparation",
     "asyncrl.learner.publisher",
+    "asyncrl.learner.step_metrics",
     "asyncrl.learner.trainer",
+    "asyncrl.learner.updates",
 )
 HEAVY_LIBRARIES = ["torch", "vllm", "transformers"]
 
@@ -306,7 +311,7 @@ def test_every_imported_library_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + project["optional-dependencies"]["cuda"]
     declared = {re.split(r"[^A-Za-z0-9_-]", requirement)[0].lower() for requirement in requirements}
-    distribution_of = {"zmq": "pyzmq", "yaml": "pyyaml"}  # where the names differ
+    distribution_of = {"zmq": "pyzmq", "yaml": "pyyaml", "math_verify": "math-verify"}  # where the names differ
     imported = third_party_imports(PACKAGE)
     assert "torch" in imported
     assert {lib: by for lib, by in imported.items() if distribution_of.get(lib, lib) not in declared} == {}

@@ -13,6 +13,7 @@ from typing import Any
 from asyncrl.addresses import ip_address, is_loopback, is_wildcard, split_address
 from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, shown, value_of
+from asyncrl.config.method_checks import METHOD_RULES
 from asyncrl.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -99,17 +100,6 @@ def _completion_leaves_room_for_a_prompt(config: Config) -> str | None:
     return (
         f"sampling.max_new_tokens={new} leaves no room for a prompt in model.max_length={longest}; "
         f"lower the first or raise the second"
-    )
-
-
-def _groups_can_be_compared(config: Config) -> str | None:
-    if config.algorithm.name != "grpo" or config.sampling.group_size >= 2:
-        return None
-    return (
-        f"sampling.group_size={config.sampling.group_size} with algorithm.name=grpo: an advantage is the "
-        "reward minus "
-        f"the mean of its group, so a group of one teaches nothing; set sampling.group_size to 2 or more (8 "
-        "is usual)"
     )
 
 
@@ -262,7 +252,6 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _model_is_given,
     _task_is_an_import_path,
     _completion_leaves_room_for_a_prompt,
-    _groups_can_be_compared,
     _engine_holds_one_group,
     _sequence_fits_micro_batch,
     _betas_are_a_pair,
@@ -275,6 +264,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _curve_keys_come_in_pairs,
     _open_addresses_are_authenticated,
     _nccl_has_gpus,
+    *METHOD_RULES,
 )
 
 

@@ -42,6 +42,7 @@ class Key:
             bool: "true or false",
             list[int]: "list of integers",
             list[float]: "list of numbers",
+            list[str]: "list of texts",
         }
         return names.get(self.type, "mapping")
 

@@ -1,4 +1,4 @@
-"""Loads the configuration: defaults < YAML file < `key=value` on the command line.
+"""Loads the configuration: defaults < what algorithm.name sets < YAML file < `key=value` on the command line.
 
     config = load_config("configs/quickstart.yaml", ["run.steps=20", "learner.cpus=[0]"])
 
@@ -20,9 +20,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from asyncrl.config import Config
+from asyncrl.config import AlgorithmConfig, Config
 from asyncrl.config.checks import check, check_values, raise_all
 from asyncrl.config.keys import Key, keys, sections
+from asyncrl.config.methods import METHODS
 from asyncrl.errors import ConfigError
 
 __all__ = ["check", "load_config", "to_yaml"]
@@ -50,6 +51,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         assignments.extend(_from_override(override))
     raise_all([problem for one in assignments if (problem := _unknown(one))])
 
+    assignments = [*_from_method(assignments), *assignments]
     merged = OmegaConf.structured(Config)
     raise_all([problem for one in assignments if (problem := _apply(merged, one))])
     origins = {_known(one.key).name: one.place for one in assignments}
@@ -106,6 +108,14 @@ def _from_override(override: str) -> Iterator[_Assignment]:
             f"{override!r} (command line): the value is not valid YAML; quote it: {key}=\"'...'\""
         ) from None
     yield from (_Assignment(name, value, COMMAND_LINE) for name, value in _flatten(key, parsed["value"]))
+
+
+def _from_method(assignments: Sequence[_Assignment]) -> Iterator[_Assignment]:
+    """What the method's name stands for. An unknown name sets nothing and is reported with the other values."""
+    names = [one.value for one in assignments if one.key == "algorithm.name"]
+    name = names[-1] if names else AlgorithmConfig.name
+    for key, value in METHODS.get(str(name), {}).items():
+        yield _Assignment(f"algorithm.{key}", value, f" (algorithm.name={name})")
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -165,12 +175,14 @@ def _unknown(assignment: _Assignment) -> str | None:
 
 
 def nearest_key(name: str) -> str:
-    """The valid dotted key most like `name`; one with the same last word in another section comes first."""
+    """The valid dotted key most like `name`; one with the same last word, or its initials, comes first."""
+    word = name.rpartition(".")[2]
+    initials = "".join(part[0] for part in word.split("_") if part)
 
     def likeness(candidate: str) -> float:
-        ratio = difflib.SequenceMatcher(None, name, candidate).ratio()
-        same_word = name.rpartition(".")[2] == candidate.rpartition(".")[2]
-        return ratio + same_word
+        own_word = candidate.rpartition(".")[2]
+        ratio = difflib.SequenceMatcher(None, name, candidate if "." in name else own_word).ratio()
+        return ratio + (own_word in (word, initials))
 
     return max(_keys_by_name(), key=likeness)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncrl.config.methods import METHODS
+
 
 def key(default: Any, sentence: str, **checks: Any) -> Any:
     """Declares one key: its default, its sentence, and its checks (`choices`, `minimum`, `above`, `maximum`).
@@ -63,6 +65,16 @@ class TaskConfig:
 
 
 @dataclass
+class RewardConfig:
+    """What the reward is made of, besides what the task returns: the sum of named parts, each with its weight."""
+
+    parts: dict[str, Any] = key(
+        {}, "Further parts by name, each a mapping with its kind and arguments; asyncrl.tasks.parts documents them."
+    )
+    weights: dict[str, Any] = key({}, "Weight of a part, the task's own included; 1 where none is given.")
+
+
+@dataclass
 class SamplingConfig:
     """How completions are sampled. Temperature only: recorded log-probs are those of the policy itself."""
 
@@ -77,17 +89,116 @@ class SamplingConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """How rollouts become a gradient."""
+    """How rollouts become a gradient. algorithm.name sets all of it; each key can be set besides."""
 
-    name: str = key("grpo", "The policy-gradient method.", choices=["grpo"])
+    name: str = key("grpo", "The method: values for the other keys of this section.", choices=list(METHODS))
+    advantage: str = key(
+        "group",
+        "Reward against what: the group's mean, the mean of the others (rloo), the batch (reinforce_pp), the group and "
+        "then the batch (reinforce_pp_baseline), a greedy completion (remax), a critic (gae).",
+        choices=["group", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax", "gae"],
+    )
     normalize_std: bool = key(True, "Divide group-relative advantages by the group's standard deviation.")
-    clip_low: float = key(0.2, "PPO clip: the ratio may fall to 1 - clip_low.", above=0.0, maximum=1.0)
-    clip_high: float = key(0.28, "PPO clip: the ratio may rise to 1 + clip_high.", above=0.0)
-    tis_cap: float = key(2.0, "Truncated importance sampling: weight of a token never above this.", minimum=1.0)
-    kl_coef: float = key(
-        0.0, "Weight of the KL to the frozen reference policy in the loss; 0 loads no reference.", minimum=0.0
+    dynamic_sampling: bool = key(
+        False, "Groups whose rewards are all equal are not trained on; other prompts are leased in their place."
+    )
+    gamma: float = key(1.0, "Discount per token, with a critic.", above=0.0, maximum=1.0)
+    lam: float = key(0.95, "Lambda of generalised advantage estimation, with a critic.", minimum=0.0, maximum=1.0)
+    value_targets: str = key(
+        "vtrace",
+        "Targets of the critic and advantages from it: gae takes old rollouts for new ones, is_gae weights its sum by "
+        "importance ratios, vtrace corrects targets and advantages.",
+        choices=["gae", "is_gae", "vtrace"],
+    )
+    rho_bar: float = key(1.0, "V-trace: importance ratios are truncated here.", above=0.0)
+    c_bar: float = key(1.0, "V-trace and is_gae: ratios of later tokens are truncated here.", above=0.0)
+    loss: str = key("ppo_clip", "The policy loss.", choices=["ppo_clip", "gspo", "cispo", "reinforce", "topr"])
+    aggregation: str = key(
+        "token-mean",
+        "How token losses become one: the norm of seq-mean-token-sum-norm is sampling.max_new_tokens.",
+        choices=["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"],
+    )
+    clip_low: float = key(0.2, "Clip: the ratio may fall to 1 - clip_low.", above=0.0, maximum=1.0)
+    clip_high: float = key(0.28, "Clip: the ratio may rise to 1 + clip_high.", above=0.0)
+    dual_clip: float = key(
+        0.0, "Dual clip: loss of a bad token is at most this times its advantage, 3 is usual; 0 = off.", minimum=0.0
+    )
+    proximal: str = key(
+        "behaviour",
+        "The ratio is taken against: the policy that sampled (behaviour), the one at the start of the step "
+        "(recomputed, one more forward pass), or between them by token age (interpolated).",
+        choices=["behaviour", "recomputed", "interpolated"],
+    )
+    correction: str = key(
+        "tis",
+        "Importance weight of old rollouts: truncated per token (tis), per sequence (sequence_tis), or none.",
+        choices=["tis", "sequence_tis", "none"],
+    )
+    tis_cap: float = key(2.0, "Truncated importance sampling: no weight is above this.", minimum=1.0)
+    masks: list[str] = key(
+        [],
+        "What is left out of the loss: tokens whose ratio leaves the band (band, as in IcePop), sequences whose mean "
+        "ratio does (sequence_band), bad sequences that drifted (opsm), the largest log-ratios (second_moment).",
+        choices=["band", "sequence_band", "opsm", "second_moment"],
+    )
+    mask_low: float = key(0.5, "Lower end of the band of ratios that masks keep.", minimum=0.0, maximum=1.0)
+    mask_high: float = key(5.0, "Upper end of the band of ratios that masks keep.", minimum=1.0)
+    opsm_delta: float = key(0.5, "opsm: nats per token that a bad sequence may have drifted.", above=0.0)
+    second_moment: float = key(
+        0.04, "second_moment: largest mean of squared log-ratios among the tokens that stay.", above=0.0
+    )
+    age_schedule: str = key(
+        "none",
+        "Older tokens get less room: a lower tis_cap (cap), a narrower clip (clip), or neither.",
+        choices=["none", "cap", "clip"],
+    )
+    kl_coef: float = key(0.0, "Weight of the KL to the reference policy; 0 loads no reference.", minimum=0.0)
+    kl_in: str = key("loss", "Where the KL counts: in the loss, or in the reward.", choices=["loss", "reward"])
+    kl_estimator: str = key("k3", "Estimator of the KL.", choices=["k1", "k2", "k3", "abs"])
+    kl_target: float = key(
+        0.0, "Adapt kl_coef so that the KL stays near this, in nats per token; 0 = kl_coef is fixed.", minimum=0.0
     )
     entropy_coef: float = key(0.0, "Weight of the entropy bonus.", minimum=0.0)
+    i_know: bool = key(False, "Start with a combination that is known to collapse.")
+
+
+@dataclass
+class CriticConfig:
+    """The value model, used when algorithm.advantage=gae."""
+
+    trunk: str = key(
+        "own", "A model of its own, or the actor's hidden states under a head of its own.", choices=["own", "shared"]
+    )
+    path: str = key("", "Folder of the model that an own trunk starts from; empty = model.path.")
+    lr: float = key(1e-5, "AdamW learning rate of the critic.", above=0.0)
+    warmup_steps: int = key(0, "First steps, in which the critic is trained and the actor is not.", minimum=0)
+    coef: float = key(0.5, "shared: weight of the value loss in the actor's hidden states.", minimum=0.0)
+    value_clip: float = key(
+        0.2, "A value may move this far from the one before the step; 0 = as it likes.", minimum=0.0
+    )
+    loss: str = key("mse", "Loss of the values.", choices=["mse", "huber"])
+
+
+@dataclass
+class UpdateConfig:
+    """Which parameters of the actor are trained. The others cost no optimizer state and no sync bytes."""
+
+    what: str = key(
+        "full",
+        "All parameters, low-rank adapters (lora), or those named (partial).",
+        choices=["full", "lora", "partial"],
+    )
+    names: list[str] = key([], "partial: parameters to train, by shell pattern, model.layers.[23].* for example.")
+    lora_rank: int = key(16, "Rank of the adapters.", minimum=1)
+    lora_alpha: float = key(32.0, "Scale of the adapters: alpha / rank.", above=0.0)
+    lora_targets: list[str] = key(
+        [], "Names of the linear layers that get an adapter, q_proj for example; empty = all below the head."
+    )
+    lora_sync: str = key(
+        "adapter",
+        "What travels to generators: the adapters, which they fold into their weights, or the merged weights.",
+        choices=["adapter", "merged"],
+    )
 
 
 @dataclass
@@ -95,6 +206,10 @@ class LearnerConfig:
     """The trainer."""
 
     groups_per_step: int = key(16, "Groups (prompts) in the batch of one optimizer step.", minimum=1)
+    epochs: int = key(1, "Passes over the batch in one step.", minimum=1)
+    mini_batches: int = key(
+        1, "Optimizer updates per pass; the batch is cut into as many. A step stays one policy version.", minimum=1
+    )
     lr: float = key(1e-6, "AdamW learning rate.", above=0.0)
     lr_warmup_steps: int = key(0, "Steps over which the learning rate rises from 0.", minimum=0)
     betas: list[float] = key([0.9, 0.95], "AdamW betas.")
@@ -244,9 +359,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
     staleness: StalenessConfig = field(default_factory=StalenessConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)

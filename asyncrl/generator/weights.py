@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from asyncrl.errors import EngineError, WeightGroupError
+from asyncrl.generator.base_weights import BaseWeights, complete_names
 from asyncrl.generator.vllm_options import follow_parent
 from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, WeightManifest, digest
 
@@ -69,8 +70,10 @@ class WeightReceiver:
     disowns a job under way: it fails by its own deadline and touches nothing that later jobs use.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, base: BaseWeights) -> None:
+        """`base` completes what syncs leave out."""
         self._device = device
+        self._base = base
         self._group: WeightGroup | None = None
         self._job = Job(state="done")
         self._buffer: torch.Tensor | None = None
@@ -99,10 +102,10 @@ class WeightReceiver:
         """The newest job."""
         return self._job
 
-    def views(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The staged tensors under their checkpoint names, without a copy."""
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The staged policy under its checkpoint names: without a copy, but for weights that an adapter changes."""
         assert self.staged is not None and self._buffer is not None
-        return self.staged.layout.views(self._buffer)
+        return self._base.complete(self.staged, self.staged.layout.views(self._buffer))
 
     def leave(self) -> None:
         """Disconnect and drop what is staged."""
@@ -151,6 +154,10 @@ class WeightReceiver:
                     f"bucket {index} of version {manifest.version}: digest {measured}, the manifest says "
                     f"{expected}; the bytes were damaged on the way or changed while they were sent"
                 )
+        if self._job is not job:
+            return  # disowned: the base may be that of another manifest by now
+        # After the last bucket: reading a base takes seconds, and the group's other members must not wait for it.
+        self._base.prepare(manifest)
         with self._lock:
             if self._job is job:
                 self._buffer, self.staged = buffer, manifest
@@ -191,7 +198,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.receiver = WeightReceiver(device)
+        self.receiver = WeightReceiver(device, BaseWeights(vllm_config.model_config.model, device))
         self._reloading = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -206,9 +213,9 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if staged is None or staged.version != update_info.version:
             held = None if staged is None else staged.version
             raise EngineError(f"version {update_info.version} is not staged; staged is {held}")
-        loaded = self.model.load_weights(self.receiver.views())
+        loaded = self.model.load_weights(self.receiver.tensors())
         missing = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - loaded
-        missing |= self._missing_parts({name for name, _ in self.receiver.views()})
+        missing |= self._missing_parts(complete_names(staged))
         if missing:
             raise EngineError(
                 f"version {staged.version} does not carry {sorted(missing)[:5]} ({len(missing)} in all): send "

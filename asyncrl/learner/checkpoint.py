@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,8 +28,10 @@ from asyncrl.learner.checkpoint_files import (
 )
 from asyncrl.learner.model import Policy
 from asyncrl.learner.optimizer_step import PolicyTrainer
+from asyncrl.learner.updates import describe_update, merged_state
 
 WEIGHTS = "weights.safetensors"
+CRITIC_WEIGHTS = "critic.safetensors"
 TRAINER_STATE = "trainer.pt"
 
 # Beside weights and config.json, what AutoTokenizer and `vllm serve` look for.
@@ -57,9 +60,12 @@ def save_checkpoint(
     Raises CheckpointError; then earlier checkpoints are as they were.
     """
     weights = _own_tensors(trainer.policy)
+    critic_weights = _critic_tensors(trainer)
 
     def write_files(folder: Path) -> None:
         save_file(weights, folder / WEIGHTS)
+        if critic_weights:
+            save_file(critic_weights, folder / CRITIC_WEIGHTS)
         torch.save(trainer.state_dict(), folder / TRAINER_STATE)
 
     manifest = write_checkpoint(
@@ -68,10 +74,10 @@ def save_checkpoint(
         write_files,
         run_epoch=run_epoch,
         desk_state=desk_state,
-        extra={"architecture": trainer.policy.architecture, "torch": torch.__version__},
+        extra={**_identity(trainer.policy), "torch": torch.__version__},
         keep=keep,
         # Weights and two moments of the same size.
-        expected_bytes=3 * sum(tensor.nbytes for tensor in weights.values()),
+        expected_bytes=3 * sum(tensor.nbytes for tensor in (*weights.values(), *critic_weights.values())),
     )
     return manifest.path
 
@@ -103,31 +109,60 @@ def load_checkpoint(root: Path, trainer: PolicyTrainer) -> Restored | None:
 
 def _restore(manifest: Manifest, trainer: PolicyTrainer) -> None:
     path = manifest.path
-    saved, own = manifest.extra.get("architecture"), trainer.policy.architecture
-    if saved != own:
+    _check_identity(manifest, trainer.policy)
+    own_critic = _critic_tensors(trainer)
+    if bool(own_critic) != (path / CRITIC_WEIGHTS).exists():
         raise CheckpointError(
-            f"{path} is of model {saved}, the trainer holds {own}; use the model.path the run was"
-            " started with, or another run.dir"
+            f"{path} was saved {'without' if own_critic else 'with'} a critic and algorithm.advantage asks for the"
+            " opposite; resume with the method the run was started with, or use another run.dir"
         )
     try:
         weights = load_file(path / WEIGHTS)
+        critic_weights = load_file(path / CRITIC_WEIGHTS) if own_critic else {}
         state: dict[str, Any] = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"{path} verifies but cannot be loaded: {type(error).__name__}: {error}") from error
     _copy_weights(path, weights, _own_tensors(trainer.policy))
+    _copy_weights(path, critic_weights, own_critic)
     trainer.load_state_dict(state)
+
+
+def _identity(policy: Policy) -> dict[str, str]:
+    """What a policy must share with a checkpoint for its weights to mean the same."""
+    frozen = repr(sorted(policy.frozen_digests.items())).encode()
+    return {
+        "architecture": policy.architecture,
+        "update": describe_update(policy.update),
+        "frozen": sha256(frozen).hexdigest()[:16] if policy.frozen_digests else "",
+    }
+
+
+def _check_identity(manifest: Manifest, policy: Policy) -> None:
+    own = _identity(policy)
+    # Checkpoints of the time before there was a choice are of full updates.
+    saved = {"update": "full", "frozen": ""} | manifest.extra
+    for name, what, remedy in (
+        ("architecture", "model", "the model.path"),
+        ("update", "update", "the section update"),
+        ("frozen", "frozen weights", "the weights in model.path and the section update"),
+    ):
+        if saved.get(name) != own[name]:
+            raise CheckpointError(
+                f"{manifest.path} is of {what} {saved.get(name)}, the trainer holds {own[name]}; use {remedy} the run "
+                "was started with, or another run.dir"
+            )
 
 
 def export_model(policy: Policy, source: Path | None, folder: Path) -> None:
     """Writes the policy in Hugging Face format, tokenizer files included, for AutoModelForCausalLM and `vllm
-    serve`.
+    serve`. Adapters are merged into their weights.
 
     Tokenizer files come from `source`, a model folder; None = where the policy was loaded from. An existing
     folder is replaced as a whole. Weights stay float32. Raises CheckpointError.
     """
 
     def write_files(target: Path) -> None:
-        policy.model.save_pretrained(target)
+        policy.model.save_pretrained(target, state_dict=merged_state(policy.model))
         tokenizer_folder = source if source is not None and source.is_dir() else policy.source
         if tokenizer_folder is None:
             return
@@ -139,7 +174,11 @@ def export_model(policy: Policy, source: Path | None, folder: Path) -> None:
 
 
 def _own_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, a shared tensor once, under its first name."""
+    """What training changes, by name, a shared tensor once, under its first name: of a full update parameters and
+    persistent buffers, else the parameters that are trained.
+    """
+    if policy.update.what != "full":
+        return policy.trained_tensors()
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
@@ -147,6 +186,11 @@ def _own_tensors(policy: Policy) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name] = tensor.data
     return tensors
+
+
+def _critic_tensors(trainer: PolicyTrainer) -> dict[str, Tensor]:
+    """The critic's parameters by name; empty without a critic."""
+    return {} if trainer.critic is None else {name: value.data for name, value in trainer.critic.named_parameters()}
 
 
 def _copy_weights(path: Path, weights: dict[str, Tensor], targets: dict[str, Tensor]) -> None:

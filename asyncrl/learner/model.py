@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,24 +17,54 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from asyncrl.algorithms.logprobs import chunked_logprobs
-from asyncrl.config import ModelConfig
+from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ShapeError
 from asyncrl.fingerprints import model_fingerprint
+from asyncrl.learner.updates import (
+    adapters_off,
+    apply_update,
+    frozen_copy,
+    frozen_digests,
+    is_adapter,
+    named_parameters,
+    sync_source,
+    tensors_of,
+)
 from asyncrl.model_files import find_model
 from asyncrl.replay.packing import MicroBatch
+from asyncrl.transport.weight_patch import SyncSource
 
 HEAD_TOLERANCE = 1e-3
 
 
-def load_policy(model: ModelConfig, device: torch.device, *, with_reference: bool = False) -> Policy:
-    """The actor that `model` names, and with it, if wanted, a frozen copy as the reference policy.
+def load_policy(
+    model: ModelConfig,
+    device: torch.device,
+    *,
+    update: UpdateConfig | None = None,
+    seed: int = 0,
+    with_reference: bool = False,
+) -> Policy:
+    """The actor that `model` names, of which `update` is trained, and with it, if wanted, the reference policy.
 
-    Raises ModelError, see `Policy.load`.
+    `seed` draws the first values of adapters. Raises ModelError, see `Policy.load`, and ConfigError, see
+    `apply_update`.
     """
     policy = Policy.load(model.path, dtype=model.dtype, device=device)
+    if update is not None:
+        apply_update(policy.model, update, seed)
+        policy.update = update
     if with_reference:
-        policy.reference = Policy.load(model.path, dtype=model.dtype, device=device).freeze()
+        policy.reference = policy.initial_policy()
     return policy
+
+
+class Reference(Protocol):
+    """A frozen policy that the KL term holds on to."""
+
+    def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `Policy.logprobs`."""
+        ...
 
 
 class Policy:
@@ -52,7 +83,8 @@ class Policy:
         self.model = model.eval()
         self.dtype = dtype
         self.source = source
-        self.reference: Policy | None = None  # the frozen policy that the KL term holds on to
+        self.reference: Reference | None = None
+        self.update = UpdateConfig()  # what of the model is trained
         head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise ModelError(f"{type(model).__name__}: a head without bias is needed to compute log-probs from it")
@@ -126,27 +158,49 @@ class Policy:
     def named_sync_parameters(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) of all parameters under their names in a Hugging Face checkpoint, in a fixed order.
 
+        Adapters are left out: their weights come without them.
+
         A tied head is listed under its own name too, with the very tensor it shares: a rollout engine that is
         not sent `lm_head.weight` keeps the old head, and its log-probs go wrong without an error.
         """
-        state = self.model.state_dict(keep_vars=True)
-        named = [(name, value.data) for name, value in state.items() if isinstance(value, torch.nn.Parameter)]
-        names = {name for name, _ in named}
-        for tied, original in (self.model.all_tied_weights_keys or {}).items():
-            if tied not in names:
-                named.append((tied, dict(named)[original]))
-        return named
+        return tensors_of((name, value) for name, value in named_parameters(self.model) if not is_adapter(name))
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the trainable parameters by name, a tied one once, under its first name."""
+        named = tensors_of((name, value) for name, value in named_parameters(self.model) if value.requires_grad)
+        first = {id(tensor): name for name, tensor in reversed(named)}
+        return {name: tensor for name, tensor in named if first[id(tensor)] == name}
+
+    @cached_property
+    def frozen_digests(self) -> dict[str, int]:
+        """Digest of each parameter that is not trained, by name. Computed once: they never change."""
+        return frozen_digests(self.model)
+
+    def sync_source(self) -> SyncSource:
+        """What generators must be sent to sample from this policy."""
+        return sync_source(self.model, self.update, self.frozen_digests)
+
+    def initial_policy(self) -> Reference:
+        """The policy as it is before its first step: a frozen copy of what is trained, or the adapters off."""
+        if self.update.what == "lora":
+            return AdaptersOff(self)
+        return Policy(frozen_copy(self.model), dtype=self.dtype, source=self.source)
 
     def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of each completion token of a micro-batch, float32 [N]; carries the
         gradient.
         """
-        inputs: dict[str, Any] = {"input_ids": self._tensor(batch.input_ids)}
-        if batch.segment_ids is not None:
-            assert batch.position_ids is not None
-            inputs["position_ids"] = self._tensor(batch.position_ids)
-            inputs["attention_mask"] = shared_prompt_mask(self._tensor(batch.segment_ids))
-        return self._head(inputs, self._tensor(batch.predictor), self._tensor(batch.token_ids), temperature)
+        return self.logprobs_from(self.hidden(batch), batch, temperature)
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """Final hidden state that each completion token is predicted from, [N, H]; carries the gradient."""
+        with compute_dtype(self.dtype, self.device):
+            return completion_hidden(self.model.base_model, batch, self.device)
+
+    def logprobs_from(self, hidden: Tensor, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """`logprobs` from the hidden states of `hidden`: for who needs those too."""
+        token_ids = to_device(batch.token_ids, self.device)
+        return chunked_logprobs(hidden, self.head_weight, token_ids, temperature=temperature)
 
     @torch.no_grad()
     def sample_sequences(self, count: int, length: int, seed: int) -> list[np.ndarray]:
@@ -181,32 +235,14 @@ class Policy:
         for row, sequence in zip(tokens, sequences, strict=True):
             row[: len(sequence)] = sequence
         inside = np.arange(1, width)[None, :] < np.array(lengths)[:, None]
-        predictor = np.flatnonzero(inside)
-        inputs = {"input_ids": self._tensor(tokens[:, :-1])}
-        logprobs, _ = self._head(inputs, self._tensor(predictor), self._tensor(tokens[:, 1:][inside]), 1.0)
+        with compute_dtype(self.dtype, self.device):
+            inputs = to_device(tokens[:, :-1], self.device)
+            hidden = self.model.base_model(inputs, use_cache=False).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])[to_device(inside.ravel(), self.device)]
+        token_ids = to_device(tokens[:, 1:][inside], self.device)
+        logprobs, _ = chunked_logprobs(hidden, self.head_weight, token_ids)
         cuts = np.cumsum(np.array(lengths) - 1)[:-1]
         return np.split(logprobs.cpu().numpy(), cuts)
-
-    def _head(
-        self, inputs: dict[str, Any], predictor: Tensor, token_ids: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        # Rows are padded on the right, where causal attention never looks: without a mask and with the
-        # default positions transformers takes SDPA's is_causal path.
-        hidden = self._hidden_states(inputs)
-        hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictor)
-        return chunked_logprobs(hidden, self.head_weight, token_ids, temperature=temperature)
-
-    def _hidden_states(self, inputs: dict[str, Any]) -> Tensor:
-        with self._compute_dtype():
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
-
-    def _compute_dtype(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -222,6 +258,48 @@ class Policy:
                 f" at most {HEAD_TOLERANCE} is allowed: the model caps or scales its logits, or its"
                 " weights are broken; it cannot be trained"
             )
+
+
+class AdaptersOff:
+    """The policy that adapters are trained beside: the same model with them off, without memory of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `Policy.logprobs`."""
+        with adapters_off(self._policy.model):
+            return self._policy.logprobs(batch, temperature)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """See `Policy.score`."""
+        with adapters_off(self._policy.model):
+            return self._policy.score(sequences)
+
+
+def completion_hidden(trunk: torch.nn.Module, batch: MicroBatch, device: torch.device) -> Tensor:
+    """Final hidden states of a transformer at the places completion tokens are predicted from, [N, H]."""
+    # Rows are padded on the right, where causal attention never looks: without a mask and with the
+    # default positions transformers takes SDPA's is_causal path.
+    inputs: dict[str, Any] = {"input_ids": to_device(batch.input_ids, device)}
+    if batch.segment_ids is not None:
+        assert batch.position_ids is not None
+        inputs["position_ids"] = to_device(batch.position_ids, device)
+        inputs["attention_mask"] = shared_prompt_mask(to_device(batch.segment_ids, device))
+    hidden = trunk(**inputs, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, to_device(batch.predictor, device))
+
+
+def compute_dtype(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a forward pass runs in: autocast for bfloat16, nothing for float32."""
+    if dtype == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on `device`."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
 def shared_prompt_mask(segment_ids: Tensor) -> Tensor:

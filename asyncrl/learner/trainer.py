@@ -19,12 +19,14 @@ import torch
 
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
-from asyncrl.errors import AsyncRLError, CheckpointError
+from asyncrl.errors import AsyncRLError, CheckpointError, UserError
 from asyncrl.learner.account import REWARD_PART
 from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
+from asyncrl.learner.critic import load_critic
 from asyncrl.learner.model import load_policy
 from asyncrl.learner.optimizer_step import PolicyTrainer
 from asyncrl.learner.publisher import Publisher
+from asyncrl.learner.trainer_process import LAST_WORDS
 from asyncrl.processes import die_with_parent, pin_to
 from asyncrl.transport.codec import decode_body
 from asyncrl.transport.groups import result_to_group
@@ -87,8 +89,14 @@ class Trainer:
         """The initial model, or the newest checkpoint of this run."""
         config = self.config
         torch.manual_seed(config.run.seed)
-        policy = load_policy(config.model, self.device, with_reference=config.algorithm.kl_coef > 0)
-        self.policy = PolicyTrainer(policy, config)
+        policy = load_policy(
+            config.model,
+            self.device,
+            update=config.update,
+            seed=config.run.seed,
+            with_reference=config.algorithm.kl_coef > 0,
+        )
+        self.policy = PolicyTrainer(policy, config, critic=load_critic(config, policy))
         restored = load_checkpoint(self.run_dir / "checkpoints", self.policy)
         if restored is not None:
             self.desk_state = restored.desk_state
@@ -105,10 +113,13 @@ class Trainer:
         if self.rank != 0:
             return
         weights = self.config.weights
-        parameters = self.policy.policy.named_sync_parameters()
+        source = self.policy.policy.sync_source()
         # The engine computes in bfloat16 then: sending the float32 masters would double the bytes for nothing.
         wire_dtype = torch.bfloat16 if self.config.model.dtype == "bfloat16" else None
-        buffers = tuple(SnapshotBuffer(parameters, weights.bucket_bytes, wire_dtype) for _ in range(2))
+        buffers = tuple(
+            SnapshotBuffer(source.named, weights.bucket_bytes, wire_dtype, adapted=source.adapted, patch=source.patch)
+            for _ in range(2)
+        )
         length = min(CANARY_LENGTH, self.config.model.max_length)
         canary = self.policy.policy.sample_sequences(weights.canary_sequences, length, self.config.run.seed)
         backend = weights.backend
@@ -229,7 +240,12 @@ def main() -> int:
     torch.set_num_threads(config.learner.threads)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     trainer = Trainer(config, desk_address, rank, world_size)
-    return trainer.run()
+    try:
+        return trainer.run()
+    except (UserError, CheckpointError) as error:
+        # Starting again would end the same way: the desk tells the user instead.
+        print(f"{LAST_WORDS}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from asyncrl.errors import TrainerFailed
+from asyncrl.errors import CheckpointError, ConfigError, TrainerFailed
 from asyncrl.processes import die_with_parent
 
 log = logging.getLogger(__name__)
 
+LAST_WORDS = "cannot train: "  # begins what a trainer prints when starting it again would change nothing
 RESTART_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 32.0
 
@@ -82,7 +83,8 @@ class TrainerProcess:
     def poll(self, now: float) -> bool:
         """True once per death of the trainer. Restarts it when its back-off is over.
 
-        Raises TrainerFailed when it died more than `max_restarts` times without a step in between.
+        Raises TrainerFailed when it died more than `max_restarts` times without a step in between, ConfigError or
+        CheckpointError at once when it ended because of what the user set up.
         """
         if self._restart_at is not None:
             if now >= self._restart_at:
@@ -91,6 +93,9 @@ class TrainerProcess:
         if self._process is None or self._process.poll() is None:
             return False
         code, self._process = self._process.returncode, None
+        for error in (ConfigError, CheckpointError):
+            if code == error.exit_code:
+                raise error(self.last_words().rpartition(LAST_WORDS)[2])
         self.failures += 1
         if self.failures > self.max_restarts:
             raise TrainerFailed(

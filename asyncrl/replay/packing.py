@@ -38,8 +38,8 @@ class MicroBatch:
     predictor: np.ndarray  # int64 [N]
     token_ids: np.ndarray  # int64 [N]
     sequence_index: np.ndarray  # int64 [N], completion of this micro-batch, 0-based
+    rollout_index: np.ndarray  # int64 [S], which rollout each completion is, counted over the packed groups
     behaviour_logprobs: np.ndarray  # float32 [N]
-    advantages: np.ndarray  # float32 [N]
     token_versions: np.ndarray  # int64 [N]
     policy_ages: np.ndarray  # int64 [N]
 
@@ -65,7 +65,7 @@ class _Row:
     order: tuple[int, int, int]  # ordinal, attempt, index of its first rollout: makes the sort unique
     prompt: np.ndarray
     rollouts: list[Rollout]
-    advantages: list[float]
+    indices: list[int]  # of the rollouts, counted over the packed groups
 
     @property
     def length(self) -> int:
@@ -81,7 +81,6 @@ def sorted_groups(groups: Iterable[Group]) -> list[Group]:
 
 def pack_groups(
     groups: Sequence[Group],
-    advantages: Sequence[Sequence[float] | np.ndarray],
     version: int,
     token_budget: int,
     *,
@@ -90,24 +89,23 @@ def pack_groups(
     """Lays out groups as micro-batches of at most `token_budget` padded inputs; a longer row gets one of its
     own.
 
-    advantages         one float per rollout of each group, parallel to `groups`
     version            the learner's policy version, from which ages are counted
     shared_row_tokens  completions share their prompt in rows of up to this many inputs, where that saves a
     quarter
                        or more; 0 = never. Shared rows need a full attention mask, so they pay for short rows
                        only.
 
-    Raises ShapeError when lengths do not fit or spans do not cover a rollout, NonFiniteError on a log-prob or
-    advantage that is NaN or infinite, ProtocolError when a token is newer than the learner.
+    Raises ShapeError when lengths do not fit or spans do not cover a rollout, NonFiniteError on a log-prob that
+    is NaN or infinite, ProtocolError when a token is newer than the learner.
     """
     assert token_budget > 0, token_budget
-    if len(groups) != len(advantages):
-        raise ShapeError(f"{len(groups)} groups but advantages for {len(advantages)}")
     plain: list[_Row] = []
     shared: list[_Row] = []
-    for group, group_advantages in zip(groups, advantages, strict=True):
-        check_group(group, group_advantages, version)
-        rows = _rows(group, group_advantages, shared_row_tokens)
+    first = 0
+    for group in groups:
+        check_group(group, version)
+        rows = _rows(group, first, shared_row_tokens)
+        first += len(group.rollouts)
         (shared if len(rows) < len(group.rollouts) else plain).extend(rows)
     batches = []
     for rows, is_shared in ((plain, False), (shared, True)):
@@ -116,15 +114,11 @@ def pack_groups(
     return batches
 
 
-def check_group(group: Group, advantages: Sequence[float] | np.ndarray, version: int) -> None:
+def check_group(group: Group, version: int) -> None:
     """Refuses a group that cannot be trained on; what is raised when, see `pack_groups`."""
     where = f"group ({group.key.kind}, ordinal {group.key.ordinal}, attempt {group.key.attempt})"
     if len(group.prompt_token_ids) == 0:
         raise ShapeError(f"{where} has an empty prompt: nothing predicts its first token")
-    if len(advantages) != len(group.rollouts):
-        raise ShapeError(f"{where} has {len(group.rollouts)} rollouts but {len(advantages)} advantages")
-    if not np.isfinite(np.asarray(advantages, dtype=np.float64)).all():
-        raise NonFiniteError(f"{where} has advantages that are NaN or infinite: {list(advantages)}")
     for index, rollout in enumerate(group.rollouts):
         _check_rollout(rollout, version, where, index)
 
@@ -155,16 +149,19 @@ def _check_rollout(rollout: Rollout, version: int, where: str, index: int) -> No
     raise ShapeError(f"rollout {index} of {where}: version spans {spans} do not cover [0, {num_tokens}) in order")
 
 
-def _rows(group: Group, advantages: Sequence[float] | np.ndarray, shared_row_tokens: int) -> list[_Row]:
-    """The rows of one group: shared where they fit and save a quarter of the inputs, else one per rollout."""
+def _rows(group: Group, first: int, shared_row_tokens: int) -> list[_Row]:
+    """The rows of one group: shared where they fit and save a quarter of the inputs, else one per rollout.
+
+    `first` is the index of the group's first rollout.
+    """
     plain = [
         _Row(
             (group.key.ordinal, group.key.attempt, index),
             group.prompt_token_ids,
             [rollout],
-            [float(advantage)],
+            [first + index],
         )
-        for index, (rollout, advantage) in enumerate(zip(group.rollouts, advantages, strict=True))
+        for index, rollout in enumerate(group.rollouts)
     ]
     if shared_row_tokens <= 0 or len(plain) < 2:
         return plain
@@ -173,9 +170,9 @@ def _rows(group: Group, advantages: Sequence[float] | np.ndarray, shared_row_tok
     for row in sorted(plain, key=lambda row: (row.length, row.order)):
         if shared and shared[-1].length + row.rollouts[0].num_tokens - 1 <= shared_row_tokens:
             shared[-1].rollouts.extend(row.rollouts)
-            shared[-1].advantages.extend(row.advantages)
+            shared[-1].indices.extend(row.indices)
         else:
-            shared.append(_Row(row.order, row.prompt, list(row.rollouts), list(row.advantages)))
+            shared.append(_Row(row.order, row.prompt, list(row.rollouts), list(row.indices)))
     saves = sum(row.length for row in shared) <= 0.75 * sum(row.length for row in plain)
     return shared if saves else plain
 
@@ -227,13 +224,12 @@ def _completion_tokens(rows: list[_Row], reads: np.ndarray, version: int) -> dic
     versions = np.repeat(
         np.array([span.version for span in spans], dtype=np.int64), [span.stop - span.start for span in spans]
     )
-    advantages = np.array([advantage for row in rows for advantage in row.advantages], dtype=np.float32)
     return {
         "predictor": predictor,
         "token_ids": np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64),
         "sequence_index": np.repeat(np.arange(len(rollouts), dtype=np.int64), lengths),
+        "rollout_index": np.array([index for row in rows for index in row.indices], dtype=np.int64),
         "behaviour_logprobs": np.concatenate([r.behaviour_logprobs for r in rollouts]).astype(np.float32),
-        "advantages": np.repeat(advantages, lengths),
         "token_versions": versions,
         "policy_ages": version - versions,
     }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from asyncrl.errors import ProtocolError, ShapeError
+from asyncrl.transport.weight_patch import AdaptedWeight, Patch
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
 
@@ -117,15 +118,20 @@ class WeightLayout:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """What a weight sync will deliver: policy `version`, its layout, and one digest per bucket."""
+    """What a weight sync will deliver: policy `version`, its layout, and one digest per bucket.
+
+    Without a `patch` the layout holds the whole policy.
+    """
 
     version: int
     layout: WeightLayout
     digests: tuple[int, ...]
+    patch: Patch | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain ints, strings and lists: fit for msgpack."""
-        return {"version": self.version, "layout": self.layout.to_dict(), "digests": list(self.digests)}
+        data = {"version": self.version, "layout": self.layout.to_dict(), "digests": list(self.digests)}
+        return data if self.patch is None else data | {"patch": self.patch.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WeightManifest:
@@ -138,11 +144,12 @@ class WeightManifest:
             version = int(data["version"])
             layout = WeightLayout.from_dict(data["layout"])
             digests = tuple(int(digest) for digest in data["digests"])
+            patch = Patch.from_dict(data["patch"]) if "patch" in data else None
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"weight manifest is malformed: {error!r}") from error
         if len(digests) != len(layout.buckets):
             raise ProtocolError(f"weight manifest has {len(digests)} digests for {len(layout.buckets)} buckets")
-        return cls(version, layout, digests)
+        return cls(version, layout, digests, patch)
 
 
 def plan_buckets(
@@ -181,12 +188,18 @@ def plan_buckets(
 
 
 @torch.no_grad()
-def snapshot(named: Iterable[tuple[str, torch.Tensor]], layout: WeightLayout, buffer: torch.Tensor) -> None:
+def snapshot(
+    named: Iterable[tuple[str, torch.Tensor]],
+    layout: WeightLayout,
+    buffer: torch.Tensor,
+    adapted: Mapping[str, AdaptedWeight] | None = None,
+) -> None:
     """Copy `named` tensors into `buffer`, casting to the layout's dtypes. Tied tensors are copied once.
 
     Args:
         named: the same names in the same order as given to `plan_buckets`; fully gathered tensors.
         buffer: uint8 [total_bytes], from `layout.new_buffer`.
+        adapted: names whose adapter is merged into the copy.
 
     Raises:
         ShapeError: names, order or shapes differ from the layout.
@@ -199,7 +212,7 @@ def snapshot(named: Iterable[tuple[str, torch.Tensor]], layout: WeightLayout, bu
         if tuple(tensor.shape) != entry.shape:
             raise ShapeError(f"snapshot: {name} has shape {tuple(tensor.shape)}, the layout says {entry.shape}")
         if entry.offset not in copied or not entry.num_bytes:
-            view.copy_(tensor, non_blocking=True)
+            view.copy_(adapted[name].merged() if adapted and name in adapted else tensor, non_blocking=True)
             copied.add(entry.offset)
     if buffer.is_pinned() or buffer.is_cuda:
         torch.cuda.synchronize()  # the optimizer changes the source as soon as this returns
@@ -212,6 +225,7 @@ class SnapshotBuffer:
         named: (name, tensor) pairs, read again at every snapshot; see `plan_buckets` on tied parameters.
         bucket_bytes: upper bound of one broadcast.
         wire_dtype: floating-point tensors travel in this dtype; None keeps each tensor's own.
+        adapted, patch: see `SyncSource`.
     """
 
     def __init__(
@@ -219,18 +233,23 @@ class SnapshotBuffer:
         named: Iterable[tuple[str, torch.Tensor]],
         bucket_bytes: int,
         wire_dtype: torch.dtype | None = None,
+        *,
+        adapted: Mapping[str, AdaptedWeight] | None = None,
+        patch: Patch | None = None,
     ) -> None:
         self._named = list(named)
+        self._adapted = adapted
+        self._patch = patch
         self.layout = plan_buckets(self._named, bucket_bytes, wire_dtype)
         self.flat = self.layout.new_buffer(self._named[0][1].device)
 
     def snapshot(self) -> None:
         """Copy the parameters as they are now. Not while the buffer is being sent."""
-        snapshot(self._named, self.layout, self.flat)
+        snapshot(self._named, self.layout, self.flat, self._adapted)
 
     def manifest(self, version: int) -> WeightManifest:
         """What receivers compare with; reads the whole buffer."""
-        return WeightManifest(version, self.layout, digest_buckets(self.layout, self.flat))
+        return WeightManifest(version, self.layout, digest_buckets(self.layout, self.flat), self._patch)
 
     def buckets(self) -> Iterator[torch.Tensor]:
         """The buffer in the pieces that are broadcast, in order, without a copy."""

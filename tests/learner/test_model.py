@@ -23,9 +23,8 @@ def own_logprobs(model, tokens, temperature=1.0):
 
 def packed_logprobs(policy, groups, temperature=1.0, **kwargs):
     """(context, token) -> log-prob for every completion token, through the micro-batches."""
-    advantages = [[0.0] * len(group.rollouts) for group in groups]
     out = {}
-    for batch in pack_groups(groups, advantages, 0, kwargs.pop("budget", 64), **kwargs):
+    for batch in pack_groups(groups, 0, kwargs.pop("budget", 64), **kwargs):
         with torch.no_grad():
             logprobs, entropies = policy.logprobs(batch, temperature)
         assert (entropies >= 0).all()
@@ -57,15 +56,15 @@ def test_packed_log_probs_equal_those_of_each_sequence_alone(shared_row_tokens, 
 
 def test_gradients_do_not_depend_on_the_layout():
     groups = random_groups(3, 4, prompt=(6, 8), completion=(1, 4))
-    advantages = [np.arange(4.0)] * 3
+    weights = torch.arange(4.0).repeat(3)
     gradients = []
     for shared in (0, 64):
         policy = tiny_policy()
-        batches = pack_groups(groups, advantages, 0, 80, shared_row_tokens=shared)
+        batches = pack_groups(groups, 0, 80, shared_row_tokens=shared)
         assert (batches[0].segment_ids is None) == (shared == 0)
         for batch in batches:
             logprobs, entropies = policy.logprobs(batch, 1.0)
-            (torch.from_numpy(batch.advantages) * logprobs + entropies).sum().backward()
+            (weights[batch.rollout_index][batch.sequence_index] * logprobs + entropies).sum().backward()
         gradients.append([parameter.grad for parameter in policy.trainable_parameters()])
     for plain, shared in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, shared, rtol=1e-4, atol=1e-4)

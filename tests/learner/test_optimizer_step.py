@@ -86,7 +86,7 @@ def test_any_cut_into_micro_batches_makes_the_same_step(budget, shared_row_token
     results, weights = [], []
     for tokens, shared in ((10_000, 0), (budget, shared_row_tokens)):
         trainer = make_trainer(with_reference=True, kl_coef=0.05, micro_batch_tokens=tokens)
-        trainer.shared_row_tokens = shared
+        trainer.preparation.shared_row_tokens = shared
         results.append(trainer.step(groups).metrics)
         weights.append(weights_of(trainer))
     whole, parts = results
@@ -180,7 +180,7 @@ def test_skipping_flat_groups_changes_no_weights():
     skipping, forwarding = make_trainer(), make_trainer()
     # A KL coefficient too small to matter keeps every token in the forward pass.
     forwarding.policy.reference = tiny_policy(seed=9).freeze()
-    forwarding.algorithm.kl_coef = 1e-30
+    forwarding.kl_coef = 1e-30
     for _ in range(3):
         one, other = skipping.step(groups).metrics, forwarding.step(groups).metrics
     assert one["tokens_without_gradient"] > other["tokens_without_gradient"] == 0
@@ -235,7 +235,7 @@ def test_a_policy_that_is_not_finite_takes_no_step_and_recovers(poison):
     norm = trainer.policy.model.model.norm.weight
     with torch.no_grad():
         healthy, norm[0] = norm[0].clone(), poison
-    with pytest.raises(NonFiniteError, match="log-probs under the policy are NaN or infinite; no step taken"):
+    with pytest.raises(NonFiniteError, match="log-probs under the policy are NaN or infinite; no update made"):
         trainer.step(groups)
     assert trainer.version == 1
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_a_gradient_that_overflows_takes_no_step():
     groups = random_groups(2, 4)
     trainer = make_trainer(with_reference=True, kl_coef=3e38)
     before = weights_of(trainer)
-    with pytest.raises(NonFiniteError, match="not finite; no step taken"):
+    with pytest.raises(NonFiniteError, match="not finite; no update made"):
         trainer.step(groups)
     assert trainer.version == 0
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(trainer), strict=True))

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny_model
 
-from asyncrl.errors import TrainerFailed
+from asyncrl.config.loading import load_config, to_yaml
+from asyncrl.errors import ConfigError, TrainerFailed
 from asyncrl.learner.trainer_process import MAX_BACKOFF_S, RESTART_BACKOFF_S, TrainerProcess
 
 DEADLINE_S = 60.0
@@ -75,6 +77,22 @@ def test_too_many_deaths_without_a_step_end_the_learner_with_the_last_words_of_t
     trainer.start()
     until(lambda: not trainer.running, "the rank ends: its configuration is missing")
     with pytest.raises(TrainerFailed, match=r"died 1 times.*\n(.|\n)*missing\.yaml: there is no such"):
+        trainer.poll(0.0)
+
+
+def test_what_the_user_set_up_wrongly_ends_the_learner_at_once_with_the_trainers_sentence(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    overrides = [
+        f"model.path={folder}",
+        f"run.dir={tmp_path / 'run'}",
+        "update.what=partial",
+        "update.names=[nobody.*]",
+    ]
+    trainer = make(tmp_path, max_restarts=3)
+    trainer.config_file.write_text(to_yaml(load_config(None, overrides)))
+    trainer.start()
+    until(lambda: not trainer.running, "the rank ends: no parameter has that name")
+    with pytest.raises(ConfigError, match=r"^update\.names: 'nobody\.\*' matches no parameter"):
         trainer.poll(0.0)
 
 

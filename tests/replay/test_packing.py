@@ -50,7 +50,7 @@ def readings(batches):
                     tuple(context.tolist()),
                     int(batch.token_ids[n]),
                     float(batch.behaviour_logprobs[n]),
-                    float(batch.advantages[n]),
+                    int(batch.rollout_index[batch.sequence_index[n]]),
                     int(batch.token_versions[n]),
                     int(batch.policy_ages[n]),
                 )
@@ -58,11 +58,13 @@ def readings(batches):
     return sorted(out)
 
 
-def expected_readings(groups, advantages, version):
+def expected_readings(groups, version):
     """The same by definition, one token at a time."""
     out = []
-    for group, group_advantages in zip(groups, advantages, strict=True):
-        for rollout, advantage in zip(group.rollouts, group_advantages, strict=True):
+    index = -1
+    for group in groups:
+        for rollout in group.rollouts:
+            index += 1
             versions = rollout.token_versions()
             for t in range(rollout.num_tokens):
                 context = [*group.prompt_token_ids, *rollout.token_ids[:t]]
@@ -71,7 +73,7 @@ def expected_readings(groups, advantages, version):
                         tuple(int(token) for token in context),
                         int(rollout.token_ids[t]),
                         float(rollout.behaviour_logprobs[t]),
-                        float(np.float32(advantage)),
+                        index,
                         int(versions[t]),
                         int(version - versions[t]),
                     )
@@ -81,7 +83,7 @@ def expected_readings(groups, advantages, version):
 
 def random_case(seed, num_groups=4, group_size=3, prompt=5, completion=6):
     rng = np.random.default_rng(seed)
-    groups, advantages = [], []
+    groups = []
     for ordinal in range(num_groups):
         rollouts = []
         for _ in range(rng.integers(1, group_size, endpoint=True)):
@@ -90,18 +92,17 @@ def random_case(seed, num_groups=4, group_size=3, prompt=5, completion=6):
             spans = [(0, cut, 1), (cut, length, 3)] if cut else [(0, length, 2)]
             rollouts.append(make_rollout(rng.integers(0, 50, length), rng.normal(-1, 0.3, length), spans))
         groups.append(make_group(ordinal, rng.integers(0, 50, rng.integers(1, prompt, endpoint=True)), rollouts))
-        advantages.append(rng.standard_normal(len(rollouts)))
-    return groups, advantages
+    return groups
 
 
 def test_three_tokens_by_hand():
     group = make_group(7, [10, 11], [make_rollout([12, 13, 14], [-0.1, -0.2, -0.3], [(0, 1, 4), (1, 3, 5)])])
-    (batch,) = pack_groups([group], [[0.5]], version=6, token_budget=100)
+    (batch,) = pack_groups([group], version=6, token_budget=100)
     assert batch.input_ids.tolist() == [[10, 11, 12, 13]]  # 14 is never an input
     assert batch.predictor.tolist() == [1, 2, 3]
     assert batch.token_ids.tolist() == [12, 13, 14]
     np.testing.assert_allclose(batch.behaviour_logprobs, [-0.1, -0.2, -0.3], rtol=1e-6)
-    assert batch.advantages.tolist() == [0.5, 0.5, 0.5]
+    assert batch.rollout_index.tolist() == [0]
     assert batch.token_versions.tolist() == [4, 5, 5]
     assert batch.policy_ages.tolist() == [2, 1, 1]
     assert batch.completion_mask().tolist() == [[False, True, True, True]]
@@ -111,7 +112,7 @@ def test_three_tokens_by_hand():
 
 def test_a_shared_row_by_hand():
     group = make_group(0, [1, 2, 3], [make_rollout([4, 5, 6]), make_rollout([7, 8])])
-    (batch,) = pack_groups([group], [[1.0, -1.0]], version=0, token_budget=100, shared_row_tokens=8)
+    (batch,) = pack_groups([group], version=0, token_budget=100, shared_row_tokens=8)
     # Shorter completion first.
     assert batch.input_ids.tolist() == [[1, 2, 3, 7, 4, 5]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 2, 2]]
@@ -119,28 +120,28 @@ def test_a_shared_row_by_hand():
     assert batch.predictor.tolist() == [2, 3, 2, 4, 5]
     assert batch.token_ids.tolist() == [7, 8, 4, 5, 6]
     assert batch.sequence_index.tolist() == [0, 0, 1, 1, 1]
-    assert batch.advantages.tolist() == [-1.0, -1.0, 1.0, 1.0, 1.0]
+    assert batch.rollout_index.tolist() == [1, 0]
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), budget=st.integers(1, 60), shared=st.sampled_from([0, 6, 12, 40]))
 def test_every_token_keeps_its_context_and_its_numbers(seed, budget, shared):
-    groups, advantages = random_case(seed)
-    batches = pack_groups(groups, advantages, 5, budget, shared_row_tokens=shared)
-    assert readings(batches) == expected_readings(groups, advantages, 5)
+    groups = random_case(seed)
+    batches = pack_groups(groups, 5, budget, shared_row_tokens=shared)
+    assert readings(batches) == expected_readings(groups, 5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), budget=st.integers(1, 60), shared=st.sampled_from([0, 12]))
 def test_no_micro_batch_exceeds_the_budget_but_a_single_longer_row(seed, budget, shared):
-    groups, advantages = random_case(seed)
-    for batch in pack_groups(groups, advantages, 5, budget, shared_row_tokens=shared):
+    groups = random_case(seed)
+    for batch in pack_groups(groups, 5, budget, shared_row_tokens=shared):
         assert batch.padded_tokens <= budget or len(batch.input_ids) == 1
 
 
 def test_rows_are_sorted_by_length_so_that_little_is_padded():
-    groups, advantages = random_case(0, num_groups=40, completion=60)
-    batches = pack_groups(groups, advantages, 5, 200)
+    groups = random_case(0, num_groups=40, completion=60)
+    batches = pack_groups(groups, 5, 200)
     real = sum(len(g.prompt_token_ids) + r.num_tokens - 1 for g in groups for r in g.rollouts)
     assert sum(batch.padded_tokens for batch in batches) < 1.1 * real
 
@@ -148,56 +149,53 @@ def test_rows_are_sorted_by_length_so_that_little_is_padded():
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), shuffle=st.randoms(), shared=st.sampled_from([0, 12]))
 def test_the_order_of_arrival_does_not_matter(seed, shuffle, shared):
-    groups, advantages = random_case(seed)
-    pairs = list(zip(groups, advantages, strict=True))
-    shuffle.shuffle(pairs)
-    arrived = [group for group, _ in pairs]
+    groups = random_case(seed)
+    arrived = list(groups)
+    shuffle.shuffle(arrived)
     assert sorted_groups(arrived) == groups
-    one = pack_groups(groups, advantages, 5, 30, shared_row_tokens=shared)
-    other = pack_groups(arrived, [a for _, a in pairs], 5, 30, shared_row_tokens=shared)
+    one = pack_groups(groups, 5, 30, shared_row_tokens=shared)
+    other = pack_groups(arrived, 5, 30, shared_row_tokens=shared)
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
-        for name in ("input_ids", "predictor", "token_ids", "advantages", "token_versions"):
+        for name in ("input_ids", "predictor", "token_ids", "sequence_index", "token_versions"):
             np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
 
 
 def test_prompts_are_shared_only_where_that_saves_a_quarter():
     long_prompt = make_group(0, range(20), [make_rollout([1, 2]), make_rollout([3, 4])])
     short_prompt = make_group(1, [1], [make_rollout(range(9)), make_rollout(range(9))])
-    (plain, shared) = pack_groups([long_prompt, short_prompt], [[0.0, 0.0]] * 2, 0, 100, shared_row_tokens=50)
+    (plain, shared) = pack_groups([long_prompt, short_prompt], 0, 100, shared_row_tokens=50)
     assert plain.segment_ids is None
     assert shared.segment_ids is not None
     assert shared.input_ids.shape == (1, 22)
 
 
 def test_one_token_after_one_token_is_the_smallest_rollout():
-    (batch,) = pack_groups([make_group(0, [9], [make_rollout([4])])], [[1.0]], 0, 1)
+    (batch,) = pack_groups([make_group(0, [9], [make_rollout([4])])], 0, 1)
     assert batch.input_ids.tolist() == [[9]]
     assert batch.predictor.tolist() == [0]
 
 
 def test_no_groups_make_no_micro_batches():
-    assert pack_groups([], [], 0, 10) == []
+    assert pack_groups([], 0, 10) == []
 
 
 @pytest.mark.parametrize(
-    ("group", "advantages", "error", "message"),
+    ("group", "error", "message"),
     [
-        (make_group(3, [], [make_rollout([1])]), [1.0], ShapeError, "ordinal 3.*empty prompt"),
-        (make_group(3, [1], [make_rollout([])]), [1.0], ShapeError, "0 tokens"),
-        (make_group(3, [1], [make_rollout([1, 2], [-1.0])]), [1.0], ShapeError, "2 tokens and 1 log-probs"),
-        (make_group(3, [1], [make_rollout([1])]), [1.0, 2.0], ShapeError, "1 rollouts but 2 advantages"),
-        (make_group(3, [1], [make_rollout([1, 2], spans=[(0, 1, 0)])]), [1.0], ShapeError, "do not cover"),
-        (make_group(3, [1], [make_rollout([1, 2], spans=[(0, 1, 0), (0, 2, 0)])]), [1.0], ShapeError, "cover"),
-        (make_group(3, [1], [make_rollout([1], [np.nan])]), [1.0], NonFiniteError, "behaviour log-probs"),
-        (make_group(3, [1], [make_rollout([1], [-np.inf])]), [1.0], NonFiniteError, "behaviour log-probs"),
-        (make_group(3, [1], [make_rollout([1])]), [np.nan], NonFiniteError, "advantages"),
-        (make_group(3, [1], [make_rollout([1], spans=[(0, 1, 6)])]), [1.0], ProtocolError, "6.*holds 5"),
+        (make_group(3, [], [make_rollout([1])]), ShapeError, "ordinal 3.*empty prompt"),
+        (make_group(3, [1], [make_rollout([])]), ShapeError, "0 tokens"),
+        (make_group(3, [1], [make_rollout([1, 2], [-1.0])]), ShapeError, "2 tokens and 1 log-probs"),
+        (make_group(3, [1], [make_rollout([1, 2], spans=[(0, 1, 0)])]), ShapeError, "do not cover"),
+        (make_group(3, [1], [make_rollout([1, 2], spans=[(0, 1, 0), (0, 2, 0)])]), ShapeError, "cover"),
+        (make_group(3, [1], [make_rollout([1], [np.nan])]), NonFiniteError, "behaviour log-probs"),
+        (make_group(3, [1], [make_rollout([1], [-np.inf])]), NonFiniteError, "behaviour log-probs"),
+        (make_group(3, [1], [make_rollout([1], spans=[(0, 1, 6)])]), ProtocolError, "6.*holds 5"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_with_its_numbers(group, advantages, error, message):
+def test_what_does_not_fit_is_refused_with_its_numbers(group, error, message):
     with pytest.raises(error, match=message):
-        pack_groups([group], [advantages], 5, 10)
+        pack_groups([group], 5, 10)
 
 
 def test_packing_needs_no_torch():
@@ -209,9 +207,9 @@ def test_packing_needs_no_torch():
 
 
 def test_five_hundred_rollouts_pack_the_same_twice():
-    groups, advantages = random_case(1, num_groups=170)
+    groups = random_case(1, num_groups=170)
     order = list(range(len(groups)))
     random.Random(0).shuffle(order)
-    one = pack_groups(groups, advantages, 5, 300)
-    two = pack_groups([groups[i] for i in order], [advantages[i] for i in order], 5, 300)
+    one = pack_groups(groups, 5, 300)
+    two = pack_groups([groups[i] for i in order], 5, 300)
     assert [batch.input_ids.tolist() for batch in one] == [batch.input_ids.tolist() for batch in two]

@@ -1,0 +1,80 @@
+"""The critic: a value for each completion token, from a trunk of its own or from the actor's hidden states.
+
+The value of a token is that of the state before it, read off where its log-prob is read off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from asyncrl.config import Config
+from asyncrl.errors import ModelError
+from asyncrl.learner.model import Policy, completion_hidden, compute_dtype
+from asyncrl.model_files import find_model
+from asyncrl.replay.packing import MicroBatch
+
+
+def load_critic(config: Config, policy: Policy) -> Critic | None:
+    """The value model that `config` asks for; None without algorithm.advantage=gae.
+
+    Raises ModelError when the folder of an own trunk cannot be loaded.
+    """
+    if config.algorithm.advantage != "gae":
+        return None
+    if config.critic.trunk == "shared":
+        return Critic(None, policy.head_weight.shape[1], dtype=config.model.dtype, device=policy.device)
+    path = config.critic.path or config.model.path
+    trunk = load_trunk(find_model(path).folder, path)
+    return Critic(trunk, trunk.config.hidden_size, dtype=config.model.dtype, device=policy.device)
+
+
+def load_trunk(folder: Path, path: str) -> PreTrainedModel:
+    """The transformer of a model folder without its head, in float32. Raises ModelError."""
+    try:
+        trunk, info = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"critic.path={path} cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"critic.path={path} lacks {len(missing)} weights, {missing[0]} first; copy the model again")
+    return trunk.eval()
+
+
+class Critic(nn.Module):
+    """A linear head on hidden states. It starts at 0: until it has learnt something, advantages are returns."""
+
+    def __init__(self, trunk: PreTrainedModel | None, hidden_size: int, *, dtype: str, device: torch.device) -> None:
+        """`trunk` None: the head sits on the actor's hidden states (shared trunk)."""
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.dtype_name = dtype
+        self.to(device)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the trunk is the actor's."""
+        return self.trunk is None
+
+    def values(self, batch: MicroBatch, actor_hidden: Tensor | None = None) -> Tensor:
+        """Value of the state before each completion token, float32 [N]; carries the gradient.
+
+        actor_hidden [N, H] from `Policy.hidden`, needed by a shared trunk only.
+        """
+        if self.trunk is None:
+            assert actor_hidden is not None, "a shared trunk needs the actor's hidden states"
+            hidden = actor_hidden
+        else:
+            device = self.head.weight.device
+            with compute_dtype(self.dtype_name, device):
+                hidden = completion_hidden(self.trunk, batch, device)
+        return self.head(hidden.float()).squeeze(-1)

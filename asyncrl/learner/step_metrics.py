@@ -1,0 +1,89 @@
+"""The figures of one step, from the groups themselves and from sums over the tokens that had a gradient.
+
+Keys whose quantity was not measured in a step are absent, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from asyncrl.algorithms.corrections import effective_sample_share_from_sums
+from asyncrl.algorithms.health import health_metrics
+from asyncrl.algorithms.losses import Sums, sums_to_floats
+from asyncrl.algorithms.value_targets import explained_variance_from_sums
+from asyncrl.types import Group
+
+
+def batch_metrics(groups: Sequence[Group], is_flat: np.ndarray, version: int) -> dict[str, float]:
+    """What the groups say by themselves: reward_mean, reward_std, completion_tokens_mean, policy_age_mean,
+    policy_age_max, tokens_trained, rollouts_trained, groups_trained, groups_zero_variance.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
+    spans = [span for rollout in rollouts for span in rollout.version_spans]
+    span_tokens = np.array([span.stop - span.start for span in spans])
+    ages = np.array([version - span.version for span in spans])
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "completion_tokens_mean": float(np.mean([rollout.num_tokens for rollout in rollouts])),
+        "policy_age_mean": float((ages * span_tokens).sum() / span_tokens.sum()),
+        "policy_age_max": float(ages.max()),
+        "tokens_trained": float(span_tokens.sum()),
+        "rollouts_trained": float(len(rollouts)),
+        "groups_trained": float(len(groups)),
+        "groups_zero_variance": float(is_flat.sum()),
+    }
+
+
+def token_metrics(sums: Sums, num_updates: int) -> dict[str, float]:
+    """Means over the tokens that had a gradient, over all updates of the step.
+
+    policy_loss, loss, kl_reference, kl_behaviour (mean log mu - log pi), entropy, clip_fraction, cap_fraction,
+    masked_share, ratio_mean, ratio_max, ess_share, logprob_gap (mean |log pi - log mu|), logprob_gap_age0 (the same
+    where the policy age is 0: engine mismatch alone), `age/BUCKET/NAME` of `algorithms.health`; with a critic
+    value_loss, value_mean, value_clip_fraction and explained_variance.
+    """
+    if not sums:
+        return {"loss": 0.0, "policy_loss": 0.0}
+    values = sums_to_floats(sums)
+    flat = {name: value for name, value in values.items() if isinstance(value, float)}
+    tokens = flat["tokens"]
+    total, squares = torch.tensor(flat["ratio_sum"]).double(), torch.tensor(flat["ratio_square_sum"]).double()
+    ess = effective_sample_share_from_sums(total, squares, int(tokens))
+    metrics = {
+        "loss": flat["loss"] / num_updates,
+        "policy_loss": flat["policy_loss"] / num_updates,
+        "entropy": flat["entropy_sum"] / tokens,
+        "kl_behaviour": -flat["log_ratio_sum"] / tokens,
+        "logprob_gap": flat["log_ratio_abs_sum"] / tokens,
+        "clip_fraction": flat["clipped"] / tokens,
+        "ratio_mean": flat["ratio_sum"] / tokens,
+        "ratio_max": flat["ratio_max"],
+        "ess_share": float(ess),
+    }
+    if "capped" in flat:
+        metrics["cap_fraction"] = flat["capped"] / tokens
+    if "kl_reference_sum" in flat:
+        metrics["kl_reference"] = flat["kl_reference_sum"] / tokens
+    if flat["tokens_age0"]:
+        metrics["logprob_gap_age0"] = flat["gap_age0_sum"] / flat["tokens_age0"]
+    if "value_tokens" in flat:
+        metrics |= _critic_metrics(flat)
+    return metrics | health_metrics(values)
+
+
+def _critic_metrics(flat: dict[str, float]) -> dict[str, float]:
+    tokens = flat["value_tokens"]
+    metrics = {
+        "value_mean": flat["value_sum"] / tokens,
+        "value_loss": flat["value_error_square_sum"] / (2 * tokens),
+        "value_clip_fraction": flat["value_clipped"] / tokens,
+    }
+    explained = explained_variance_from_sums(flat)
+    if torch.isfinite(torch.tensor(explained)):
+        metrics["explained_variance"] = explained
+    return metrics
