@@ -54,6 +54,7 @@ class Lease:
     deadline_s counts from the moment the lease is received: clocks of two hosts are never compared.
     pinned_version is set on eval leases: every token must come from exactly that version.
     seed is None unless sampling must be repeatable; rollout i then uses a seed derived from (seed, i).
+    greedy_baseline asks for one greedy completion besides the rollouts, of which only the reward is kept.
     """
 
     key: LeaseKey
@@ -66,6 +67,12 @@ class Lease:
     temperature: float  # 0 = greedy
     pinned_version: int | None = None
     seed: int | None = None
+    greedy_baseline: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """What the engine samples for it."""
+        return self.num_rollouts + self.greedy_baseline
 
 
 @dataclass(slots=True)
@@ -106,6 +113,7 @@ class Group:
     key: LeaseKey
     prompt_token_ids: np.ndarray  # int32 [P]
     rollouts: list[Rollout]
+    baseline_reward: float | None = None  # of the greedy completion; None where the lease asked for none
 
     @property
     def num_tokens(self) -> int:

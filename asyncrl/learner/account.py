@@ -7,6 +7,7 @@ generator that restarts starts again at zero, so totals are kept per (generator,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from asyncrl.learner.sync_records import Committed, RoundEnded
 from asyncrl.metrics import StepMetrics, SyncMetrics
@@ -14,6 +15,7 @@ from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.transport.messages import Beat, StepDone
 
 REWARD_PART = "reward_part/"  # begins the name of a reward part's mean among the trainer's figures
+AGE_PART = "age/"  # begins age/BUCKET/NAME, a figure over the tokens of one bucket of policy ages
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Account:
     rollouts_acked: int = 0
     rollouts_trained: int = 0
     rollouts_dropped: int = 0
+    groups_filtered: int = 0
+    tokens_filtered: int = 0
     results_refused: int = 0
     sync_failures: int = 0
     rollouts_failed: dict[str, int] = field(default_factory=dict)
@@ -42,6 +46,7 @@ class Account:
     _retired: GeneratorTotals = field(default_factory=GeneratorTotals)
     _last_totals: GeneratorTotals = field(default_factory=GeneratorTotals)
     _last_counts: dict[str, int] = field(default_factory=dict)
+    _gap_engine: float | None = None  # of the newest sync that somebody committed
 
     def beat(self, name: str, incarnation: int, beat: Beat) -> None:
         """Takes in a beat. The first one after a restart of the learner is where counting starts."""
@@ -58,10 +63,14 @@ class Account:
     def step_metrics(self, done: StepDone, interval_s: float, buffer: ReplayBuffer, num_alive: int) -> StepMetrics:
         """Everything since the previous step, joined with what the trainer measured in this one."""
         generators = self._generators_since_last()
-        parts, figures = _split_parts(done.metrics)
+        parts, figures = _split_off(REWARD_PART, done.metrics)
+        by_age, figures = _split_off(AGE_PART, figures)
         return StepMetrics.of_step(
             figures,
             reward_parts=parts,
+            age_health=_nested(by_age),
+            gap_engine=self._gap_engine,
+            gap_drift=_drift(figures.get("logprob_gap"), self._gap_engine),
             version=done.version,
             interval_s=interval_s,
             step_s=done.step_s,
@@ -71,6 +80,8 @@ class Account:
             generator_idle_s=generators.idle_s,
             rollouts_acked=self._since_last("acked", self.rollouts_acked),
             rollouts_dropped=self._since_last("dropped", self.rollouts_dropped),
+            groups_filtered=self._since_last("groups filtered", self.groups_filtered),
+            tokens_filtered=self._since_last("tokens filtered", self.tokens_filtered),
             dropped_by_length_decile=[round(count) for count in buffer.dropped_by_length_decile()],
             rollouts_failed={
                 reason: self._since_last(f"failed {reason}", count) for reason, count in self.rollouts_failed.items()
@@ -82,6 +93,9 @@ class Account:
 
     def sync_metrics(self, ended: RoundEnded, committed: list[Committed]) -> SyncMetrics:
         """One round of weight sync."""
+        canary_means = [c.canary_mean_diff for c in committed]
+        if canary_means:
+            self._gap_engine = fmean(canary_means)
         pauses = [c.timings_ms["pause_ms"] for c in committed if "pause_ms" in c.timings_ms]
         return SyncMetrics(
             version=ended.version,
@@ -91,7 +105,8 @@ class Account:
             pause_ms=max(pauses, default=None),
             transfer_ms=ended.transfer_ms or None,
             num_bytes=ended.num_bytes or None,
-            canary_max_abs_diff=max((c.canary_diff for c in committed), default=None),
+            canary_max_abs_diff=max((c.canary_max_diff for c in committed), default=None),
+            canary_mean_abs_diff=fmean(canary_means) if canary_means else None,
         )
 
     def state(self) -> dict[str, object]:
@@ -101,8 +116,13 @@ class Account:
     def restore(self, state: dict[str, object]) -> None:
         """Goes on from `state`; what was counted there was reported already."""
         for name in _KEPT:
-            setattr(self, name, state[name])
-        self._last_counts = {"acked": self.rollouts_acked, "dropped": self.rollouts_dropped}
+            setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints count less
+        self._last_counts = {
+            "acked": self.rollouts_acked,
+            "dropped": self.rollouts_dropped,
+            "groups filtered": self.groups_filtered,
+            "tokens filtered": self.tokens_filtered,
+        }
         self._last_counts |= {f"failed {reason}": count for reason, count in self.rollouts_failed.items()}
 
     def _generators_since_last(self) -> GeneratorTotals:
@@ -123,17 +143,35 @@ _KEPT = (
     "rollouts_acked",
     "rollouts_trained",
     "rollouts_dropped",
+    "groups_filtered",
+    "tokens_filtered",
     "results_refused",
     "sync_failures",
     "rollouts_failed",
 )
 
 
-def _split_parts(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """Means of the task's reward parts by name, and the trainer's other figures."""
-    parts = {name: value for name, value in metrics.items() if name.startswith(REWARD_PART)}
+def _split_off(prefix: str, metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures whose names begin with `prefix`, without it, and the others."""
+    parts = {name: value for name, value in metrics.items() if name.startswith(prefix)}
     others = {name: value for name, value in metrics.items() if name not in parts}
-    return {name.removeprefix(REWARD_PART): value for name, value in parts.items()}, others
+    return {name.removeprefix(prefix): value for name, value in parts.items()}, others
+
+
+def _nested(by_age: dict[str, float]) -> dict[str, dict[str, float]]:
+    """BUCKET/NAME → value as bucket → name → value."""
+    nested: dict[str, dict[str, float]] = {}
+    for path, value in by_age.items():
+        bucket, _, name = path.partition("/")
+        nested.setdefault(bucket, {})[name] = value
+    return nested
+
+
+def _drift(logprob_gap: float | None, gap_engine: float | None) -> float | None:
+    """A lower bound: what engine and policy add to a token's difference may cancel, so the parts exceed the whole."""
+    if logprob_gap is None or gap_engine is None:
+        return None
+    return max(0.0, logprob_gap - gap_engine)
 
 
 def _add(total: GeneratorTotals, part: GeneratorTotals | Beat) -> None:

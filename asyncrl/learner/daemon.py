@@ -79,7 +79,7 @@ def run_learner(config: Config) -> int:
     )
     # Started before the slow imports of the tokenizer: both take seconds, and neither needs the other.
     trainer.start()
-    metrics = Metrics.open(config)
+    metrics = Metrics.open(config, canary_tolerance(config))
     try:
         desk = _make_desk(config, run_epoch, journal, trainer, rollout_socket, trainer_socket, metrics, stop)
         code = desk.run()
@@ -110,7 +110,7 @@ def _make_desk(
         run_epoch=run_epoch,
         run_name=config.run.name,
         timeout_s=config.weights.timeout_s,
-        tolerance=config.weights.canary_tolerance or CANARY_TOLERANCE[config.model.dtype],
+        tolerance=canary_tolerance(config),
     )
     generators = GeneratorSide(
         config, run_epoch=run_epoch, socket=rollout_socket, sessions=sessions, intake=intake, planner=planner
@@ -216,6 +216,7 @@ def _restore(
         trained=plan.trained,
         accepted=[group.key for group in plan.buffered],
         given_up=plan.given_up,
+        filtered=plan.filtered,
     )
     for group in plan.buffered:
         buffer.add(group)
@@ -240,6 +241,11 @@ def _say_restored(version: int, plan: ReplayPlan, journal: Journal) -> None:
             len(plan.steps),
             len(plan.buffered),
         )
+
+
+def canary_tolerance(config: Config) -> float:
+    """Largest log-prob difference on the canary with which a generator's weights count as the learner's, in nats."""
+    return config.weights.canary_tolerance or CANARY_TOLERANCE[config.model.dtype]
 
 
 def _refuse_used_folder(config: Config, journal: Journal) -> None:

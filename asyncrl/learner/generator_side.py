@@ -136,7 +136,7 @@ class GeneratorSide:
         reconciled = self._leases.reconcile(name, active, now)
         for record in reconciled.lost:
             log.warning("%s does not know lease %s: leased again", name, record.key)
-            self._granted[name] -= self._num_rollouts(record.key)
+            self._granted[name] -= self._num_rollouts(record.key) + self._wants_baseline(record.key)
         needless = [key for key in reconciled.unexpected if not self._adopt(name, key, active[key], now)]
         if needless:
             self._send(session, messages.Abandon(self._run_epoch, [[*key] for key in needless]))
@@ -154,8 +154,8 @@ class GeneratorSide:
             room = session.beat.sequences_wanted - self._granted[name]
             while room > 0 and (records := self._leases.grant(name, held, 1, learner_version, now)):
                 lease = self._lease(records[0], now)
-                room -= lease.num_rollouts
-                self._granted[name] += lease.num_rollouts
+                room -= lease.num_sequences
+                self._granted[name] += lease.num_sequences
                 self._send(session, lease_to_grant(lease, self._run_epoch))
 
     def _lease(self, record: LeaseRecord, now: float) -> Lease:
@@ -176,10 +176,14 @@ class GeneratorSide:
             temperature=0.0 if is_eval else sampling.temperature,
             pinned_version=record.pinned_version,
             seed=seed,
+            greedy_baseline=self._wants_baseline(key),
         )
 
     def _num_rollouts(self, key: LeaseKey) -> int:
         return 1 if key.kind is LeaseKind.EVAL else self._config.sampling.group_size
+
+    def _wants_baseline(self, key: LeaseKey) -> bool:
+        return key.kind is LeaseKind.TRAIN and self._config.algorithm.advantage == "remax"
 
     def _cancel(self, record: LeaseRecord) -> None:
         self.send(record.holder, messages.Abandon(self._run_epoch, [[*record.key]]))

@@ -1,9 +1,11 @@
 """The rollout side of the desk: results come in, are checked, journalled and acknowledged, and go to the buffer.
 
     frame → session (seen before?) → validate → lease desk (wanted?) → journal, buffer → [sync] → ack
+                                                                     ↘ journal: filtered ↗
 
 The order is the promise: nothing is acknowledged, and nothing of it trained, before the journal's sync. A result that
-is refused is acknowledged too (as seen), or the generator would send it for ever.
+is refused is acknowledged too (as seen), or the generator would send it for ever. With algorithm.dynamic_sampling, a
+training group whose rewards are all equal is recorded as filtered and goes no further (`replay.filtering`).
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from asyncrl.config import Config
 from asyncrl.errors import ProtocolError
 from asyncrl.learner.account import Account
 from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
 from asyncrl.replay.journal import Journal
 from asyncrl.replay.lease_records import LeaseRecord, Verdict
 from asyncrl.replay.leases import LeaseDesk
-from asyncrl.replay.records import MessageSeen, PromptGivenUp, StoredGroup
+from asyncrl.replay.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
 from asyncrl.tasks.prompts import Prompt, PromptSource
 from asyncrl.transport.groups import result_to_group, validate_group
 from asyncrl.transport.messages import FAILURE_REASONS, GroupResult, LeaseFailed, Message
@@ -37,7 +40,7 @@ class _Pending:
 
     session: DeskSession
     seq: int
-    stored: StoredGroup | None = None
+    num_rollouts: int = 0  # for training
     evaluated: Group | None = None
 
 
@@ -62,6 +65,12 @@ class Intake:
     on_cancel: Callable[[LeaseRecord], None] = _nobody
     newest_version: int = 0  # no token can be newer
     _pending: list[_Pending] = field(default_factory=list)
+    _sampling: DynamicSampling | None = field(init=False, default=None)
+    _said_that_all_is_equal: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.config.algorithm.dynamic_sampling:
+            self._sampling = DynamicSampling(self.config.learner.groups_per_step)
 
     def prompt_of(self, key: LeaseKey) -> Prompt:
         """The prompt that a lease is about."""
@@ -91,12 +100,11 @@ class Intake:
         elif group.key.kind is LeaseKind.EVAL:
             self._seen(session, message.seq, now, evaluated=group)
         else:
-            stored = _stored(session, message.seq, group, body)
-            self.journal.append(stored, now)
-            # At once, or the group would count as neither running nor buffered until the sync. Safe before it: a
-            # batch is dealt out only after its own record, which is behind this one, is on disk.
-            self.buffer.add(stored)
-            self._pending.append(_Pending(session, message.seq, stored=stored))
+            if self._is_left_out(group):
+                self._filter(session, message.seq, group, now)
+            else:
+                self._keep(_stored(session, message.seq, group, body), now)
+            self._pending.append(_Pending(session, message.seq, num_rollouts=len(group.rollouts)))
         return None
 
     def failed(self, session: DeskSession, message: LeaseFailed, size: int, now: float) -> Message | None:
@@ -111,6 +119,11 @@ class Intake:
         self._fail_lease(message, reason, now)
         self._seen(session, message.seq, now)
         return None
+
+    def batch_taken(self) -> None:
+        """A batch left the buffer: the groups filtered from now on are those of the next one."""
+        if self._sampling is not None:
+            self._sampling.batch_taken()
 
     def note_given_up(self, now: float) -> None:
         """Prompts that will get no group any more: journalled, so that a restart does not lease them again."""
@@ -130,8 +143,7 @@ class Intake:
         pending, self._pending = self._pending, []
         for item in pending:
             self.sessions.mark_durable(item.session, item.seq)
-            if item.stored is not None:
-                self.account.rollouts_acked += len(item.stored.num_tokens)
+            self.account.rollouts_acked += item.num_rollouts
             if item.evaluated is not None:
                 self.on_eval(item.evaluated)
         return list({item.session.generator_id: item.session for item in pending}.values())
@@ -163,7 +175,37 @@ class Intake:
             oldest_version=0,
             newest_version=self.newest_version,
             pinned_version=pinned,
+            greedy_baseline=kind is LeaseKind.TRAIN and self.config.algorithm.advantage == "remax",
         )
+
+    def _is_left_out(self, group: Group) -> bool:
+        if self._sampling is None:
+            return False
+        equal = has_equal_rewards(group)
+        left_out = self._sampling.leaves_out(equal)
+        if equal and not left_out and not self._said_that_all_is_equal:
+            self._said_that_all_is_equal = True
+            log.warning(
+                "since the last batch, %d groups had equal rewards and were filtered, %d had not: the task is solved, "
+                "or too hard for this policy, or its reward is constant. Batches are filled up with such groups now, "
+                "which teach nothing (said once; see groups_filtered and groups_zero_variance in the metrics)",
+                self._sampling.num_filtered,
+                self._sampling.num_differing,
+            )
+        return left_out
+
+    def _keep(self, stored: StoredGroup, now: float) -> None:
+        self.journal.append(stored, now)
+        # At once, or the group would count as neither running nor buffered until the sync. Safe before it: a
+        # batch is dealt out only after its own record, which is behind this one, is on disk.
+        self.buffer.add(stored)
+
+    def _filter(self, session: DeskSession, seq: int, group: Group, now: float) -> None:
+        _, ordinal, attempt = group.key
+        self.journal.append(GroupFiltered(session.generator_id, session.incarnation, seq, ordinal, attempt), now)
+        self.leases.filter(group.key)
+        self.account.groups_filtered += 1
+        self.account.tokens_filtered += group.num_tokens
 
     def _repeated(self, session: DeskSession, seq: int, offer: Offer) -> Message | None:
         """Settled before: say so again. Being written or beyond the credit: the answer comes with the next ack."""

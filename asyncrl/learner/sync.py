@@ -272,27 +272,27 @@ class SyncPlanner:
         if message.error:
             self._taint(member, now, message.error)
             return
-        diff = self._canary_diff(message.canary_logprobs)
-        if not diff <= self.tolerance:  # also true for NaN
+        largest, mean = self._canary_diffs(message.canary_logprobs)
+        if not largest <= self.tolerance:  # also true for NaN
             self._taint(
                 member,
                 now,
-                f"canary log-probs differ by {diff:.3g}, allowed {self.tolerance:.3g} (weights.canary_tolerance)",
+                f"canary log-probs differ by {largest:.3g}, allowed {self.tolerance:.3g} (weights.canary_tolerance)",
             )
             return
-        self._commit(member, diff, now)
+        self._commit(member, largest, mean, now)
 
-    def _canary_diff(self, theirs: list[bytes]) -> float:
+    def _canary_diffs(self, theirs: list[bytes]) -> tuple[float, float]:
+        """Largest and mean |theirs - ours| over all canary tokens; infinite where they cannot be compared."""
         assert self.snapshot is not None
         ours = self.snapshot.canary_logprobs
         if len(ours) != len(theirs) or any(len(a) != len(b) for a, b in zip(ours, theirs, strict=False)):
-            return float("inf")
-        pairs = zip(ours, theirs, strict=True)
-        return max(
-            float(np.max(np.abs(np.frombuffer(a, LOGPROB_DTYPE) - np.frombuffer(b, LOGPROB_DTYPE)))) for a, b in pairs
-        )
+            return float("inf"), float("inf")
+        # One array over all sequences: its maximum is NaN wherever the NaN is, which Python's max would lose.
+        diffs = np.abs(np.frombuffer(b"".join(theirs), LOGPROB_DTYPE) - np.frombuffer(b"".join(ours), LOGPROB_DTYPE))
+        return float(diffs.max()), float(diffs.mean(dtype=np.float64))
 
-    def _commit(self, member: Member, diff: float, now: float) -> None:
+    def _commit(self, member: Member, canary_max_diff: float, canary_mean_diff: float, now: float) -> None:
         current = self.round
         assert current is not None
         member.phase = Phase.COMMITTED
@@ -308,7 +308,8 @@ class SyncPlanner:
                 (now - current.started) * 1e3,
                 current.transfer_ms,
                 current.num_bytes,
-                diff,
+                canary_max_diff,
+                canary_mean_diff,
                 member.timings_ms,
             )
         )

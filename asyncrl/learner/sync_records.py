@@ -74,7 +74,7 @@ class ToGenerator:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """`name` proved `version`. Times in milliseconds; canary_diff is the largest log-prob difference."""
+    """`name` proved `version`. Times in milliseconds; the canary's log-prob differences are absolute, in nats."""
 
     name: str
     version: int
@@ -82,7 +82,8 @@ class Committed:
     total_ms: float
     transfer_ms: float
     num_bytes: int
-    canary_diff: float
+    canary_max_diff: float
+    canary_mean_diff: float
     timings_ms: dict[str, float]
 
 

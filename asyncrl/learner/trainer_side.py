@@ -112,6 +112,7 @@ class TrainerSide:
             return []
         batch = buffer.take(version)
         leases.train(group.key for group in batch)
+        self._intake.batch_taken()
         self._journal.append(StepTaken(version, tuple((g.ordinal, g.attempt) for g in batch)), now)
         sessions = self._intake.sync()  # the decision is durable before any rank sees a group
         self._account.rollouts_trained += sum(len(group.num_tokens) for group in batch)

@@ -34,7 +34,7 @@ class LeaseDesk:
     """Grants, tracks and re-grants leases. Single-threaded; `now` is monotonic seconds.
 
     Every training ordinal is in exactly one place: not leased yet, waiting to be leased again, running,
-    accepted (its group is in the buffer), settled (trained or given up).
+    accepted (its group is in the buffer), settled (trained, given up or filtered).
     """
 
     def __init__(self, pacing: Pacing, lease_timeout_s: float, run_epoch: int = 1) -> None:
@@ -48,6 +48,7 @@ class LeaseDesk:
         self._accepted: dict[int, int] = {}  # ordinal -> attempt
         self._settled = Frontier()
         self._given_up: set[int] = set()
+        self._num_filtered = 0
         self._given_up_news: list[int] = []
         self._tries: Counter[int] = Counter()
         self._failures: Counter[int] = Counter()
@@ -59,7 +60,7 @@ class LeaseDesk:
     @property
     def num_trained(self) -> int:
         """Groups trained, those of the batch in training included."""
-        return len(self._settled) - len(self._given_up)
+        return len(self._settled) - len(self._given_up) - self._num_filtered
 
     @property
     def num_running(self) -> int:
@@ -73,6 +74,10 @@ class LeaseDesk:
     @property
     def num_given_up(self) -> int:
         return len(self._given_up)
+
+    @property
+    def num_filtered(self) -> int:
+        return self._num_filtered
 
     @property
     def running_by_version(self) -> Mapping[int, int]:
@@ -96,8 +101,8 @@ class LeaseDesk:
         return record if record is not None and record.key == key else None
 
     def in_range(self, ordinal: int) -> bool:
-        """Ordinals the run can need: one for each group it trains on, and one more for each given up."""
-        return 0 <= ordinal < self._pacing.total_groups + len(self._given_up)
+        """Ordinals the run can need: one for each group it trains on, one more for each given up or filtered."""
+        return 0 <= ordinal < self._pacing.total_groups + len(self._given_up) + self._num_filtered
 
     def next_deadline(self, now: float) -> float:
         """When `expire` has something to do or a back-off ends; infinity when never."""
@@ -237,6 +242,14 @@ class LeaseDesk:
             del self._accepted[key.ordinal]
             self._settle(key.ordinal)
 
+    def filter(self, key: LeaseKey) -> None:
+        """An accepted group is not worth training on: its ordinal is settled, and a new one takes its slot."""
+        assert self._accepted.get(key.ordinal) == key.attempt, f"{key} is not accepted"
+        del self._accepted[key.ordinal]
+        self._settle(key.ordinal)
+        self._num_filtered += 1
+        self.counters["filtered"] += 1
+
     def take_given_up(self) -> list[int]:
         """Ordinals given up since the last call, for the journal."""
         news, self._given_up_news = self._given_up_news, []
@@ -270,6 +283,7 @@ class LeaseDesk:
             "next_eval_ordinal": self._evals.next_ordinal,
             "settled": self._settled.state(),
             "given_up": sorted(self._given_up),
+            "num_filtered": self._num_filtered,
             "failures": [[ordinal, count] for ordinal, count in sorted(self._failures.items())],
             "counters": dict(self.counters),
         }
@@ -280,12 +294,14 @@ class LeaseDesk:
         trained: Iterable[int],
         accepted: Iterable[LeaseKey],
         given_up: Iterable[int],
+        filtered: Iterable[int],
     ) -> None:
         """Continues from a checkpoint's state (None: from nothing) and what the journal adds to it.
 
         trained   ordinals of the steps that are trained again from the journal
         accepted  groups that go back to the buffer
         given_up  ordinals given up since the checkpoint
+        filtered  ordinals filtered since the checkpoint; earlier ones among these change nothing
         What was running is leased again, unless a generator that works on it is heard of first (`adopt`).
         """
         assert self._next_ordinal == 0, "restore comes before the first grant"
@@ -294,12 +310,17 @@ class LeaseDesk:
             self._evals.next_ordinal = state["next_eval_ordinal"]
             self._settled = Frontier.from_state(state["settled"])
             self._given_up = set(state["given_up"])
+            self._num_filtered = state.get("num_filtered", 0)  # older checkpoints know of none
             self._failures.update(dict(state["failures"]))
             self.counters.update(state["counters"])
         for ordinal in given_up:
             if ordinal not in self._settled:
                 self._settle(ordinal)
                 self._given_up.add(ordinal)
+        for ordinal in filtered:
+            if ordinal not in self._settled:
+                self._settle(ordinal)
+                self._num_filtered += 1
         for ordinal in trained:
             self._settle(ordinal)
         self._accepted = {key.ordinal: key.attempt for key in accepted if key.ordinal not in self._settled}

@@ -12,7 +12,7 @@ Admission (`ceiling`). A lease is granted at held version g only while
 This is AReaL's bound (Fu et al. 2025, arXiv 2505.24298, section 5.1) with the version that *this generator
 proved* in place of the learner's own: a generator that missed a weight sync is paced by what it can really
 sample from. Failed, expired and dropped groups leave `admitted`; their ordinals are leased again, lowest
-first.
+first. Given-up and filtered ones (`replay.filtering`) leave it too; new ordinals take their place.
 
 Taking a batch (`straggling_version`). With v steps taken, for every version i,
 
@@ -22,7 +22,9 @@ says that what has to be trained by version i + A fits into the batches left unt
 - F(0): nothing is outstanding.
 - A grant at g keeps it. Afterwards admitted <= (g + A + 1) * G and v * G groups are trained, so at most (g +
   A + 1 - v) * G are outstanding, which bounds the left side for every i >= g; for i < g it did not change.
-- A result keeps it (no token is older than its lease); a failure, expiry or drop lowers the left side.
+- A result keeps it (no token is older than its lease); a failure, expiry or drop lowers the left side, and so
+  does a result that is filtered: its lease ends, and nothing comes into the buffer. The lease in its place is a
+  grant like any other, at a version that is proven then.
 - Taking the G groups with the oldest tokens keeps it, if the learner waits where it must. Let m be the newest
   of their oldest tokens. For i >= m both sides fall by G. For i < m the batch holds all such buffered groups,
   and F(v + 1) asks for
@@ -36,7 +38,8 @@ may still run that is as old. With A = 0 leases are granted at g = v only, G of 
 the next batch: synchronous training (a batch is sorted, so arrival order does not matter either).
 
 The wait is bounded: each lease it waits for ends by its deadline, and as the buffer fills, `admitted` passes
-the ceiling of the old versions, so that no more leases as old are granted.
+the ceiling of the old versions, so that no more leases as old are granted. It does fill: how many groups are
+filtered before a batch is taken is bounded as well.
 
 It would not be enough to wait only for leases that are over-age at the next step. With G = 1, A = 2:
 

@@ -28,6 +28,7 @@ class RecordKind(IntEnum):
     SEEN = 3
     DROPPED = 4
     GIVEN_UP = 5
+    FILTERED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +140,33 @@ class PromptGivenUp:
         return cls(msgpack.unpackb(payload))
 
 
-Record = StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp
+@dataclass(frozen=True, slots=True)
+class GroupFiltered:
+    """A group with equal rewards was acknowledged and is not trained on; a new ordinal takes its slot.
+
+    One record for message and ordinal, so that no crash can keep the one and lose the other.
+    """
+
+    kind: ClassVar[RecordKind] = RecordKind.FILTERED
+
+    generator_id: str
+    incarnation: int
+    seq: int
+    ordinal: int
+    attempt: int
+
+    def payload(self) -> bytes:
+        return msgpack.packb([self.generator_id, self.incarnation, self.seq, self.ordinal, self.attempt])
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> GroupFiltered:
+        return cls(*msgpack.unpackb(payload))
+
+
+Record = StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp | GroupFiltered
 
 _CLASSES: dict[int, type[Record]] = {
-    record.kind: record for record in (StoredGroup, StepTaken, MessageSeen, GroupsDropped, PromptGivenUp)
+    record.kind: record for record in (StoredGroup, StepTaken, MessageSeen, GroupsDropped, PromptGivenUp, GroupFiltered)
 }
 
 

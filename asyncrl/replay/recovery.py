@@ -3,7 +3,7 @@
     journal = Journal.open(run_dir / "journal")
     settled = Frontier.from_state(state["settled"])            # state: LeaseDesk.state() at the checkpoint
     plan = replay_plan(checkpoint_version, settled, journal.read_all())
-    desk.restore(state, plan.trained, [group.key for group in plan.buffered], plan.given_up)
+    desk.restore(state, plan.trained, [group.key for group in plan.buffered], plan.given_up, plan.filtered)
     for group in plan.buffered: buffer.add(group)
     for step in plan.steps: train [journal.read_at(place) for place in step.places]
 
@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 
 from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.journal_reader import JournalReader, Location
-from asyncrl.replay.records import GroupsDropped, MessageSeen, PromptGivenUp, StepTaken, StoredGroup
+from asyncrl.replay.records import (
+    GroupFiltered,
+    GroupsDropped,
+    MessageSeen,
+    PromptGivenUp,
+    StepTaken,
+    StoredGroup,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,7 @@ class ReplayPlan:
     steps: list[ReplayStep] = field(default_factory=list)
     buffered: list[StoredGroup] = field(default_factory=list)
     given_up: list[int] = field(default_factory=list)
+    filtered: list[int] = field(default_factory=list)
     seen: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     broken_at: int | None = None
 
@@ -54,10 +62,11 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     """Reads the journal into a plan.
 
     checkpoint_version  version of the checkpoint that is resumed; 0 without one
-    settled             ordinals trained or given up by then; empty without one
+    settled             ordinals trained, given up or filtered by then; empty without one
     Bodies are read for the buffer only: memory stays within its bound, however long the journal. Every
-    accepted group ends in exactly one of: settled, a step, the buffer. A step taken anew replaces its earlier
-    record and all later ones: those were of a future that a damaged journal had made impossible to repeat.
+    accepted group ends in exactly one of: settled, a step, the buffer; what was filtered stays filtered. A step
+    taken anew replaces its earlier record and all later ones: those were of a future that a damaged journal had
+    made impossible to repeat.
     """
     plan = ReplayPlan()
     groups: dict[tuple[int, int], Location] = {}
@@ -78,9 +87,13 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
                 dropped.update(record.groups)
             case PromptGivenUp():
                 plan.given_up.append(record.ordinal)
+            case GroupFiltered():
+                _see(plan, record)
+                plan.filtered.append(record.ordinal)
     _plan_steps(plan, checkpoint_version, steps, groups)
     trained_before = (step.groups for version, step in steps.items() if version < checkpoint_version)
-    done = {*plan.trained, *plan.given_up, *(ordinal for step in trained_before for ordinal, _ in step)}
+    done = {*plan.trained, *plan.given_up, *plan.filtered}
+    done.update(ordinal for step in trained_before for ordinal, _ in step)
     left = {
         group[0]: location
         for group, location in groups.items()
@@ -90,7 +103,7 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     return plan
 
 
-def _see(plan: ReplayPlan, record: StoredGroup | MessageSeen) -> None:
+def _see(plan: ReplayPlan, record: StoredGroup | MessageSeen | GroupFiltered) -> None:
     plan.seen.setdefault((record.generator_id, record.incarnation), set()).add(record.seq)
 
 

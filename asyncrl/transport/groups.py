@@ -47,6 +47,7 @@ def group_to_result(group: Group, seq: int, run_epoch: int) -> GroupResult:
         attempt=attempt,
         prompt=_raw(group.prompt_token_ids, TOKEN_DTYPE),
         rollouts=[_rollout_to_map(rollout) for rollout in group.rollouts],
+        baseline_reward=group.baseline_reward,
     )
 
 
@@ -60,6 +61,7 @@ def result_to_group(result: GroupResult) -> Group:
         key=lease_key(result.kind, result.ordinal, result.attempt),
         prompt_token_ids=_array(result.prompt, TOKEN_DTYPE, f"{name}: prompt"),
         rollouts=[_map_to_rollout(item, f"{name} rollout {i}") for i, item in enumerate(result.rollouts)],
+        baseline_reward=result.baseline_reward,
     )
 
 
@@ -90,6 +92,7 @@ def lease_to_grant(lease: Lease, run_epoch: int) -> LeaseGrant:
         temperature=lease.temperature,
         pinned_version=lease.pinned_version,
         seed=lease.seed,
+        greedy_baseline=lease.greedy_baseline,
     )
 
 
@@ -114,6 +117,7 @@ def grant_to_lease(grant: LeaseGrant) -> Lease:
         temperature=grant.temperature,
         pinned_version=grant.pinned_version,
         seed=grant.seed,
+        greedy_baseline=grant.greedy_baseline,
     )
 
 
@@ -127,16 +131,18 @@ def validate_group(
     oldest_version: int,
     newest_version: int,
     pinned_version: int | None = None,
+    greedy_baseline: bool = False,
 ) -> None:
     """Raises ProtocolError unless `group` is what its lease asked for and every number can be trained on.
 
-    prompt_token_ids (int32 [P]), num_rollouts, max_new_tokens and pinned_version are those of the lease;
-    versions of tokens must lie in [oldest_version, newest_version].
+    prompt_token_ids (int32 [P]), num_rollouts, max_new_tokens, pinned_version and greedy_baseline are those of
+    the lease; versions of tokens must lie in [oldest_version, newest_version].
     """
     if not np.array_equal(group.prompt_token_ids, prompt_token_ids):
         raise _bad(group, f"prompt of {len(group.prompt_token_ids)} tokens is not the leased one")
     if len(group.rollouts) != num_rollouts:
         raise _bad(group, f"{len(group.rollouts)} rollouts, the lease asked for {num_rollouts}")
+    _check_baseline(group, greedy_baseline)
     if pinned_version is not None:
         oldest_version = newest_version = pinned_version
     for index, rollout in enumerate(group.rollouts):
@@ -149,6 +155,16 @@ def validate_group(
     logprobs = np.concatenate([rollout.behaviour_logprobs for rollout in group.rollouts])
     if not (logprobs.max() <= MAX_LOGPROB and logprobs.min() >= MIN_LOGPROB and tokens.max() < vocab_size):
         _blame(group, vocab_size)
+
+
+def _check_baseline(group: Group, wanted: bool) -> None:
+    baseline = group.baseline_reward
+    if wanted and baseline is None:
+        raise _bad(group, "no reward of a greedy completion, the lease asked for one")
+    if not wanted and baseline is not None:
+        raise _bad(group, f"a greedy completion with reward {baseline}, the lease asked for none")
+    if baseline is not None and not math.isfinite(baseline):
+        raise _bad(group, f"reward {baseline} of the greedy completion is not finite")
 
 
 def _check_shape(group: Group, index: int, rollout: Rollout, max_new_tokens: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 _REGISTRY: dict[int, type[Message]] = {}
 
@@ -94,6 +94,7 @@ class GroupResult(Message):
     attempt: int
     prompt: bytes  # int32 [P]
     rollouts: list[dict[str, Any]]  # see transport.groups: tokens, logprobs, spans, finish, reward, parts
+    baseline_reward: float | None = None  # of the greedy completion, where the lease asked for one
 
 
 @message(4)
@@ -179,6 +180,7 @@ class LeaseGrant(Message):
     temperature: float
     pinned_version: int | None = None
     seed: int | None = None
+    greedy_baseline: bool = False
 
 
 @message(23)

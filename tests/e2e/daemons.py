@@ -20,7 +20,7 @@ import yaml
 
 from asyncrl.metrics import METRICS_FILE, read_records
 from asyncrl.replay.journal_reader import JournalReader
-from asyncrl.replay.records import PromptGivenUp, Record, StepTaken, StoredGroup
+from asyncrl.replay.records import GroupFiltered, PromptGivenUp, Record, StepTaken, StoredGroup
 
 HERE = Path(__file__).parent
 COMMANDS = Path(sys.executable).parent
@@ -219,26 +219,27 @@ def marked_processes(mark: str) -> Iterator[tuple[int, str]]:
 
 
 def steps_in(journal: Iterator[Record]) -> tuple[dict[int, tuple[tuple[int, int], ...]], set[int]]:
-    """Groups of each step by version, and the ordinals given up. Fails when a step was decided twice."""
+    """Groups of each step by version, and the ordinals given up or filtered. Fails when a step was decided twice."""
     steps: dict[int, tuple[tuple[int, int], ...]] = {}
-    given_up: set[int] = set()
+    left_out: set[int] = set()
     for record in journal:
         if isinstance(record, StepTaken):
             assert record.version not in steps, f"the batch of version {record.version} was decided twice"
             steps[record.version] = record.groups
-        elif isinstance(record, PromptGivenUp):
-            given_up.add(record.ordinal)
-    return steps, given_up
+        elif isinstance(record, PromptGivenUp | GroupFiltered):
+            assert record.ordinal not in left_out, f"ordinal {record.ordinal} was left out twice"
+            left_out.add(record.ordinal)
+    return steps, left_out
 
 
 def check_every_ordinal_once(run: Run, num_steps: int) -> None:
     """No prompt trained twice, none skipped, and no batch with a group that the journal does not hold."""
-    steps, given_up = steps_in(run.journal())
+    steps, left_out = steps_in(run.journal())
     groups = {(record.ordinal, record.attempt) for record in run.journal() if isinstance(record, StoredGroup)}
     assert sorted(steps) == list(range(num_steps))
     trained = [group for version in sorted(steps) for group in steps[version]]
     ordinals = sorted(ordinal for ordinal, _ in trained)
-    assert ordinals == sorted(set(range(len(trained) + len(given_up))) - given_up)
+    assert ordinals == sorted(set(range(len(trained) + len(left_out))) - left_out)
     assert set(trained) <= groups
 
 

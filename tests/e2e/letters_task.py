@@ -17,11 +17,17 @@ LEAST_REWARD = 0.1
 
 
 class Letters:
-    """delay_s: seconds each reward takes. faults: folder for the marks of faults that happen once; empty = none."""
+    """delay_s: seconds each reward takes. faults: folder for the marks of faults that happen once; empty = none.
 
-    def __init__(self, delay_s: float = 0.0, faults: str = ""):
+    flat_every: each prompt whose number is a multiple of it gets the same reward whatever comes; 0 = none does.
+    scored: file that the number of each scored training prompt is appended to, a line per completion; empty = none.
+    """
+
+    def __init__(self, delay_s: float = 0.0, faults: str = "", flat_every: int = 0, scored: str = ""):
         self._delay_s = delay_s
         self._faults = faults
+        self._flat_every = flat_every
+        self._scored = scored
 
     train_size = None  # endless, in order: example n is the prompt of ordinal n
 
@@ -41,6 +47,11 @@ class Letters:
             time.sleep(3600)
         if self._faults and payload["index"] == EXITS_ONCE and self._first("exit"):
             os._exit(7)
+        if self._scored and payload["index"] >= 0:
+            with open(self._scored, "a") as lines:
+                lines.write(f"{payload['index']}\n")
+        if self._flat_every and payload["index"] % self._flat_every == 0:
+            return {"base": LEAST_REWARD}
         letters = sum(character.isalpha() for character in completion)
         return {"base": LEAST_REWARD, "letters": letters / max(1, len(completion))}
 

@@ -18,7 +18,7 @@ import pytest
 from daemons import STEP_S, Run, free_port, wait_until
 
 from asyncrl.transport.codec import HEADER_BYTES, encode
-from asyncrl.transport.messages import Beat, Hello
+from asyncrl.transport.messages import PROTOCOL_VERSION, Beat, Hello
 from asyncrl.transport.sockets import ClientSocket
 
 MEBIBYTE = 2**20
@@ -193,7 +193,7 @@ def hello(name: str, run: Run) -> bytes:
 
     model = run.config["model"]["path"]
     message = Hello(
-        protocol=1,
+        protocol=PROTOCOL_VERSION,
         generator_id=name,
         incarnation=1,
         max_run_epoch=0,

@@ -135,6 +135,14 @@ def train_group(ordinal: int, attempt: int = 0, *, num_rollouts: int = 4, versio
     return Group(key, np.array([ordinal, ordinal], dtype=np.int32), rollouts)
 
 
+def flat_group(ordinal: int, attempt: int = 0, *, version: int = 0) -> Group:
+    """As `train_group`, with equal rewards."""
+    group = train_group(ordinal, attempt, version=version)
+    for rollout in group.rollouts:
+        rollout.reward = 1.0
+    return group
+
+
 def stored_group(ordinal: int, *, num_tokens: tuple[int, ...] = (4, 5), version: int = 0) -> StoredGroup:
     """A group as the journal holds it; its body is a few bytes that name it."""
     return StoredGroup(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from desk_parts import beat
 
 from asyncrl.learner.account import Account
@@ -56,6 +57,17 @@ def test_acknowledged_dropped_and_failed_rollouts_are_increments_by_reason():
     assert second.rollouts_failed == {"engine": 4, "reward_error": 1}
 
 
+def test_filtered_groups_and_their_tokens_are_increments_and_a_share_of_what_was_sampled():
+    account = Account(groups_filtered=1, tokens_filtered=30)
+    first = step(account, tokens_trained=90.0)
+    restored = Account()
+    restored.restore(account.state())
+    restored.groups_filtered, restored.tokens_filtered = 3, 80
+    second = step(restored, 2, tokens_trained=50.0)
+    assert (first.groups_filtered, first.tokens_filtered, first.filtered_token_share) == (1, 30, 0.25)
+    assert (second.groups_filtered, second.tokens_filtered, second.filtered_token_share) == (2, 50, 0.5)
+
+
 def test_a_restored_account_goes_on_where_the_checkpoint_was():
     account = Account(rollouts_acked=8, rollouts_trained=6)
     account.lease_failed("engine", 4)
@@ -79,13 +91,45 @@ def test_reward_parts_are_split_from_the_trainers_figures():
 def test_a_sync_reports_the_longest_pause_and_the_worst_canary_of_its_generators():
     ended = RoundEnded(3, 120.0, 40.0, 1000, 2, 1)
     committed = [
-        Committed("a", 3, 0, 100.0, 40.0, 1000, 2e-6, {"pause_ms": 5.0}),
-        Committed("b", 3, 0, 110.0, 40.0, 1000, 1e-6, {"pause_ms": 9.0}),
+        Committed("a", 3, 0, 100.0, 40.0, 1000, 2e-6, 4e-7, {"pause_ms": 5.0}),
+        Committed("b", 3, 0, 110.0, 40.0, 1000, 1e-6, 2e-7, {"pause_ms": 9.0}),
     ]
     figures = Account().sync_metrics(ended, committed)
     assert (figures.pause_ms, figures.canary_max_abs_diff, figures.generators_failed) == (9.0, 2e-6, 1)
+    assert figures.canary_mean_abs_diff == pytest.approx(3e-7)
+
+
+def synced(account: Account, version: int, *means: float) -> None:
+    committed = [Committed(f"g{i}", version, 0, 1.0, 1.0, 1, 1.0, mean, {}) for i, mean in enumerate(means)]
+    account.sync_metrics(RoundEnded(version, 1.0, 1.0, 1, len(committed), 0), committed)
+
+
+def test_the_gap_is_split_into_what_the_newest_sync_left_and_the_rest():
+    account = Account()
+    unsynced = step(account, logprob_gap=0.03)
+    assert (unsynced.gap_engine, unsynced.gap_drift) == (None, None)
+    synced(account, 1, 0.5)
+    synced(account, 2, 0.01, 0.02)
+    synced(account, 3)  # nobody committed: the one before stays the newest
+    measured = step(account, 2, logprob_gap=0.04)
+    assert (measured.gap_engine, measured.gap_drift) == (pytest.approx(0.015), pytest.approx(0.025))
+    assert step(account, 3).gap_drift is None, "without a gap there is nothing to split"
+
+
+def test_a_gap_smaller_than_the_engines_is_no_negative_drift():
+    account = Account()
+    synced(account, 1, 0.02)
+    assert step(account, logprob_gap=0.01).gap_drift == 0.0
+
+
+def test_figures_by_age_are_nested_by_bucket():
+    named = {"age/2-3/ess_share": 0.5, "age/2-3/tokens": 64.0, "age/64+/tokens": 8.0, "masked_share": 0.1}
+    figures = step(Account(), **named)
+    assert figures.age_health == {"2-3": {"ess_share": 0.5, "tokens": 64.0}, "64+": {"tokens": 8.0}}
+    assert (figures.masked_share, figures.extra) == (0.1, {})
 
 
 def test_a_sync_that_nobody_committed_has_no_pause_and_no_canary():
     figures = Account().sync_metrics(RoundEnded(3, 120.0, 0.0, 0, 0, 1), [])
     assert (figures.pause_ms, figures.canary_max_abs_diff, figures.num_bytes) == (None, None, None)
+    assert figures.canary_mean_abs_diff is None

@@ -145,6 +145,29 @@ def test_a_lease_says_everything_that_is_needed(tmp_path):
     world.parts.journal.close()
 
 
+def test_a_greedy_completion_is_leased_when_it_is_the_baseline_and_counts_as_a_sequence(tmp_path):
+    world = World(tmp_path, algorithm__advantage="remax")
+    session = world.join("a", wanted=6)
+    world.side.grant(0, 0.0)
+    grants = [message for _, message in world.wire.take(messages.LeaseGrant)]
+    assert [(grant.num_rollouts, grant.greedy_baseline) for grant in grants] == [(4, True)] * 2
+    world.side.beat(session, beat(sequences_wanted=10, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.1)
+    world.side.grant(0, 0.1)
+    assert world.grants() == []  # two leases are ten sequences
+    world.parts.leases.start_eval(0, 1, 60.0, 0.1)
+    world.side.beat(session, beat(sequences_wanted=11, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.2)
+    world.side.grant(0, 0.2)
+    ((_, grant),) = world.wire.take(messages.LeaseGrant)
+    assert (grant.kind, grant.num_rollouts, grant.greedy_baseline) == ("eval", 1, False)
+    world.parts.journal.close()
+
+
+def test_without_it_no_greedy_completion_is_leased(world):
+    world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    assert [message.greedy_baseline for _, message in world.wire.take(messages.LeaseGrant)] == [False]
+
+
 def test_what_a_leaving_generator_held_goes_to_another_one_at_once(world):
     leaving = world.join("a", wanted=4)
     world.side.grant(0, 0.0)

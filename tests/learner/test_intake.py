@@ -6,12 +6,17 @@ import math
 
 import numpy as np
 import pytest
-from desk_parts import eval_group, make_parts, make_rollout, small_config, train_group
+from desk_parts import eval_group, flat_group, make_parts, make_rollout, small_config, train_group
 
 from asyncrl.errors import JournalError
+from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP
+from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.journal import SYNC_AFTER_S
-from asyncrl.replay.records import MessageSeen, PromptGivenUp, StoredGroup
-from asyncrl.transport.messages import Ack, LeaseFailed, Nack
+from asyncrl.replay.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
+from asyncrl.replay.recovery import replay_plan
+from asyncrl.transport.codec import decode_body
+from asyncrl.transport.groups import result_to_group
+from asyncrl.transport.messages import Ack, GroupResult, LeaseFailed, Nack
 from asyncrl.types import LeaseKey, LeaseKind, VersionSpan
 
 
@@ -243,4 +248,158 @@ def test_what_is_over_the_credit_is_ignored_and_comes_again(tmp_path):
     parts.deliver(session, train_group(1), seq=2)
     parts.intake.sync()
     assert parts.sessions.ack(session).acked_seq == 2
+    parts.journal.close()
+
+
+# -- dynamic sampling
+
+
+@pytest.fixture
+def filtering(tmp_path):
+    parts = make_parts(tmp_path, small_config(algorithm__dynamic_sampling=True))
+    yield parts
+    parts.journal.close()
+
+
+def test_a_group_with_equal_rewards_is_recorded_acknowledged_and_not_trained_on(filtering):
+    session = filtering.connect()
+    assert [record.key.ordinal for record in lease(filtering, 4)] == [0, 1, 2, 3]
+    assert filtering.deliver(session, flat_group(0), seq=1) is None
+    assert filtering.deliver(session, train_group(1), seq=2) is None
+    assert filtering.sessions.ack(session).acked_seq == 0
+    assert filtering.intake.sync() == [session]
+    assert filtering.sessions.ack(session).acked_seq == 2
+    assert records(filtering, GroupFiltered) == [GroupFiltered("g1", 1, 1, 0, 0)]
+    assert [record.ordinal for record in records(filtering, StoredGroup)] == [1]
+    assert len(filtering.buffer) == 1
+    account = filtering.intake.account
+    assert (account.groups_filtered, account.tokens_filtered, account.rollouts_acked) == (1, 12, 8)
+    assert [record.key.ordinal for record in lease(filtering, 9)] == [4]  # in its place: the ceiling is 4
+
+
+def test_a_filtered_group_that_comes_again_is_acknowledged_and_changes_nothing(filtering):
+    session, other = filtering.connect(), filtering.connect("g2")
+    lease(filtering)
+    filtering.deliver(session, flat_group(0), seq=1)
+    filtering.intake.sync()
+    assert isinstance(filtering.deliver(session, flat_group(0), seq=1), Ack)
+    assert filtering.deliver(other, train_group(0), seq=1) is None  # the same prompt, late, with a signal
+    filtering.intake.sync()
+    assert filtering.sessions.ack(other).acked_seq == 1
+    assert len(filtering.buffer) == 0
+    assert filtering.leases.num_filtered == 1
+
+
+def test_a_restarted_learner_neither_trains_nor_leases_what_was_filtered(filtering, tmp_path):
+    session = filtering.connect()
+    lease(filtering, 3)
+    filtering.deliver(session, flat_group(1), seq=1)
+    filtering.deliver(session, train_group(0), seq=2)
+    filtering.intake.sync()
+    plan = replay_plan(0, Frontier(), filtering.journal.read_all())
+    filtering.journal.close()
+    again = make_parts(tmp_path, filtering.config, run_epoch=2)
+    again.leases.restore(None, plan.trained, [group.key for group in plan.buffered], plan.given_up, plan.filtered)
+    assert [group.ordinal for group in plan.buffered] == [0]
+    assert [record.key.ordinal for record in again.leases.grant("g1", 0, 9, 0, 0.0)] == [2, 3, 4]
+    assert plan.seen == {("g1", 1): {1, 2}}
+    again.journal.close()
+
+
+def test_a_group_that_was_not_durable_when_the_learner_died_comes_again_and_is_judged_again(filtering, tmp_path):
+    session = filtering.connect()
+    lease(filtering)
+    filtering.deliver(session, flat_group(0), seq=1)
+    filtering.journal.close()  # before the sync
+    again = make_parts(tmp_path, filtering.config, run_epoch=2)
+    assert replay_plan(0, Frontier(), again.journal.read_all()).filtered == []
+    session = again.connect()
+    again.deliver(session, flat_group(0), seq=1)
+    again.intake.sync()
+    assert again.sessions.ack(session).acked_seq == 1
+    assert [record.ordinal for record in records(again, GroupFiltered)] == [0]
+    again.journal.close()
+
+
+def test_rollouts_whose_reward_failed_are_not_there_and_equal_nothing(filtering):
+    session = filtering.connect()
+    lease(filtering, 2)
+    lost_one = flat_group(0)
+    del lost_one.rollouts[0]
+    filtering.deliver(session, lost_one, seq=1)
+    filtering.intake.failed(session, failure(1, seq=2), 100, 0.0)
+    assert filtering.leases.num_filtered == 1
+    assert [record.key for record in lease(filtering, 1, now=100.0)] == [LeaseKey(LeaseKind.TRAIN, 1, 1)]
+
+
+def test_without_dynamic_sampling_equal_rewards_are_trained_on(parts, session):
+    lease(parts)
+    parts.deliver(session, flat_group(0), seq=1)
+    assert len(parts.buffer) == 1
+
+
+def test_evaluations_are_never_filtered(filtering):
+    session = filtering.connect()
+    filtering.leases.start_eval(0, 3, 60.0, 0.0)
+    filtering.leases.grant("g1", 0, 1, 0, 0.0)
+    evaluated = []
+    filtering.intake.on_eval = evaluated.append
+    filtering.deliver(session, eval_group(0, prompt=40), seq=1)
+    filtering.intake.sync()
+    assert len(evaluated) == 1
+
+
+def test_a_task_whose_rewards_are_always_equal_is_said_once_and_trained_on(filtering, caplog):
+    session, now, seq, trained = filtering.connect(), 0.0, 0, []
+    limit = MAX_FILTERED_PER_GROUP * 2
+    for version in range(2):
+        while len(filtering.buffer) < 2:
+            (record,) = filtering.leases.grant("g1", version, 1, version, now)
+            seq += 1
+            filtering.intake.newest_version = version
+            filtering.deliver(session, flat_group(record.key.ordinal, version=version), seq)
+            filtering.intake.sync()
+        assert filtering.leases.num_filtered == limit * (version + 1)
+        batch = filtering.buffer.take(version)
+        filtering.leases.train(group.key for group in batch)
+        filtering.intake.batch_taken()
+        trained += [group.ordinal for group in batch]
+    assert trained == [32, 33, 66, 67]
+    (warning,) = [record.message for record in caplog.records if "equal rewards" in record.message]
+    assert "32 groups had equal rewards and were filtered, 0 had not" in warning
+
+
+# -- greedy baseline
+
+
+@pytest.mark.parametrize(
+    ("advantage", "baseline", "says"),
+    [("remax", None, "no reward of a greedy completion"), ("group", 0.5, "the lease asked for none")],
+)
+def test_a_baseline_is_there_exactly_when_it_was_asked_for(tmp_path, advantage, baseline, says):
+    parts = make_parts(tmp_path, small_config(algorithm__advantage=advantage))
+    session = parts.connect()
+    lease(parts)
+    group = train_group(0)
+    group.baseline_reward = baseline
+    answer = parts.deliver(session, group, seq=1)
+    assert isinstance(answer, Nack)
+    assert says in answer.reason
+    assert len(parts.buffer) == 0
+    parts.journal.close()
+
+
+def test_the_baseline_is_in_the_journal_and_an_evaluation_needs_none(tmp_path):
+    parts = make_parts(tmp_path, small_config(algorithm__advantage="remax"))
+    session = parts.connect()
+    lease(parts)
+    group = train_group(0)
+    group.baseline_reward = 0.25
+    assert parts.deliver(session, group, seq=1) is None
+    parts.leases.start_eval(0, 3, 60.0, 0.0)
+    parts.leases.grant("g1", 0, 1, 0, 0.0)
+    assert parts.deliver(session, eval_group(0, prompt=40), seq=2) is None
+    parts.intake.sync()
+    (stored,) = records(parts, StoredGroup)
+    assert result_to_group(decode_body(GroupResult, stored.body)).baseline_reward == 0.25
     parts.journal.close()

@@ -106,7 +106,7 @@ def test_a_round_opens_a_group_offers_swaps_and_commits():
     bench.reply("b", "stage")
     bench.broadcast_done()
     (commit,) = kinds(bench.reply("a", "swap"), Committed)
-    assert (commit.name, commit.version, commit.canary_diff) == ("a", 0, 0.0)
+    assert (commit.name, commit.version, commit.canary_max_diff) == ("a", 0, 0.0)
     outputs = bench.reply("b", "swap")
     assert messages(outputs, SyncCommit) and messages(outputs, SnapshotReleased)
     assert bench.planner.held_version("a") == bench.planner.held_version("b") == 0
@@ -183,6 +183,32 @@ def test_a_wrong_canary_taints_and_never_commits():
     (abort,) = messages(outputs, SyncAbort)
     assert abort.tainted and not kinds(outputs, Committed)
     assert bench.planner.held_version("a") is None
+
+
+def test_a_commit_reports_largest_and_mean_difference_over_all_canary_tokens():
+    bench = Bench("a")
+    ours = [np.array([-1.0, -2.0], np.float32), np.array([-4.0], np.float32)]
+    snapshot = SnapshotReady(0, {"digests": DIGESTS}, [b"", b""], [row.tobytes() for row in ours], 1.0)
+    bench.planner.tolerance = 0.5
+    bench.planner.snapshot_ready(snapshot, bench.now)
+    bench.planner.advance(bench.now)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    theirs = [np.array([-1.25, -2.0], np.float32), np.array([-3.5], np.float32)]
+    (commit,) = kinds(bench.reply("a", "swap", canary=[row.tobytes() for row in theirs]), Committed)
+    assert (commit.canary_max_diff, commit.canary_mean_diff) == (0.5, 0.25)
+
+
+def test_a_nan_in_a_later_canary_sequence_is_not_lost():
+    bench = Bench("a")
+    bench.planner.snapshot_ready(SnapshotReady(0, {"digests": DIGESTS}, [b"", b""], CANARY * 2, 1.0), bench.now)
+    bench.planner.advance(bench.now)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    outputs = bench.reply("a", "swap", canary=[*CANARY, np.array([-1.0, np.nan], np.float32).tobytes()])
+    assert kinds(outputs, SyncFailed) and not kinds(outputs, Committed)
 
 
 @pytest.mark.parametrize("canary", [[np.array([-1.0, np.nan], np.float32).tobytes()], [b""], []])

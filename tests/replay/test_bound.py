@@ -3,8 +3,9 @@
 Guarantees, in every schedule:
 1. No trained token is older than max_age.
 2. Nothing is dropped, unless expired leases deliver late.
-3. Every prompt is trained exactly once or listed as given up; the run reaches its last step.
-4. After a crash of the learner the same batches are trained again in the same order.
+3. Every prompt is trained exactly once or listed as given up or filtered; the run reaches its last step.
+4. After a crash of the learner the same batches are trained again in the same order, and what was filtered stays so.
+5. Groups with equal rewards are not trained on, up to a bound per batch, beyond which the run goes on with them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from hypothesis import strategies as st
 from replay_making import make_group
 
 from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP, DynamicSampling
 from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.journal_reader import Entry, Location
 from asyncrl.replay.lease_records import Verdict
 from asyncrl.replay.leases import LeaseDesk
 from asyncrl.replay.pacing import Pacing
-from asyncrl.replay.records import GroupsDropped, PromptGivenUp, StepTaken
+from asyncrl.replay.records import GroupFiltered, GroupsDropped, PromptGivenUp, StepTaken
 from asyncrl.replay.recovery import replay_plan
 
 LEASE_TIMEOUT_S = 10.0
@@ -53,8 +55,11 @@ class InMemory(list):
 class Run:
     """A learner and its generators. Each method is something that can happen at any time."""
 
-    def __init__(self, pacing, num_generators, rng, late_results):
-        self.pacing, self.rng, self.late_results = pacing, rng, late_results
+    def __init__(self, pacing, num_generators, rng, late_results, flat_share=0.0):
+        self.pacing, self.rng, self.late_results, self.flat_share = pacing, rng, late_results, flat_share
+        self.sampling = DynamicSampling(pacing.groups_per_step)
+        self.num_filtered = 0  # since the last step
+        self.flat_trained = set()
         self.now, self.version, self.epoch = 0.0, 0, 1
         self.desk = LeaseDesk(pacing, LEASE_TIMEOUT_S)
         self.buffer = ReplayBuffer(pacing)
@@ -93,7 +98,17 @@ class Run:
         verdict, superseded = self.desk.accept(key)
         if superseded is not None:
             self.work[superseded.holder].pop(superseded.key, None)
-        if verdict == Verdict.ACCEPTED:
+        if verdict != Verdict.ACCEPTED:
+            return
+        is_flat = self.rng.random() < self.flat_share
+        if self.sampling.leaves_out(is_flat):
+            self.desk.filter(key)
+            self.log.append(GroupFiltered("g", 1, key.ordinal, key.ordinal, key.attempt))
+            self.num_filtered += 1
+        else:
+            if is_flat:
+                assert self.num_filtered >= MAX_FILTERED_PER_GROUP * self.pacing.groups_per_step
+                self.flat_trained.add(key.ordinal)
             group = make_group(key.ordinal, attempt=key.attempt, version=work.oldest, issued=work.issued)
             self.log.append(group)
             self.buffer.add(group)
@@ -139,6 +154,8 @@ class Run:
             return
         batch = self.buffer.take(self.version)
         self.desk.train(group.key for group in batch)
+        self.sampling.batch_taken()
+        self.num_filtered = 0
         self.log.append(StepTaken(self.version, tuple((group.ordinal, group.attempt) for group in batch)))
         self.batches[self.version] = [(group.ordinal, group.attempt) for group in batch]
         self.ages.extend(self.version - group.oldest_version for group in batch)
@@ -158,8 +175,12 @@ class Run:
             read_back = [self.log[place.offset] for place in step.places]
             assert [(group.ordinal, group.attempt) for group in read_back] == self.batches[step.version]
         self.epoch += 1
+        accepted = [group.key for group in plan.buffered]
+        filtered_before = self.desk.num_filtered
         self.desk = LeaseDesk(self.pacing, LEASE_TIMEOUT_S, run_epoch=self.epoch)
-        self.desk.restore(state, plan.trained, [group.key for group in plan.buffered], plan.given_up)
+        self.desk.restore(state, plan.trained, accepted, plan.given_up, plan.filtered)
+        assert self.desk.num_filtered == filtered_before
+        self.sampling, self.num_filtered = DynamicSampling(self.pacing.groups_per_step), 0
         self.buffer = ReplayBuffer(self.pacing)
         for group in plan.buffered:
             self.buffer.add(group)
@@ -206,10 +227,10 @@ class Run:
         pytest.fail(f"stuck: {self.buffer.waiting_for(self.version, self.desk.running())}")
 
 
-def make_run(seed, groups_per_step, max_age, late_results, pacing_class=Pacing):
+def make_run(seed, groups_per_step, max_age, late_results, pacing_class=Pacing, flat_share=0.0):
     rng = random.Random(seed)
     pacing = pacing_class(groups_per_step, max_age, steps=rng.randint(1, 12))
-    run = Run(pacing, rng.randint(1, 4), rng, late_results)
+    run = Run(pacing, rng.randint(1, 4), rng, late_results, flat_share)
     run.happen(rng.randint(0, 400))
     run.finish_run()
     return run
@@ -218,9 +239,15 @@ def make_run(seed, groups_per_step, max_age, late_results, pacing_class=Pacing):
 def check_every_prompt_once(run):
     trained = [ordinal for version in sorted(run.batches) for ordinal, _ in run.batches[version]]
     given_up = [record.ordinal for record in run.log if isinstance(record, PromptGivenUp)]
+    filtered = [record.ordinal for record in run.log if isinstance(record, GroupFiltered)]
     assert len(trained) == run.pacing.total_groups
-    assert sorted(trained + given_up) == list(range(len(trained) + len(given_up)))
-    assert run.desk.num_given_up == len(given_up)
+    assert sorted(trained + given_up + filtered) == list(range(len(trained) + len(given_up) + len(filtered)))
+    assert (run.desk.num_given_up, run.desk.num_filtered) == (len(given_up), len(filtered))
+    return trained, filtered
+
+
+def filtered_in(run):
+    return {record.ordinal for record in run.log if isinstance(record, GroupFiltered)}
 
 
 schedules = settings(max_examples=250, deadline=None)
@@ -237,6 +264,33 @@ def test_no_trained_token_is_over_age_and_nothing_is_dropped(seed, groups_per_st
 
 
 @schedules
+@given(**numbers, late_results=st.booleans(), flat_share=st.sampled_from([0.2, 0.5, 0.9]))
+def test_the_bound_holds_while_groups_with_equal_rewards_are_replaced(
+    seed, groups_per_step, max_age, late_results, flat_share
+):
+    run = make_run(seed, groups_per_step, max_age, late_results, flat_share=flat_share)
+    assert max(run.ages) <= max_age
+    assert late_results or run.num_dropped == 0
+    trained, filtered = check_every_prompt_once(run)
+    assert run.flat_trained.isdisjoint(filtered)
+    assert flat_share > 0.3 or run.flat_trained.isdisjoint(trained)
+
+
+@settings(max_examples=50, deadline=None)
+@given(**numbers)
+def test_a_task_where_all_rewards_are_equal_is_trained_on_after_a_bounded_number_of_groups(
+    seed, groups_per_step, max_age
+):
+    run = make_run(seed, groups_per_step, max_age, late_results=False, flat_share=1.0)
+    assert max(run.ages) <= max_age
+    assert run.num_dropped == 0
+    trained, filtered = check_every_prompt_once(run)
+    assert set(trained) == run.flat_trained
+    # Counts begin anew at each start of the learner.
+    assert len(filtered) <= MAX_FILTERED_PER_GROUP * groups_per_step * (run.pacing.steps + run.epoch - 1)
+
+
+@schedules
 @given(**numbers)
 def test_late_results_are_used_once_or_dropped_but_never_trained_over_age(seed, groups_per_step, max_age):
     run = make_run(seed, groups_per_step, max_age, late_results=True)
@@ -245,10 +299,10 @@ def test_late_results_are_used_once_or_dropped_but_never_trained_over_age(seed, 
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**32), groups_per_step=st.integers(1, 5))
-def test_max_age_0_trains_prompts_in_order_as_a_synchronous_loop_does(seed, groups_per_step):
+@given(seed=st.integers(0, 2**32), groups_per_step=st.integers(1, 5), flat_share=st.sampled_from([0.0, 0.4]))
+def test_max_age_0_trains_prompts_in_order_as_a_synchronous_loop_does(seed, groups_per_step, flat_share):
     rng = random.Random(seed)
-    run = Run(Pacing(groups_per_step, 0, steps=6), 3, rng, late_results=False)
+    run = Run(Pacing(groups_per_step, 0, steps=6), 3, rng, late_results=False, flat_share=flat_share)
     while run.version < 6:
         name = rng.choice(list(run.held))
         event = rng.randrange(3)
@@ -261,7 +315,8 @@ def test_max_age_0_trains_prompts_in_order_as_a_synchronous_loop_does(seed, grou
         if rng.random() < 0.2:
             run.sync_weights(name, run.version)
     in_order = [ordinal for version in range(6) for ordinal, _ in run.batches[version]]
-    assert in_order == list(range(6 * groups_per_step))
+    assert in_order == [ordinal for ordinal in range(in_order[-1] + 1) if ordinal not in filtered_in(run)]
+    assert len(in_order) == 6 * groups_per_step
     assert set(run.ages) == {0}
 
 

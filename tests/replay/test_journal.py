@@ -17,6 +17,7 @@ from asyncrl.errors import JournalError
 from asyncrl.replay import journal as journal_module
 from asyncrl.replay.journal import SYNC_AFTER_BYTES, SYNC_AFTER_S, Journal, next_run_epoch
 from asyncrl.replay.records import (
+    GroupFiltered,
     GroupsDropped,
     MessageSeen,
     PromptGivenUp,
@@ -57,6 +58,7 @@ EVERY_KIND = [
     MessageSeen("host-3", 4, 99),
     GroupsDropped(((3, 0),)),
     PromptGivenUp(12),
+    GroupFiltered("host-3", 4, 100, 13, 2001),
 ]
 
 

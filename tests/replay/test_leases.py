@@ -179,13 +179,29 @@ def test_a_dropped_group_is_leased_again_before_new_prompts():
     assert keys(desk.grant("a", 0, 9, 0, now=1.0)) == [train_key(0, 1), train_key(1)]
 
 
+def test_a_filtered_group_is_settled_and_a_new_prompt_takes_its_slot():
+    desk = make_desk(groups_per_step=1, max_age=0, steps=1)
+    assert desk.grant("a", 0, 9, 0, now=0.0)[0].key == train_key(0)
+    assert not desk.in_range(1)
+    desk.accept(train_key(0))
+    desk.filter(train_key(0))
+    assert (desk.num_trained, desk.num_filtered, desk.num_given_up, desk.num_admitted) == (0, 1, 0, 0)
+    assert desk.in_range(1) and not desk.in_range(2)
+    assert desk.accept(train_key(0)) == (Verdict.DUPLICATE, None)
+    assert keys(desk.grant("a", 0, 9, 0, now=0.0)) == [train_key(1)]
+    desk.accept(train_key(1))
+    desk.train([train_key(1)])
+    assert (desk.num_trained, desk.num_filtered) == (1, 1)
+    assert desk.grant("a", 1, 9, 1, now=0.0) == []
+
+
 # -- restart ----------------------------------------------------------------------------------------------------
 
 
-def restored(desk, run_epoch=2, trained=(), accepted=(), given_up=()):
+def restored(desk, run_epoch=2, trained=(), accepted=(), given_up=(), filtered=()):
     state = msgpack.unpackb(msgpack.packb(desk.state()))
     fresh = make_desk(run_epoch=run_epoch)
-    fresh.restore(state, trained, accepted, given_up)
+    fresh.restore(state, trained, accepted, given_up, filtered)
     return fresh
 
 
@@ -205,6 +221,25 @@ def test_grants_made_after_the_checkpoint_are_learnt_from_the_journal():
     fresh = restored(desk, trained=[0, 2], accepted=[train_key(4)], given_up=[1])
     assert (fresh.num_trained, fresh.num_given_up, fresh.num_admitted) == (2, 1, 3)
     assert keys(fresh.grant("a", 1, 2, 1, now=0.0)) == [train_key(3, 1000), train_key(5, 1000)]
+
+
+def test_what_was_filtered_before_and_after_the_checkpoint_is_neither_leased_nor_counted_as_trained():
+    desk = make_desk(groups_per_step=2, max_age=1)
+    desk.grant("a", 0, 4, 0, now=0.0)
+    for ordinal in (1, 3):
+        desk.accept(train_key(ordinal))
+        desk.filter(train_key(ordinal))
+    fresh = restored(desk, trained=[0, 2], filtered=[1, 3, 5])  # the journal goes back to before the checkpoint
+    assert (fresh.num_trained, fresh.num_filtered, fresh.num_admitted) == (2, 3, 2)
+    assert keys(fresh.grant("a", 1, 2, 1, now=0.0)) == [train_key(4, 1000), train_key(6, 1000)]
+
+
+def test_the_state_of_a_checkpoint_from_before_groups_were_filtered_is_understood():
+    state = make_desk().state()
+    del state["num_filtered"]
+    fresh = make_desk(run_epoch=2)
+    fresh.restore(state, [], [], [], [])
+    assert fresh.num_filtered == 0
 
 
 def test_a_generator_that_outlived_the_learner_goes_on_with_its_leases():
@@ -316,6 +351,9 @@ def test_evaluations_number_their_prompts_on_so_that_keys_never_return():
 # -- against a slow, obvious model ------------------------------------------------------------------------------
 
 
+PLACES = ("trained", "given_up", "filtered", "accepted", "running")
+
+
 class DeskAgainstModel(RuleBasedStateMachine):
     """The model keeps one word per ordinal and searches; the desk keeps counters and indexes."""
 
@@ -324,7 +362,7 @@ class DeskAgainstModel(RuleBasedStateMachine):
         self.pacing = Pacing(groups_per_step, max_age, steps)
         self.desk = LeaseDesk(self.pacing, lease_timeout_s=10.0)
         self.now, self.version, self.epoch = 0.0, 0, 1
-        self.place = []  # per ordinal: waiting | running | accepted | trained | given_up
+        self.place = []  # per ordinal: waiting | running | accepted | trained | given_up | filtered
         self.lease = {}  # ordinal -> running LeaseRecord
         self.winner = {}  # ordinal -> accepted key
         self.blamed, self.not_before, self.granted = {}, {}, []
@@ -348,7 +386,8 @@ class DeskAgainstModel(RuleBasedStateMachine):
             if under_way >= self.pacing.groups_per_step * min(held + self.pacing.max_age + 1, self.pacing.steps):
                 break
             ready = [n for n, p in enumerate(self.place) if p == "waiting" and self.not_before[n] <= self.now]
-            if not ready and len(self.place) - self.place.count("given_up") >= self.pacing.total_groups:
+            replaced = self.place.count("given_up") + self.place.count("filtered")
+            if not ready and len(self.place) - replaced >= self.pacing.total_groups:
                 break
             ordinal = ready[0] if ready else len(self.place)
             if not ready:
@@ -420,13 +459,21 @@ class DeskAgainstModel(RuleBasedStateMachine):
             self.desk.drop(self.winner.pop(ordinal), self.now)
             self.put_back(ordinal, False)
 
+    @rule(data=st.data())
+    def filter_a_group(self, data):
+        ready = [n for n, place in enumerate(self.place) if place == "accepted"]
+        if ready:
+            ordinal = data.draw(st.sampled_from(ready))
+            self.desk.filter(self.winner.pop(ordinal))
+            self.place[ordinal] = "filtered"
+
     @rule()
     def restart(self):
         state = msgpack.unpackb(msgpack.packb(self.desk.state()))
         self.epoch += 1
         self.desk = LeaseDesk(self.pacing, lease_timeout_s=10.0, run_epoch=self.epoch)
         accepted = [self.winner[n] for n, place in enumerate(self.place) if place == "accepted"]
-        self.desk.restore(state, [], accepted, [])
+        self.desk.restore(state, [], accepted, [], [])
         for ordinal in range(len(self.place)):
             if self.place[ordinal] in ("running", "waiting"):
                 self.place[ordinal] = "waiting"
@@ -435,9 +482,10 @@ class DeskAgainstModel(RuleBasedStateMachine):
 
     @invariant()
     def the_counts_agree(self):
-        counted = {place: self.place.count(place) for place in ("trained", "given_up", "accepted", "running")}
+        counted = {place: self.place.count(place) for place in PLACES}
         assert self.desk.num_trained == counted["trained"]
         assert self.desk.num_given_up == counted["given_up"]
+        assert self.desk.num_filtered == counted["filtered"]
         assert self.desk.num_running == counted["running"] == len(self.lease)
         assert self.desk.num_admitted == counted["trained"] + counted["accepted"] + counted["running"]
         by_version = {}
@@ -455,7 +503,7 @@ class DeskAgainstModel(RuleBasedStateMachine):
     @invariant()
     def the_saved_frontier_is_what_was_settled(self):
         settled = Frontier.from_state(self.desk.state()["settled"])
-        expected = [n for n, place in enumerate(self.place) if place in ("trained", "given_up")]
+        expected = [n for n, place in enumerate(self.place) if place in ("trained", "given_up", "filtered")]
         assert [n for n in range(len(self.place) + 1) if n in settled] == expected
 
 

@@ -7,7 +7,7 @@ from replay_making import make_group
 
 from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.journal import Journal
-from asyncrl.replay.records import GroupsDropped, MessageSeen, PromptGivenUp, StepTaken
+from asyncrl.replay.records import GroupFiltered, GroupsDropped, MessageSeen, PromptGivenUp, StepTaken
 from asyncrl.replay.recovery import replay_plan
 
 
@@ -102,6 +102,27 @@ def test_prompts_given_up_and_messages_seen_are_remembered(tmp_path):
     plan, _ = plan_for(tmp_path, records, version=0)
     assert plan.given_up == [2]
     assert plan.seen == {("g1", 1): {11, 13}, ("g2", 5): {0}}
+
+
+def test_what_was_filtered_is_neither_buffered_nor_leased_again_and_its_message_was_seen(tmp_path):
+    records = [
+        make_group(0, attempt=0, seq=1),
+        GroupsDropped(((0, 0),)),
+        GroupFiltered("g1", 1, 2, 0, 1),  # its second group had equal rewards
+        GroupFiltered("g1", 1, 3, 1, 0),
+        make_group(2, seq=4),
+    ]
+    plan, _ = plan_for(tmp_path, records, version=0)
+    assert plan.filtered == [0, 1]
+    assert plan.buffered == [make_group(2, seq=4)]
+    assert plan.seen == {("g1", 1): {1, 2, 3, 4}}
+
+
+def test_what_was_filtered_stays_so_when_the_record_that_dropped_its_first_group_is_damaged(tmp_path):
+    dropped = GroupsDropped(((0, 0), (7, 0), (8, 0), (9, 0)))
+    records = [make_group(0), dropped, GroupFiltered("g1", 1, 2, 0, 1)]
+    plan, _ = plan_for(tmp_path, records, version=0, damage=[1])
+    assert (plan.buffered, plan.filtered) == ([], [0])
 
 
 def test_a_frontier_is_the_set_it_stands_for():

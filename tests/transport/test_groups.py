@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from asyncrl.transport.groups import (
     result_to_group,
     validate_group,
 )
+from asyncrl.transport.messages import GroupResult
 from asyncrl.types import FinishReason, Group, Lease, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 MAX_BYTES = 1 << 20
@@ -52,6 +54,7 @@ def lease(**changes) -> Lease:
         temperature=0.0,
         pinned_version=2,
         seed=11,
+        greedy_baseline=True,
     )
     return dataclasses.replace(base, **changes)
 
@@ -112,6 +115,25 @@ def test_a_lease_comes_back_as_it_was():
 def test_a_lease_that_asks_for_nothing_is_refused(change):
     with pytest.raises(ProtocolError, match="lease eval 3: .* must be above 0"):
         grant_to_lease(lease_to_grant(lease(**change), 1))
+
+
+def test_a_baseline_travels_with_its_group_and_must_be_there_exactly_when_asked_for():
+    with_baseline = dataclasses.replace(group(), baseline_reward=-0.5)
+    assert through_the_wire(with_baseline).baseline_reward == -0.5
+    assert through_the_wire(group()).baseline_reward is None
+    validate(with_baseline, greedy_baseline=True)
+    with pytest.raises(ProtocolError, match="no reward of a greedy completion"):
+        validate(group(), greedy_baseline=True)
+    with pytest.raises(ProtocolError, match="reward -0.5, the lease asked for none"):
+        validate(with_baseline)
+    with pytest.raises(ProtocolError, match="reward nan of the greedy completion is not finite"):
+        validate(dataclasses.replace(group(), baseline_reward=math.nan), greedy_baseline=True)
+
+
+def test_a_group_of_before_there_were_baselines_can_still_be_read():
+    fields = msgpack.unpackb(codec.encode_body(group_to_result(group(), 1, 1)))
+    result = codec.decode_body(GroupResult, msgpack.packb(fields[:-1]))
+    assert result_to_group(result).baseline_reward is None
 
 
 @pytest.mark.parametrize("key", [("weird", 1, 1), ("train", -1, 0), ("train", 0, -1)])
