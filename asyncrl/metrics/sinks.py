@@ -166,14 +166,17 @@ class ConsoleSink:
 
 
 def step_line(step: StepMetrics, total_steps: int, sync: SyncMetrics | None) -> str:
-    """The progress line: reward, policy age, tokens per second, idle shares, time of the newest weight "
-    "sync."""
+    """The progress line: reward, policy age, alarms that are on, tokens per second, idle shares, time of the newest
+    weight sync.
+    """
     width = len(str(total_steps))
     sync_ms = f"{sync.total_ms:4.0f} ms" if sync is not None else "   -   "
+    # In the middle: a narrow terminal cuts off the end of the line.
+    alarms = f"  ALARM {','.join(step.alarms)}" if step.alarms else ""
     return (
         f"{clock_time(step.wall_s)} step {step.version:>{width}}/{total_steps}"
         f"  reward {step.reward_mean:6.3f}"
-        f"  age {step.policy_age_mean:4.2f} max {step.policy_age_max}"
+        f"  age {step.policy_age_mean:4.2f} max {step.policy_age_max}{alarms}"
         f"  tok/s gen {_count(step.tokens_generated_per_s)} train {_count(step.tokens_trained_per_s)}"
         f"  idle learner {_percent(step.learner_idle_share)} gen {_percent(step.generator_idle_share)}"
         f"  sync {sync_ms}"
@@ -219,6 +222,7 @@ def _terminal_printer(stream: IO[str]) -> Callable[[str], None]:
             r"reward\s+(?P<reward>-?[\d.]+)",
             r"(?P<bad>\b[3-9]\d%|100%)",
             r"^(?P<time>[\d:-]+)",
+            r"(?P<alarm>ALARM [a-z_,]+)",
         ]
 
     from rich.theme import Theme
@@ -227,6 +231,7 @@ def _terminal_printer(stream: IO[str]) -> Callable[[str], None]:
         "figure.label": "dim",
         "figure.reward": "bold green",
         "figure.bad": "yellow",
+        "figure.alarm": "bold red",
         "figure.time": "dim",
     }
     console = Console(file=stream, theme=Theme(styles), highlighter=Figures())

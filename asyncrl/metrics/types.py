@@ -48,6 +48,10 @@ class StepMetrics:
     rollouts_acked: int = metric("rollouts", "Rollouts made durable and acknowledged.", 0)
     rollouts_trained: int = metric("rollouts", "Rollouts in this batch.", 0)
     rollouts_dropped: int = metric("rollouts", "Acknowledged rollouts thrown away because they were over age.", 0)
+    groups_filtered: int = metric(
+        "groups", "Groups with equal rewards that were left out and replaced (algorithm.dynamic_sampling).", 0
+    )
+    tokens_filtered: int = metric("tokens", "Completion tokens of those groups.", 0)
     dropped_by_length_decile: list[int] = metric(
         "rollouts", "All dropped since the learner started, by tenth of all rollouts by length, short first.", []
     )
@@ -67,20 +71,46 @@ class StepMetrics:
     kl_reference: float | None = metric(
         "nats", "k3 against the frozen reference: mean of exp(d) - d - 1, d = reference - current.", None
     )
+    kl_coef: float | None = metric("1", "Weight of that KL in this step, where it adapts itself.", None)
     kl_behaviour: float | None = metric("nats", "Mean of (behaviour - current log-prob) over tokens.", None)
     logprob_gap: float | None = metric("nats", "Mean of |current - behaviour log-prob| over tokens.", None)
     logprob_gap_age0: float | None = metric(
         "nats", "The same over tokens of age 0: what engine and trainer disagree about.", None
     )
+    gap_engine: float | None = metric(
+        "nats",
+        "The part of logprob_gap that equal weights leave: canary_mean_abs_diff of the newest sync.",
+        None,
+    )
+    gap_drift: float | None = metric(
+        "nats", "The rest, logprob_gap - gap_engine, never below 0: the policy moved by at least this much.", None
+    )
     clip_fraction: float | None = metric("share", "Tokens where the clip removed the gradient / tokens.", None)
     cap_fraction: float | None = metric("share", "Tokens whose weight tis_cap truncated / tokens.", None)
+    masked_share: float | None = metric("share", "Tokens that a mask left out of the loss / tokens.", None)
     ratio_mean: float | None = metric("ratio", "Mean of exp(current - behaviour log-prob) over tokens.", None)
     ratio_max: float | None = metric("ratio", "Largest such ratio.", None)
     ess_share: float | None = metric("share", "Effective sample size / N: (sum w)^2 / (N sum w^2), w the ratios.", None)
+    age_health: dict[str, dict[str, float]] = metric(
+        "mixed",
+        "By policy age of the token (0, 1, 2-3, 4-7, ...; ages without tokens are absent): tokens, ratio_mean, "
+        "ratio_max, clip_fraction, kl_behaviour, ess_share, masked_share, each as for the whole batch.",
+        {},
+    )
     entropy: float | None = metric("nats", "Mean entropy of the policy at the trained tokens.", None)
     grad_norm: float | None = metric("norm", "L2 norm of the gradient before clipping.", None)
     lr: float | None = metric("1", "AdamW learning rate of the step.", None)
+    value_loss: float | None = metric("reward^2", "Loss of the critic: mean over tokens.", None)
+    value_mean: float | None = metric("reward", "Mean value of the critic over tokens, before the step.", None)
+    explained_variance: float | None = metric(
+        "share",
+        "1 - variance of (target - value) / variance of target, over tokens; below 0 is worse than a constant.",
+        None,
+    )
+    value_clip_fraction: float | None = metric("share", "Values that the value clip held back / tokens.", None)
+    critic_grad_norm: float | None = metric("norm", "L2 norm of the critic's gradient before clipping.", None)
     publish_blocked_ms: float | None = metric("ms", "Time the trainer waited to hand over its snapshot.", None)
+    alarms: list[str] = metric("names", "Alarms that are on after this step; asyncrl.metrics.alarms has the table.", [])
     extra: dict[str, float] = metric("mixed", "Further figures of the trainer, as it names them.", {})
 
     @classmethod
@@ -102,6 +132,11 @@ class StepMetrics:
         return _ratio(self.tokens_trained, self.interval_s)
 
     @property
+    def filtered_token_share(self) -> float | None:
+        """tokens_filtered / (tokens_filtered + tokens_trained): of what was sampled to train on, what was not."""
+        return _ratio(self.tokens_filtered, self.tokens_filtered + self.tokens_trained)
+
+    @property
     def learner_idle_share(self) -> float | None:
         """learner_idle_s / interval_s."""
         return _ratio(self.learner_idle_s, self.interval_s)
@@ -110,6 +145,12 @@ class StepMetrics:
     def generator_idle_share(self) -> float | None:
         """generator_idle_s / (generator_busy_s + generator_idle_s)."""
         return _ratio(self.generator_idle_s, self.generator_busy_s + self.generator_idle_s)
+
+    @property
+    def lost_share(self) -> float | None:
+        """(failed + dropped) / (failed + acknowledged) rollouts; what a stopping generator returned is not counted."""
+        failed = sum(count for reason, count in self.rollouts_failed.items() if reason != "returned")
+        return _ratio(failed + self.rollouts_dropped, failed + self.rollouts_acked)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,6 +171,9 @@ class SyncMetrics:
     snapshot_ms: float | None = metric("ms", "Copying the parameters to the staging buffer; the trainer waits.", None)
     num_bytes: int | None = metric("bytes", "Size of what was sent to each generator.", None)
     canary_max_abs_diff: float | None = metric("nats", "Largest |generator - learner| log-prob on the canary.", None)
+    canary_mean_abs_diff: float | None = metric(
+        "nats", "Mean of |generator - learner| log-prob on the canary, over tokens and generators.", None
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,7 +193,19 @@ class EvalMetrics:
 
 AnyMetrics = StepMetrics | SyncMetrics | EvalMetrics
 
-DERIVED = ("tokens_generated_per_s", "tokens_trained_per_s", "learner_idle_share", "generator_idle_share")
+DERIVED = (
+    "tokens_generated_per_s",
+    "tokens_trained_per_s",
+    "learner_idle_share",
+    "generator_idle_share",
+    "lost_share",
+    "filtered_token_share",
+)
+
+
+def youngest_age(bucket: str) -> int:
+    """The first policy age of a key of age_health, to sort by: 4 of "4-7", 64 of "64+"."""
+    return int(bucket.rstrip("+").split("-")[0])
 
 
 def _as_declared(name: str, value: float) -> float | int:
@@ -161,7 +217,7 @@ _COUNTS = frozenset(entry.name for entry in fields(StepMetrics) if str(entry.typ
 
 
 def to_record(metrics: AnyMetrics) -> dict[str, Any]:
-    """A flat mapping that is valid JSON: kind, every field, and the derived figures of a step.
+    """A mapping that is valid JSON: kind, every field, and the derived figures of a step.
 
     JSON has no NaN or infinity: such a figure becomes null and its name goes to `non_finite`.
     """

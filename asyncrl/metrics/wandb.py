@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -97,16 +98,22 @@ class WandbSink:
 
 
 def flat_record(metrics: AnyMetrics) -> dict[str, Any]:
-    """`version`, and each figure as kind/name or kind/name/part; what is None is left out."""
+    """`version`, and each figure as kind/name or kind/name/part; of alarms the number, and what is None is left out."""
     record = to_record(metrics)
     kind = record.pop("kind")
     flat: dict[str, Any] = {"version": record.pop("version")}
+    if "alarms" in record:
+        record["alarms"] = len(record["alarms"])
+    flat.update(_flattened(kind, record))
+    return flat
+
+
+def _flattened(prefix: str, record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in record.items():
         if isinstance(value, dict):
-            flat.update((f"{kind}/{name}/{part}", one) for part, one in value.items() if one is not None)
+            yield from _flattened(f"{prefix}/{name}", value)
         elif value is not None and not isinstance(value, list):
-            flat[f"{kind}/{name}"] = value
-    return flat
+            yield f"{prefix}/{name}", value
 
 
 def has_wandb_key() -> bool:

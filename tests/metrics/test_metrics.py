@@ -17,8 +17,9 @@ import pytest
 
 from asyncrl.config import Config
 from asyncrl.metrics import METRICS_FILE, EvalMetrics, Metrics, StepMetrics, SyncMetrics
+from asyncrl.metrics.alarms import Alarms
 from asyncrl.metrics.sinks import ConsoleSink, JsonlSink, clock_time, read_records
-from asyncrl.metrics.types import DERIVED, to_record
+from asyncrl.metrics.types import DERIVED, to_record, youngest_age
 from asyncrl.metrics.wandb import WandbSink, flat_record, has_wandb_key
 
 
@@ -65,6 +66,9 @@ def test_rates_and_shares_follow_their_formulas():
     one = step(
         tokens_generated=500,
         tokens_trained=400,
+        tokens_filtered=100,
+        rollouts_acked=40,
+        rollouts_dropped=5,
         learner_idle_s=0.5,
         generator_busy_s=3.0,
         generator_idle_s=1.0,
@@ -75,6 +79,8 @@ def test_rates_and_shares_follow_their_formulas():
         "tokens_trained_per_s": 200.0,
         "learner_idle_share": 0.25,
         "generator_idle_share": 0.25,
+        "lost_share": 0.125,
+        "filtered_token_share": 0.2,
     }
     assert {name: record[name] for name in DERIVED} == expected
 
@@ -83,6 +89,19 @@ def test_what_was_not_measured_is_null_and_never_zero():
     record = to_record(step(interval_s=0.0))
     for name in ("loss", "kl_reference", "generators_alive", "learner_idle_share", "generator_idle_share"):
         assert record[name] is None
+
+
+def test_lost_rollouts_are_those_failed_or_over_age_but_not_those_returned():
+    one = step(
+        rollouts_acked=80, rollouts_dropped=10, rollouts_failed={"deadline": 16, "reward_error": 4, "returned": 8}
+    )
+    assert one.lost_share == pytest.approx(30 / 100)
+    assert step(rollouts_failed={"returned": 8}).lost_share is None
+
+
+@pytest.mark.parametrize(("bucket", "youngest"), [("0", 0), ("1", 1), ("2-3", 2), ("32-63", 32), ("64+", 64)])
+def test_age_buckets_are_sorted_by_their_youngest_age(bucket, youngest):
+    assert youngest_age(bucket) == youngest
 
 
 def test_trainer_figures_find_their_fields_and_the_rest_is_kept():
@@ -111,6 +130,11 @@ def test_figures_that_json_cannot_hold_become_null_and_are_named():
     assert record["loss"] is None
     assert record["reward_parts"] == {"format": None, "correct": 1.0}
     assert sorted(record["non_finite"]) == ["loss", "reward_parts.format"]
+    record = to_record(step(age_health={"2-3": {"tokens": 8.0, "ess_share": float("nan")}}))
+    assert (record["age_health"], record["non_finite"]) == (
+        {"2-3": {"tokens": 8.0, "ess_share": None}},
+        ["age_health.2-3.ess_share"],
+    )
     json.dumps(record, allow_nan=False)
 
 
@@ -232,6 +256,15 @@ def test_the_progress_line_shows_what_matters():
     ):
         assert part in line
     assert line.count("\n") == 1 and len(line) < 130
+
+
+def test_alarms_stand_where_a_narrow_terminal_does_not_cut_them_off():
+    sink, _, stream = console()
+    sink.write(step(1, alarms=["ess_share", "masked_share"]))
+    line = stream.getvalue()
+    assert "ALARM ess_share,masked_share" in line[:100]
+    sink.write(step(10))
+    assert "ALARM" not in stream.getvalue().splitlines()[-1]
 
 
 def test_a_thousand_fast_steps_do_not_flood_and_the_last_is_printed():
@@ -368,6 +401,8 @@ def test_records_are_flattened_for_wandb():
     assert flat["step/reward_parts/format"] == 1.0
     assert flat["step/rollouts_failed/deadline"] == 8
     assert "step/loss" not in flat
+    flat = flat_record(step(4, age_health={"2-3": {"ess_share": 0.5}}, alarms=["ess_share", "kl_behaviour"]))
+    assert (flat["step/age_health/2-3/ess_share"], flat["step/alarms"]) == (0.5, 2)
 
 
 # -- the facade
@@ -385,7 +420,7 @@ def test_wall_time_goes_on_over_a_restart_of_the_learner(tmp_path):
     for start in (100.0, 7.0):  # the second process has another clock
         clock.now = start
         file = JsonlSink(path)
-        metrics = Metrics([file], wall_offset_s=file.last_wall_s(), clock=clock)
+        metrics = Metrics([file], Alarms(1e-4), wall_offset_s=file.last_wall_s(), clock=clock)
         clock.now += 10.0
         metrics.log_step(step())
         metrics.log_sync(sync())
@@ -396,7 +431,7 @@ def test_wall_time_goes_on_over_a_restart_of_the_learner(tmp_path):
 
 def test_opened_from_a_configuration_it_writes_file_and_console(tmp_path):
     stream = io.StringIO()
-    metrics = Metrics.open(config_in(tmp_path / "run"), stream)
+    metrics = Metrics.open(config_in(tmp_path / "run"), 1e-4, stream)
     metrics.log_step(step())
     metrics.close()
     assert read_records(tmp_path / "run" / METRICS_FILE)[0][0]["kind"] == "step"
@@ -404,9 +439,20 @@ def test_opened_from_a_configuration_it_writes_file_and_console(tmp_path):
 
 
 def test_a_wall_time_given_by_the_caller_is_kept(tmp_path):
-    metrics = Metrics.open(config_in(tmp_path), io.StringIO())
+    metrics = Metrics.open(config_in(tmp_path), 1e-4, io.StringIO())
     metrics.log_step(step(wall_s=12.5))
     assert read_records(tmp_path / METRICS_FILE)[0][0]["wall_s"] == 12.5
+
+
+def test_alarms_are_written_with_the_step_and_warned_of_once(tmp_path, caplog):
+    caplog.set_level("INFO", "asyncrl.metrics")
+    metrics = Metrics.open(config_in(tmp_path), 1e-4, io.StringIO())
+    for version, ess_share in enumerate([0.2] * 5 + [0.9] * 3, start=1):
+        metrics.log_step(step(version, ess_share=ess_share))
+    metrics.close()
+    records, _ = read_records(tmp_path / METRICS_FILE)
+    assert [record["alarms"] for record in records] == [[]] * 2 + [["ess_share"]] * 5 + [[]]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_metrics_import_no_torch():

@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 from asyncrl.errors import UserError
 from asyncrl.metrics import METRICS_FILE, EvalMetrics, StepMetrics, SyncMetrics
-from asyncrl.metrics.report import PICTURE_FILE, SUMMARY_FILE, draw, main, print_summary, summary_lines, write_summary
+from asyncrl.metrics.picture import PICTURE_FILE, draw, shade_alarms
+from asyncrl.metrics.records import RunRecords
+from asyncrl.metrics.report import SUMMARY_FILE, main, print_summary, summary_lines, write_summary
 from asyncrl.metrics.sinks import JsonlSink
 
 PROMISED = [
@@ -28,10 +31,20 @@ PROMISED = [
     "sync_pause_ms_median",
     "sync_total_ms_median",
     "canary_max_abs_diff",
+    "canary_mean_abs_diff",
+    "ess_share_min",
+    "ess_share_median",
+    "gap_engine_median",
+    "gap_drift_median",
     "learner_idle_share",
     "generator_idle_share",
     "wall_s",
 ]
+
+
+def health(tokens, **given):
+    figures = {"ratio_mean": 1.0, "ratio_max": 2.0, "clip_fraction": 0.1, "kl_behaviour": 0.01, "masked_share": 0.0}
+    return {"tokens": tokens, **figures, **given}
 
 
 def step(version, **given):
@@ -49,13 +62,19 @@ def step(version, **given):
         "learner_idle_s": 0.2,
         "generator_busy_s": 1.5,
         "generator_idle_s": 0.5,
+        "ess_share": 0.9,
+        "gap_engine": 0.001,
+        "gap_drift": 0.02,
+        "age_health": {"0": health(200, ess_share=1.0), "1": health(600, ess_share=0.8)},
     }
     return StepMetrics(version=version, **{**measured, **given})
 
 
 def sync(version, **given):
     measured = {"wall_s": 2.0 * version, "total_ms": 80.0, "pause_ms": 10.0, "generators_committed": 1}
-    return SyncMetrics(version=version, **{**measured, "canary_max_abs_diff": 1e-6, **given})
+    return SyncMetrics(
+        version=version, **{**measured, "canary_max_abs_diff": 1e-6, "canary_mean_abs_diff": 1e-7, **given}
+    )
 
 
 def evaluation(version, reward):
@@ -115,6 +134,12 @@ def test_totals_means_and_medians_agree_with_a_count_by_hand(whole_run):
     assert {name: summary[name] for name in expected} == expected
 
 
+def test_filtered_groups_are_added_up_and_their_share_is_of_all_tokens(write):
+    folder = write(step(1, groups_filtered=3, tokens_filtered=400, tokens_trained=800), step(2, tokens_trained=800))
+    summary = write_summary(folder)
+    assert (summary["groups_filtered"], summary["filtered_token_share"]) == (3, pytest.approx(0.2))
+
+
 def test_policy_age_is_weighted_by_tokens(write):
     folder = write(step(1, policy_age_mean=0.0, tokens_trained=300), step(2, policy_age_mean=4.0, tokens_trained=100))
     assert write_summary(folder)["policy_age_mean"] == pytest.approx(1.0)
@@ -156,6 +181,27 @@ def test_what_was_never_measured_is_null(write):
     assert summary["steps"] == 0
 
 
+def test_off_policy_health_is_summed_up_over_steps_and_by_age(write):
+    lines = [
+        step(1, ess_share=0.9, gap_drift=0.01, age_health={"0": health(100, ess_share=1.0)}),
+        step(2, ess_share=0.2, gap_drift=0.02, alarms=["ess_share"], age_health={"0": health(300, ess_share=0.6)}),
+        step(3, ess_share=0.3, gap_drift=0.06, alarms=["ess_share", "kl_behaviour"], age_health={}),
+    ]
+    lines[1].age_health["2-3"] = health(50, ratio_max=9.0)
+    summary = write_summary(write(*lines))
+    assert (summary["ess_share_min"], summary["ess_share_median"], summary["gap_drift_median"]) == (0.2, 0.3, 0.02)
+    assert summary["alarms"] == {"ess_share": 2, "kl_behaviour": 1}
+    young, old = summary["age_health"]["0"], summary["age_health"]["2-3"]
+    assert (young["tokens"], old["tokens"], old["ratio_max"]) == (400, 50, 9.0)
+    assert young["ess_share"] == pytest.approx(0.7)  # (100 * 1.0 + 300 * 0.6) / 400
+    assert "ess_share" not in old, "never measured there"
+
+
+def test_a_step_trained_again_counts_its_alarm_once(write):
+    summary = write_summary(write(step(1, alarms=["ess_share"]), step(1, alarms=["ess_share"])))
+    assert summary["alarms"] == {"ess_share": 1}
+
+
 def test_a_torn_line_does_not_spoil_the_summary(whole_run):
     with (whole_run / METRICS_FILE).open("a") as file:
         file.write('{"kind": "step", "ver')
@@ -169,7 +215,26 @@ def test_the_picture_is_a_png_of_readable_size(whole_run):
     assert path == whole_run / PICTURE_FILE
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
-    assert width >= 900 and height >= 1000
+    assert width >= 1800 and height >= 1000
+
+
+def test_a_run_without_off_policy_figures_gets_a_picture_of_training_alone(write):
+    folder = write(step(1, ess_share=None), step(2, ess_share=None))
+    width = int.from_bytes(draw(folder).read_bytes()[16:20], "big")
+    assert 900 <= width < 1100
+
+
+def test_a_run_from_before_ages_were_told_apart_is_drawn(write):
+    steps = [step(version, age_health={}, gap_engine=None, gap_drift=None) for version in (1, 2)]
+    assert draw(write(*steps)).is_file()
+
+
+def test_times_with_an_alarm_are_shaded_in_the_picture(write):
+    on = {2, 3, 6}
+    run = RunRecords(write(*(step(version, alarms=["ess_share"] if version in on else []) for version in range(1, 8))))
+    axis = Figure().subplots()
+    shade_alarms(axis, run, lambda records: [record["wall_s"] for record in records])
+    assert [(span.get_x(), span.get_x() + span.get_width()) for span in axis.patches] == [(4.0, 6.0), (12.0, 12.0)]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +257,8 @@ def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whol
         "generated 500   trained 400",
         "learner 10%   generator 25%",
         "80 ms, of it generation paused 10 ms",
+        "ESS median 0.90   min 0.90   gap engine 1.0e-03   drift 2.0e-02 nats",
+        "alarms       none",
         str(whole_run / PICTURE_FILE),
         str(whole_run / SUMMARY_FILE),
     ):

@@ -1,0 +1,214 @@
+"""Alarms on off-policy health: RULES is the table of thresholds, each with the reason for it. Pure, no torch.
+
+An alarm goes on after a few steps in a row beyond its limit, off after as many on the healthy side of another, so that
+one bad batch says nothing and a figure that hovers does not flood the log. A figure that was not measured, or is NaN,
+changes nothing. Alarms only speak: training goes on.
+
+Not in the table, on purpose: ratio_max (one token of many thousands; where it matters ess_share falls), and entropy and
+reward (a task that is solved looks like a policy that collapsed).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from asyncrl.metrics.types import StepMetrics, youngest_age
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One alarm. Its name is that of the figure in StepMetrics that it watches.
+
+    cause and remedy end the warning; without a cause the warning says whether policy or engine moved, and what helps.
+    """
+
+    figure: str
+    side: Literal["below", "above"]
+    limit: float
+    clears_at: float
+    steps: int
+    why: str
+    remedy: str
+    cause: str = ""
+
+    def is_bad(self, value: float) -> bool:
+        """Beyond the limit."""
+        return value < self.limit if self.side == "below" else value > self.limit
+
+    def is_good(self, value: float) -> bool:
+        """Far enough on the healthy side to clear the alarm."""
+        return value >= self.clears_at if self.side == "below" else value <= self.clears_at
+
+
+RULES = (
+    Rule(
+        "ess_share",
+        "below",
+        limit=0.3,
+        clears_at=0.4,
+        steps=3,
+        why="Below about 0.3 a few tokens carry the gradient; VCPO and PipelineRL found that this precedes collapse.",
+        remedy="algorithm.masks=[second_moment] leaves out the tokens that moved most",
+    ),
+    Rule(
+        "kl_behaviour",
+        "above",
+        limit=0.1,
+        clears_at=0.05,
+        steps=3,
+        why="M2PO bounds the second moment of log-ratios by 0.04, which is a KL of 0.02; this is five times as much.",
+        remedy="algorithm.name=decoupled or m2po bear more of it",
+    ),
+    Rule(
+        "clip_fraction",
+        "above",
+        limit=0.3,
+        clears_at=0.2,
+        steps=3,
+        why="Asynchronous GSPO runs with a clip that was too narrow showed 0.35 to 0.44, synchronous ones about 0 "
+        "(verl issue 7356).",
+        remedy="algorithm.clip_low and clip_high may be too narrow for this loss, or set algorithm.proximal=recomputed",
+    ),
+    Rule(
+        "masked_share",
+        "above",
+        limit=0.2,
+        clears_at=0.1,
+        steps=3,
+        why="Masks are for outliers (M2PO left out 0.06 % of tokens); a fifth of all is thrown away work, and what "
+        "stays is no fair sample.",
+        remedy="algorithm.mask_low, mask_high, second_moment or opsm_delta may be too strict",
+    ),
+    Rule(
+        "gap_engine",
+        "above",
+        limit=0.25,  # of the canary's tolerance; `Alarms` makes nats of it
+        clears_at=0.15,
+        steps=3,
+        why="A quarter of weights.canary_tolerance: among some hundred tokens the largest difference is three to four "
+        "times their mean, so the next syncs will be refused.",
+        cause="generator and learner compute differently with equal weights",
+        remedy="compare their versions, dtype and devices; model.dtype=float32 narrows it, weights.canary_tolerance "
+        "only hides it",
+    ),
+    Rule(
+        "lost_share",
+        "above",
+        limit=0.1,
+        clears_at=0.05,
+        steps=5,
+        why="What is lost is not lost by chance: long completions go first, and training sees the rest. Also the share "
+        "of given-up prompts at which the learner ends the run.",
+        cause="rollouts failed or were over age",
+        remedy="raise generator.lease_timeout_s or reward_timeout_s, or lower sampling.max_new_tokens; for dropped "
+        "ones raise staleness.max_age",
+    ),
+    Rule(
+        "explained_variance",
+        "below",
+        limit=0.0,
+        clears_at=0.1,
+        steps=20,
+        why="Below 0 the critic predicts worse than one constant for all tokens would; at the start of a run it may.",
+        cause="the critic does not follow the returns",
+        remedy="raise critic.lr or critic.warmup_steps, and with old rollouts set algorithm.value_targets=vtrace",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An alarm that went on or off, and the line that says so."""
+
+    name: str
+    is_on: bool
+    line: str
+
+
+class Alarms:
+    """Watches the steps of a run. `active` holds the names of the alarms that are on, in the order of RULES."""
+
+    def __init__(self, canary_tolerance: float, rules: tuple[Rule, ...] = RULES) -> None:
+        """canary_tolerance: nats, as the weight sync uses it."""
+        self.rules = tuple(_in_nats(rule, canary_tolerance) for rule in rules)
+        self.active: list[str] = []
+        self._streaks: Counter[str] = Counter()  # steps in a row that speak for a change
+
+    def update(self, step: StepMetrics) -> list[Change]:
+        """Takes in one step; returns what went on or off by it."""
+        return [change for rule in self.rules if (change := self._apply(rule, step)) is not None]
+
+    def _apply(self, rule: Rule, step: StepMetrics) -> Change | None:
+        value = getattr(step, rule.figure)
+        if value is None or math.isnan(value):
+            return None
+        was_on = rule.figure in self.active
+        speaks_for_change = rule.is_good(value) if was_on else rule.is_bad(value)
+        self._streaks[rule.figure] = self._streaks[rule.figure] + 1 if speaks_for_change else 0
+        if self._streaks[rule.figure] < rule.steps:
+            return None
+        self._streaks[rule.figure] = 0
+        names = {*self.active} ^ {rule.figure}
+        self.active = [one.figure for one in self.rules if one.figure in names]
+        line = (
+            f"alarm off at step {step.version}: {rule.figure} is {value:.3g}" if was_on else _onset(rule, value, step)
+        )
+        return Change(rule.figure, not was_on, line)
+
+
+def _in_nats(rule: Rule, canary_tolerance: float) -> Rule:
+    if rule.figure != "gap_engine":
+        return rule
+    return replace(rule, limit=rule.limit * canary_tolerance, clears_at=rule.clears_at * canary_tolerance)
+
+
+def _onset(rule: Rule, value: float, step: StepMetrics) -> str:
+    """Value, threshold, likely cause, remedy."""
+    beyond = f"alarm at step {step.version}: {rule.figure} {value:.3g} is {rule.side} {rule.limit:.3g}"
+    cause, remedy = rule.cause, rule.remedy
+    if rule.figure == "lost_share":
+        cause = _most_lost(step) or cause
+    elif not cause:
+        cause, remedy = _off_policy(rule, step)
+    return f"{beyond} for {rule.steps} steps; {cause}; {remedy}"
+
+
+def _most_lost(step: StepMetrics) -> str:
+    """The commonest reason why rollouts of this step were lost; empty when none was in this very step."""
+    reasons = Counter({reason: count for reason, count in step.rollouts_failed.items() if reason != "returned"})
+    reasons["over age"] = step.rollouts_dropped
+    (reason, count), *_ = reasons.most_common(1)
+    return f"most of them: {reason} ({count} rollouts in this step)" if count else ""
+
+
+def _off_policy(rule: Rule, step: StepMetrics) -> tuple[str, str]:
+    """Whether the gap to what sampled the tokens is the engine's or the policy's, and what helps against that one."""
+    engine, drift = step.gap_engine, step.gap_drift
+    if engine is not None and drift is not None and engine > drift:
+        cause = f"most of the gap is engine mismatch ({engine:.2g} nats, policy drift {drift:.2g})"
+        return cause, f"model.dtype=float32 narrows it, a lower staleness.max_age does not; {rule.remedy}"
+    cause = "the policy moved away from the one that sampled"
+    if engine is not None and drift is not None:
+        cause += f" (drift {drift:.2g} nats, engine mismatch {engine:.2g})"
+    by_age = _by_age(rule.figure, step)
+    if by_age:
+        cause += "; by age " + ", ".join(f"{bucket}: {value:.2g}" for bucket, value in by_age.items())
+    return cause, f"lower {_age_to_try(rule, by_age)}or learner.lr; {rule.remedy}"
+
+
+def _by_age(figure: str, step: StepMetrics) -> dict[str, float]:
+    buckets = sorted(step.age_health, key=youngest_age)
+    return {bucket: step.age_health[bucket][figure] for bucket in buckets if figure in step.age_health[bucket]}
+
+
+def _age_to_try(rule: Rule, by_age: dict[str, float]) -> str:
+    """The key, and the largest value that leaves out every age beyond the limit; nothing where age is not it."""
+    first_bad = next((youngest_age(bucket) for bucket, value in by_age.items() if rule.is_bad(value)), None)
+    if first_bad is None:
+        return "staleness.max_age "
+    if first_bad == 0:  # what is new is as bad: mini-batches or epochs of one step move the policy that far
+        return "learner.epochs, learner.mini_batches "
+    return f"staleness.max_age (to {first_bad - 1}) "
