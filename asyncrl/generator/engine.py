@@ -68,6 +68,7 @@ class SwapReport:
 
     version: int
     timings_ms: dict[str, float]  # pause_ms: no token was sampled; apply_ms: part of it, in the slowest worker
+    apply: str = "reload"  # "direct" when every worker copied the weights in place, "reload" when one had to load anew
 
     @property
     def pause_ms(self) -> float:

@@ -29,8 +29,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from asyncrl.errors import EngineError, WeightGroupError
 from asyncrl.generator.base_weights import BaseWeights, complete_names
+from asyncrl.generator.direct_apply import DirectApply, Prepared
+from asyncrl.generator.staging import Staged, receive
 from asyncrl.generator.vllm_options import follow_parent
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, WeightManifest, digest
+from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, WeightManifest
 
 log = logging.getLogger("vllm.asyncrl")  # below vLLM's logger, which its processes have configured
 
@@ -70,15 +72,22 @@ class WeightReceiver:
     disowns a job under way: it fails by its own deadline and touches nothing that later jobs use.
     """
 
-    def __init__(self, device: torch.device, base: BaseWeights) -> None:
-        """`base` completes what syncs leave out."""
+    def __init__(
+        self,
+        device: torch.device,
+        base: BaseWeights,
+        prepare: Callable[[WeightManifest, Iterator[tuple[str, torch.Tensor]]], Prepared | None],
+    ) -> None:
+        """`base` completes what syncs leave out; `prepare` does what can be done for a swap before it."""
         self._device = device
         self._base = base
+        self._prepare = prepare
         self._group: WeightGroup | None = None
         self._job = Job(state="done")
-        self._buffer: torch.Tensor | None = None
+        self._held: Staged | None = None  # verified; outlives groups and `staged`, because deltas start from it
         self._lock = threading.Lock()  # between a job that publishes its result and `leave`
         self.staged: WeightManifest | None = None
+        self.prepared: Prepared | None = None  # reads the buffer, so that it lives no longer than `staged`
 
     def begin_join(self, spec: WeightGroupSpec) -> None:
         """Connect to a group, leaving the one before."""
@@ -93,10 +102,10 @@ class WeightReceiver:
             raise WeightGroupError("stage: this worker is in no weight group; join one first")
         if self._job.state == "running":
             raise WeightGroupError("stage: the job before it is still running; leave the group first")
-        self.staged = None
+        self.staged = self.prepared = None
         # The job owns the buffer until it succeeds: after a failure the transport may still write to it.
-        buffer, self._buffer = self._buffer, None
-        self._begin("stage", lambda job: self._stage(group, manifest, buffer, timeout_s, job))
+        held, self._held = self._held, None
+        self._begin("stage", lambda job: self._stage(group, manifest, held, timeout_s, job))
 
     def poll(self) -> Job:
         """The newest job."""
@@ -104,13 +113,13 @@ class WeightReceiver:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The staged policy under its checkpoint names: without a copy, but for weights that an adapter changes."""
-        assert self.staged is not None and self._buffer is not None
-        return self._base.complete(self.staged, self.staged.layout.views(self._buffer))
+        assert self.staged is not None and self._held is not None
+        return self._base.complete(self.staged, self.staged.layout.views(self._held.buffer))
 
     def leave(self) -> None:
         """Disconnect and drop what is staged."""
         with self._lock:
-            self.staged = None
+            self.staged = self.prepared = None
             self._job = Job(state="done")
             group, self._group = self._group, None
         if group is not None:
@@ -136,31 +145,19 @@ class WeightReceiver:
         self,
         group: WeightGroup,
         manifest: WeightManifest,
-        buffer: torch.Tensor | None,
+        held: Staged | None,
         timeout_s: float,
         job: Job,
     ) -> None:
-        deadline = time.monotonic() + timeout_s
-        layout = manifest.layout
-        if buffer is None or buffer.numel() != layout.total_bytes:
-            buffer = layout.new_buffer(self._device)
-        for index, ((start, stop), expected) in enumerate(zip(layout.buckets, manifest.digests, strict=True)):
-            bucket = buffer[start:stop]
-            group.broadcast(bucket, deadline - time.monotonic())
-            measured = digest(bucket)
-            job.digests.append(measured)
-            if measured != expected:
-                raise WeightGroupError(
-                    f"bucket {index} of version {manifest.version}: digest {measured}, the manifest says "
-                    f"{expected}; the bytes were damaged on the way or changed while they were sent"
-                )
+        held = receive(group, manifest, held, self._device, timeout_s, job.digests)
         if self._job is not job:
             return  # disowned: the base may be that of another manifest by now
         # After the last bucket: reading a base takes seconds, and the group's other members must not wait for it.
         self._base.prepare(manifest)
+        prepared = self._prepare(manifest, self._base.complete(manifest, manifest.layout.views(held.buffer)))
         with self._lock:
             if self._job is job:
-                self._buffer, self.staged = buffer, manifest
+                self._held, self.staged, self.prepared = held, manifest, prepared
 
 
 def _close(group: WeightGroup) -> None:
@@ -189,8 +186,9 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """vLLM's weight transfer engine over a `WeightReceiver`: what vLLM calls receiving is a load from
     staging.
 
-    Weights go through vLLM's layerwise reload, as a checkpoint would: on CPUs the matrices are re-packed
-    after each load, and for tensor parallelism each rank cuts its shard out of the full tensors.
+    The first version goes through vLLM's layerwise reload, as a checkpoint would: on CPUs the matrices are packed after
+    each load, and for tensor parallelism each rank cuts its shard out of the full tensors. What comes later is copied
+    to where that reload put it, see `direct_apply`; where that is not possible it is reloaded too.
     """
 
     init_info_cls = InitInfo
@@ -198,22 +196,34 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self.receiver = WeightReceiver(device, BaseWeights(vllm_config.model_config.model, device))
+        self.direct = DirectApply(model)
+        base = BaseWeights(vllm_config.model_config.model, device)
+        self.receiver = WeightReceiver(device, base, self.direct.prepare)
         self._reloading = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.receiver.begin_join(WeightGroupSpec.from_dict(init_info.spec))
 
+    @property
+    def reloading(self) -> bool:
+        """Whether the update under way is a reload."""
+        return self._reloading
+
     def start_weight_update(self) -> None:
+        if self.direct.usable(self.receiver.prepared):
+            return
         self._reloading = True
+        self.direct.begin()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        staged = self.receiver.staged
-        if staged is None or staged.version != update_info.version:
-            held = None if staged is None else staged.version
-            raise EngineError(f"version {update_info.version} is not staged; staged is {held}")
-        loaded = self.model.load_weights(self.receiver.tensors())
+        staged = self._staged(update_info.version)
+        if not self._reloading:
+            prepared = self.receiver.prepared
+            assert prepared is not None
+            self.direct.apply(prepared, staged)
+            return
+        loaded = self.direct.load(self.model.load_weights, self.receiver.tensors())
         missing = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - loaded
         missing |= self._missing_parts(complete_names(staged))
         if missing:
@@ -221,6 +231,13 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"version {staged.version} does not carry {sorted(missing)[:5]} ({len(missing)} in all): send "
                 "every parameter under all its names, tied ones too"
             )
+
+    def _staged(self, version: int) -> WeightManifest:
+        staged = self.receiver.staged
+        if staged is None or staged.version != version:
+            held = None if staged is None else staged.version
+            raise EngineError(f"version {version} is not staged; staged is {held}")
+        return staged
 
     def _missing_parts(self, names: set[str]) -> set[str]:
         """Parameters that vLLM keeps fused with one that was sent (q, k, v) and that were not sent
@@ -237,8 +254,12 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return missing
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._reloading = False
+        if self._reloading:
+            self._end_reload()
+            staged = self.receiver.staged
+            assert staged is not None
+            self.direct.end(staged, self.receiver.tensors())
+        self.receiver.prepared = None  # in place, or of no use
 
     def recover(self) -> None:
         """After a failed load: give every layer its tensors back. Their values are a mixture, their shapes
@@ -246,8 +267,14 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         Without it the layers stay on the meta device, and the next load would count the pieces of this one.
         """
+        self.direct.failed()
+        self.receiver.prepared = None
         if self._reloading:
-            self.finish_weight_update()
+            self._end_reload()
+
+    def _end_reload(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._reloading = False
 
     def shutdown(self) -> None:
         self.receiver.leave()
@@ -280,13 +307,14 @@ class WeightWorkerExtension:
         started = time.monotonic()
         try:
             self.start_weight_update()  # type: ignore[attr-defined]
+            apply = "reload" if self.weight_transfer_engine.reloading else "direct"
             self.update_weights({"version": version})  # type: ignore[attr-defined]
             self.finish_weight_update()  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001 - any failure here is the state "tainted"
             failure = f"{type(error).__name__}: {error}"
             self.weight_transfer_engine.recover()
-            return {"error": failure, "apply_ms": 0.0}
-        return {"error": "", "apply_ms": (time.monotonic() - started) * 1e3}
+            return {"error": failure, "apply_ms": 0.0, "apply": ""}
+        return {"error": "", "apply_ms": (time.monotonic() - started) * 1e3, "apply": apply}
 
     def asyncrl_staged_version(self) -> int | None:
         """The version that a swap would load."""
