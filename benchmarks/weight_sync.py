@@ -4,10 +4,13 @@
     transfer   broadcasting the buckets as the sender sees it, waiting for the worker to take part included, against one
                torch.distributed.broadcast (gloo) of the same bytes to a bare process on the generator's CPU
     staged     from the offer until the generator answers that every digest fits, against that broadcast and an echo
-    pause      no token is sampled: the engine loads the staged weights
+    pause      no token is sampled: the engine takes the staged weights; against three copies of the flat buffer and one
+               decode step. Seen from the tokens (the gap between the last one before and the first one after, less a
+               decode step) against vLLM's own way: pause_generation(keep), a layerwise reload, resume_generation
     total      from the offer to the commit, the generator's canary included
 
-The generator is kept full of leases all the time; syncs and bare broadcasts alternate. Figures are milliseconds.
+The generator is kept full of leases all the time; syncs, reloads and bare broadcasts alternate. Figures are in
+milliseconds.
 """
 
 from __future__ import annotations
@@ -16,21 +19,25 @@ import asyncio
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from asyncrl.processes import die_with_parent
 from benchmarks import common
 from benchmarks.models import SIZES, make_model
-from benchmarks.rig import generator
+from benchmarks.rig import Rig, generator
 
 SEQUENCES = 64
 MAX_NEW_TOKENS = 256
+RPC_TIMEOUT_S = 30.0
 SETTLE_S = 1.0  # between two measurements, with sequences in flight
 FIGURES = {
     "pause_ms": "pause: no token is sampled",
     "apply_ms": "of it, loading in the worker",
-    "stage_ms": "receiving and digests in the worker",
+    "stage_ms": "receiving, digests and packing in the worker",
+    "step_ms": "a decode step",
+    "gap_ms": "between two tokens across a swap",
     "canary_ms": "canary at the generator",
     "score_ms": "canary at the learner",
     "digest_ms": "digests at the learner",
@@ -50,18 +57,22 @@ def main() -> int:
     for size in options.sizes:
         report.begin()
         with tempfile.TemporaryDirectory() as folder:
-            syncs, raws = asyncio.run(measure(size, Path(folder), options, report))
-        add_rows(report, size, syncs, raws)
+            syncs, raws, reloads = asyncio.run(measure(size, Path(folder), options, report))
+        add_rows(report, size, syncs, raws, reloads)
     report.finish()
     return 0
 
 
 async def measure(
     size: str, folder: Path, options: Any, report: common.Report
-) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Syncs and bare broadcasts in turn; their durations."""
+) -> tuple[list[dict[str, float]], list[dict[str, float]], list[dict[str, float]]]:
+    """Syncs, vLLM's reloads and bare broadcasts in turn; their durations."""
+    from asyncrl.generator import weights
+    from benchmarks.step_watch import EXTENSION
+
+    weights.EXTENSION = EXTENSION
     model = make_model(folder / "model", size)
-    syncs, raws = [], []
+    syncs, raws, reloads = [], [], []
     async with generator(
         folder / "run",
         model,
@@ -74,22 +85,68 @@ async def measure(
         try:
             await rig.peer.ask("flow", on=True, seconds=3 * SETTLE_S)
             await rig.peer.ask("raw_broadcast")  # connects
+            await rig.daemon.engine._rpc("bench_watch", RPC_TIMEOUT_S)
             for pair in range(options.pairs):
                 with common.watch() as watch:
                     await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
-                    syncs.append(await rig.peer.ask("sync"))
+                    syncs.append(await sync(rig))
+                    await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
+                    reloads.append(await vllm_reload(rig))
                     await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
                     raws.append(await rig.peer.ask("raw_broadcast"))
                 report.watched(watch)
-                print(f"{size}, pair {pair + 1}: pause {syncs[-1]['pause_ms']:.1f} ms", flush=True)
+                print(
+                    f"{size}, pair {pair + 1}: pause {syncs[-1]['pause_ms']:.1f} ms ({syncs[-1]['apply']})", flush=True
+                )
             await rig.peer.ask("flow", on=False)
         finally:
             receiver.kill()
             await receiver.wait()
-    return syncs, raws
+    return syncs, raws, reloads
 
 
-def add_rows(report: common.Report, size: str, syncs: list[dict[str, float]], raws: list[dict[str, float]]) -> None:
+async def sync(rig: Rig) -> dict[str, Any]:
+    """A sync through everything, with what the worker saw of its swap."""
+    engine, swaps = rig.daemon.engine, []
+    swap = engine.swap_weights
+
+    async def timed(version: int, timeout_s: float) -> Any:
+        started = time.perf_counter()
+        result = await swap(version, timeout_s)
+        swaps.append((started, time.perf_counter(), result.apply))
+        return result
+
+    engine.swap_weights = timed  # type: ignore[method-assign]
+    figures = await rig.peer.ask("sync")
+    del engine.swap_weights
+    ((started, ended, apply),) = swaps
+    return {**figures, "apply": apply, **await around(rig, started, ended)}
+
+
+async def vllm_reload(rig: Rig) -> dict[str, float]:
+    """vLLM's own pause, reload and resume, of the weights that are in use."""
+    engine = rig.daemon.engine
+    started = time.perf_counter()
+    await engine._llm.pause_generation(mode="keep", clear_cache=False)
+    await engine._rpc("bench_reload", RPC_TIMEOUT_S)
+    await engine._llm.resume_generation()
+    return await around(rig, started, time.perf_counter())
+
+
+async def around(rig: Rig, started: float, ended: float) -> dict[str, float]:
+    """What the worker saw, once it has stepped again."""
+    await asyncio.sleep(SETTLE_S / 2)
+    (seen,) = await rig.daemon.engine._rpc("bench_around", RPC_TIMEOUT_S, started, ended)
+    return seen
+
+
+def add_rows(
+    report: common.Report,
+    size: str,
+    syncs: list[dict[str, Any]],
+    raws: list[dict[str, float]],
+    reloads: list[dict[str, float]],
+) -> None:
     """The rows of one model."""
 
     def of(rows: list[dict[str, float]], name: str) -> list[float]:
@@ -99,6 +156,12 @@ def add_rows(report: common.Report, size: str, syncs: list[dict[str, float]], ra
     report.pairs(f"{what} snapshot", "ms", of(syncs, "snapshot_ms"), of(raws, "memcpy_ms"), "one copy")
     report.pairs(f"{what} transfer", "ms", of(syncs, "transfer_ms"), of(raws, "send_ms"), "gloo broadcast")
     report.pairs(f"{what} staged", "ms", of(syncs, "staged_ms"), of(raws, "echo_ms"), "gloo broadcast, echo")
+    limits = [3 * raw["memcpy_ms"] + sync["step_ms"] for sync, raw in zip(syncs, raws, strict=True)]
+    report.pairs(f"{what} pause", "ms", of(syncs, "pause_ms"), limits, "3 copies and a decode step", bar="<= 1")
+    gaps, theirs = ([row["gap_ms"] - row["step_ms"] for row in rows] for rows in (syncs, reloads))
+    report.pairs(f"{what} tokens held up", "ms", gaps, theirs, "vLLM's pause and reload")
+    report.figure(f"{what} tokens computed twice or left out", "tokens", of(syncs, "off_course"))
+    report.figure(f"{what} swaps by direct apply", "share", [float(row["apply"] == "direct") for row in syncs])
     for name, sentence in FIGURES.items():
         report.figure(f"{what} {sentence}", "ms", of(syncs, name))
     report.figure(f"{what} canary difference", "nats", of(syncs, "canary_diff"))

@@ -139,7 +139,7 @@ class EngineUnderTest:
     async def sync(self, buffer: Any = None) -> int:
         """A weight sync: afterwards the engine samples from the model's weights, or from those of `buffer`."""
         version = await self.stage(buffer=buffer)
-        await self.engine.swap_weights(version, 20.0)
+        self.notes["swap"] = await self.engine.swap_weights(version, 20.0)
         return version
 
     async def generate(self, prompt: list[int], **changes: Any) -> Any:

@@ -388,9 +388,10 @@ def test_a_sync_of_what_is_trained_alone_gives_the_learners_log_probs(restored_e
     buffer = buffer_of(policy)
     sequences = [random_prompt(40, 1), random_prompt(MAX_LENGTH, 2)]
     before = policy.score(sequences)
-    for seed in (1, 2):  # the second finds the base in place
+    for seed in (1, 2, 3):  # the second finds the base in place, and the engine has only what is trained to copy
         train_at_random(policy, seed)
         version = engine.run(engine.sync(buffer))
+        assert engine.notes["swap"].apply == "direct"
         assert engine.engine.version == version and not engine.engine.tainted
         scores = engine.run(engine.engine.score(sequences, 20.0))
         for score, expected, old in zip(scores, policy.score(sequences), before, strict=True):
@@ -476,9 +477,10 @@ def test_an_engine_refuses_without_weights_syncs_untied_ones_exactly_and_is_foun
         under_test.run(under_test.engine.score([PROMPT], 5.0))
     under_test.run(under_test.engine.probe(10.0))
 
-    for seed in (31, 32):
+    for seed, apply in [(31, "reload"), (32, "direct"), (33, "direct"), (34, "direct")]:
         randomize(under_test.model, seed)
         under_test.run(under_test.sync())
+        assert under_test.notes["swap"].apply == apply
         sequence = random_prompt(60, seed)
         (score,) = under_test.run(under_test.engine.score([sequence], 20.0))
         np.testing.assert_allclose(score, reference_logprobs(under_test.model, sequence), atol=TOLERANCE, rtol=0)

@@ -1,0 +1,27 @@
+"""A worker of the real vLLM that can be told to fail, for tests of what then happens. Runs in the engine's process."""
+
+from __future__ import annotations
+
+from asyncrl.generator.weights import WeightWorkerExtension
+
+
+class OddWorkerExtension(WeightWorkerExtension):
+    def odd_break_next_apply(self) -> None:
+        """The next direct apply breaks off half-way."""
+        direct = self.weight_transfer_engine.direct
+        apply = direct.apply
+
+        def broken(prepared, manifest):
+            del direct.apply
+            half = len(prepared.packs) // 2
+            assert half, "nothing to break"
+            prepared.packs[half] = (None, None)
+            apply(prepared, manifest)
+
+        direct.apply = broken
+
+    def odd_load_computed_tensors(self) -> None:
+        """From now on the model computes on every tensor before it loads it."""
+        model = self.weight_transfer_engine.model
+        load = model.load_weights
+        model.load_weights = lambda named: load((name, tensor * 1.0) for name, tensor in named)
