@@ -103,8 +103,12 @@ class Account:
             generators_committed=ended.num_committed,
             generators_failed=ended.num_failed,
             pause_ms=max(pauses, default=None),
+            apply=_apply(committed),
             transfer_ms=ended.transfer_ms or None,
+            encoding=("dense" if ended.base_version is None else "delta") if ended.num_bytes else None,
             num_bytes=ended.num_bytes or None,
+            dense_bytes=ended.dense_bytes or None,
+            encode_ms=ended.encode_ms or None,
             canary_max_abs_diff=max((c.canary_max_diff for c in committed), default=None),
             canary_mean_abs_diff=fmean(canary_means) if canary_means else None,
         )
@@ -165,6 +169,12 @@ def _nested(by_age: dict[str, float]) -> dict[str, dict[str, float]]:
         bucket, _, name = path.partition("/")
         nested.setdefault(bucket, {})[name] = value
     return nested
+
+
+def _apply(committed: list[Committed]) -> str | None:
+    """How the engines took the weights: "reload" when one of them did."""
+    told = {name for c in committed for name in c.timings_ms}
+    return next((kind for kind in ("reload", "direct") if f"{kind}_ms" in told), None)
 
 
 def _drift(logprob_gap: float | None, gap_engine: float | None) -> float | None:

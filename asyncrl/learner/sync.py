@@ -18,11 +18,15 @@ Who waits for whom, and until when:
   a few times.
 
 Groups are numbered (`group_epoch`) and used again only while nothing went wrong in them; a store prefix never is.
+
+A snapshot goes out as a delta when the publisher has one and every member's staging buffer was verified to hold its
+base. A member that fails in any phase, or is new, is relied on for nothing: its next round is dense, for all in it.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -117,6 +121,8 @@ class SyncPlanner:
         """The trainer died: what it offered is gone, and so is the open group."""
         self.snapshot = None
         self._forget_group()
+        for receiver in self.receivers.values():
+            receiver.staged_version = None  # the next trainer's version of this number may have other bytes
         if self.round:
             for member in self.round.members.values():
                 self._fail(member, now, "the trainer died", silent=False)
@@ -140,7 +146,8 @@ class SyncPlanner:
         if current is None or (message.group_epoch, message.attempt) != (current.group_epoch, current.attempt):
             return
         current.broadcast_done = True
-        current.transfer_ms, current.num_bytes = message.transfer_ms, message.num_bytes
+        current.transfer_ms, current.encode_ms = message.transfer_ms, message.encode_ms
+        current.num_bytes, current.dense_bytes = message.num_bytes, message.dense_bytes
         if message.error:
             log.warning("broadcast of version %d: %s", message.version, message.error)
             self._break(now)
@@ -239,6 +246,7 @@ class SyncPlanner:
         assert current is not None and snapshot is not None and self._group_address is not None
         host, port, backend = self._group_address
         current.broadcast_deadline = now + self.timeout_s + GRACE_S
+        current.base_version, manifest = self._choose_encoding(current, snapshot)
         for member in current.members.values():
             if member.phase is not Phase.STAGING:
                 continue
@@ -252,21 +260,34 @@ class SyncPlanner:
                 "world_size": current.world_size,
                 "backend": backend,
             }
-            offer = SyncOffer(
-                self.run_epoch, current.version, current.attempt, group, snapshot.manifest, self.timeout_s
-            )
+            offer = SyncOffer(self.run_epoch, current.version, current.attempt, group, manifest, self.timeout_s)
             self._emit(ToGenerator(member.name, offer))
-        self._emit(ToPublisher(Broadcast(current.version, current.attempt, current.group_epoch, self.timeout_s)))
+        order = Broadcast(current.version, current.attempt, current.group_epoch, self.timeout_s, current.base_version)
+        self._emit(ToPublisher(order))
+
+    def _choose_encoding(self, current: Round, snapshot: SnapshotReady) -> tuple[int | None, dict[str, Any]]:
+        """(base version, manifest) of a delta if all members can take it, of everything if not."""
+        staging = [name for name, member in current.members.items() if member.phase is Phase.STAGING]
+        held = {self.receivers[name].staged_version for name in staging}
+        if snapshot.delta is None or held != {snapshot.delta["base_version"]}:
+            return None, snapshot.manifest
+        return snapshot.delta["base_version"], snapshot.manifest | {"delta": snapshot.delta}
 
     def _staged(self, member: Member, message: SyncReply, now: float) -> None:
-        assert self.snapshot is not None
+        current = self.round
+        assert self.snapshot is not None and current is not None
         if message.error:
             self._fail(member, now, message.error, silent=False)
             self._break(now)
-        elif any(list(digests) != list(self.snapshot.manifest["digests"]) for digests in message.digests):
+        elif [list(digests) for digests in message.digests] != self._expected_digests(member):
             self._fail(member, now, "staged weights differ from the learner's (digest)", silent=True)
         else:
             member.phase = Phase.STAGED
+            self.receivers[member.name].staged_version = current.version
+
+    def _expected_digests(self, member: Member) -> list[list[int]]:
+        assert self.snapshot is not None
+        return [list(self.snapshot.manifest["digests"])] * self.receivers[member.name].num_workers
 
     def _swapped(self, member: Member, message: SyncReply, now: float) -> None:
         if message.error:
@@ -329,6 +350,8 @@ class SyncPlanner:
         phase, member.phase = member.phase.value, Phase.FAILED
         receiver = self.receivers.get(member.name)
         fatal = receiver is not None and receiver.taints >= MAX_TAINTS
+        if receiver and current.opening_deadline is None:  # from the offer on its staging buffer may hold anything
+            receiver.staged_version = None
         if receiver and not silent:
             receiver.errors += 1
             silent = receiver.errors >= MAX_ERRORS
@@ -413,6 +436,9 @@ class SyncPlanner:
                 current.num_bytes,
                 len(current.members) - num_failed,
                 num_failed,
+                current.base_version,
+                current.dense_bytes,
+                current.encode_ms,
             )
         )
         self._release_snapshot()

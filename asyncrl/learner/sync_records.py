@@ -16,6 +16,7 @@ class Receiver:
     incarnation: int
     num_workers: int
     held_version: int | None = None
+    staged_version: int | None = None  # what its staging buffer holds, verified; deltas start from it
     busy: bool = False  # must not be swapped now: it runs a pinned evaluation
     silences: int = 0  # rounds in a row in which it did not answer or was tainted
     errors: int = 0  # rounds in a row that it answered with an error, its own or a victim's
@@ -57,8 +58,11 @@ class Round:
     broadcast_deadline: float
     broadcast_done: bool = False
     broken: bool = False  # something failed in the collective; its group is not used again
+    base_version: int | None = None  # sent as the difference to this version; None = all of it
     transfer_ms: float = 0.0
     num_bytes: int = 0
+    dense_bytes: int = 0
+    encode_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,9 @@ class RoundEnded:
     num_bytes: int
     num_committed: int
     num_failed: int
+    base_version: int | None = None  # of the delta that was sent; None = all of the weights
+    dense_bytes: int = 0
+    encode_ms: float = 0.0
 
 
 Output = ToPublisher | ToGenerator | Committed | SyncFailed | RoundEnded

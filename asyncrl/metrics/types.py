@@ -167,9 +167,15 @@ class SyncMetrics:
     generators_failed: int = metric("generators", "Generators left out of this broadcast.", 0)
     wall_s: float | None = metric("s", "Time the run has taken so far, over all starts of the learner.", None)
     pause_ms: float | None = metric("ms", "Longest pause of generation in any generator.", None)
+    apply: str | None = metric(
+        "", "How the engines took the weights: direct = copied in place, reload = loaded anew by one or more.", None
+    )
     transfer_ms: float | None = metric("ms", "Sending all buckets; generation goes on meanwhile.", None)
     snapshot_ms: float | None = metric("ms", "Copying the parameters to the staging buffer; the trainer waits.", None)
+    encoding: str | None = metric("name", "What was sent: dense (all of the weights) or delta (what changed).", None)
     num_bytes: int | None = metric("bytes", "Size of what was sent to each generator.", None)
+    dense_bytes: int | None = metric("bytes", "Size of all of the weights as they would be sent.", None)
+    encode_ms: float | None = metric("ms", "Comparing this version with the one before, beside the training.", None)
     canary_max_abs_diff: float | None = metric("nats", "Largest |generator - learner| log-prob on the canary.", None)
     canary_mean_abs_diff: float | None = metric(
         "nats", "Mean of |generator - learner| log-prob on the canary, over tokens and generators.", None

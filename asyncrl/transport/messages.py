@@ -306,6 +306,7 @@ class SnapshotReady(Message):
     canary: list[bytes]  # int32 token ids
     canary_logprobs: list[bytes]  # float32, the learner's own
     snapshot_ms: float
+    delta: dict[str, Any] | None = None  # transport.weight_layout.DeltaInfo: what can be sent instead of everything
 
 
 @message(44)
@@ -328,7 +329,9 @@ class BroadcastDone(Message):
     group_epoch: int
     error: str
     transfer_ms: float
-    num_bytes: int
+    num_bytes: int  # sent
+    dense_bytes: int = 0  # of all buckets
+    encode_ms: float = 0.0  # spent on making the delta of this version, sent or not
 
 
 @message(46)
@@ -376,12 +379,16 @@ class OpenGroup(Message):
 
 @message(63)
 class Broadcast(Message):
-    """Send the snapshot of `version` to group `group_epoch`, as soon as all of its ranks have joined."""
+    """Send the snapshot of `version` to group `group_epoch`, as soon as all of its ranks have joined.
+
+    With a `base_version` only the difference to it is sent: every member has staged and verified that one.
+    """
 
     version: int
     attempt: int
     group_epoch: int
     timeout_s: float
+    base_version: int | None = None
 
 
 @message(64)

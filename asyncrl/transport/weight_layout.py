@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -44,8 +45,13 @@ class TensorEntry:
     offset: int  # bytes
 
     @property
+    def word_bytes(self) -> int:
+        """Size of one element."""
+        return _DTYPES[self.dtype].itemsize
+
+    @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * self.word_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,11 @@ class WeightLayout:
     total_bytes: int
     tensors: tuple[TensorEntry, ...]
     buckets: tuple[tuple[int, int], ...]
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the largest bucket: what one broadcast may carry."""
+        return max(stop - start for start, stop in self.buckets)
 
     def new_buffer(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> torch.Tensor:
         """A zeroed uint8 staging buffer [total_bytes]: padding between tensors is part of the digests."""
@@ -117,21 +128,52 @@ class WeightLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaInfo:
+    """What a receiver must know of a delta before it comes: see `weight_delta`."""
+
+    base_version: int  # the policy version it starts from
+    num_bytes: int
+    digest: int  # of the delta's own bytes
+    piece_words: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain ints: fit for msgpack."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DeltaInfo:
+        """Read what a peer sent. Raises ProtocolError when a field is missing or impossible."""
+        try:
+            info = cls(**{entry.name: int(data[entry.name]) for entry in fields(cls)})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"weight delta is malformed: {error!r}; both daemons must run one version") from error
+        if info.num_bytes < 0 or info.piece_words < 1:
+            raise ProtocolError(f"weight delta of {info.num_bytes} bytes in pieces of {info.piece_words} is not valid")
+        return info
+
+
+@dataclass(frozen=True, slots=True)
 class WeightManifest:
     """What a weight sync will deliver: policy `version`, its layout, and one digest per bucket.
 
-    Without a `patch` the layout holds the whole policy.
+    Without a `patch` the layout holds the whole policy. With a `delta` the difference to another version travels
+    instead of the buckets; the digests are those of the buckets all the same, once it is applied.
     """
 
     version: int
     layout: WeightLayout
     digests: tuple[int, ...]
     patch: Patch | None = None
+    delta: DeltaInfo | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain ints, strings and lists: fit for msgpack."""
         data = {"version": self.version, "layout": self.layout.to_dict(), "digests": list(self.digests)}
-        return data if self.patch is None else data | {"patch": self.patch.to_dict()}
+        for name in ("patch", "delta"):
+            part = getattr(self, name)
+            if part is not None:
+                data[name] = part.to_dict()
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WeightManifest:
@@ -145,11 +187,12 @@ class WeightManifest:
             layout = WeightLayout.from_dict(data["layout"])
             digests = tuple(int(digest) for digest in data["digests"])
             patch = Patch.from_dict(data["patch"]) if "patch" in data else None
+            delta = DeltaInfo.from_dict(data["delta"]) if "delta" in data else None
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"weight manifest is malformed: {error!r}") from error
         if len(digests) != len(layout.buckets):
             raise ProtocolError(f"weight manifest has {len(digests)} digests for {len(layout.buckets)} buckets")
-        return cls(version, layout, digests, patch)
+        return cls(version, layout, digests, patch, delta)
 
 
 def plan_buckets(
@@ -242,6 +285,12 @@ class SnapshotBuffer:
         self._patch = patch
         self.layout = plan_buckets(self._named, bucket_bytes, wire_dtype)
         self.flat = self.layout.new_buffer(self._named[0][1].device)
+
+    def twin(self) -> SnapshotBuffer:
+        """Another buffer for snapshots of the same parameters."""
+        twin = copy(self)
+        twin.flat = self.layout.new_buffer(self.flat.device)
+        return twin
 
     def snapshot(self) -> None:
         """Copy the parameters as they are now. Not while the buffer is being sent."""

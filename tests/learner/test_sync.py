@@ -10,7 +10,7 @@ from asyncrl.learner.sync import (
     PENALTY_S,
     SyncPlanner,
 )
-from asyncrl.learner.sync_records import Committed, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 from asyncrl.transport.messages import (
     Broadcast,
     BroadcastDone,
@@ -39,8 +39,10 @@ class Bench:
         for name in names:
             self.planner.joined(name, 1, 1, self.now)
 
-    def snapshot(self, version):
-        message = SnapshotReady(version, {"digests": DIGESTS}, [b"\x01\0\0\0"], CANARY, 1.0)
+    def snapshot(self, version, base=None):
+        """`base`: the publisher also has the delta to this version."""
+        delta = None if base is None else {"base_version": base}
+        message = SnapshotReady(version, {"digests": DIGESTS}, [b"\x01\0\0\0"], CANARY, 1.0, delta)
         self.planner.snapshot_ready(message, self.now)
         self.planner.advance(self.now)
         return self.take()
@@ -72,11 +74,18 @@ class Bench:
         self.planner.advance(self.now)
         return self.take()
 
-    def sync_all(self, version, names):
-        """A whole round in which everything works."""
-        self.snapshot(version)
+    def offered(self, outputs):
+        """The base of what publisher and generators were told to transfer; None = all of the weights."""
         if self.planner.round.opening_deadline is not None:
-            self.open_group()
+            outputs = self.open_group()
+        (order,) = messages(outputs, Broadcast)
+        told = {offer.manifest.get("delta", {}).get("base_version") for offer in messages(outputs, SyncOffer)}
+        assert told == {order.base_version}
+        return order.base_version
+
+    def sync_all(self, version, names, base=None):
+        """A whole round in which everything works."""
+        self.offered(self.snapshot(version, base))
         outputs = []
         for name in names:
             outputs += self.reply(name, "stage")
@@ -362,3 +371,112 @@ def test_a_member_that_errs_again_and_again_sits_out_in_the_end():
         bench.after(0.0)
         assert (bench.planner.round is None) == (failures == MAX_ERRORS)
     assert messages(bench.after(PENALTY_S), OpenGroup)
+
+
+# -- deltas
+
+
+def test_a_delta_goes_out_when_every_member_has_staged_its_base():
+    bench = Bench("a", "b")
+    bench.sync_all(0, ["a", "b"])
+    assert bench.offered(bench.snapshot(1, base=0)) == 0
+
+
+def test_a_round_reports_what_was_sent():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.snapshot(1, base=0)
+    current = bench.planner.round
+    bench.reply("a", "stage")
+    done = BroadcastDone(1, current.attempt, current.group_epoch, "", 5.0, 100, 4000, 2.5)
+    bench.planner.broadcast_done(done, bench.now)
+    (ended,) = kinds(bench.reply("a", "swap"), RoundEnded)
+    assert (ended.base_version, ended.num_bytes, ended.dense_bytes, ended.encode_ms) == (0, 100, 4000, 2.5)
+
+
+@pytest.mark.parametrize("base", [None, 0, 2])
+def test_without_a_delta_to_the_version_that_is_staged_everything_is_sent(base):
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.sync_all(1, ["a"])
+    assert bench.offered(bench.snapshot(3, base=base)) is None
+
+
+def test_a_member_without_the_base_makes_the_round_dense():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("b", 1, 1, bench.now)
+    assert bench.offered(bench.snapshot(1, base=0)) is None
+
+
+def test_a_restarted_generator_has_no_base_even_in_the_same_round():
+    bench = Bench("a", "b")
+    bench.sync_all(0, ["a", "b"])
+    bench.planner.joined("b", 2, 1, bench.now)
+    assert bench.offered(bench.snapshot(1, base=0)) is None
+    assert set(bench.planner.round.members) == {"a", "b"}
+
+
+@pytest.mark.parametrize("fault", ["error", "digest", "silence"])
+def test_after_a_stage_that_failed_everything_is_sent(fault):
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    assert bench.offered(bench.snapshot(1, base=0)) == 0
+    bench.broadcast_done()
+    if fault == "silence":
+        bench.after(TIMEOUT_S)
+    else:
+        wrong = {"error": "no base"} if fault == "error" else {"digests": [11, 23]}
+        bench.reply("a", "stage", **wrong)
+    assert bench.offered(bench.after(PENALTY_S)) is None
+
+
+def test_after_a_taint_everything_is_sent():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.snapshot(1, base=0)
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    bench.reply("a", "swap", error="engine says no")
+    assert not messages(bench.snapshot(2, base=1), OpenGroup), "it sits out"
+    assert bench.offered(bench.after(PENALTY_S)) is None
+
+
+def test_who_failed_does_not_cost_the_others_their_base():
+    bench = Bench("a", "b")
+    bench.sync_all(0, ["a", "b"])
+    bench.snapshot(1, base=0)
+    bench.reply("a", "stage")
+    bench.reply("b", "stage", digests=[11, 23])
+    bench.broadcast_done()
+    bench.reply("a", "swap")
+    outputs = bench.snapshot(2, base=1)
+    assert list(bench.planner.round.members) == ["a"], "b sits out"
+    assert bench.offered(outputs) == 1
+
+
+def test_a_group_that_could_not_be_opened_costs_nobody_its_base():
+    bench = Bench("a", "b")
+    bench.sync_all(0, ["a", "b"])
+    bench.planner.left("b", bench.now, "gone")
+    bench.snapshot(1, base=0)
+    outputs = bench.after(TIMEOUT_S)
+    assert kinds(outputs, SyncFailed)
+    assert bench.offered(outputs) == 0
+
+
+def test_another_trainers_version_of_the_same_number_is_no_base():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.publisher_lost(bench.now)
+    assert bench.offered(bench.snapshot(1, base=0)) is None
+
+
+@pytest.mark.parametrize("digests", [[], [DIGESTS], [DIGESTS] * 3, [DIGESTS, [11]]])
+def test_every_worker_of_a_generator_has_to_show_its_digests(digests):
+    bench = Bench()
+    bench.planner.joined("a", 1, 2, bench.now)
+    bench.offered(bench.snapshot(0))
+    current = bench.planner.round
+    bench.planner.reply("a", SyncReply(1, 0, current.attempt, "stage", "", digests), bench.now)
+    assert kinds(bench.take(), SyncFailed)

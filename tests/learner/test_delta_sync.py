@@ -1,0 +1,277 @@
+"""Publisher, planner and receivers together: when a version travels whole and when as a delta, and what repairs it.
+
+The publisher runs in its thread over a real socket, groups are real; receivers stage in threads and show the learner's
+own canary.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from asyncrl.errors import AsyncRLError
+from asyncrl.generator.staging import receive
+from asyncrl.learner.publisher import Publisher
+from asyncrl.learner.sync import SyncPlanner
+from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.transport.codec import decode, encode
+from asyncrl.transport.messages import BroadcastDone, GroupReady, SnapshotReady, SyncOffer, SyncReply, SyncSwap
+from asyncrl.transport.sockets import ServerSocket
+from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec, WeightManifest
+
+MAX_BYTES = 1 << 24
+TIMEOUT_S = 20.0
+CANARY = [np.arange(4)]
+SCORES = [np.full(3, -1.5, np.float32)]
+
+
+class Receiver:
+    """One generator: stages in a thread, holds what it staged."""
+
+    def __init__(self, name, replies):
+        self.name = name
+        self.held = None
+        self.encodings = []
+        self._replies = replies
+        self._group = None
+
+    def take(self, message):
+        if isinstance(message, SyncOffer):
+            threading.Thread(target=self._stage, args=(message,), daemon=True).start()
+        elif isinstance(message, SyncSwap):
+            scores = [row.tobytes() for row in SCORES]
+            self._replies.put(
+                (self.name, SyncReply(1, message.version, message.attempt, "swap", "", canary_logprobs=scores))
+            )
+
+    def _stage(self, offer):
+        manifest = WeightManifest.from_dict(offer.manifest)
+        self.encodings.append("dense" if manifest.delta is None else "delta")
+        spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
+        held, self.held, digests, error = self.held, None, [], ""
+        try:
+            if self._group is None or self._group.spec.prefix != spec.prefix:
+                self.close()
+                self._group = WeightGroup(spec)
+                self._group.join()
+            self.held = receive(self._group, manifest, held, torch.device("cpu"), offer.timeout_s, digests)
+        except AsyncRLError as failure:
+            error = str(failure)
+        reply = SyncReply(1, offer.version, offer.attempt, "stage", error, [] if error else [digests])
+        self._replies.put((self.name, reply))
+
+    def close(self):
+        if self._group is not None:
+            self._group.close()
+
+
+class World:
+    """A learner's weight plane without a trainer: `step` changes weights, `publish` brings them to all receivers."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(20_000, generator=generator).to(dtype))
+        named = [("weight", self.weight)]
+        self.socket = ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MAX_BYTES)
+        buffers = (SnapshotBuffer(named, 4096), SnapshotBuffer(named, 4096))
+        self.publisher = Publisher(
+            self.socket.address, buffers, CANARY, lambda _: SCORES, host="127.0.0.1", backend="gloo"
+        )
+        self.publisher.start()
+        self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=1e-6)
+        self.replies = queue.Queue()
+        self.receivers = {}
+        self.ended, self.failed = [], []
+        self.before_offer = lambda: None
+        self._peer = None
+        self._version = -1
+
+    def join(self, name):
+        self.receivers[name] = Receiver(name, self.replies)
+        self.planner.joined(name, 1, 1, time.monotonic())
+
+    def step(self, share=0.02):
+        with torch.no_grad():
+            words = self.weight.view({2: torch.int16, 4: torch.int32}[self.weight.element_size()])
+            words[: int(len(words) * share)] += 1
+
+    def publish(self):
+        """The next version to everybody; the encodings of its rounds."""
+        self._version += 1
+        self.publisher.publish(self._version)
+        return self.settle()
+
+    def offer(self):
+        """The next version to the planner alone."""
+        self._version += 1
+        self.publisher.publish(self._version)
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.planner.snapshot.version != self._version:
+            assert time.monotonic() < deadline
+            self._turn()
+
+    def settle(self):
+        first = len(self.ended)
+        deadline = time.monotonic() + 2 * TIMEOUT_S
+        while self.planner.round is not None or any(
+            self.planner.held_version(name) != self._version for name in self.receivers
+        ):
+            assert time.monotonic() < deadline
+            self._turn()
+        for receiver in self.receivers.values():
+            assert torch.equal(receiver.held.buffer[: self.weight.nbytes], self.weight.detach().view(torch.uint8))
+        rounds = self.ended[first:]
+        assert all(ended.dense_bytes == -(-self.weight.nbytes // 64) * 64 for ended in rounds)
+        return ["dense" if ended.base_version is None else "delta" for ended in rounds]
+
+    def _turn(self):
+        now = time.monotonic()
+        for peer, frame in self.socket.poll(0.005):
+            self._peer, message = peer, decode(frame, max_bytes=MAX_BYTES)
+            match message:
+                case SnapshotReady():
+                    self.before_offer()
+                    self.planner.snapshot_ready(message, now)
+                case GroupReady():
+                    self.planner.group_ready(message, now)
+                case BroadcastDone():
+                    self.planner.broadcast_done(message, now)
+        while not self.replies.empty():
+            self.planner.reply(*self.replies.get(), now)
+        self.planner.advance(now)
+        for output in self.planner.take_outputs():
+            match output:
+                case ToPublisher(message):
+                    self.socket.send(self._peer, encode(message, max_bytes=MAX_BYTES))
+                case ToGenerator(name, message):
+                    self.receivers[name].take(decode(encode(message, max_bytes=MAX_BYTES), max_bytes=MAX_BYTES))
+                case RoundEnded():
+                    self.ended.append(output)
+                case SyncFailed():
+                    self.failed.append(output)
+                case Committed():
+                    pass
+
+    def close(self):
+        self.publisher.stop(10.0)
+        for receiver in self.receivers.values():
+            receiver.close()
+        self.socket.close()
+        assert self.publisher.crash is None
+
+
+@pytest.fixture
+def world():
+    world = World()
+    yield world
+    world.close()
+
+
+def test_the_first_version_is_dense_and_what_changes_little_is_a_delta(world):
+    world.join("a")
+    world.join("b")
+    assert world.publish() == ["dense"]
+    for _ in range(3):
+        world.step()
+        assert world.publish() == ["delta"]
+        ended = world.ended[-1]
+        assert ended.num_bytes < 0.05 * ended.dense_bytes and ended.encode_ms > 0
+    assert world.receivers["a"].encodings == world.receivers["b"].encodings == ["dense", *["delta"] * 3]
+
+
+def test_a_joiner_is_caught_up_whole_and_takes_deltas_with_the_others_from_then_on(world):
+    world.join("a")
+    world.publish()
+    world.step()
+    world.publish()
+    world.join("b")
+    assert world.settle() == ["dense"]
+    world.step()
+    assert world.publish() == ["delta"]
+    assert (world.receivers["a"].encodings, world.receivers["b"].encodings) == (
+        ["dense", "delta", "delta"],
+        ["dense", "delta"],
+    )
+
+
+def test_a_joiner_in_a_round_makes_it_dense_for_everybody(world):
+    world.join("a")
+    world.publish()
+    world.step()
+    world.join("b")
+    assert world.publish() == ["dense"]
+    world.step()
+    assert world.publish() == ["delta"]
+
+
+def test_a_delta_damaged_on_the_way_is_followed_by_the_whole_version_and_then_by_deltas_again(world):
+    world.join("a")
+    world.publish()
+    world.step()
+
+    def damage():
+        world.publisher._delta.payload[20] ^= 2
+
+    world.before_offer = damage
+    assert world.publish() == ["delta", "dense"]
+    assert "damaged on the way" in world.failed[0].reason
+    world.before_offer = lambda: None
+    world.step()
+    assert world.publish() == ["delta"]
+
+
+def test_a_base_damaged_in_a_receivers_memory_costs_one_dense_sync(world):
+    for name in ("a", "b"):
+        world.join(name)
+    world.publish()
+    world.receivers["b"].held.buffer[1234] ^= 1
+    world.step()
+    encodings = world.publish()
+    assert encodings == ["delta", "dense"]
+    assert [failed.name for failed in world.failed] == ["b"], "a was not affected"
+    world.step()
+    assert world.publish() == ["delta"]
+
+
+def test_a_restarted_generator_holds_no_base(world):
+    world.join("a")
+    world.publish()
+    world.step()
+    world.receivers["a"].close()
+    world.receivers["a"] = Receiver("a", world.replies)
+    world.planner.joined("a", 2, 1, time.monotonic())
+    assert world.publish() == ["dense"]
+
+
+def test_a_version_that_reached_nobody_leaves_the_base_of_the_one_before(world):
+    world.join("a")
+    world.publish()
+    world.planner.set_busy({"a"})
+    for _ in range(2):
+        world.step()
+        world.offer()
+    world.planner.set_busy(set())
+    assert world.settle() == ["delta"]
+    assert world.ended[-1].base_version == 0
+
+
+def test_weights_that_all_change_stay_dense_and_take_no_third_buffer():
+    world = World(torch.float32)
+    try:
+        world.join("a")
+        world.publish()
+        for seed in range(3):
+            with torch.no_grad():
+                world.weight.add_(torch.randn(world.weight.shape, generator=torch.Generator().manual_seed(seed)))
+            assert world.publish() == ["dense"]
+        assert world.publisher._base is None and world.publisher._spare is None
+        assert world.ended[-1].encode_ms == 0.0
+        world.step()  # and as soon as it pays:
+        assert world.publish() == ["delta"]
+    finally:
+        world.close()
