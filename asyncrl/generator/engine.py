@@ -67,7 +67,8 @@ class SwapReport:
     """How long a swap held up generation, and where."""
 
     version: int
-    timings_ms: dict[str, float]  # pause_ms: no token was sampled; apply_ms: part of it, in the slowest worker
+    # pause_ms: no token was sampled; apply_ms: part of it, in the slowest worker, and again as direct_ms or reload_ms
+    timings_ms: dict[str, float]
     apply: str = "reload"  # "direct" when every worker copied the weights in place, "reload" when one had to load anew
 
     @property

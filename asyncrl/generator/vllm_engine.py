@@ -332,7 +332,8 @@ class VLLMEngine:
         pause_ms = (time.monotonic() - paused) * 1e3
         apply_ms = max(result["apply_ms"] for result in results)
         apply = "direct" if all(result["apply"] == "direct" for result in results) else "reload"
-        return SwapReport(version, {"pause_ms": pause_ms, "apply_ms": apply_ms}, apply)
+        # Under the name of its kind too: times are what the learner's account gets to see.
+        return SwapReport(version, {"pause_ms": pause_ms, "apply_ms": apply_ms, f"{apply}_ms": apply_ms}, apply)
 
     async def _restart_unstarted(self) -> None:
         by_id = {sequence.engine_id: sequence for group in self._requests.values() for sequence in group}

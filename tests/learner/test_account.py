@@ -99,6 +99,20 @@ def test_a_sync_reports_the_longest_pause_and_the_worst_canary_of_its_generators
     assert figures.canary_mean_abs_diff == pytest.approx(3e-7)
 
 
+@pytest.mark.parametrize(
+    ("timings", "apply"),
+    [
+        (["direct_ms"], "direct"),
+        (["direct_ms", "reload_ms"], "reload"),
+        (["reload_ms"], "reload"),
+        (["pause_ms"], None),
+    ],
+)
+def test_a_sync_tells_whether_any_engine_had_to_reload(timings, apply):
+    committed = [Committed("g", 3, 0, 1.0, 1.0, 1, 1.0, 1.0, {name: 1.0}) for name in timings]
+    assert Account().sync_metrics(RoundEnded(3, 1.0, 1.0, 1, len(committed), 0), committed).apply == apply
+
+
 def synced(account: Account, version: int, *means: float) -> None:
     committed = [Committed(f"g{i}", version, 0, 1.0, 1.0, 1, 1.0, mean, {}) for i, mean in enumerate(means)]
     account.sync_metrics(RoundEnded(version, 1.0, 1.0, 1, len(committed), 0), committed)
