@@ -168,7 +168,7 @@ class SyncMetrics:
     wall_s: float | None = metric("s", "Time the run has taken so far, over all starts of the learner.", None)
     pause_ms: float | None = metric("ms", "Longest pause of generation in any generator.", None)
     apply: str | None = metric(
-        "", "How the engines took the weights: direct = copied in place, reload = loaded anew by one or more.", None
+        "name", "How the engines took the weights: direct = copied in place, reload = loaded anew by one or more.", None
     )
     transfer_ms: float | None = metric("ms", "Sending all buckets; generation goes on meanwhile.", None)
     snapshot_ms: float | None = metric("ms", "Copying the parameters to the staging buffer; the trainer waits.", None)

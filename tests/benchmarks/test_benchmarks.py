@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are n
 from benchmarks import common
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = ("transport", "generator_vs_vllm", "weight_sync", "async_vs_sync")
+SCRIPTS = ("transport", "generator_vs_vllm", "weight_sync", "weight_delta", "async_vs_sync")
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ import torch
 
 from asyncrl.errors import AsyncRLError
 from asyncrl.generator.staging import receive
+from asyncrl.learner.account import Account
 from asyncrl.learner.publisher import Publisher
 from asyncrl.learner.sync import SyncPlanner
 from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
@@ -181,6 +182,10 @@ def test_the_first_version_is_dense_and_what_changes_little_is_a_delta(world):
         assert world.publish() == ["delta"]
         ended = world.ended[-1]
         assert ended.num_bytes < 0.05 * ended.dense_bytes and ended.encode_ms > 0
+    figures = [Account().sync_metrics(ended, []) for ended in world.ended]
+    assert [sync.encoding for sync in figures] == ["dense", *["delta"] * 3]
+    assert [sync.encode_ms is None for sync in figures] == [True, *[False] * 3]
+    assert figures[0].num_bytes == figures[0].dense_bytes == figures[-1].dense_bytes > figures[-1].num_bytes
     assert world.receivers["a"].encodings == world.receivers["b"].encodings == ["dense", *["delta"] * 3]
 
 
