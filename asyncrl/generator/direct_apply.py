@@ -15,11 +15,12 @@ they compute (Freivalds 1977). Otherwise swaps stay reloads, and the reason is i
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -29,6 +30,7 @@ from asyncrl.transport.weight_layout import WeightManifest, digest
 from asyncrl.transport.weight_patch import LORA_A, WEIGHT
 
 log = logging.getLogger("vllm.asyncrl")
+_T = TypeVar("_T")
 
 PACKED = "cpu_linear"  # the attribute that vLLM keeps a packed weight behind
 PROBE_ROWS = 8
@@ -59,10 +61,9 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One write of a weight loader: `target` of the parameter became `part` of the tensor `source`, or a constant."""
+    """One write of a weight loader: `target` of the parameter became `part` of a checkpoint tensor, or a constant."""
 
     target: View
-    source: str | None
     part: View | None
     constant: float = 0.0
 
@@ -75,15 +76,29 @@ class Loaded:
     module_name: str
     name: str
     tensor: torch.Tensor  # on the meta device, or the live one where vLLM loads in place
-    writes: list[Write] = field(default_factory=list)
+    writes: dict[str, list[Write]] = field(default_factory=lambda: defaultdict(list))  # by checkpoint tensor
+    constants: list[Write] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         return f"{self.module_name}.{self.name}"
 
     @property
-    def sources(self) -> set[str]:
-        return {write.source for write in self.writes if write.source is not None}
+    def live(self) -> torch.Tensor:
+        return getattr(self.module, self.name).data
+
+    @property
+    def num_written(self) -> int:
+        """Elements that loaders wrote."""
+        return sum(math.prod(write.target.size) for writes in self.writes.values() for write in writes) + sum(
+            math.prod(write.target.size) for write in self.constants
+        )
+
+    def pairs(self, into: torch.Tensor, name: str, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(target, source) views for loading the checkpoint's tensor `name` into a parameter like this one."""
+        for write in self.writes[name]:
+            assert write.part is not None
+            yield write.target.of(into), write.part.of(tensor)
 
 
 class LoadRecorder(TorchDispatchMode):
@@ -133,7 +148,7 @@ class LoadRecorder(TorchDispatchMode):
         view = View.within(target, loaded.tensor.storage_offset())
         if func in _CONSTANTS:
             where = _CONSTANTS[func]
-            write = Write(view, None, None, 0.0 if where is None else float(args[where]))
+            writes, write = loaded.constants, Write(view, None, 0.0 if where is None else float(args[where]))
         elif func is torch.ops.aten.copy_.default:
             source = args[1]
             if _storage_key(source) == _storage_key(target) and source.storage_offset() == target.storage_offset():
@@ -142,12 +157,12 @@ class LoadRecorder(TorchDispatchMode):
             if found is None:
                 self.problem = self.problem or f"{loaded.label} is loaded from a tensor that was computed on the way"
                 return
-            write = Write(view, *found)
+            writes, write = loaded.writes[found[0]], Write(view, found[1])
         else:
             self.problem = self.problem or f"{loaded.label} is changed by {func} while it is loaded"
             return
-        if write not in loaded.writes:  # vLLM loads once to count, and where it loads in place, again
-            loaded.writes.append(write)
+        if write not in writes:  # vLLM loads once to count, and where it loads in place, again
+            writes.append(write)
 
     def _source_of(self, tensor: torch.Tensor) -> tuple[str, View] | None:
         places = self._sources.get(_storage_key(tensor))
@@ -172,9 +187,8 @@ class Pack:
         like = self.weight.tensor
         device = self.layer.weight.device
         weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device).zero_()
-        for write in self.weight.writes:
-            if write.source is None:
-                write.target.of(weight).fill_(write.constant)
+        for write in self.weight.constants:
+            write.target.of(weight).fill_(write.constant)
         return weight
 
     def packed(self, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -205,7 +219,7 @@ class Plan:
 
     @property
     def num_copies(self) -> int:
-        return sum(len(loaded.writes) for loaded in self._plain)
+        return sum(len(writes) for loaded in self._plain for writes in loaded.writes.values())
 
     @property
     def num_packs(self) -> int:
@@ -220,41 +234,29 @@ class Plan:
         Raises:
             PlanRefused: names or shapes are not those the plan was made from.
         """
-        prepared = Prepared(self, basis, [], [])
-        plain, packs = defaultdict(list), defaultdict(list)
-        for loaded in self._plain:
-            for source in loaded.sources - unchanged:
-                plain[source].append(loaded)
+        plain = _by_source(self._plain, lambda loaded: loaded, unchanged)
+        packs = _by_source(self._packs, lambda pack: pack.weight, unchanged)
+        copies: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         begun: dict[int, tuple[torch.Tensor, set[str]]] = {}  # weights being put together, and what they still lack
-        for pack in self._packs:
-            if pack.weight.sources - unchanged:
-                for source in pack.weight.sources:
-                    packs[source].append(pack)
-        seen, places = set(), set()
+        prepared, seen = Prepared(self, basis, [], []), set()
         for name, tensor in named:
             if self.shapes.get(name) != tuple(tensor.shape):
                 raise PlanRefused(f"{name} is {tuple(tensor.shape)}, the plan has {self.shapes.get(name)}")
             seen.add(name)
-            for loaded in plain[name]:
-                live = _live(loaded)
-                for write in loaded.writes:
-                    if write.source == name:
-                        pair = write.target.of(live), write.part.of(tensor)
-                        place = tuple((t.data_ptr(), t.shape, t.stride()) for t in pair)
-                        if place not in places:  # two names of one tensor, copied once
-                            places.add(place)
-                            prepared.copies.append(pair)
-            for pack in packs[name]:
-                weight, lacking = begun.get(id(pack)) or (pack.new_weight(), set(pack.weight.sources))
+            for loaded in plain.get(name, ()) if name not in unchanged else ():
+                for pair in loaded.pairs(loaded.live, name, tensor):
+                    copies[tuple(_place(each) for each in pair)] = pair  # two names of one tensor are copied once
+            for pack in packs.get(name, ()):
+                weight, lacking = begun.get(id(pack)) or (pack.new_weight(), set(pack.weight.writes))
                 begun[id(pack)] = weight, lacking
-                for write in pack.weight.writes:
-                    if write.source == name:
-                        write.target.of(weight).copy_(write.part.of(tensor))
+                for target, source in pack.weight.pairs(weight, name, tensor):
+                    target.copy_(source)
                 lacking.discard(name)
                 if not lacking:
                     prepared.packs.append((pack, pack.packed(begun.pop(id(pack))[0])))
         if missing := self.shapes.keys() - seen:
             raise PlanRefused(f"{sorted(missing)[0]} does not come ({len(missing)} tensors in all)")
+        prepared.copies.extend(copies.values())
         if prepared.copies and prepared.copies[0][0].is_cuda:
             torch.cuda.current_stream().synchronize()  # the engine's thread reads on a stream of its own
         return prepared
@@ -272,7 +274,7 @@ class Plan:
                 raise PlanRefused(f"{pack.weight.label} computes other values after a reload")
 
 
-def make_plan(recorder: LoadRecorder, unlike: str) -> Plan:
+def make_plan(model: torch.nn.Module, recorder: LoadRecorder, unlike: str) -> Plan:
     """The plan of a reload that has just ended.
 
     Args:
@@ -284,22 +286,23 @@ def make_plan(recorder: LoadRecorder, unlike: str) -> Plan:
     """
     if problem := recorder.problem or unlike:
         raise PlanRefused(problem)
-    plain, packs = [], []
+    plain, packs, kept = [], [], set()
     for loaded in recorder.loaded.values():
-        if not loaded.sources:
-            continue
-        live = _live(loaded)
+        if not isinstance(getattr(loaded.module, loaded.name), torch.nn.Parameter):
+            continue  # a buffer: if one changes, it is a side effect
+        if loaded.num_written != loaded.tensor.numel():
+            raise PlanRefused(f"{loaded.num_written} of {loaded.tensor.numel()} elements of {loaded.label} are copied")
         is_packed = loaded.name == "weight" and PACKED in vars(loaded.module)
         if is_packed:
-            if not hasattr(getattr(loaded.module, "quant_method", None), "process_weights_after_loading"):
-                raise PlanRefused(f"{loaded.label} is packed by code that cannot be called by itself")
             packs.append(Pack(loaded.module, loaded))
-        if live.shape == loaded.tensor.shape and live.stride() == loaded.tensor.stride():
+        if loaded.live.shape == loaded.tensor.shape and loaded.live.stride() == loaded.tensor.stride():
             plain.append(loaded)
-        elif live.numel() or not is_packed:
-            raise PlanRefused(
-                f"{loaded.label} is loaded as {tuple(loaded.tensor.shape)} and kept as {tuple(live.shape)}"
-            )
+        elif loaded.live.numel() or not is_packed:
+            raise PlanRefused(f"{loaded.label} is loaded as {_shape(loaded.tensor)} and kept as {_shape(loaded.live)}")
+        kept.add(loaded.label)
+    for label, parameter in _parameters(model):
+        if label not in kept and parameter.numel():
+            raise PlanRefused(f"{label} is a parameter that no loader sees")
     return Plan(recorder.shapes, plain, packs)
 
 
@@ -390,7 +393,7 @@ class DirectApply:
         if recorder is None or effects is None:
             return
         try:
-            plan = make_plan(recorder, effects.found())
+            plan = make_plan(self._model, recorder, effects.found())
             plan.verify(plan.prepare(named, set(), None))
         except Exception as error:  # noqa: BLE001 - the reload is complete and right, whatever we fail to make of it
             self._refuse(error)
@@ -442,8 +445,30 @@ def _content(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_meta else digest(tensor.detach().contiguous())
 
 
-def _live(loaded: Loaded) -> torch.Tensor:
-    return getattr(loaded.module, loaded.name).data
+def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter under every name it has, so that a tied one comes with each of its layers."""
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{module_name}.{name}", parameter
+
+
+def _by_source(items: list[_T], loaded_of: Callable[[_T], Loaded], unchanged: set[str]) -> dict[str, list[_T]]:
+    """Checkpoint name → what needs it, without what rests on `unchanged` names alone."""
+    needing: dict[str, list[_T]] = defaultdict(list)
+    for item in items:
+        sources = loaded_of(item).writes.keys()
+        if sources - unchanged:
+            for source in sources:
+                needing[source].append(item)
+    return needing
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
 
 
 def _storage_key(tensor: torch.Tensor) -> int:

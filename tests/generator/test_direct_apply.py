@@ -212,6 +212,31 @@ def loaded_in_place(model):
     model.norm.weight.weight_loader = load
 
 
+def replaced(model):
+    def load(param, loaded):
+        param.data = torch.empty_like(param).copy_(loaded)
+
+    model.norm.weight.weight_loader = load
+
+
+def partly_loaded(model):
+    def load(param, loaded):
+        param.data[:-1].copy_(loaded[:-1])
+
+    model.norm.weight.weight_loader = load
+
+
+def unseen_parameter(model):
+    process = model.fused.quant_method.process_weights_after_loading
+
+    class Adding(type(model.fused.quant_method)):
+        def process_weights_after_loading(self, layer):
+            layer.scale = nn.Parameter(layer.weight.abs().max().reshape(1), requires_grad=False)
+            process(layer)
+
+    model.fused.quant_method = Adding()
+
+
 def derived(model):
     process = model.fused.quant_method.process_weights_after_loading
 
@@ -257,6 +282,9 @@ def scaled_when_processed(model):
         (computed, "fused.weight is loaded from a tensor that was computed on the way"),
         (transposed, "fused.weight is loaded from a tensor that was computed on the way"),
         (loaded_in_place, "norm.weight is changed by aten.add_.Tensor while it is loaded"),
+        (replaced, "0 of 32 elements of norm.weight are copied"),
+        (partly_loaded, "31 of 32 elements of norm.weight are copied"),
+        (unseen_parameter, "fused.scale is a parameter that no loader sees"),
         (derived, "fused.row_norms is made anew at every load"),
         (derived_in_place, "fused.row_norms is made anew at every load"),
         (scaled_when_processed, "a parameter of shape (32,) has other values after a reload"),
