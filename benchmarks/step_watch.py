@@ -26,6 +26,7 @@ class Step:
 
 class StepWatchExtension(WeightWorkerExtension):
     _steps: list[Step]
+    _changed_at: float
 
     def bench_watch(self) -> None:
         """Notes steps from now on."""
@@ -44,19 +45,26 @@ class StepWatchExtension(WeightWorkerExtension):
 
         self.execute_model, self.sample_tokens = noted_execute, noted_sample
 
-    def bench_around(self, started: float, ended: float) -> dict[str, float]:
-        """Of the steps around a swap between two times of `time.perf_counter`, in ms:
+    def asyncrl_swap(self, version: int) -> dict[str, Any]:
+        self._changed_at = time.perf_counter()
+        return super().asyncrl_swap(version)
 
-        gap_ms: the longest time between two steps' tokens; step_ms: a decode step (median of those
-        in the second before); off_course: tokens computed twice or not at all from then on.
+    def bench_around(self) -> dict[str, float]:
+        """Of the steps around the newest change of weights, in ms:
+
+        standstill_ms: from the end of the last step before it to the start of the first one after it; between_ms: the
+        same between other steps (median of the second before); step_ms: a decode step (likewise); off_course: tokens
+        computed twice or not at all since the last call.
         """
-        steps = [step for step in self._steps if step.ended]
-        gaps = [
-            after.ended - before.ended for before, after in pairwise(steps) if started < after.started < ended + 0.1
-        ]
-        decodes = [step for step in steps if step.decodes_only and started - 1.0 < step.ended < started]
+        steps, changed_at = [step for step in self._steps if step.ended], self._changed_at
+        gaps = [(before.ended, after.started) for before, after in pairwise(steps)]
+        ((ended, started),) = [gap for gap in gaps if gap[0] < changed_at < gap[1]]
+        second = (changed_at - 1.0, ended)
+        decodes = [step for step in steps if step.decodes_only and second[0] < step.started < second[1]]
+        between = [start - end for end, start in gaps if second[0] < end and start < second[1]]
         result = {
-            "gap_ms": max(gaps) * 1e3,
+            "standstill_ms": (started - ended) * 1e3,
+            "between_ms": statistics.median(between) * 1e3,
             "step_ms": statistics.median(step.ended - step.started for step in decodes) * 1e3,
             "off_course": float(sum(step.off_course for step in self._steps)),
         }
@@ -65,7 +73,7 @@ class StepWatchExtension(WeightWorkerExtension):
 
     def bench_reload(self) -> None:
         """What vLLM does in a pause: a layerwise reload, here of the version that is in use."""
-        engine = self.weight_transfer_engine
+        engine, self._changed_at = self.weight_transfer_engine, time.perf_counter()
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             initialize_layerwise_reload(engine.model)
             engine.model.load_weights(engine.receiver.tensors())

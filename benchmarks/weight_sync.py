@@ -5,8 +5,9 @@
                torch.distributed.broadcast (gloo) of the same bytes to a bare process on the generator's CPU
     staged     from the offer until the generator answers that every digest fits, against that broadcast and an echo
     pause      no token is sampled: the engine takes the staged weights; against three copies of the flat buffer and one
-               decode step. Seen from the tokens (the gap between the last one before and the first one after, less a
-               decode step) against vLLM's own way: pause_generation(keep), a layerwise reload, resume_generation
+               decode step. And the standstill as the worker sees it, from the end of the last step before to the start
+               of the first one after, against that of vLLM's own way: pause_generation(keep), a layerwise reload,
+               resume_generation
     total      from the offer to the commit, the generator's canary included
 
 The generator is kept full of leases all the time; syncs, reloads and bare broadcasts alternate. Figures are in
@@ -19,7 +20,6 @@ import asyncio
 import socket
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ FIGURES = {
     "apply_ms": "of it, loading in the worker",
     "stage_ms": "receiving, digests and packing in the worker",
     "step_ms": "a decode step",
-    "gap_ms": "between two tokens across a swap",
+    "between_ms": "between two steps without a swap",
     "canary_ms": "canary at the generator",
     "score_ms": "canary at the learner",
     "digest_ms": "digests at the learner",
@@ -95,9 +95,7 @@ async def measure(
                     await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
                     raws.append(await rig.peer.ask("raw_broadcast"))
                 report.watched(watch)
-                print(
-                    f"{size}, pair {pair + 1}: pause {syncs[-1]['pause_ms']:.1f} ms ({syncs[-1]['apply']})", flush=True
-                )
+                print(f"{size}, pair {pair + 1}: pause {syncs[-1]['pause_ms']:.1f} ms", flush=True)
             await rig.peer.ask("flow", on=False)
         finally:
             receiver.kill()
@@ -107,36 +105,23 @@ async def measure(
 
 async def sync(rig: Rig) -> dict[str, Any]:
     """A sync through everything, with what the worker saw of its swap."""
-    engine, swaps = rig.daemon.engine, []
-    swap = engine.swap_weights
-
-    async def timed(version: int, timeout_s: float) -> Any:
-        started = time.perf_counter()
-        result = await swap(version, timeout_s)
-        swaps.append((started, time.perf_counter(), result.apply))
-        return result
-
-    engine.swap_weights = timed  # type: ignore[method-assign]
     figures = await rig.peer.ask("sync")
-    del engine.swap_weights
-    ((started, ended, apply),) = swaps
-    return {**figures, "apply": apply, **await around(rig, started, ended)}
+    return {**figures, **await around(rig)}
 
 
 async def vllm_reload(rig: Rig) -> dict[str, float]:
     """vLLM's own pause, reload and resume, of the weights that are in use."""
     engine = rig.daemon.engine
-    started = time.perf_counter()
     await engine._llm.pause_generation(mode="keep", clear_cache=False)
     await engine._rpc("bench_reload", RPC_TIMEOUT_S)
     await engine._llm.resume_generation()
-    return await around(rig, started, time.perf_counter())
+    return await around(rig)
 
 
-async def around(rig: Rig, started: float, ended: float) -> dict[str, float]:
+async def around(rig: Rig) -> dict[str, float]:
     """What the worker saw, once it has stepped again."""
     await asyncio.sleep(SETTLE_S / 2)
-    (seen,) = await rig.daemon.engine._rpc("bench_around", RPC_TIMEOUT_S, started, ended)
+    (seen,) = await rig.daemon.engine._rpc("bench_around", RPC_TIMEOUT_S)
     return seen
 
 
@@ -158,10 +143,10 @@ def add_rows(
     report.pairs(f"{what} staged", "ms", of(syncs, "staged_ms"), of(raws, "echo_ms"), "gloo broadcast, echo")
     limits = [3 * raw["memcpy_ms"] + sync["step_ms"] for sync, raw in zip(syncs, raws, strict=True)]
     report.pairs(f"{what} pause", "ms", of(syncs, "pause_ms"), limits, "3 copies and a decode step", bar="<= 1")
-    gaps, theirs = ([row["gap_ms"] - row["step_ms"] for row in rows] for rows in (syncs, reloads))
-    report.pairs(f"{what} tokens held up", "ms", gaps, theirs, "vLLM's pause and reload")
+    ours, theirs = of(syncs, "standstill_ms"), of(reloads, "standstill_ms")
+    report.pairs(f"{what} standstill between two steps", "ms", ours, theirs, "vLLM's pause and reload")
     report.figure(f"{what} tokens computed twice or left out", "tokens", of(syncs, "off_course"))
-    report.figure(f"{what} swaps by direct apply", "share", [float(row["apply"] == "direct") for row in syncs])
+    report.figure(f"{what} swaps by direct apply", "share", [float("direct_ms" in row) for row in syncs])
     for name, sentence in FIGURES.items():
         report.figure(f"{what} {sentence}", "ms", of(syncs, name))
     report.figure(f"{what} canary difference", "nats", of(syncs, "canary_diff"))
