@@ -36,8 +36,8 @@ LEARNING_RATE = 1e-6
 DRIVES = ("text", "noise")
 BAR = "<= 0.05"
 BUCKET_BYTES = 64 * 2**20
-# vocabulary, hidden size, layers, heads, inner size: 102 M parameters, and a small one for --quick
-SHAPE = (10_752, 768, 12, 12, 2048)
+# Vocabulary, hidden size, layers, heads, inner size: 104 M parameters, and a small one for --quick.
+SHAPE = (24_576, 768, 12, 12, 2048)
 QUICK_SHAPE = (512, 128, 2, 4, 384)
 TOKENS = 16
 

@@ -122,7 +122,7 @@ def apply_delta(layout: WeightLayout, flat: torch.Tensor, info: DeltaInfo, paylo
     measured = digest(payload)
     if payload.numel() != info.num_bytes or measured != info.digest:
         raise WeightGroupError(
-            f"delta to version {info.base_version}: {payload.numel()} bytes with digest {measured}, announced were "
+            f"delta from version {info.base_version}: {payload.numel()} bytes with digest {measured}, announced were "
             f"{info.num_bytes} with {info.digest}; the bytes were damaged on the way"
         )
     pieces = list(_pieces(layout, info.piece_words))
