@@ -87,7 +87,7 @@ def test_each_way_to_answer_badly_fails_its_completion_alone(judge):
     async def work(pool):
         return await pool.score(completions, PAYLOAD), pool.workers_killed, dict(pool.outcomes)
 
-    parts = {"judge": judge.part(timeout_s=2.0, concurrency=16)}
+    parts = {"judge": judge.part(timeout_s=8.0, concurrency=16)}  # for the one that hangs; all others answer at once
     outcomes, killed, counted = with_pool(work, parts)
     assert [outcome.parts for outcome in outcomes[1::2]] == [{"exact": 1.0, "judge": 0.5}] * len(SAID)
     failed = dict(zip(SAID, outcomes[::2], strict=True))
@@ -134,7 +134,7 @@ def test_while_a_judge_is_down_groups_wait_and_do_not_fail_one_after_another(jud
         judge.start()
         return down, [outcome for (outcome,) in await asyncio.gather(*waiting)]
 
-    down, outcomes = with_pool(work, {"judge": judge.part(timeout_s=2.0)}, workers=2)
+    down, outcomes = with_pool(work, {"judge": judge.part()}, workers=2)
     assert down.failed
     assert sum(outcome.failed for outcome in outcomes) <= 6
     assert {outcome.reward for outcome in outcomes if not outcome.failed} == {1.5}
@@ -160,8 +160,8 @@ def test_a_rule_that_hangs_beside_a_judge_costs_its_worker_and_its_completion(ju
     body = "    time.sleep(600 * ('slow' in completion))\n    return 1\n"
     (tmp_path / "slow_rule.py").write_text(f"import time\n\ndef slow(completion, payload):\n{body}")
     monkeypatch.chdir(tmp_path)
-    parts = {"judge": judge.part(timeout_s=1.0), "rule": {"kind": "rule", "path": "slow_rule:slow"}}
-    outcomes = with_pool(lambda pool: pool.score([RIGHT, "slow", WRONG], PAYLOAD), parts, timeout_s=3.0)
+    parts = {"judge": judge.part(timeout_s=5.0), "rule": {"kind": "rule", "path": "slow_rule:slow"}}
+    outcomes = with_pool(lambda pool: pool.score([RIGHT, "slow", WRONG], PAYLOAD), parts, timeout_s=8.0)
     assert [outcome.reason for outcome in outcomes] == ["", "reward_timeout", ""]
     assert [outcomes[0].reward, outcomes[2].reward] == [2.5, 1.5]
 
