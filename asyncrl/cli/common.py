@@ -78,11 +78,13 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
         _complain(role, f"give a configuration file, for example: {EXAMPLES[role]}")
         return 2
     # Imported here: reading YAML costs more than all of --help.
+    from asyncrl.cli.reward_checks import check_rewards
     from asyncrl.config.host import check_host
     from asyncrl.config.loading import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     model = check_host(config, role)
+    check_rewards(config, role)
     if arguments.dry_run:
         from asyncrl.cli.dry_run import describe
 

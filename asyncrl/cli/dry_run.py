@@ -104,7 +104,9 @@ def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
     """Bytes the learner holds, by what for. N parameters; e bytes per element of model.dtype.
 
     Master weights 4N, gradients 4N, Adam moments 8N, two staging buffers of the broadcast 2eN; a compute copy eN
-    when model.dtype is not float32; the frozen reference eN when algorithm.kl_coef > 0. The replay buffer
+    when model.dtype is not float32; the frozen reference eN when algorithm.kl_coef > 0; a critic of its own trunk
+    16N, taken to be as large as the actor. With update.what=lora or partial, gradients and moments are those of what
+    is trained only, which is not known before the model is loaded: this is the upper bound. The replay buffer
     holds at most (max_age + 1) x groups_per_step groups of the largest size. Activations come on top.
     """
     count, element = model.num_parameters(), ELEMENT_BYTES[config.model.dtype]
@@ -120,6 +122,8 @@ def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
         need[f"compute copy, {config.model.dtype}"] = element * count
     if config.algorithm.kl_coef > 0:
         need[f"reference policy, {config.model.dtype}"] = element * count
+    if config.algorithm.advantage == "gae" and config.critic.trunk == "own":
+        need["critic with gradients and Adam moments"] = (2 * MASTER_BYTES + ADAM_BYTES) * count
     return need
 
 

@@ -28,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from asyncrl.config import Config
 from asyncrl.config.host import has_gpu
 from asyncrl.errors import PeerUnreachable, ProtocolError, Refused
@@ -35,11 +37,13 @@ from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.generator.engine import RolloutEngine
 from asyncrl.generator.identity import Identity, claim_identity
 from asyncrl.generator.rewards import RewardPool
-from asyncrl.generator.rollout import LeaseFailure, LeaseRunner
+from asyncrl.generator.rollout import LeaseFailure, LeaseRunner, no_text
 from asyncrl.generator.vllm_engine import VLLMEngine
 from asyncrl.generator.vllm_options import EngineOptions
 from asyncrl.generator.weight_sync import WeightSync
 from asyncrl.processes import StopSignal, pin_to
+from asyncrl.tasks.parts import make_parts
+from asyncrl.tasks.prompts import load_tokenizer
 from asyncrl.transport import messages
 from asyncrl.transport.codec import decode, encode
 from asyncrl.transport.groups import grant_to_lease, group_to_result
@@ -101,6 +105,7 @@ class GeneratorDaemon:
             self.sync,
             commit_timeout_s=2 * config.weights.timeout_s,
             on_sequence_end=self._sequence_ended,
+            prompt_text=_prompt_text(config),
         )
         self.leases: dict[LeaseKey, Lease] = {}
         self._tasks: dict[LeaseKey, asyncio.Task[None]] = {}
@@ -228,7 +233,7 @@ class GeneratorDaemon:
     # -- leases ----------------------------------------------------------------------------------------------------
 
     def _take(self, lease: Lease) -> None:
-        self._sequences_received += lease.num_rollouts
+        self._sequences_received += lease.num_sequences
         if lease.key in self.leases:
             return
         self._clock_engine()
@@ -280,7 +285,7 @@ class GeneratorDaemon:
         capacity = math.ceil(self.config.generator.max_sequences * (1 + BACKLOG_SHARE))
         # A group ends with its longest sequence. Room counted by whole leases would leave the others' slots empty.
         left = sum(self.runner.sequences_left(lease) for lease in self.leases.values())
-        in_hand = sum(lease.num_rollouts for lease in self.leases.values())
+        in_hand = sum(lease.num_sequences for lease in self.leases.values())
         return max(0, min(capacity - left, MAX_IN_HAND * capacity - in_hand))
 
     # -- beats and probes ------------------------------------------------------------------------------------------
@@ -411,9 +416,23 @@ def build_generator(config: Config, identity: Identity) -> GeneratorDaemon:
     """
     engine = VLLMEngine(_engine_options(config, identity))
     rewards = RewardPool(
-        config.task.path, config.task.args, config.generator.reward_workers, config.generator.reward_timeout_s
+        config.task.path,
+        config.task.args,
+        config.generator.reward_workers,
+        config.generator.reward_timeout_s,
+        parts=config.reward.parts,
+        weights=config.reward.weights,
+        log_prefix=str(Path(config.run.dir) / "generators" / identity.generator_id),
     )
     return GeneratorDaemon(config, _session(config, identity), _connect(config), engine, rewards)
+
+
+def _prompt_text(config: Config) -> Callable[[np.ndarray], str]:
+    """How parts of the reward get to see a prompt; a tokenizer is loaded only when one of them wants to."""
+    if not any(part.needs_prompt for part in make_parts(config.reward.parts).values()):
+        return no_text
+    tokenizer = load_tokenizer(config.model.path)
+    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def _engine_options(config: Config, identity: Identity) -> EngineOptions:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """The callback of who wants none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class GenerationRequest:
     max_new_tokens: int
     temperature: float
     seeds: tuple[int, ...] | None = None
-    on_sequence_end: Callable[[], None] = field(default=_nothing, compare=False)
+    on_sequence_end: Callable[[], None] = field(default=nothing, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 Frames both ways are a length (uint32, little-endian) and msgpack:
 
-    pool -> worker   first   {"path", "args", "memory_bytes"}      the task to make
-                     then    {"completions", "payload"}            one job at a time
+    pool -> worker   first   {"path", "args", "parts", "weights", "memory_bytes"}      what to make
+                     then    {"completions", "num_tokens", "prompt", "payload"}        one job at a time
     worker -> pool   first   {"ready": True} or {"error": text}
-                     then    [parts, None] or [None, detail]       one per completion, in order, as each is done
+                     then    [parts, "", "", False] or [None, reason, detail, server_down]
+                             one per completion, in order, as each is done
 
 The pool kills the whole process group when a result is late. Nothing here imports torch or vllm.
 """
@@ -19,12 +20,15 @@ import resource
 import signal
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
 
-from asyncrl.errors import RewardError, TaskError
-from asyncrl.tasks.base import Task, checked_reward, load_task
+from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError, UserError
+from asyncrl.tasks.base import load_task
+from asyncrl.tasks.part_base import Sample, ServerUnavailable
+from asyncrl.tasks.parts import RewardParts, make_parts, prepare_parts
 
 LENGTH = struct.Struct("<I")
 MAX_DETAIL = 500
@@ -46,14 +50,29 @@ def main() -> None:
         return
     _limit_memory(setup["memory_bytes"])
     try:
-        task = load_task(setup["path"], setup["args"])
-    except TaskError as error:
+        rewards = _make_rewards(setup)
+    except UserError as error:
         _write(results, {"error": str(error)})
         return
     _write(results, {"ready": True})
     while (job := _read(jobs)) is not None:
-        for completion in job["completions"]:
-            _write(results, _score(task, completion, job["payload"]))
+        for compute in rewards.begin(_samples(job)):
+            _write(results, _score(compute))
+
+
+def _make_rewards(setup: dict[str, Any]) -> RewardParts:
+    """Raises TaskError or ConfigError for what cannot be made."""
+    parts = make_parts(setup["parts"])
+    if problems := prepare_parts(parts):
+        raise ConfigError("\n".join(problems))
+    return RewardParts(load_task(setup["path"], setup["args"]), parts, setup["weights"])
+
+
+def _samples(job: dict[str, Any]) -> list[Sample]:
+    return [
+        Sample(completion, job["payload"], job["prompt"], num_tokens)
+        for completion, num_tokens in zip(job["completions"], job["num_tokens"], strict=True)
+    ]
 
 
 def _private_pipes() -> tuple[int, int]:
@@ -75,18 +94,22 @@ def _limit_memory(memory_bytes: int) -> None:
         file.write("1000")
 
 
-def _score(task: Task, completion: str, payload: dict[str, Any]) -> list[Any]:
+def _score(compute: Callable[[], dict[str, float]]) -> list[Any]:
     owner = os.getpid()
     try:
-        result = [checked_reward(task, completion, payload), None]
+        result = [compute(), "", "", False]
+    except DeadlineExceeded as error:
+        result = [None, "reward_timeout", str(error)[:MAX_DETAIL], True]
+    except ServerUnavailable as error:
+        result = [None, "reward_error", str(error)[:MAX_DETAIL], True]
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: whatever it raises is its result
         detail = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-        result = [None, detail[:MAX_DETAIL]]
+        result = [None, "reward_error", detail[:MAX_DETAIL], False]
     if os.getpid() != owner:
         os._exit(1)  # a fork made in the reward came back here; only the original may answer
     if _has_children():
         _end_children()
-        return [None, "the reward left processes running; end and wait for all of them before returning"]
+        return [None, "reward_error", "the reward left processes running; end all of them before returning", False]
     return result
 
 

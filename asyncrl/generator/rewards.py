@@ -14,13 +14,17 @@ import os
 import signal
 import sys
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 
 from asyncrl.errors import DeadlineExceeded, ProtocolError, RewardError, TaskError
+from asyncrl.generator.reward_gate import ServerGate
+from asyncrl.generator.reward_models import RewardModels
 from asyncrl.generator.reward_worker import LENGTH
+from asyncrl.tasks.parts import weighted_sum
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,8 @@ class RewardOutcome:
     parts: dict[str, float] | None  # None when failed
     reason: str = ""  # "reward_error" or "reward_timeout" when failed
     detail: str = ""
+    server_down: bool = False  # the server of a part did not answer, which says nothing about the completion
+    weights: Mapping[str, float] = field(default_factory=dict)  # 1 for a part that is not in it
 
     @property
     def failed(self) -> bool:
@@ -46,16 +52,18 @@ class RewardOutcome:
 
     @property
     def reward(self) -> float:
-        """Sum of the parts. Raises RewardError when there are none."""
+        """Weighted sum of the parts. Raises RewardError when there are none."""
         if self.parts is None:
             raise RewardError(f"{self.reason}: {self.detail}")
-        return sum(self.parts.values())
+        return weighted_sum(self.parts, self.weights)
 
 
 class RewardPool:
     """Scores completions with the task at `task_path` in `workers` processes, one job per process at a time.
 
     timeout_s is the deadline of each single completion. memory_bytes limits the address space of each worker.
+    parts and weights are further parts of the reward and what each part counts (asyncrl.tasks.parts); servers of reward
+    models that are given by their folder live as long as the pool.
     """
 
     def __init__(
@@ -65,59 +73,104 @@ class RewardPool:
         workers: int,
         timeout_s: float,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        *,
+        parts: Mapping[str, Any] | None = None,
+        weights: Mapping[str, float] | None = None,
+        log_prefix: str = "",
     ):
-        self._setup = {"path": task_path, "args": task_args, "memory_bytes": memory_bytes}
+        self._models = RewardModels(parts or {}, log_prefix)
+        self._weights = dict(weights or {})
+        self._setup = {
+            "path": task_path,
+            "args": task_args,
+            "parts": self._models.parts,
+            "weights": self._weights,
+            "memory_bytes": memory_bytes,
+        }
         self._timeout_s = timeout_s
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._workers = [_Worker(self._setup) for _ in range(workers)]
+        self._gate = ServerGate()
         self._recent_timeouts: deque[bool] = deque(maxlen=BREAKER_WINDOW)
         self.outcomes: Counter[str] = Counter()  # "ok", "reward_error", "reward_timeout"
         self.workers_killed = 0
 
     async def start(self) -> None:
-        """Starts all workers. Raises TaskError when the task cannot be made, DeadlineExceeded when that takes long."""
+        """Starts all workers, and before them the servers of reward models.
+
+        Raises TaskError when the task or a part cannot be made, ModelError when a reward model cannot be served,
+        DeadlineExceeded when that takes long.
+        """
+        await self._models.start()
         await asyncio.gather(*(worker.ensure_running() for worker in self._workers))
         for worker in self._workers:
             self._idle.put_nowait(worker)
 
     async def close(self) -> None:
-        """Kills all workers, busy or not. What they were scoring fails."""
-        await asyncio.gather(*(worker.close() for worker in self._workers))
+        """Kills all workers, busy or not, and the servers of reward models. What was being scored fails."""
+        await asyncio.gather(self._models.close(), *(worker.close() for worker in self._workers))
 
     @property
     def timeout_share(self) -> float:
         """Share of the last 500 completions that ran into the deadline: above 0.05, something is wrong."""
         return sum(self._recent_timeouts) / len(self._recent_timeouts) if self._recent_timeouts else 0.0
 
-    async def score(self, completions: list[str], payload: dict[str, Any]) -> list[RewardOutcome]:
+    async def score(
+        self,
+        completions: Sequence[str],
+        payload: dict[str, Any],
+        prompt: str = "",
+        num_tokens: Sequence[int] | None = None,
+    ) -> list[RewardOutcome]:
         """One outcome per completion, in their order. Takes at most timeout_s per completion and worker start.
 
+        While the server of a part is down it waits for that too (`ServerGate`): give the call a deadline of its own.
+        prompt, as text, and num_tokens, of each completion, are for the parts that need them.
         Waits for an idle worker first. Cancelling kills the worker: what it was doing is unknown.
         """
+        job = {
+            "completions": completions,
+            "num_tokens": [None] * len(completions) if num_tokens is None else num_tokens,
+            "prompt": prompt,
+            "payload": payload,
+        }
         worker = await self._idle.get()
         try:
-            outcomes: list[RewardOutcome] = []
-            while len(outcomes) < len(completions):
-                outcomes += await self._score_on(worker, completions[len(outcomes) :], payload)
-        except BaseException:
-            await worker.kill()
-            raise
+            # In this order: jobs that wait for a worker when a server dies must not be sent after it.
+            async with self._gate.passing() as passage:
+                outcomes = await self._score_all(worker, job)
+                if not all(outcome.failed for outcome in outcomes):
+                    passage.answered()
+                elif down := [outcome for outcome in outcomes if outcome.server_down]:
+                    passage.unanswered(down[0].detail)
         finally:
             self._idle.put_nowait(worker)
         self._count(outcomes)
         return outcomes
 
-    async def _score_on(self, worker: _Worker, completions: list[str], payload: dict[str, Any]) -> list[RewardOutcome]:
+    async def _score_all(self, worker: _Worker, job: dict[str, Any]) -> list[RewardOutcome]:
+        outcomes: list[RewardOutcome] = []
+        try:
+            while (done := len(outcomes)) < len(job["completions"]):
+                rest = {name: job[name][done:] for name in ("completions", "num_tokens")}
+                outcomes += await self._score_on(worker, job | rest)
+        except BaseException:
+            await worker.kill()
+            raise
+        return outcomes
+
+    async def _score_on(self, worker: _Worker, job: dict[str, Any]) -> list[RewardOutcome]:
         """Outcomes of the first completions, one at least: all of them, or up to the one that cost the worker."""
+        count = len(job["completions"])
         try:
             await worker.ensure_running()
         except (DeadlineExceeded, RewardError, TaskError, ProtocolError) as error:
-            return [RewardOutcome(None, "reward_error", f"no reward worker: {error}")] * len(completions)
+            return [RewardOutcome(None, "reward_error", f"no reward worker: {error}")] * count
         outcomes: list[RewardOutcome] = []
         try:
-            await worker.send({"completions": completions, "payload": payload}, self._timeout_s)
-            while len(outcomes) < len(completions):
-                outcomes += [_outcome(result) for result in await worker.receive(self._timeout_s)]
+            await worker.send(job, self._timeout_s)
+            while len(outcomes) < count:
+                outcomes += [self._outcome(result) for result in await worker.receive(self._timeout_s)]
             return outcomes
         except DeadlineExceeded as error:
             failure = RewardOutcome(None, "reward_timeout", str(error))
@@ -128,18 +181,19 @@ class RewardPool:
         log.warning("reward worker replaced: %s", failure.detail)
         return [*outcomes, failure]
 
+    def _outcome(self, result: object) -> RewardOutcome:
+        match result:
+            case [dict() as parts, "", "", False]:
+                return RewardOutcome(parts, weights=self._weights)
+            case [None, "reward_error" | "reward_timeout" as reason, str() as detail, bool() as server_down]:
+                return RewardOutcome(None, reason, detail, server_down)
+        raise ProtocolError(
+            "the reward worker's pipe carries something that is not a result; does the reward write to it?"
+        )
+
     def _count(self, outcomes: list[RewardOutcome]) -> None:
         self.outcomes.update(outcome.reason or "ok" for outcome in outcomes)
         self._recent_timeouts.extend(outcome.reason == "reward_timeout" for outcome in outcomes)
-
-
-def _outcome(result: object) -> RewardOutcome:
-    match result:
-        case [dict() as parts, None]:
-            return RewardOutcome(parts)
-        case [None, str() as detail]:
-            return RewardOutcome(None, "reward_error", detail)
-    raise ProtocolError("the reward worker's pipe carries something that is not a result; does the reward write to it?")
 
 
 class _Worker:

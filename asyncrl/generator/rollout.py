@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from asyncrl.errors import EngineError, NonFiniteError
-from asyncrl.generator.engine import Completion, GenerationRequest, RolloutEngine
+from asyncrl.generator.engine import Completion, GenerationRequest, RolloutEngine, nothing
 from asyncrl.generator.rewards import RewardOutcome, RewardPool
 from asyncrl.generator.weight_sync import WeightSync
 from asyncrl.types import FinishReason, Group, Lease, LeaseKey, LeaseKind, Rollout
@@ -24,12 +26,16 @@ class LeaseFailure:
     detail: str
 
 
-def _nothing() -> None:
-    pass
+def no_text(token_ids: np.ndarray) -> str:
+    """The text of a prompt where no part of the reward reads it."""
+    return ""
 
 
 class LeaseRunner:
-    """Turns leases into groups. Holds nothing between leases but its counters."""
+    """Turns leases into groups. Holds nothing between leases but its counters.
+
+    prompt_text turns a prompt's tokens into the text that parts of the reward see.
+    """
 
     def __init__(
         self,
@@ -38,13 +44,15 @@ class LeaseRunner:
         sync: WeightSync,
         *,
         commit_timeout_s: float,
-        on_sequence_end: Callable[[], None] = _nothing,
+        on_sequence_end: Callable[[], None] = nothing,
+        prompt_text: Callable[[np.ndarray], str] = no_text,
     ) -> None:
         self._engine = engine
         self._rewards = rewards
         self._sync = sync
         self._commit_timeout_s = commit_timeout_s
         self._on_sequence_end = on_sequence_end
+        self._prompt_text = prompt_text
         self._left: dict[LeaseKey, int] = {}  # sequences still to be sampled, of leases at work
         self.rollouts_completed = 0
         self.rewards_failed = 0
@@ -53,22 +61,22 @@ class LeaseRunner:
     async def run(self, lease: Lease) -> Group | LeaseFailure:
         """The lease's group, or why there is none. Ends by the lease's deadline, whatever the parts do."""
         request_id = "-".join(str(part) for part in lease.key)
-        self._left[lease.key] = lease.num_rollouts
+        self._left[lease.key] = lease.num_sequences
         try:
             async with asyncio.timeout(lease.deadline_s):
                 return await self._run(lease, request_id)
         except TimeoutError:
-            await self._engine.abort(request_id)
+            await self._abort(lease, request_id)
             return LeaseFailure("deadline", f"no group within the lease's {lease.deadline_s:.0f} s")
         except asyncio.CancelledError:
-            await self._engine.abort(request_id)
+            await self._abort(lease, request_id)
             raise
         finally:
             self._left.pop(lease.key, None)
 
     def sequences_left(self, lease: Lease) -> int:
         """Sequences of a lease in hand that are still to be sampled: what it asks of the engine from now on."""
-        return self._left.get(lease.key, lease.num_rollouts)
+        return self._left.get(lease.key, lease.num_sequences)
 
     def _sequence_ended(self, key: LeaseKey) -> None:
         if key in self._left:  # else the lease ended before its sequences did
@@ -77,21 +85,41 @@ class LeaseRunner:
 
     async def _run(self, lease: Lease, request_id: str) -> Group | LeaseFailure:
         try:
-            completions = await self._engine.generate(self._request(lease, request_id))
+            completions = await self._sample(lease, request_id)
         except (EngineError, NonFiniteError) as error:
+            await self._abort(lease, request_id)  # what else the lease samples is of no use
             self.generations_failed += 1
             return LeaseFailure("engine", str(error))
         versions = {span.version for completion in completions for span in completion.version_spans}
         if lease.pinned_version is not None and versions != {lease.pinned_version}:
             return LeaseFailure("not_pinned", f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone")
         # Rewards run while the commit may still be on its way: both are waited for, neither delays the other.
-        outcomes = await self._rewards.score([completion.text for completion in completions], lease.payload)
+        outcomes = await self._rewards.score(
+            [completion.text for completion in completions],
+            lease.payload,
+            self._prompt_text(lease.prompt_token_ids),
+            [len(completion.token_ids) for completion in completions],
+        )
         try:
             await self._sync.wait_proven(versions, self._commit_timeout_s)
         except EngineError as error:
             self.generations_failed += 1
             return LeaseFailure("tainted", str(error))
         return self._group(lease, completions, outcomes)
+
+    async def _sample(self, lease: Lease, request_id: str) -> list[Completion]:
+        """The lease's completions; the greedy one, if it is wanted, comes last."""
+        request = self._request(lease, request_id)
+        if not lease.greedy_baseline:
+            return await self._engine.generate(request)
+        greedy = replace(request, request_id=_greedy_id(request_id), num_rollouts=1, temperature=0.0, seeds=None)
+        sampled, baseline = await asyncio.gather(self._engine.generate(request), self._engine.generate(greedy))
+        return sampled + baseline
+
+    async def _abort(self, lease: Lease, request_id: str) -> None:
+        await self._engine.abort(request_id)
+        if lease.greedy_baseline:
+            await self._engine.abort(_greedy_id(request_id))
 
     def _request(self, lease: Lease, request_id: str) -> GenerationRequest:
         seeds = None
@@ -110,9 +138,15 @@ class LeaseRunner:
     def _group(
         self, lease: Lease, completions: list[Completion], outcomes: list[RewardOutcome]
     ) -> Group | LeaseFailure:
-        failed = [outcome for outcome in outcomes if outcome.failed]
-        self.rewards_failed += len(failed)
+        self.rewards_failed += sum(outcome.failed for outcome in outcomes)
         self.rollouts_completed += len(completions)
+        baseline = None
+        if lease.greedy_baseline:
+            completions, (*outcomes, greedy) = completions[:-1], outcomes
+            if greedy.failed:
+                return LeaseFailure(greedy.reason, f"the reward of the greedy completion failed: {greedy.detail}")
+            baseline = greedy.reward
+        failed = [outcome for outcome in outcomes if outcome.failed]
         enough = max(2, math.ceil(lease.num_rollouts * MIN_SHARE))
         if lease.key.kind is LeaseKind.EVAL or lease.num_rollouts < enough:
             enough = lease.num_rollouts
@@ -126,10 +160,14 @@ class LeaseRunner:
                 behaviour_logprobs=completion.logprobs,
                 version_spans=completion.version_spans,
                 finish_reason=FinishReason(completion.finish_reason),
-                reward=sum(outcome.parts.values()),
+                reward=outcome.reward,
                 reward_parts=outcome.parts,
             )
             for completion, outcome in zip(completions, outcomes, strict=True)
             if not outcome.failed
         ]
-        return Group(lease.key, lease.prompt_token_ids, rollouts)
+        return Group(lease.key, lease.prompt_token_ids, rollouts, baseline)
+
+
+def _greedy_id(request_id: str) -> str:
+    return f"{request_id}-greedy"

@@ -5,16 +5,12 @@ The value of a token is that of the state before it, read off where its log-prob
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from asyncrl.config import Config
-from asyncrl.errors import ModelError
-from asyncrl.learner.model import Policy, completion_hidden, compute_dtype
+from asyncrl.learner.model import Policy, completion_hidden, compute_dtype, load_float32
 from asyncrl.model_files import find_model
 from asyncrl.replay.packing import MicroBatch
 
@@ -29,22 +25,8 @@ def load_critic(config: Config, policy: Policy) -> Critic | None:
     if config.critic.trunk == "shared":
         return Critic(None, policy.head_weight.shape[1], dtype=config.model.dtype, device=policy.device)
     path = config.critic.path or config.model.path
-    trunk = load_trunk(find_model(path).folder, path)
+    trunk = load_float32(AutoModel, find_model(path).folder, f"critic.path={path}").eval()
     return Critic(trunk, trunk.config.hidden_size, dtype=config.model.dtype, device=policy.device)
-
-
-def load_trunk(folder: Path, path: str) -> PreTrainedModel:
-    """The transformer of a model folder without its head, in float32. Raises ModelError."""
-    try:
-        trunk, info = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"critic.path={path} cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(f"critic.path={path} lacks {len(missing)} weights, {missing[0]} first; copy the model again")
-    return trunk.eval()
 
 
 class Critic(nn.Module):

@@ -102,18 +102,7 @@ class Policy:
         Raises ModelError when the folder is missing or incomplete, or lacks weights that the model needs.
         """
         folder = find_model(path).folder
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"model.path={path} cannot be loaded: {error}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:
-            # transformers would fill them with random numbers and only warn.
-            raise ModelError(
-                f"model.path={path} lacks {len(missing)} weights, {missing[0]} first; copy the model again"
-            )
+        model = load_float32(AutoModelForCausalLM, folder, f"model.path={path}")
         return cls(model.to(device), dtype=dtype, source=folder)
 
     @classmethod
@@ -275,6 +264,21 @@ class AdaptersOff:
         """See `Policy.score`."""
         with adapters_off(self._policy.model):
             return self._policy.score(sequences)
+
+
+def load_float32(auto_class: Any, folder: Path, key: str) -> PreTrainedModel:
+    """A model of `auto_class` from a folder, weights in float32. Raises ModelError, naming `key` (`model.path=...`)."""
+    try:
+        model, info = auto_class.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{key} cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers would fill them with random numbers and only warn.
+        raise ModelError(f"{key} lacks {len(missing)} weights, {missing[0]} first; copy the model again")
+    return model
 
 
 def completion_hidden(trunk: torch.nn.Module, batch: MicroBatch, device: torch.device) -> Tensor:

@@ -5,6 +5,8 @@ ratio against (behaviour | recomputed | interpolated) → policy loss x correcti
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,14 +33,22 @@ from asyncrl.config import Config
 from asyncrl.learner.preparation import Prepared
 
 
+class ActorLosses(NamedTuple):
+    """What is minimised, [N]; its part without KL and entropy, [N] without gradient; sums for the metrics."""
+
+    losses: Tensor
+    policy_losses: Tensor
+    sums: Sums
+
+
 class ActorObjective:
     """Token losses of the actor under one configuration. Holds no state."""
 
     def __init__(self, config: Config) -> None:
         self._algorithm = config.algorithm
 
-    def losses(self, one: Prepared, logprobs: Tensor, entropies: Tensor, kl_coef: float) -> tuple[Tensor, Sums]:
-        """Losses [N] with the gradient of `logprobs` [N] and `entropies` [N], and sums for the metrics."""
+    def losses(self, one: Prepared, logprobs: Tensor, entropies: Tensor, kl_coef: float) -> ActorLosses:
+        """Losses with the gradient of `logprobs` [N] and `entropies` [N]."""
         algorithm = self._algorithm
         log_ratios = logprobs.detach() - one.behaviour_logprobs
         proximal = self._proximal_logprobs(one, logprobs)
@@ -46,7 +56,7 @@ class ActorObjective:
         weights = self._weights(one, log_ratios, proximal, stays)
         policy = self._policy_loss(one, logprobs, proximal, weights)
         losses = policy.losses
-        sums: Sums = {"policy_loss_sum": losses.detach().sum()}
+        sums: Sums = {}
         if one.reference_logprobs is not None:
             kl = kl_estimate(logprobs, one.reference_logprobs, algorithm.kl_estimator)
             sums["kl_reference_sum"] = kl.detach().sum()
@@ -64,7 +74,7 @@ class ActorObjective:
             "tokens_age0": is_fresh.sum(),
             "non_finite": (~torch.isfinite(logprobs.detach())).sum(),
         }
-        return losses, sums
+        return ActorLosses(losses, policy.losses.detach(), sums)
 
     def _proximal_logprobs(self, one: Prepared, logprobs: Tensor) -> Tensor | None:
         """Log-probs of the policy at the start of the step; None when ratios are against the behaviour policy."""

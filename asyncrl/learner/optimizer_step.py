@@ -146,10 +146,10 @@ class PolicyTrainer:
         with torch.set_grad_enabled(trains_actor):
             hidden = self.policy.hidden(one.batch)
             logprobs, entropies = self.policy.logprobs_from(hidden, one.batch, self.temperature)
-            losses, sums = self.objective.losses(one, logprobs, entropies, self.kl_coef)
+            losses, policy_losses, sums = self.objective.losses(one, logprobs, entropies, self.kl_coef)
         loss = self._aggregate(losses, one, mini_batch, self.config.algorithm.aggregation)
         sums["loss"] = loss.detach()
-        sums["policy_loss"] = sums.pop("policy_loss_sum") / mini_batch.num_tokens
+        sums["policy_loss"] = self._aggregate(policy_losses, one, mini_batch, self.config.algorithm.aggregation)
         if self.critic is None:
             return loss, sums
         critic_loss, critic_sums = self._critic_loss(one, hidden, mini_batch)

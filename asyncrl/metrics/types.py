@@ -66,10 +66,10 @@ class StepMetrics:
     generator_busy_s: float = metric("s", "Time with a sequence in the engine, summed over generators.", 0.0)
     generator_idle_s: float = metric("s", "Time without one, summed over generators.", 0.0)
 
-    loss: float | None = metric("nats", "What was minimised: mean over the tokens of the batch.", None)
+    loss: float | None = metric("nats", "What was minimised, by algorithm.aggregation; mean over the updates.", None)
     policy_loss: float | None = metric("nats", "Its part without KL and entropy.", None)
     kl_reference: float | None = metric(
-        "nats", "k3 against the frozen reference: mean of exp(d) - d - 1, d = reference - current.", None
+        "nats", "KL to the reference policy by algorithm.kl_estimator, mean over tokens.", None
     )
     kl_coef: float | None = metric("1", "Weight of that KL in this step, where it adapts itself.", None)
     kl_behaviour: float | None = metric("nats", "Mean of (behaviour - current log-prob) over tokens.", None)

@@ -43,6 +43,8 @@ class Arithmetic:
     All problems are walked without repetition; the held-out ones are never trained on.
     """
 
+    part_names = ("exact",)
+
     def __init__(self, digits: int = 2, operations: str = "+", seed: int = 0):
         if not 1 <= digits <= 9:
             raise TaskError(f"task.args.digits={digits} must be from 1 to 9")

@@ -25,6 +25,9 @@ and is used with `task.path=my_module:Reverse task.args.letters=6`. The learner 
 of every generator for rewards: data files are needed beside the learner only, as long as the constructor does not
 open them.
 
+A class may say in `part_names` what its parts are called, here `part_names = ("exact",)`: then a name in reward.weights
+that is none of them is noticed at the start, and not only in the first reward.
+
 Nothing here imports torch, numpy or transformers: a reward worker must start fast.
 """
 
@@ -36,6 +39,7 @@ import inspect
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -73,7 +77,7 @@ class Task(Protocol):
         """The first `count` held-out examples (fewer if there are fewer); none of them is ever trained on."""
 
     def reward(self, completion: str, payload: dict[str, Any]) -> dict[str, float]:
-        """Named parts of the reward of one completion; the reward is their sum.
+        """Named parts of the reward of one completion; the reward is their sum, weighted where reward.weights says so.
 
         To say "this cannot be scored", raise: the rollout is then counted as failed and never trained on.
         """
@@ -85,7 +89,10 @@ def load_task(path: str, args: dict[str, Any]) -> Task:
     Modules in the current directory can be imported. Raises TaskError, naming what is wrong: path, module, class, an
     argument, or a missing member.
     """
-    task_class = _find_class(path)
+    module_name, separator, class_name = path.partition(":")
+    if not (separator and module_name and class_name):
+        raise TaskError(f"task.path={path!r} must be `module:Class`, for example asyncrl.tasks.gsm8k:Gsm8k")
+    task_class = find_class("task.path", path)
     missing = [name for name in TASK_MEMBERS if not hasattr(task_class, name)]
     task = _construct(path, task_class, args)
     # Instance attributes count too. Only what the class lacks is looked up: a property may read a data file.
@@ -131,35 +138,45 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _find_class(path: str) -> type:
-    module_name, separator, class_name = path.partition(":")
-    if not (separator and module_name and class_name):
-        raise TaskError(f"task.path={path!r} must be `module:Class`, for example asyncrl.tasks.gsm8k:Gsm8k")
+def find_class(key: str, path: str) -> type:
+    """The class that the import path `module:Class` names; `key` is what messages call it. Raises TaskError.
+
+    Modules in the current directory can be imported.
+    """
+    return _find(key, path, "class", lambda found: isinstance(found, type))
+
+
+def find_function(key: str, path: str) -> Callable[..., Any]:
+    """The function that the import path `module:function` names, likewise."""
+    return _find(key, path, "function", callable)
+
+
+def _find(key: str, path: str, what: str, is_one: Callable[[Any], bool]) -> Any:
+    module_name, _, name = path.partition(":")
     # Last, so that a stray file here cannot take the place of an installed module.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
-    module = _import(path, module_name)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
-        near = difflib.get_close_matches(class_name, classes, n=1)
+    module = _import(f"{key}={path}", module_name)
+    found = getattr(module, name, None)
+    if not is_one(found):
+        near = difflib.get_close_matches(name, [one for one, value in vars(module).items() if is_one(value)], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise TaskError(f"task.path={path}: module {module_name} has no class {class_name}{hint}")
+        raise TaskError(f"{key}={path}: module {module_name} has no {what} {name}{hint}")
     return found
 
 
-def _import(path: str, module_name: str) -> Any:
+def _import(setting: str, module_name: str) -> Any:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise TaskError(
-                f"task.path={path}: there is no module {error.name}; it must be installed, on PYTHONPATH, or a file "
+                f"{setting}: there is no module {error.name}; it must be installed, on PYTHONPATH, or a file "
                 f"in {os.getcwd()}"
             ) from None
-        raise TaskError(f"task.path={path}: {module_name} needs the module {error.name}, install it") from error
+        raise TaskError(f"{setting}: {module_name} needs the module {error.name}, install it") from error
     except Exception as error:
-        raise TaskError(f"task.path={path}: importing {module_name} raised {type(error).__name__}: {error}") from error
+        raise TaskError(f"{setting}: importing {module_name} raised {type(error).__name__}: {error}") from error
 
 
 def _construct(path: str, task_class: type, args: dict[str, Any]) -> Any:

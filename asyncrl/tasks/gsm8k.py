@@ -40,6 +40,8 @@ class Gsm8k:
     Data is read at the first example, so reward workers need none.
     """
 
+    part_names = ("exact", "format")
+
     def __init__(
         self,
         path: str = "openai/gsm8k",

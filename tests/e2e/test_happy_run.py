@@ -11,6 +11,7 @@ import pytest
 from daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
 
 from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records, report
+from asyncrl.metrics.picture import PICTURE_FILE
 from asyncrl.metrics.types import DERIVED
 
 STEPS = 8
@@ -58,7 +59,7 @@ def test_the_summary_holds_everything_and_nothing_is_missing_a_measurement(run, 
 
 
 def test_the_learner_prints_a_line_per_step_and_the_summary_and_draws_the_picture(run):
-    picture = run.run_dir / report.PICTURE_FILE
+    picture = run.run_dir / PICTURE_FILE
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = run.daemons[0].stdout
     assert str(picture) in out

@@ -55,7 +55,7 @@ UNRULY = """
             os.kill(os.getpid(), 11)
 
         def fills_memory(self):
-            hoard = [bytearray(2**28) for _ in range(1000)]
+            hoard = [bytearray(2**26) for _ in range(1000)]
 
         def forks_and_returns_twice(self):
             os.fork()
@@ -114,7 +114,7 @@ def unruly(tmp_path, monkeypatch):
     return tmp_path
 
 
-def with_pool(work, *, folder=None, workers=1, timeout_s=TIMEOUT_S, memory_bytes=2**30):
+def with_pool(work, *, folder=None, workers=1, timeout_s=TIMEOUT_S, memory_bytes=2**28):
     """Runs `work(pool)` with a started pool; nothing may take longer than a test's patience."""
 
     async def run():

@@ -25,8 +25,9 @@ class Rewards:
         self.outcomes = outcomes
         self.scored = []
 
-    async def score(self, completions, payload):
+    async def score(self, completions, payload, prompt, num_tokens):
         self.scored.append((completions, payload))
+        self.seen = prompt, num_tokens
         return list(self.outcomes) or [GOOD] * len(completions)
 
 
@@ -198,6 +199,118 @@ def test_a_sequence_that_ended_leaves_room_before_its_lease_ends():
     left, heard = asyncio.run(scenario())
     assert left == [4, 1]
     assert heard == ["ended"] * 3
+
+
+def test_parts_of_the_reward_see_the_prompt_as_text_and_the_number_of_tokens_with_the_end_token():
+    async def scenario():
+        engine = FakeEngine(lambda request: [completion(spans=((0, length, 3),)) for length in (2, 5)])
+        rewards = Rewards()
+        runner = LeaseRunner(
+            engine, rewards, Proofs(), commit_timeout_s=5.0, prompt_text=lambda ids: "-".join(map(str, ids))
+        )
+        await runner.run(lease(num_rollouts=2))
+        return rewards.seen
+
+    assert asyncio.run(scenario()) == ("5-6", [2, 5])
+
+
+# -- greedy baseline
+
+
+def with_baseline(**changes):
+    return lease(greedy_baseline=True, **changes)
+
+
+def greedy_and_sampled(request):
+    text, version = ("greedy", 4) if request.temperature == 0.0 else ("ok", 3)
+    return [completion(text, ((0, 2, version),)) for _ in range(request.num_rollouts)]
+
+
+def test_one_greedy_completion_is_sampled_besides_and_scored_as_the_others():
+    engine, proofs = FakeEngine(greedy_and_sampled), Proofs()
+    low = RewardOutcome({"exact": 0.0, "format": 0.25})
+    rewards = Rewards(GOOD, GOOD, GOOD, GOOD, low)
+    group, runner = run(with_baseline(seed=100), engine, rewards, proofs)
+    sampled, greedy = engine.requests
+    assert (sampled.num_rollouts, sampled.temperature, sampled.seeds) == (4, 0.7, (100, 101, 102, 103))
+    assert (greedy.num_rollouts, greedy.temperature, greedy.seeds) == (1, 0.0, None)
+    assert (greedy.prompt_token_ids, greedy.max_new_tokens) == (sampled.prompt_token_ids, sampled.max_new_tokens)
+    assert greedy.request_id != sampled.request_id
+    assert rewards.scored == [(["ok"] * 4 + ["greedy"], {"answer": "7"})]
+    assert proofs.asked == [{3, 4}]
+    assert [rollout.reward for rollout in group.rollouts] == [1.5] * 4
+    assert group.baseline_reward == 0.25
+
+
+def test_without_it_a_group_has_no_baseline():
+    engine = FakeEngine()
+    group, _ = run(lease(), engine)
+    assert group.baseline_reward is None
+    assert len(engine.requests) == 1
+
+
+def test_a_greedy_completion_whose_reward_failed_fails_the_lease_and_is_no_zero():
+    failure, runner = run(with_baseline(), rewards=Rewards(GOOD, GOOD, GOOD, GOOD, HUNG))
+    assert (failure.reason, runner.rewards_failed) == ("reward_timeout", 1)
+    assert "the greedy completion failed: no reward within 1 s" in failure.detail
+
+
+def test_a_failed_reward_of_a_rollout_leaves_the_baseline_alone():
+    group, _ = run(with_baseline(), rewards=Rewards(GOOD, HUNG, GOOD, GOOD, GOOD))
+    assert (len(group.rollouts), group.baseline_reward) == (3, 1.5)
+
+
+def test_when_one_of_the_two_requests_fails_the_other_one_is_not_left_running():
+    async def scenario():
+        engine = FakeEngine()
+        never = asyncio.Event()
+
+        async def generate(request):
+            engine.requests.append(request)
+            if request.temperature == 0.0:
+                raise NonFiniteError("log-prob nan")
+            await never.wait()
+
+        engine.generate = generate
+        runner = LeaseRunner(engine, Rewards(), Proofs(), commit_timeout_s=5.0)
+        return await runner.run(with_baseline()), engine
+
+    failure, engine = asyncio.run(scenario())
+    assert failure.reason == "engine"
+    assert set(engine.aborted) == {request.request_id for request in engine.requests}
+
+
+def test_at_the_deadline_the_greedy_completion_is_aborted_too():
+    async def scenario():
+        engine = FakeEngine()
+        engine.held_up = asyncio.Event()
+        runner = LeaseRunner(engine, Rewards(), Proofs(), commit_timeout_s=5.0)
+        return await runner.run(with_baseline(deadline_s=0.05)), engine
+
+    failure, engine = asyncio.run(scenario())
+    assert failure.reason == "deadline"
+    assert set(engine.aborted) == {request.request_id for request in engine.requests}
+    assert len(engine.aborted) == 2
+
+
+def test_the_greedy_completion_is_one_of_the_sequences_still_to_be_sampled():
+    async def scenario():
+        engine = FakeEngine()
+        engine.held_up = asyncio.Event()
+        runner = LeaseRunner(engine, Rewards(), Proofs(), commit_timeout_s=5.0)
+        a_lease = with_baseline()
+        left = [runner.sequences_left(a_lease)]
+        task = asyncio.create_task(runner.run(a_lease))
+        while len(engine.requests) < 2:
+            await asyncio.sleep(0)
+        for request in engine.requests:
+            request.on_sequence_end()
+        left.append(runner.sequences_left(a_lease))
+        engine.held_up.set()
+        await task
+        return left
+
+    assert asyncio.run(scenario()) == [5, 3]
 
 
 def test_every_reason_is_one_that_the_learner_knows():

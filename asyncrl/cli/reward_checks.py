@@ -1,0 +1,35 @@
+"""What of `reward.*` cannot work, said before anything is started. Imports no torch, zmq or vllm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from asyncrl.config import Config
+from asyncrl.config.checks import raise_all
+from asyncrl.tasks.base import load_task
+from asyncrl.tasks.parts import check_reward_parts, make_parts, prepare_parts
+
+
+def check_rewards(config: Config, role: str) -> None:
+    """Checks the parts of the reward and their weights.
+
+    A generator computes rewards, so it also needs what its parts need of the machine: keys, folders, modules.
+    Raises ConfigError naming every problem, or TaskError when the task must be asked for its parts and cannot be.
+    """
+    reward = config.reward
+    problems = check_reward_parts(
+        reward.parts,
+        reward.weights,
+        task_parts=_task_parts(config),
+        reward_timeout_s=config.generator.reward_timeout_s,
+    )
+    raise_all(problems)
+    if role == "generator":
+        raise_all(prepare_parts(make_parts(reward.parts)))
+
+
+def _task_parts(config: Config) -> Collection[str] | None:
+    """Names of the task's own parts; None when it does not say. The task is made only where they matter."""
+    if not config.reward.parts and not config.reward.weights:
+        return None
+    return getattr(load_task(config.task.path, config.task.args), "part_names", None)

@@ -1,0 +1,191 @@
+"""Servers of reward models: started with the generator, started again when they die, ended with it.
+
+The socket that a server listens on is this process's, so its address outlives it: while a server is down, requests
+wait in the socket's queue until their own deadline. What a server was scoring when it died fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from asyncrl.errors import DeadlineExceeded, ModelError
+from asyncrl.generator.reward_server import READY
+from asyncrl.tasks.parts import make_parts
+from asyncrl.tasks.reward_model import RewardModel
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 300.0  # a large model from a slow disk
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
+CALM_S = 60.0  # after this long without a death, earlier ones count no more
+PROBE_EVERY_S = 5.0
+PROBE_TIMEOUT_S = 5.0
+MAX_MISSED_PROBES = 6
+END_TIMEOUT_S = 5.0
+SERVER_ARGUMENTS = ("path", "device", "threads", "batch_size")
+
+
+class RewardModels:
+    """The servers of all parts that give a model's folder. `parts` has their addresses in place of the folders."""
+
+    def __init__(self, parts: Mapping[str, Any], log_prefix: str = ""):
+        self.parts = dict(parts)
+        self._servers: list[RewardModelServer] = []
+        for name, part in make_parts(parts).items():
+            if isinstance(part, RewardModel) and part.path:
+                server = RewardModelServer(name, part, f"{log_prefix}.{name}.log" if log_prefix else "")
+                self._servers.append(server)
+                kept = {key: value for key, value in asdict(part).items() if key not in SERVER_ARGUMENTS}
+                self.parts[name] = {**kept, "kind": part.kind, "url": server.url}
+
+    async def start(self) -> None:
+        """Returns when all models are loaded. Raises ModelError or DeadlineExceeded."""
+        await asyncio.gather(*(server.start() for server in self._servers))
+
+    async def close(self) -> None:
+        """Ends the servers. Idempotent."""
+        await asyncio.gather(*(server.close() for server in self._servers))
+
+
+class RewardModelServer:
+    """One server process, and a task that keeps it alive."""
+
+    def __init__(self, name: str, part: RewardModel, log_path: str = ""):
+        self._name, self._part, self._log_path = name, part, log_path
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self.deaths = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the server that is up or coming up; None between two of them."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> None:
+        """Loads the model, and from then on keeps it there. Raises ModelError or DeadlineExceeded."""
+        try:
+            await self._launch()
+        except BaseException:
+            await self._kill()
+            raise
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """Ends the server for good. Idempotent."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self._kill()
+        self._listening.close()
+
+    async def _launch(self) -> None:
+        started = time.monotonic()
+        fd = self._listening.fileno()
+        options = {"fd": fd, "device": self._part.device, "threads": self._part.threads}
+        options["batch-size"] = self._part.batch_size
+        with self._log_file() as output:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "asyncrl.generator.reward_server",
+                self._part.path,
+                *(f"--{name}={value}" for name, value in options.items()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, "OMP_NUM_THREADS": str(self._part.threads), "TOKENIZERS_PARALLELISM": "false"},
+                pass_fds=[fd],
+                start_new_session=True,  # Ctrl-C is for the daemon, which ends the server when its rewards are in
+            )
+        assert self._process.stdout is not None
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                line = await self._process.stdout.readline()
+                if line != READY:
+                    code = await self._process.wait()
+                    raise ModelError(f"{self._place}: its server ended with exit code {code}: {self._last_words()}")
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self._place}: its server was not ready within {START_TIMEOUT_S:g} s") from None
+        log.info("reward model %s is at %s after %.1f s", self._name, self.url, time.monotonic() - started)
+
+    async def _keep(self) -> None:
+        """Starts the server again whenever it is gone, with growing pauses."""
+        pause_s, up_since = FIRST_PAUSE_S, time.monotonic()
+        while True:
+            why = await self._until_bad()
+            self.deaths += 1
+            await self._kill()
+            if time.monotonic() - up_since > CALM_S:
+                pause_s = FIRST_PAUSE_S
+            log.error("reward model %s %s; starting it again in %g s", self._name, why, pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s, up_since = min(2 * pause_s, MAX_PAUSE_S), time.monotonic()
+            try:
+                await self._launch()
+            except (ModelError, DeadlineExceeded, OSError) as error:
+                log.error("reward model %s does not start: %s", self._name, error)
+
+    async def _until_bad(self) -> str:
+        """Returns when the server has ended, or has not answered for a while; says which."""
+        missed = 0
+        process = self._process
+        while process is not None and missed < MAX_MISSED_PROBES:
+            try:
+                async with asyncio.timeout(PROBE_EVERY_S):
+                    code = await process.wait()
+                return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+            except TimeoutError:
+                missed = 0 if await self._answers() else missed + 1
+        return "is not running" if process is None else f"did not answer {missed} probes"
+
+    async def _answers(self) -> bool:
+        """Whether `/health` is 200."""
+        writer = None
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(*self._listening.getsockname())
+                writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+                return b" 200 " in await reader.readline()
+        except (OSError, TimeoutError):
+            return False
+        finally:
+            if writer is not None:
+                writer.close()
+
+    async def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            log.error("reward model server %d does not end %g s after SIGKILL", process.pid, END_TIMEOUT_S)
+
+    @property
+    def _place(self) -> str:
+        return f"reward.parts.{self._name}.path={self._part.path}"
+
+    def _log_file(self) -> contextlib.AbstractContextManager[IO[bytes] | None]:
+        return open(self._log_path, "ab") if self._log_path else contextlib.nullcontext()
+
+    def _last_words(self) -> str:
+        if not self._log_path:
+            return "the reason is above"
+        lines = Path(self._log_path).read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'it said nothing'} (log: {self._log_path})"

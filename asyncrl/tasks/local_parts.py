@@ -1,0 +1,111 @@
+"""Reward parts that are computed in the reward worker itself: lengths, form, and a function of the user's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
+from typing import Any, ClassVar
+
+from asyncrl.errors import ConfigError, RewardError, TaskError
+from asyncrl.tasks.base import find_function
+from asyncrl.tasks.part_base import Part, Sample
+from asyncrl.tasks.shaping import has_form, length_penalty, overlong_penalty
+
+
+@dataclass(frozen=True)
+class Overlong(Part):
+    """0 up to max_tokens - margin tokens, from there linearly down to -1 at max_tokens (`shaping.overlong_penalty`)."""
+
+    kind: ClassVar[str] = "overlong"
+
+    max_tokens: int
+    margin: int
+
+    def check(self) -> None:
+        _as_config_error(overlong_penalty, 0, self.max_tokens, self.margin)
+
+    def value(self, sample: Sample) -> float:
+        return overlong_penalty(_tokens(sample), self.max_tokens, self.margin)
+
+
+@dataclass(frozen=True)
+class Length(Part):
+    """0 for no tokens, linearly down to -1 at max_tokens (`shaping.length_penalty`)."""
+
+    kind: ClassVar[str] = "length"
+
+    max_tokens: int
+
+    def check(self) -> None:
+        _as_config_error(length_penalty, 0, self.max_tokens)
+
+    def value(self, sample: Sample) -> float:
+        return length_penalty(_tokens(sample), self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Format(Part):
+    """1 when the whole completion, without blanks at its ends, matches the regular expression `pattern`; else 0."""
+
+    kind: ClassVar[str] = "format"
+
+    pattern: str
+
+    def check(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"pattern={self.pattern!r} is no regular expression: {error}") from None
+
+    def value(self, sample: Sample) -> float:
+        return has_form(sample.completion, self.pattern)
+
+
+@dataclass(frozen=True)
+class Rule(Part):
+    """A function of the user's own: `function(completion, payload, **args)` returns the value.
+
+    path: `module:function`; modules in the current directory can be imported. To say "this cannot be scored", raise.
+    """
+
+    kind: ClassVar[str] = "rule"
+
+    path: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        module, separator, function = self.path.partition(":")
+        if not (module and separator and function):
+            raise ConfigError(f"path={self.path!r} must be `module:function`")
+
+    def prepare(self) -> None:
+        _ = self._function
+
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        try:
+            return find_function("path", self.path)
+        except TaskError as error:
+            raise ConfigError(str(error)) from None
+
+    def value(self, sample: Sample) -> float:
+        value = self._function(sample.completion, sample.payload, **self.args)
+        if not isinstance(value, Real):
+            raise RewardError(f"{self.path} must return a number, not {value!r:.200}")
+        return float(value)
+
+
+def _tokens(sample: Sample) -> int:
+    if sample.num_tokens is None:
+        raise RewardError("the number of tokens of this completion is not known")
+    return sample.num_tokens
+
+
+def _as_config_error(function: Callable[..., float], *arguments: float) -> None:
+    try:
+        function(*arguments)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("max_length", "max_tokens")) from None
