@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ctypes
+import logging
 import os
 import signal
 
 from asyncrl.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1
+END_TIMEOUT_S = 5.0
 
 
 def pin_to(cpus: list[int], key: str) -> None:
@@ -27,6 +33,18 @@ def pin_to(cpus: list[int], key: str) -> None:
 def die_with_parent() -> None:
     """The kernel kills this process when its parent is gone: nothing outlives the daemon it belongs to."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+async def kill_group(process: asyncio.subprocess.Process, what: str) -> None:
+    """Ends a child that leads its own process group, and everything in the group, and waits until it is gone."""
+    # The group outlives its leader while a child of it runs, hence also after the leader's end.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        async with asyncio.timeout(END_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        log.error("%s %d does not end %g s after SIGKILL; leaving it", what, process.pid, END_TIMEOUT_S)
 
 
 class StopSignal:

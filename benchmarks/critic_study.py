@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import studies
-from benchmarks.staleness_study import EVAL_EVERY, EVAL_PROMPTS, SETTINGS
+from benchmarks.staleness_study import SETTINGS, delayed_job
 from benchmarks.studies import Job, JobLog
 
 AGES = (0, 8, 16)
@@ -34,31 +35,13 @@ def main() -> int:
     if options.quick:
         options.steps, options.ages = 6, [0, 8]
     studies.settle(options)
-    jobs = make_jobs(options)
-    log = JobLog(options.out)
-    studies.run_in_workers(jobs, log)
-    report(options, jobs, log)
-    return 0 if all(log.result_of(job) for job in jobs) else 1
+    run = studies.run_in_workers
+    return studies.carry_out(options, make_jobs(options), run, partial(report, options))
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
-    """All of one seed before the next, so that a study cut short has whole tables."""
     return [
-        {
-            "method": targets,
-            "age": age,
-            "seed": seed,
-            "steps": options.steps,
-            "eval_every": min(EVAL_EVERY, options.steps),
-            "eval_prompts": 64 if options.quick else EVAL_PROMPTS,
-            "overrides": [
-                f"model.path={options.model}",
-                *SETTINGS,
-                *CRITIC,
-                f"algorithm.value_targets={targets}",
-                *options.set,
-            ],
-        }
+        delayed_job(options, targets, age, seed, [*CRITIC, f"algorithm.value_targets={targets}"])
         for seed in range(options.seeds)
         for age in options.ages
         for targets in TARGETS

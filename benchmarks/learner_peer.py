@@ -25,13 +25,13 @@ import numpy as np
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, WeightGroupError
-from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.learner.daemon import make_sessions
 from asyncrl.replay.journal import SYNC_AFTER_S
 from asyncrl.transport import messages
 from asyncrl.transport.codec import body_of, decode, encode
 from asyncrl.transport.groups import lease_to_grant, result_to_group, validate_group
 from asyncrl.transport.messages import Message
-from asyncrl.transport.session import DeskSession, DeskSessions, Expected, Offer
+from asyncrl.transport.session import DeskSession, Offer
 from asyncrl.transport.sockets import ServerSocket, SocketPoller
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
 
@@ -53,17 +53,7 @@ class Peer:
         self.config = config
         self.vocab_size = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
         self.socket = ServerSocket("tcp://127.0.0.1:0", max_frame_bytes=config.transport.max_frame_bytes)
-        self.sessions = DeskSessions(
-            run_epoch=RUN_EPOCH,
-            run_name=config.run.name,
-            expected=Expected(
-                model_folder_fingerprint(config.model.path),
-                tokenizer_fingerprint(Path(config.model.path)),
-                config.task.path,
-            ),
-            credit_bytes=config.transport.credit_bytes,
-            max_frame_bytes=config.transport.max_frame_bytes,
-        )
+        self.sessions = make_sessions(config, RUN_EPOCH)
         self.weights = WeightSide(config)  # now: a long silence later would make the generator reconnect
         self.session: DeskSession | None = None
         self.version = 0

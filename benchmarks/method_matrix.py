@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,8 @@ def main() -> int:
         options.steps, options.methods = 4, ["grpo", "ppo"]
         options.set = ["learner.groups_per_step=4", "eval.prompts=8", *options.set]
     studies.settle(options)
-    jobs = make_jobs(options)
-    log = JobLog(options.out)
-    studies.run_in_turn(jobs, log, run_job)
-    report(options, jobs, log)
-    return 0 if all(log.result_of(job) for job in jobs) else 1
+    run = partial(studies.run_in_turn, run=run_job)
+    return studies.carry_out(options, make_jobs(options), run, partial(report, options))
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:

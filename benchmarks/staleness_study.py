@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +58,30 @@ def main() -> int:
     if options.quick:
         options.steps, options.ages, options.methods = 6, [0, 2], ["no correction", "TIS", "ours: cap by age"]
     studies.settle(options)
-    jobs = make_jobs(options)
-    log = JobLog(options.out)
-    studies.run_in_workers(jobs, log)
-    report(options, jobs, log)
-    return 0 if all(log.result_of(job) for job in jobs) else 1
+    run = studies.run_in_workers
+    return studies.carry_out(options, make_jobs(options), run, partial(report, options))
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
-    """All of one seed before the next, so that a study cut short has whole tables."""
     return [
-        {
-            "method": method,
-            "age": age,
-            "seed": seed,
-            "steps": options.steps,
-            "eval_every": min(EVAL_EVERY, options.steps),
-            "eval_prompts": 64 if options.quick else EVAL_PROMPTS,
-            "overrides": [f"model.path={options.model}", *SETTINGS, *METHODS[method], *options.set],
-        }
+        delayed_job(options, method, age, seed, METHODS[method])
         for seed in range(options.seeds)
         for age in options.ages
         for method in options.methods
     ]
+
+
+def delayed_job(options: argparse.Namespace, method: str, age: int, seed: int, overrides: Sequence[str]) -> Job:
+    """A run for `delayed_sampling`. Seeds come outermost, so that a study cut short has whole tables."""
+    return {
+        "method": method,
+        "age": age,
+        "seed": seed,
+        "steps": options.steps,
+        "eval_every": min(EVAL_EVERY, options.steps),
+        "eval_prompts": 64 if options.quick else EVAL_PROMPTS,
+        "overrides": [f"model.path={options.model}", *SETTINGS, *overrides, *options.set],
+    }
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------

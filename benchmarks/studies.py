@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import common
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "runs" / "models" / "arithmetic"
 WORKER = "benchmarks.delayed_sampling"
 JOB_TIMEOUT_S = 1800.0
@@ -33,6 +33,7 @@ MIN_SEEDS = 3
 
 Job = dict[str, Any]
 Record = dict[str, Any]  # {"job": ..., "result": ...} or {"job": ..., "error": ...}
+Runner = Callable[[Sequence[Job], "JobLog"], None]
 
 
 # -- arguments and figures ---------------------------------------------------------------------------------------------
@@ -65,6 +66,16 @@ def settle(options: argparse.Namespace) -> None:
     options.model = options.model.resolve()
     if not (options.model / "config.json").exists():
         subprocess.run([ROOT / "bin" / "warmup", "arithmetic", options.model], check=True)
+
+
+def carry_out(
+    options: argparse.Namespace, jobs: Sequence[Job], run: Runner, report: Callable[[Sequence[Job], JobLog], None]
+) -> int:
+    """Runs what is missing and reports on all of it. Returns the exit code: 1 when a run is missing after all."""
+    log = JobLog(options.out)
+    run(jobs, log)
+    report(jobs, log)
+    return 0 if all(log.result_of(job) for job in jobs) else 1
 
 
 def mean(values: Sequence[float]) -> float:
@@ -309,9 +320,14 @@ def write(options: argparse.Namespace, record: dict[str, Any], jobs: Sequence[Jo
     text = json.dumps(content, indent=1).removesuffix("\n}") + f',\n "runs": [\n{body}\n ]\n}}\n'
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{file_stem(options)}.json"
-    path.write_text(text)
+    path.write_text(without_folders(text, options))
     print(f"written to {path}")
     return path
+
+
+def without_folders(text: str, options: argparse.Namespace) -> str:
+    """Paths as they are from the root of the repository: where that lies on this machine is no part of a result."""
+    return text.replace(f"{ROOT}/", "").replace(f"{options.model.parent}/", "")
 
 
 def file_stem(options: argparse.Namespace) -> str:

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from asyncrl.errors import DeadlineExceeded, ModelError
 from asyncrl.generator.reward_server import READY
+from asyncrl.processes import kill_group
 from asyncrl.tasks.parts import make_parts
 from asyncrl.tasks.reward_model import RewardModel
 
@@ -32,7 +33,6 @@ CALM_S = 60.0  # after this long without a death, earlier ones count no more
 PROBE_EVERY_S = 5.0
 PROBE_TIMEOUT_S = 5.0
 MAX_MISSED_PROBES = 6
-END_TIMEOUT_S = 5.0
 SERVER_ARGUMENTS = ("path", "device", "threads", "batch_size")
 
 
@@ -167,15 +167,8 @@ class RewardModelServer:
 
     async def _kill(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        try:
-            async with asyncio.timeout(END_TIMEOUT_S):
-                await process.wait()
-        except TimeoutError:
-            log.error("reward model server %d does not end %g s after SIGKILL", process.pid, END_TIMEOUT_S)
+        if process is not None:
+            await kill_group(process, "reward model server")
 
     @property
     def _place(self) -> str:

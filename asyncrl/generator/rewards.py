@@ -8,7 +8,6 @@ own: past the deadline its whole process group gets SIGKILL, and the next job st
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -24,6 +23,7 @@ from asyncrl.errors import DeadlineExceeded, ProtocolError, RewardError, TaskErr
 from asyncrl.generator.reward_gate import ServerGate
 from asyncrl.generator.reward_models import RewardModels
 from asyncrl.generator.reward_worker import LENGTH
+from asyncrl.processes import END_TIMEOUT_S, kill_group
 from asyncrl.tasks.parts import weighted_sum
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 READ_BYTES = 64 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 START_TIMEOUT_S = 60.0  # importing a task may pull in large libraries
-END_TIMEOUT_S = 5.0
 BREAKER_WINDOW = 500  # completions the timeout share is taken over
 DEFAULT_MEMORY_BYTES = 4 * 2**30
 
@@ -267,15 +266,8 @@ class _Worker:
         self._buffer.clear()
         if process is None:
             return
-        # The group outlives its leader while a child of the reward runs, hence also after the leader's end.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
         process.stdin.close()
-        try:
-            async with asyncio.timeout(END_TIMEOUT_S):
-                await process.wait()
-        except TimeoutError:
-            log.error("reward worker %d does not end %g s after SIGKILL; leaving it", process.pid, END_TIMEOUT_S)
+        await kill_group(process, "reward worker")
 
     def _take_messages(self) -> list[Any]:
         """Whole messages in the buffer. Raises ProtocolError for what is none, after those before it were taken."""

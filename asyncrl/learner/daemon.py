@@ -167,17 +167,7 @@ def _make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Inta
     leases = LeaseDesk(pacing, config.generator.lease_timeout_s, run_epoch)
     buffer = ReplayBuffer(pacing, config.staleness.over_age)
     account = Account()
-    sessions = DeskSessions(
-        run_epoch=run_epoch,
-        run_name=config.run.name,
-        expected=Expected(
-            model_folder_fingerprint(config.model.path),
-            tokenizer_fingerprint(Path(config.model.path)),
-            config.task.path,
-        ),
-        credit_bytes=config.transport.credit_bytes,
-        max_frame_bytes=config.transport.max_frame_bytes,
-    )
+    sessions = make_sessions(config, run_epoch)
     version, evals_done = _restore(config, journal, leases, buffer, account, sessions)
     task = load_task(config.task.path, config.task.args)
     prompts = PromptSource(task, load_tokenizer(config.model.path), config.run.seed, _max_prompt_tokens(config))
@@ -193,6 +183,21 @@ def _make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Inta
         sessions=sessions,
     )
     return intake, version, evals_done
+
+
+def make_sessions(config: Config, run_epoch: int) -> DeskSessions:
+    """The desk's side of all sessions, which expects generators of the same model, tokenizer and task."""
+    return DeskSessions(
+        run_epoch=run_epoch,
+        run_name=config.run.name,
+        expected=Expected(
+            model_folder_fingerprint(config.model.path),
+            tokenizer_fingerprint(Path(config.model.path)),
+            config.task.path,
+        ),
+        credit_bytes=config.transport.credit_bytes,
+        max_frame_bytes=config.transport.max_frame_bytes,
+    )
 
 
 def _restore(

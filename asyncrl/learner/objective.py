@@ -52,8 +52,9 @@ class ActorObjective:
         algorithm = self._algorithm
         log_ratios = logprobs.detach() - one.behaviour_logprobs
         proximal = self._proximal_logprobs(one, logprobs)
-        stays = self._stays(one, log_ratios if proximal is None else proximal - one.behaviour_logprobs)
-        weights = self._weights(one, log_ratios, proximal, stays)
+        drift = log_ratios if proximal is None else proximal - one.behaviour_logprobs
+        stays = self._stays(one, drift)
+        weights = self._weights(one, drift, stays, has_proximal=proximal is not None)
         policy = self._policy_loss(one, logprobs, proximal, weights)
         losses = policy.losses
         sums: Sums = {}
@@ -85,31 +86,32 @@ class ActorObjective:
             return interpolated_proximal_logprobs(logprobs, one.behaviour_logprobs, one.policy_ages)
         return None
 
-    def _stays(self, one: Prepared, log_ratios: Tensor) -> Tensor:
-        """Tokens that no mask leaves out, bool [N]. `log_ratios` are those the correction weights too."""
+    def _stays(self, one: Prepared, drift: Tensor) -> Tensor:
+        """Tokens that no mask leaves out, bool [N]; `drift` [N] as in `_weights`."""
         algorithm = self._algorithm
-        stays = torch.ones_like(log_ratios, dtype=torch.bool) if one.stays is None else one.stays
+        stays = torch.ones_like(drift, dtype=torch.bool) if one.stays is None else one.stays
         low, high = algorithm.mask_low, algorithm.mask_high
         if "band" in algorithm.masks:
-            stays = stays & band_mask(log_ratios, low, high)
+            stays = stays & band_mask(drift, low, high)
         if "sequence_band" in algorithm.masks:
-            stays = stays & sequence_band_mask(log_ratios, one.sequence_index, low, high)
+            stays = stays & sequence_band_mask(drift, one.sequence_index, low, high)
         if "opsm" in algorithm.masks:
-            stays = stays & opsm_mask(log_ratios, one.sequence_index, one.advantages, algorithm.opsm_delta)
+            stays = stays & opsm_mask(drift, one.sequence_index, one.advantages, algorithm.opsm_delta)
         return stays
 
-    def _weights(self, one: Prepared, log_ratios: Tensor, proximal: Tensor | None, stays: Tensor) -> Tensor:
+    def _weights(self, one: Prepared, drift: Tensor, stays: Tensor, *, has_proximal: bool) -> Tensor:
         """Constant factors of the losses, [N]: 0 under a mask, else the correction that the ratio lacks.
+
+        drift [N] is the log-ratio from the behaviour policy to the proximal one, or to the current without one.
 
         Where ratios are against the behaviour policy they are the correction themselves, and only their cap is left
         to the loss; against a proximal policy the step from behaviour to proximal is a weight.
         """
         algorithm = self._algorithm
-        weights = stays.to(log_ratios.dtype)
-        drift = log_ratios if proximal is None else proximal - one.behaviour_logprobs
+        weights = stays.to(drift.dtype)
         if algorithm.correction == "sequence_tis":
             return weights * sequence_truncated_weights(drift, one.sequence_index, algorithm.tis_cap)
-        if algorithm.correction == "tis" and proximal is not None:
+        if algorithm.correction == "tis" and has_proximal:
             return weights * truncated_ratios(drift, self._cap(one))
         return weights
 

@@ -117,10 +117,7 @@ class PolicyTrainer:
 
     def _update(self, mini_batch: MiniBatch, norms: dict[str, list[float]]) -> Sums:
         """One optimizer update from one mini-batch; gradients add up over its micro-batches."""
-        optimizers = [self.optimizer] if self._trains_actor else []
-        optimizers += [self.critic_optimizer] if self.critic_optimizer is not None else []
-        for optimizer in (self.optimizer, *optimizers):
-            optimizer.zero_grad(set_to_none=True)
+        self._zero_gradients()
         sums: Sums = {}
         try:
             for one in mini_batch.micro_batches:
@@ -129,16 +126,21 @@ class PolicyTrainer:
                 sums = merge_sums(sums, part)
             clipped = self._clip_gradients(sums)
         except BaseException:
-            for optimizer in (self.optimizer, *optimizers):
-                optimizer.zero_grad(set_to_none=True)
+            self._zero_gradients()
             raise
         for name, norm in clipped.items():
             norms.setdefault(name, []).append(norm)
-        for optimizer in optimizers:
-            optimizer.step()
-        for optimizer in (self.optimizer, *optimizers):
-            optimizer.zero_grad(set_to_none=True)
+        if self._trains_actor:
+            self.optimizer.step()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.step()
+        self._zero_gradients()
         return sums
+
+    def _zero_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, one: Prepared, mini_batch: MiniBatch) -> tuple[Tensor, Sums]:
         """This micro-batch's part of the loss, and its sums. Counts are those of the whole mini-batch."""

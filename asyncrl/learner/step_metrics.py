@@ -5,6 +5,7 @@ Keys whose quantity was not measured in a step are absent, never zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -84,6 +85,6 @@ def _critic_metrics(flat: dict[str, float]) -> dict[str, float]:
         "value_clip_fraction": flat["value_clipped"] / tokens,
     }
     explained = explained_variance_from_sums(flat)
-    if torch.isfinite(torch.tensor(explained)):
+    if math.isfinite(explained):
         metrics["explained_variance"] = explained
     return metrics

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
 
@@ -19,17 +19,6 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = ("transport", "generator_vs_vllm", "weight_sync", "weight_delta", "async_vs_sync")
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{script}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(650)
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -37,7 +26,7 @@ def test_quick_mode_ends_well_and_writes_its_figures(script, tied_model_dir, tmp
     arguments = ["--quick", "--results", str(tmp_path)]
     if script == "async_vs_sync":
         arguments += ["--model", str(tied_model_dir)]
-    done = run(script, *arguments)
+    done = run_script(script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / f"{script}.quick.json").read_text())
     assert record["rows"] and record["machine"]["cpus"] == os.cpu_count()
@@ -53,7 +42,7 @@ def test_quick_mode_ends_well_and_writes_its_figures(script, tied_model_dir, tmp
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option(script):
-    done = run(script, "--help")
+    done = run_script(script, "--help")
     assert done.returncode == 0, done.stderr
     assert all(option in done.stdout for option in ("--quick", "--pairs", "--results"))
 

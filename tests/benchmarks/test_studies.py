@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import run_script
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
 
@@ -215,17 +215,6 @@ def test_a_greedy_completion_is_the_likeliest_token_each_time(training):
 
 
 # -- the scripts
-
-
-def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{script}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
 
 
 @pytest.mark.slow
