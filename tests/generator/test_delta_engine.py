@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import reference_logprobs
+from tests.conftest import reference_logprobs
 
 from asyncrl.errors import AsyncRLError
 from asyncrl.transport.weight_delta import encode_delta
