@@ -1,7 +1,7 @@
 """The learner's end for benchmarks of the generator: real socket, sessions, messages and weight group.
 
-No trainer. No journal: a result counts as durable once it is checked, and is acknowledged as late as after a journal's
-sync. No pacing: there is a lease whenever there is room.
+No trainer, but its publisher. No journal: a result counts as durable once it is checked, and is acknowledged as late as
+after a journal's sync. No pacing: there is a lease whenever there is room.
 
 A process of its own on the learner's CPU: ``python -m benchmarks.learner_peer CONFIG CPU``. It takes one JSON command
 per line on stdin and answers with one JSON line on stdout. `LearnerPeer` is the other end, in the generator's process.
@@ -18,14 +18,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
-from asyncrl.errors import AsyncRLError, WeightGroupError
+from asyncrl.errors import AsyncRLError
 from asyncrl.learner.daemon import make_sessions
+from asyncrl.learner.sync_round import canary_differences
 from asyncrl.replay.journal import SYNC_AFTER_S
 from asyncrl.transport import messages
 from asyncrl.transport.codec import body_of, decode, encode
@@ -33,7 +34,10 @@ from asyncrl.transport.groups import lease_to_grant, result_to_group, validate_g
 from asyncrl.transport.messages import Message
 from asyncrl.transport.session import DeskSession, Offer
 from asyncrl.transport.sockets import ServerSocket, SocketPoller
-from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
+from asyncrl.transport.weight_rendezvous import WeightGroupSpec
+from asyncrl.types import TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
+
+_M = TypeVar("_M", bound=Message)
 
 RUN_EPOCH = 1
 COMMAND_TIMEOUT_S = 600.0
@@ -42,6 +46,7 @@ LEASE_TIMEOUT_S = 300.0
 POLL_S = 0.5
 PROMPT_TOKENS = 32
 FIRST_TOKEN = 2  # after padding and end
+GROUP_EPOCH = 1
 CANARY_SEQUENCES, CANARY_LENGTH, CANARY_TOLERANCE = 4, 32, 1e-4
 ANSWER = {"answer": "42"}
 
@@ -54,10 +59,13 @@ class Peer:
         self.vocab_size = json.loads((Path(config.model.path) / "config.json").read_text())["vocab_size"]
         self.socket = ServerSocket("tcp://127.0.0.1:0", max_frame_bytes=config.transport.max_frame_bytes)
         self.sessions = make_sessions(config, RUN_EPOCH)
-        self.weights = WeightSide(config)  # now: a long silence later would make the generator reconnect
+        # Now: a long silence later would make the generator reconnect.
+        self.weights = WeightSide(config, self.socket.address)
         self.session: DeskSession | None = None
         self.version = 0
         self.replies: list[messages.SyncReply] = []
+        self.publisher: bytes | None = None  # routing id
+        self.published: dict[type[Message], Any] = {}  # its newest message of each type
         self.prompts = np.random.default_rng(0)
         self.leases: dict[int, Lease] = {}  # by ordinal
         self.next_ordinal = 0
@@ -125,34 +133,39 @@ class Peer:
     def sync(self) -> dict[str, Any]:
         """Brings the next version to the generator; leases go on. Durations in ms."""
         self.version += 1
-        session = self._session()
-        offer, timings = self.weights.snapshot(self.version)
+        timeout_s, session = self.config.weights.timeout_s, self._session()
+        self.weights.change()
+        blocked_ms = self.weights.publisher.publish(self.version)
         started = time.perf_counter()
+        ready = self._from_publisher(messages.SnapshotReady)
+        offered = time.perf_counter()
+        group = self._group()
+        offer = messages.SyncOffer(RUN_EPOCH, self.version, 0, group, ready.manifest, timeout_s)
         self._send(session, offer)
-        sending = threading.Thread(target=self.weights.broadcast, daemon=True)
-        sending.start()
+        self._to_publisher(messages.Broadcast(self.version, 0, GROUP_EPOCH, timeout_s))
         staged = self._sync_reply("stage")
-        staged_ms = (time.perf_counter() - started) * 1e3
-        sending.join(self.config.weights.timeout_s)
-        if staged.digests != [list(self.weights.manifest.digests)]:
-            raise AsyncRLError(f"staged digests {staged.digests} are not {self.weights.manifest.digests}")
-        canary = [row.tobytes() for row in self.weights.canary]
-        self._send(session, messages.SyncSwap(RUN_EPOCH, self.version, 0, canary, self.config.weights.timeout_s))
+        staged_ms = (time.perf_counter() - offered) * 1e3
+        done = self._from_publisher(messages.BroadcastDone)
+        self._to_publisher(messages.SnapshotWanted())
+        if done.error or staged.digests != [list(ready.manifest["digests"])]:
+            raise AsyncRLError(f"staged digests {staged.digests} are not {ready.manifest['digests']} {done.error}")
+        self._send(session, messages.SyncSwap(RUN_EPOCH, self.version, 0, ready.canary, timeout_s))
         swapped = self._sync_reply("swap")
-        diff = self.weights.canary_diff(swapped.canary_logprobs)
+        diff, _ = canary_differences(ready.canary_logprobs, swapped.canary_logprobs)
         if not diff <= CANARY_TOLERANCE:
             raise AsyncRLError(f"canary of version {self.version} differs by {diff:.3g}: figures would be worthless")
         self._send(session, messages.SyncCommit(RUN_EPOCH, self.version, 0))
-        total_ms = (time.perf_counter() - started) * 1e3
+        ended = time.perf_counter()
         return {
-            **timings,
             **staged.timings_ms,
             **swapped.timings_ms,
+            "blocked_ms": blocked_ms,
+            "offer_ms": (offered - started) * 1e3,
             "staged_ms": staged_ms,
-            "transfer_ms": self.weights.transfer_ms,
-            "total_ms": total_ms,
+            "transfer_ms": done.transfer_ms,
+            "total_ms": (ended - offered) * 1e3,
             "canary_diff": diff,
-            "num_bytes": self.weights.buffer.layout.total_bytes,
+            "num_bytes": done.num_bytes,
         }
 
     def raw_join(self, port: int) -> dict[str, Any]:
@@ -165,24 +178,24 @@ class Peer:
     def raw_broadcast(self) -> dict[str, Any]:
         """The same bytes in one torch.distributed.broadcast, as the thread of a sync would do it; and one memory copy.
 
-        echo_ms ends when the receiver has answered that it has them: what staging reports, without digests.
+        receive_ms is the receiver's, from taking part to the last byte; as in a sync, the sender waits for it by then.
         """
         import torch
         import torch.distributed as dist
 
-        flat = self.weights.buffer.flat
+        flat = self.weights.flat
         result: dict[str, Any] = {}
 
         def send() -> None:
-            started = time.perf_counter()
+            dist.send(torch.zeros(1, dtype=torch.uint8), dst=1)
             dist.broadcast(flat, src=0)
-            result["send_ms"] = (time.perf_counter() - started) * 1e3
-            dist.recv(torch.zeros(1, dtype=torch.uint8), src=1)
-            result["echo_ms"] = (time.perf_counter() - started) * 1e3
+            took_ms = torch.zeros(1, dtype=torch.float64)
+            dist.recv(took_ms, src=1)
+            result["receive_ms"] = took_ms.item()
 
         sending = threading.Thread(target=send, daemon=True)
         sending.start()
-        self._until(lambda: "echo_ms" in result, self.config.weights.timeout_s, "the raw receiver", poll_s=0.001)
+        self._until(lambda: result, self.config.weights.timeout_s, "the raw receiver", poll_s=0.001)
         other = torch.empty_like(flat)
         other.copy_(flat)  # the first touch of new memory is not part of a copy
         started = time.perf_counter()
@@ -205,6 +218,9 @@ class Peer:
 
     def _handle(self, peer: bytes, frame: bytes) -> None:
         message, now = decode(frame, max_bytes=self.socket.max_frame_bytes), time.monotonic()
+        if isinstance(message, messages.SnapshotReady | messages.GroupReady | messages.BroadcastDone):
+            self.publisher, self.published[type(message)] = peer, message
+            return
         if isinstance(message, messages.Hello):
             admission = self.sessions.hello(peer, message, version=self.version, now=now)
             if admission.session is None:
@@ -276,6 +292,27 @@ class Peer:
             raise AsyncRLError(f"sync failed in phase {reply.phase} (wanted {phase}): {reply.error}")
         return reply
 
+    def _from_publisher(self, kind: type[_M]) -> _M:
+        """Its next message of this type."""
+        self._until(lambda: kind in self.published, self.config.weights.timeout_s + 2.0, f"the publisher's {kind}")
+        return self.published.pop(kind)
+
+    def _to_publisher(self, message: Message) -> None:
+        assert self.publisher is not None
+        self.socket.send(self.publisher, encode(message, max_bytes=self.socket.max_frame_bytes))
+
+    def _group(self) -> dict[str, Any]:
+        """The generator's place in the weight group, which is opened when it is needed first."""
+        if self.weights.place is None:
+            timeout_s = self.config.weights.timeout_s
+            self._to_publisher(messages.OpenGroup(GROUP_EPOCH, "benchmark/1", 2, timeout_s))
+            ready = self._from_publisher(messages.GroupReady)
+            if ready.error:
+                raise AsyncRLError(ready.error)
+            spec = WeightGroupSpec(ready.host, ready.port, "benchmark/1", 1, 2, ready.backend, timeout_s)
+            self.weights.place = {"group_epoch": GROUP_EPOCH, **spec.to_dict()}
+        return self.weights.place
+
     def _until(self, condition: Callable[[], Any], timeout_s: float, what: str, *, poll_s: float = POLL_S) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -306,69 +343,33 @@ class Peer:
 
 
 class WeightSide:
-    """What publisher and trainer do for a sync: snapshot, manifest, canary, broadcast."""
+    """The trainer's part: a policy whose weights change, and the publisher."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, address: str) -> None:
         import torch
 
+        from asyncrl.learner.canary import SnapshotScorer
         from asyncrl.learner.model import Policy
-        from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
+        from asyncrl.learner.publisher import Publisher
+        from asyncrl.transport.weight_group import SnapshotBuffer
 
         torch.set_num_threads(1)
-        self.timeout_s = config.weights.timeout_s
-        self.policy = Policy.load(config.model.path, dtype=config.model.dtype)
-        self.parameters = self.policy.named_sync_parameters()
-        self.buffer = SnapshotBuffer(self.parameters, config.weights.bucket_bytes)
-        shape = (CANARY_SEQUENCES, CANARY_LENGTH)
-        tokens = np.random.default_rng(0).integers(FIRST_TOKEN, self.policy.vocab_size, shape)
-        self.canary = list(tokens.astype(TOKEN_DTYPE))
-        spec = WeightGroupSpec("127.0.0.1", 0, "benchmark/1", 0, 2, "gloo", self.timeout_s)
-        self.group = WeightGroup.host(spec)
+        policy = Policy.load(config.model.path, dtype=config.model.dtype)
+        self.parameters = policy.trainable_parameters()
+        buffer = SnapshotBuffer(policy.sync_source().named, config.weights.bucket_bytes)
+        self.flat = buffer.flat.clone()  # of the same size, for what is measured beside
+        canary = policy.sample_sequences(CANARY_SEQUENCES, CANARY_LENGTH, 0)
+        self.publisher = Publisher(address, buffer, canary, SnapshotScorer(policy), host="127.0.0.1", backend="gloo")
+        self.publisher.start()
+        self.place: dict[str, Any] | None = None  # of the generator in the weight group
         self.noise = torch.Generator().manual_seed(0)
-        self.transfer_ms = 0.0
-        self.canary_logprobs: list[np.ndarray] = []
 
-    def snapshot(self, version: int) -> tuple[messages.SyncOffer, dict[str, float]]:
-        """The offer of new weights, and what its parts took in ms."""
-        self._change_weights()
-        started = time.perf_counter()
-        self.canary_logprobs = self.policy.score([row.tolist() for row in self.canary])
-        scored = time.perf_counter()
-        self.buffer.snapshot()
-        copied = time.perf_counter()
-        self.manifest = self.buffer.manifest(version)
-        timings = {
-            "score_ms": (scored - started) * 1e3,
-            "snapshot_ms": (copied - scored) * 1e3,
-            "digest_ms": (time.perf_counter() - copied) * 1e3,
-        }
-        group = {"group_epoch": 1, **self.group.spec.for_rank(1).to_dict()}
-        return messages.SyncOffer(RUN_EPOCH, version, 0, group, self.manifest.to_dict(), self.timeout_s), timings
-
-    def broadcast(self) -> None:
-        """In a thread. What fails here shows as the generator's error."""
-        try:
-            self.group.join()
-            started = time.perf_counter()
-            for bucket in self.buffer.buckets():
-                self.group.broadcast(bucket, self.timeout_s)
-            self.transfer_ms = (time.perf_counter() - started) * 1e3
-        except WeightGroupError as error:
-            print(f"broadcast: {error}", file=sys.stderr)
-
-    def canary_diff(self, theirs: list[bytes]) -> float:
-        """Largest |generator - learner| log-prob."""
-        rows = [np.frombuffer(row, LOGPROB_DTYPE) for row in theirs]
-        return max(float(np.abs(mine - other).max()) for mine, other in zip(self.canary_logprobs, rows, strict=True))
-
-    def _change_weights(self) -> None:
+    def change(self) -> None:
         """By about as much as an optimizer step: every version has digests of its own."""
         import torch
 
-        seen = set()
-        for _, parameter in self.parameters:
-            if parameter.data_ptr() not in seen:
-                seen.add(parameter.data_ptr())
+        with torch.no_grad():
+            for parameter in self.parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=self.noise), alpha=1e-5)
 
 

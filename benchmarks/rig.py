@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,19 @@ class Rig:
 
 @asynccontextmanager
 async def generator(
-    folder: Path, model: Path, *, learner_cpu: int, sequences: int, max_new_tokens: int, compile_model: bool
+    folder: Path,
+    model: Path,
+    *,
+    learner_cpu: int,
+    sequences: int,
+    max_new_tokens: int,
+    compile_model: bool,
+    settings: Sequence[str] = (),
 ) -> AsyncIterator[Rig]:
-    """Starts both ends. The caller's process, and with it the engine, must be pinned already."""
+    """Starts both ends; `settings` are lines of configuration on top.
+
+    The caller's process, and with it the engine, must be pinned already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [
         "run.name=benchmark",
@@ -43,6 +53,7 @@ async def generator(
         "generator.kv_cache_gib=0.5",
         "generator.device=cpu",
         f"generator.compile={'always' if compile_model else 'never'}",
+        *settings,
     ]
     config = load_config(None, overrides)
     config_file = folder / "config.yaml"

@@ -1,17 +1,19 @@
 """One weight sync, part by part, with sequences in flight, beside its floors.
 
-    snapshot   copying the parameters to the staging buffer (the trainer waits), against one copy of the flat buffer
-    transfer   broadcasting the buckets as the sender sees it, waiting for the worker to take part included, against one
+    blocked    the time that publishing a version takes from the training: copying the parameters to a staging buffer,
+               against one copy of the flat buffer
+    transfer   rate at which the worker receives the buckets, from taking part to the last byte, against one
                torch.distributed.broadcast (gloo) of the same bytes to a bare process on the generator's CPU
-    staged     from the offer until the generator answers that every digest fits, against that broadcast and an echo
+    staged     from the offer until the generator answers that every digest fits, against that broadcast
     pause      no token is sampled: the engine takes the staged weights; against three copies of the flat buffer and one
                decode step. And the standstill as the worker sees it, from the end of the last step before to the start
                of the first one after, against that of vLLM's own way: pause_generation(keep), a layerwise reload,
                resume_generation
     total      from the offer to the commit, the generator's canary included
 
-The generator is kept full of leases all the time; syncs, reloads and bare broadcasts alternate. Figures are in
-milliseconds.
+The learner's end is the publisher with a policy of the same size, whose weights change before every sync. The generator
+is kept full of leases all the time; syncs, reloads and bare broadcasts alternate. The bars on what depends on bytes are
+for 10 million parameters: below, both sides are mostly threads that wait for a busy CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import asyncio
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +34,22 @@ from benchmarks.rig import Rig, generator
 SEQUENCES = 64
 MAX_NEW_TOKENS = 256
 RPC_TIMEOUT_S = 30.0
+SENDER_WAITS_S = 0.02  # for the bare receiver, as it does for a worker, which takes part after its decode step
 SETTLE_S = 1.0  # between two measurements, with sequences in flight
+BAR_SIZE = "10M"
+BUCKET_BYTES = 8 * 2**20  # smaller than the default, so that 10 million parameters take several
 FIGURES = {
     "pause_ms": "pause: no token is sampled",
     "apply_ms": "of it, loading in the worker",
     "stage_ms": "receiving, digests and packing in the worker",
+    "receive_ms": "of it, receiving",
+    "verify_ms": "of it, digests",
+    "prepare_ms": "of it, packing",
+    "transfer_ms": "sending, waiting for the worker included",
     "step_ms": "a decode step",
     "between_ms": "between two steps without a swap",
     "canary_ms": "canary at the generator",
-    "score_ms": "canary at the learner",
-    "digest_ms": "digests at the learner",
+    "offer_ms": "digests and canary at the learner, beside the training",
     "total_ms": "total, offer to commit",
 }
 
@@ -80,6 +89,7 @@ async def measure(
         sequences=SEQUENCES,
         max_new_tokens=MAX_NEW_TOKENS,
         compile_model=False,
+        settings=[f"weights.bucket_bytes={BUCKET_BYTES}"],
     ) as rig:
         receiver = await start_receiver(rig.peer, (await rig.peer.ask("sync"))["num_bytes"])
         try:
@@ -137,10 +147,15 @@ def add_rows(
     def of(rows: list[dict[str, float]], name: str) -> list[float]:
         return [row[name] for row in rows]
 
-    what = f"{size} ({syncs[0]['num_bytes'] / 1e6:.1f} MB)"
-    report.pairs(f"{what} snapshot", "ms", of(syncs, "snapshot_ms"), of(raws, "memcpy_ms"), "one copy")
-    report.pairs(f"{what} transfer", "ms", of(syncs, "transfer_ms"), of(raws, "send_ms"), "gloo broadcast")
-    report.pairs(f"{what} staged", "ms", of(syncs, "staged_ms"), of(raws, "echo_ms"), "gloo broadcast, echo")
+    num_bytes = syncs[0]["num_bytes"]
+    what = f"{size} ({num_bytes / 1e6:.1f} MB)"
+    blocked_bar, transfer_bar = ("<= 1.5", ">= 0.8") if size == BAR_SIZE else ("", "")
+    report.pairs(
+        f"{what} learner blocked", "ms", of(syncs, "blocked_ms"), of(raws, "memcpy_ms"), "one copy", blocked_bar
+    )
+    rates = [[num_bytes / 1e6 / ms for ms in of(rows, "receive_ms")] for rows in (syncs, raws)]
+    report.pairs(f"{what} transfer", "GB/s", *rates, "gloo broadcast", transfer_bar)
+    report.pairs(f"{what} staged", "ms", of(syncs, "staged_ms"), of(raws, "receive_ms"), "gloo broadcast")
     limits = [3 * raw["memcpy_ms"] + sync["step_ms"] for sync, raw in zip(syncs, raws, strict=True)]
     report.pairs(f"{what} pause", "ms", of(syncs, "pause_ms"), limits, "3 copies and a decode step", bar="<= 1")
     ours, theirs = of(syncs, "standstill_ms"), of(reloads, "standstill_ms")
@@ -166,17 +181,21 @@ async def start_receiver(peer: Any, num_bytes: float) -> asyncio.subprocess.Proc
 
 
 def _receive_forever(port: str, num_bytes: str) -> None:
-    """The bare receiver: takes each broadcast and answers with one byte. Inherits its CPU; ended by its parent."""
+    """The bare receiver: takes each broadcast and answers with the ms it took. On the CPU of its parent."""
     import torch
     import torch.distributed as dist
 
     die_with_parent()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=1, world_size=2)
-    flat, echo = torch.zeros(int(num_bytes), dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    flat, ready = torch.zeros(int(num_bytes), dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
     while True:
+        dist.recv(ready, src=0)
+        time.sleep(SENDER_WAITS_S)
+        started = time.perf_counter()
         dist.broadcast(flat, src=0)
-        dist.send(echo, dst=0)
+        took_ms = (time.perf_counter() - started) * 1e3
+        dist.send(torch.tensor([took_ms], dtype=torch.float64), dst=0)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class EngineUnderTest:
     engine: Any
     model: Any
     runner: asyncio.Runner
+    num_workers: int = 1
     next_version: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -98,10 +99,10 @@ class EngineUnderTest:
         return self.runner.run(work)
 
     async def open_group(self, version: int, timeout_s: float = 20.0) -> Any:
-        """A weight group with the learner's end in this process and the engine as its other member."""
+        """A weight group with the learner's end in this process and the engine's workers as its other members."""
         from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
 
-        spec = WeightGroupSpec("127.0.0.1", 0, f"test/{version}", 0, 2, "gloo", timeout_s)
+        spec = WeightGroupSpec("127.0.0.1", 0, f"test/{version}", 0, 1 + self.num_workers, "gloo", timeout_s)
         group = WeightGroup.host(spec)
         root = asyncio.create_task(asyncio.to_thread(group.join))
         await self.engine.join_weight_group(group.spec.for_rank(1), timeout_s)
@@ -172,7 +173,7 @@ def untied_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
 
 
-def start_engine(model_dir: Path, log_path: Path) -> EngineUnderTest:
+def start_engine(model_dir: Path, log_path: Path, *, tensor_parallel_size: int = 1) -> EngineUnderTest:
     """A started engine without weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -185,14 +186,15 @@ def start_engine(model_dir: Path, log_path: Path) -> EngineUnderTest:
         str(model_dir),
         max_model_len=MAX_LENGTH,
         max_sequences=16,
+        tensor_parallel_size=tensor_parallel_size,
         kv_cache_bytes=64 * 2**20,
         log_path=str(log_path),
-        start_timeout_s=120.0,
+        start_timeout_s=240.0,
     )
     engine = VLLMEngine(options)
     runner.run(engine.start())
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    return EngineUnderTest(engine, model, runner)
+    return EngineUnderTest(engine, model, runner, num_workers=tensor_parallel_size)
 
 
 @pytest.fixture(scope="session")

@@ -247,6 +247,14 @@ def _nccl_has_gpus(config: Config) -> str | None:
     return f"weights.backend=nccl moves weights between GPUs, but {on_cpu[0]}=cpu; set weights.backend=gloo or auto"
 
 
+def _ipc_shares_a_device(config: Config) -> str | None:
+    devices = {name: value_of(config, name) for name in ("learner.device", "generator.device")}
+    if config.weights.backend != "ipc" or set(devices.values()) != {"cpu", "cuda"}:
+        return None
+    shown = " and ".join(f"{name}={device}" for name, device in devices.items())
+    return f"weights.backend=ipc shares memory of one device, but {shown}; give both one device, or use gloo"
+
+
 RULES: tuple[Callable[[Config], str | None], ...] = (
     _names_fit,
     _model_is_given,
@@ -264,6 +272,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _curve_keys_come_in_pairs,
     _open_addresses_are_authenticated,
     _nccl_has_gpus,
+    _ipc_shares_a_device,
     *METHOD_RULES,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from asyncrl.model_files import ModelFiles, find_model
 def check_host(config: Config, role: str) -> ModelFiles:
     """Checks what depends on the machine that `role` ("learner" or "generator") starts on; returns the model.
 
-    Raises ConfigError for missing key files, CPUs and GPUs, ModelError for a missing or incomplete model.
+    Raises ConfigError for missing key files, CPUs and GPUs and for a weights.host that cannot share memory, ModelError
+    for a missing or incomplete model.
     """
-    raise_all([*_key_file_problems(config, role), *_device_problems(config, role)])
+    raise_all([*_key_file_problems(config, role), *_device_problems(config, role), *_ipc_problems(config)])
     return find_model(config.model.path)
 
 
@@ -44,6 +46,26 @@ def _device_problems(config: Config, role: str) -> Iterator[str]:
         )
     if section.device == "cuda" and not has_gpu():
         yield f"{role}.device=cuda but this host shows no NVIDIA device; set {role}.device=cpu or auto"
+
+
+def _ipc_problems(config: Config) -> Iterator[str]:
+    host = config.weights.host
+    if config.weights.backend == "ipc" and not _is_this_host(host):
+        yield (
+            f"weights.backend=ipc shares the learner's memory, but weights.host={host} is no address of this host; "
+            "start all daemons on the learner's machine, or set weights.backend=gloo or nccl"
+        )
+
+
+def _is_this_host(host: str) -> bool:
+    """Whether `host` can be listened at here; port 0 takes any that is free."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def has_gpu() -> bool:

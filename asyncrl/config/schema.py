@@ -307,10 +307,21 @@ class WeightsConfig:
         "Private address of the learner's weight store. The weight plane has no authentication: a trusted "
         "network only.",
     )
-    backend: str = key("auto", "nccl on GPUs, gloo on CPU.", choices=["auto", "gloo", "nccl"])
+    backend: str = key(
+        "auto",
+        "auto = nccl on GPUs, gloo on CPU. ipc is for one machine: generators copy out of the learner's own buffer, on "
+        "one GPU (where nccl does not work) or on the CPU; all run as one user in one PID namespace.",
+        choices=["auto", "gloo", "nccl", "ipc"],
+    )
     bucket_bytes: int = key(64 * 2**20, "Bytes sent in one collective.", minimum=1024)
     timeout_s: float = key(
         30.0, "Deadline of each phase of a sync; a generator that exceeds it is left out.", above=0.0
+    )
+    cell_size: int = key(
+        8,
+        "Most generators that share one collective: one that hangs stalls no more than these, for one deadline. The "
+        "learner sends once per cell.",
+        minimum=1,
     )
     canary_sequences: int = key(4, "Probe sequences scored by learner and generator at each sync.", minimum=1)
     canary_tolerance: float = key(

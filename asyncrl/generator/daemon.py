@@ -6,7 +6,7 @@
     lease (many)  one lease                   one group or one failure     the lease's deadline
     beat          counters                    Beat, once a second          -
     engine        a welcome                   a started engine             its start's deadline
-                  progress of the engine      exit 5 when it is wedged     the probe's deadline
+                  progress of the engine      exit 5: wedged or dead       the probe's deadline
 
 Everything runs in one event loop, the beat included: a wedged loop stops beating, and the learner notices.
 The link comes first and the engine, which takes many seconds, after the welcome: an address that does not answer and a
@@ -298,6 +298,9 @@ class GeneratorDaemon:
                     await self._beat_soon.wait()
                     await asyncio.sleep(BEAT_GATHER_S)
             self._beat_soon.clear()
+            if self._ready:
+                # Also without leases, when no probe is due: a learner must not go on offering weights to a dead engine.
+                self.engine.check_alive()
             if self.session.welcomed:
                 self._send(self._beat())
 
@@ -319,6 +322,7 @@ class GeneratorDaemon:
             held_version=self.sync.held_version,
             generations_failed=self.runner.generations_failed,
             ready=self._ready,
+            sequences_received=self._sequences_received,
         )
 
     def _clock_engine(self) -> None:

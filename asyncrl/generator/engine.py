@@ -59,7 +59,8 @@ class StageReport:
     """What the workers measured on the staged bytes: per worker, one digest per bucket."""
 
     digests: list[list[int]]
-    timings_ms: dict[str, float] = field(default_factory=dict)  # stage_ms
+    # In the slowest worker: stage_ms, and its parts receive_ms, decode_ms (of a delta), verify_ms, prepare_ms
+    timings_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,9 @@ class RolloutEngine(Protocol):
     """An engine that samples under a known policy version.
 
     It starts without one: `generate` and `score` raise EngineError until the first `stage_weights` and
-    `swap_weights` succeeded. A swap that fails half-way leaves the engine *tainted*: `version` is None, what
-    was being sampled fails, and nothing is sampled until a full stage and swap succeed.
+    `swap_weights` succeeded. A swap that fails half-way, or whose weights turn out to be wrong (`taint`), leaves the
+    engine *tainted*: `version` is None, what was being sampled fails, and nothing is sampled until a full stage and
+    swap succeed.
 
     Every `timeout_s` bounds the call; when it expires, asyncrl.errors.DeadlineExceeded names what was waited
     for.
@@ -98,7 +100,7 @@ class RolloutEngine(Protocol):
 
     @property
     def tainted(self) -> bool:
-        """Whether the weights are a mixture of versions that must not be sampled from."""
+        """Whether the weights must not be sampled from: a mixture of versions, or not those of any."""
         ...
 
     @property
@@ -137,6 +139,14 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def check_alive(self) -> None:
+        """Return unless the engine is known to have died; waits for nothing.
+
+        Raises:
+            EngineError: it died.
+        """
+        ...
+
     async def probe(self, timeout_s: float) -> None:
         """Return if the engine still samples (or, when tainted, still answers).
 
@@ -170,6 +180,13 @@ class RolloutEngine(Protocol):
         Raises:
             EngineError: `version` is not staged (nothing has changed), or loading failed (the engine is
             tainted). DeadlineExceeded: the engine is tainted.
+        """
+        ...
+
+    def taint(self, why: str) -> None:
+        """The weights in use are not those of their version: fail what is being sampled and sample nothing more.
+
+        A later sync may bring the same version again, then rightly: what was begun before must not live to see it.
         """
         ...
 

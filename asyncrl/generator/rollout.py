@@ -89,7 +89,8 @@ class LeaseRunner:
         except (EngineError, NonFiniteError) as error:
             await self._abort(lease, request_id)  # what else the lease samples is of no use
             self.generations_failed += 1
-            return LeaseFailure("engine", str(error))
+            # Not "engine", which counts against the prompt, when it was the weights.
+            return LeaseFailure("tainted" if self._engine.tainted else "engine", str(error))
         versions = {span.version for completion in completions for span in completion.version_spans}
         if lease.pinned_version is not None and versions != {lease.pinned_version}:
             return LeaseFailure("not_pinned", f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone")

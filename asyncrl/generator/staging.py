@@ -9,7 +9,9 @@ counts for nothing. Knows nothing of vLLM.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +27,7 @@ class Staged:
     version: int
     layout: WeightLayout
     buffer: torch.Tensor  # uint8 [layout.total_bytes]
+    timings_ms: dict[str, float] = field(default_factory=dict)  # of its receipt: receive_ms, decode_ms, verify_ms
 
 
 def receive(
@@ -34,6 +37,7 @@ def receive(
     device: torch.device,
     timeout_s: float,
     digests: list[int],
+    on_received: Callable[[int], None] = lambda num_bytes: None,
 ) -> Staged:
     """Receives `manifest` into the buffer of `held`, or into a new one, and verifies every bucket.
 
@@ -41,49 +45,69 @@ def receive(
 
     Args:
         digests: takes what was measured, bucket by bucket.
+        on_received: is told the bytes of each part that has come, so that a failure can say how far it was.
 
     Raises:
         WeightGroupError: the group failed; bytes were damaged; a delta starts from a version that is not held.
         ProtocolError: a delta does not fit the layout.
     """
     deadline = time.monotonic() + timeout_s
-    layout = manifest.layout
-    if manifest.delta is not None:
-        buffer = _receive_delta(group, manifest, held, device, deadline)
-    elif held is not None and held.buffer.numel() == layout.total_bytes:
-        buffer = held.buffer
+    layout, delta, timings_ms = manifest.layout, manifest.delta, {}
+    if delta is not None:
+        buffer = _base_of(manifest, held)
+        payload = torch.empty(delta.num_bytes, dtype=torch.uint8, device=device)
+        with _timed(timings_ms, "receive_ms"):
+            _receive_parts(group, payload.split(layout.bucket_bytes), deadline, on_received)
+        with _timed(timings_ms, "decode_ms"):
+            apply_delta(layout, buffer, delta, payload)
     else:
-        buffer = layout.new_buffer(device)
-    for index, ((start, stop), expected) in enumerate(zip(layout.buckets, manifest.digests, strict=True)):
-        bucket = buffer[start:stop]
-        if manifest.delta is None:
-            group.broadcast(bucket, deadline - time.monotonic())
-        measured = digest(bucket)
+        reused = held is not None and held.buffer.numel() == layout.total_bytes
+        buffer = held.buffer if reused else layout.new_buffer(device)
+        with _timed(timings_ms, "receive_ms"):
+            _receive_parts(group, [buffer[start:stop] for start, stop in layout.buckets], deadline, on_received)
+    # Not bucket by bucket on the way: the sender and all other members would wait for it.
+    with _timed(timings_ms, "verify_ms"):
+        _verify(manifest, buffer, digests)
+    return Staged(manifest.version, layout, buffer, timings_ms)
+
+
+@contextmanager
+def _timed(timings_ms: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    timings_ms[name] = (time.monotonic() - started) * 1e3
+
+
+def _receive_parts(
+    group: WeightGroup, parts: Sequence[torch.Tensor], deadline: float, on_received: Callable[[int], None]
+) -> None:
+    for part in parts:
+        group.broadcast(part, deadline - time.monotonic())
+        on_received(part.nbytes)
+
+
+def _base_of(manifest: WeightManifest, held: Staged | None) -> torch.Tensor:
+    """The buffer that the delta of `manifest` changes. Raises WeightGroupError when it does not hold the base."""
+    delta = manifest.delta
+    assert delta is not None
+    if held is None or held.version != delta.base_version or held.layout != manifest.layout:
+        holds = "nothing" if held is None else f"version {held.version}"
+        raise WeightGroupError(
+            f"version {manifest.version} comes as a delta to version {delta.base_version}, staging holds {holds}; "
+            "it must be sent whole"
+        )
+    return held.buffer
+
+
+def _verify(manifest: WeightManifest, buffer: torch.Tensor, digests: list[int]) -> None:
+    for index, ((start, stop), expected) in enumerate(zip(manifest.layout.buckets, manifest.digests, strict=True)):
+        measured = digest(buffer[start:stop])
         digests.append(measured)
         if measured != expected:
             raise WeightGroupError(
                 f"bucket {index} of version {manifest.version}: digest {measured}, the manifest says {expected}; "
                 + _suspects(manifest)
             )
-    return Staged(manifest.version, layout, buffer)
-
-
-def _receive_delta(
-    group: WeightGroup, manifest: WeightManifest, held: Staged | None, device: torch.device, deadline: float
-) -> torch.Tensor:
-    delta, layout = manifest.delta, manifest.layout
-    assert delta is not None
-    if held is None or held.version != delta.base_version or held.layout != layout:
-        holds = "nothing" if held is None else f"version {held.version}"
-        raise WeightGroupError(
-            f"version {manifest.version} comes as a delta to version {delta.base_version}, staging holds {holds}; "
-            "it must be sent whole"
-        )
-    payload = torch.empty(delta.num_bytes, dtype=torch.uint8, device=device)
-    for part in payload.split(layout.bucket_bytes):
-        group.broadcast(part, deadline - time.monotonic())
-    apply_delta(layout, held.buffer, delta, payload)
-    return held.buffer
 
 
 def _suspects(manifest: WeightManifest) -> str:

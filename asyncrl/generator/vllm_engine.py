@@ -5,8 +5,9 @@ state of the engine: from the pause to the resume `version` is None, and if anyt
 None (*tainted*).
 
 Prefix cache. Blocks computed under one version must not serve a prompt that starts under another. While
-sequences run, vLLM cannot clear the cache without throwing their KV away, so each version has a cache of its
-own: every request carries its version as the cache's salt. One case is left, a sequence submitted before the
+sequences run, vLLM cannot clear the cache without throwing their KV away, so each swap has a cache of its
+own: every request carries version and number of the swap as the cache's salt (the number, because a version that
+was found wrong may come again). One case is left, a sequence submitted before the
 pause whose prompt has not been computed yet: it has no tokens to lose and is submitted again under the new
 version.
 """
@@ -44,6 +45,8 @@ REPORT_SLACK_S = 1.5  # workers keep the deadline themselves; this is for their 
 POLL_FIRST_S, POLL_MAX_S = 0.002, 0.05
 RPC_TIMEOUT_S = 5.0
 STOP_BUILDING_TIMEOUT_S = 8.0
+LEFT = "the weight group is left, nothing is staged, the weights in use are untouched"
+TAINTED = "the engine is tainted: what it sampled is lost, and it samples nothing until a full sync"
 SHUTDOWN_TIMEOUT_S = 0.5  # the engine's processes hold nothing that a kill could damage
 
 
@@ -73,6 +76,7 @@ class VLLMEngine:
         self._spare_slots = asyncio.Semaphore(SPARE_SEQUENCES - 1)  # the last one is the probe's
         self._weights_lock = asyncio.Lock()
         self._swapping = False
+        self._num_swaps = 0
         self._open = asyncio.Event()  # closed from a pause to its resume: nothing is submitted in between
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ class VLLMEngine:
     # -- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start vLLM and sample once, so that what is compiled or allocated late is in place.
+        """Start vLLM, sample and score once, so that what is compiled or allocated late is in place.
 
         Raises:
             EngineError, ModelError: the engine did not start.
@@ -110,6 +114,8 @@ class VLLMEngine:
                 self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
                 self._llm = await asyncio.shield(self._building)
                 await self.probe(timeout_s)
+                # The first canary has a sync's deadline, and the first scoring takes seconds more than all others.
+                await self._run([self._stop_ids[0]] * 2, self._scoring_params(), "warm-up", salt="warm-up")
         except TimeoutError as error:
             await self.close()
             raise EngineError(f"the engine was not ready within {timeout_s:g} s; see its log") from error
@@ -224,7 +230,7 @@ class VLLMEngine:
                 self._check_usable()
                 sequence.restart = False
                 sequence.engine_id = f"{request.request_id}/{index}/{next(self._ids)}"
-                output = await self._run(prompt, params, sequence.engine_id, salt=f"v{self._version}")
+                output = await self._run(prompt, params, sequence.engine_id, salt=f"v{self._version}/{self._num_swaps}")
                 if not (sequence.restart and output.outputs[0].finish_reason == "abort"):
                     completion = completion_from(output.outputs[0], self._tokenizer, request.request_id)
                     self._tokens_generated += len(completion.token_ids)
@@ -252,16 +258,24 @@ class VLLMEngine:
         scores = asyncio.gather(*(self._score_one(sequence) for sequence in sequences))
         return await self._within(timeout_s, f"scoring {len(sequences)} sequences", scores)
 
-    async def _score_one(self, token_ids: list[int]) -> np.ndarray:
-        params = self._sampling_params(
+    def _scoring_params(self) -> Any:
+        return self._sampling_params(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
             output_kind=self._final_only,
         )  # fmt: skip
+
+    async def _score_one(self, token_ids: list[int]) -> np.ndarray:
         engine_id = f"score/{next(self._ids)}"
         async with self._spare_slots:
             # vLLM reads no cached prefix when prompt log-probs are asked for; the salt keeps it from leaving one.
-            output = await self._run(list(token_ids), params, engine_id, salt=engine_id)
+            output = await self._run(list(token_ids), self._scoring_params(), engine_id, salt=engine_id)
         return scores_from(output, len(token_ids))
+
+    def check_alive(self) -> None:
+        """See `RolloutEngine.check_alive`."""
+        if self._llm is not None and self._llm.errored:
+            self._dead, self._version = self._dead or "the engine died; its log tells why", None
+        self._check_alive()
 
     async def probe(self, timeout_s: float) -> None:
         """See `RolloutEngine.probe`."""
@@ -280,15 +294,14 @@ class VLLMEngine:
         """See `RolloutEngine.join_weight_group`."""
         async with self._weights_lock:
             await self._rpc("asyncrl_join", timeout_s, dataclasses.replace(spec, timeout_s=timeout_s).to_dict())
-            await self._finish_job("joining the weight group", timeout_s)
+            await self._finish_job(f"joining weight group {spec.prefix!r}", timeout_s)
 
     async def stage_weights(self, manifest: WeightManifest, timeout_s: float) -> StageReport:
         """See `RolloutEngine.stage_weights`."""
         async with self._weights_lock:
             await self._rpc("asyncrl_stage", timeout_s, manifest.to_dict(), timeout_s)
             jobs = await self._finish_job(f"staging version {manifest.version}", timeout_s)
-        stage_ms = max(job["elapsed_ms"] for job in jobs)
-        return StageReport([job["digests"] for job in jobs], {"stage_ms": stage_ms})
+        return StageReport([job["digests"] for job in jobs], _slowest_ms(jobs))
 
     async def leave_weight_group(self) -> None:
         """See `RolloutEngine.leave_weight_group`."""
@@ -306,6 +319,12 @@ class VLLMEngine:
             try:
                 swap = self._swap(version, timeout_s)
                 report = await self._within(timeout_s, f"swapping to version {version}", swap)
+            except DeadlineExceeded as error:
+                self._tainted = True
+                self._fail_running(str(error))
+                raise DeadlineExceeded(
+                    f"{error}: not all of its {self._options.tensor_parallel_size} workers answered; {TAINTED}"
+                ) from None
             except BaseException as error:
                 # Also on cancellation: nobody knows how far the workers came.
                 self._tainted = True
@@ -314,8 +333,14 @@ class VLLMEngine:
             finally:
                 self._swapping = False
             self._version, self._tainted = version, False
+            self._num_swaps += 1
             self._open.set()
             return report
+
+    def taint(self, why: str) -> None:
+        """See `RolloutEngine.taint`."""
+        self._version, self._tainted = None, True
+        self._fail_running(why)
 
     async def _swap(self, version: int, timeout_s: float) -> SwapReport:
         core = self._llm.engine_core
@@ -326,7 +351,7 @@ class VLLMEngine:
         results = await self._rpc("asyncrl_swap", timeout_s, version)
         for rank, result in enumerate(results):
             if result["error"]:
-                raise EngineError(f"worker {rank} could not load version {version}: {result['error']}")
+                raise EngineError(f"worker {rank} could not load version {version}: {result['error']}; {TAINTED}")
         await core.set_weight_version_async(str(version))
         await core.resume_scheduler_async()
         pause_ms = (time.monotonic() - paused) * 1e3
@@ -349,15 +374,19 @@ class VLLMEngine:
         """The results of all workers' jobs. After a failure the group is left: a broken one is of no use."""
         deadline = time.monotonic() + timeout_s + REPORT_SLACK_S
         pause_s = POLL_FIRST_S
+        jobs: list[dict[str, Any]] = []
         try:
             while True:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise DeadlineExceeded(f"{what}: the workers did not finish within {timeout_s:g} s")
-                jobs = await self._rpc("asyncrl_poll", remaining)
+                    raise DeadlineExceeded(f"{what}: not done within {timeout_s:g} s: {_progress(jobs)}; {LEFT}")
+                try:
+                    jobs = await self._rpc("asyncrl_poll", remaining)
+                except DeadlineExceeded as error:
+                    raise DeadlineExceeded(f"{what}: {error}; last heard: {_progress(jobs)}; {LEFT}") from None
                 for rank, job in enumerate(jobs):
                     if job["state"] == "failed":
-                        raise WeightGroupError(f"{what}: worker {rank}: {job['error']}")
+                        raise WeightGroupError(f"{what}: {_progress([job], rank)}: {job['error']}; {LEFT}")
                 if all(job["state"] == "done" for job in jobs):
                     return jobs
                 await asyncio.sleep(pause_s)
@@ -376,7 +405,7 @@ class VLLMEngine:
     def _check_usable(self) -> None:
         self._check_alive()
         if self._tainted:
-            raise EngineError("the engine is tainted: a weight swap failed half-way; it needs a full sync")
+            raise EngineError("the engine is tainted: its weights could not be proven; it needs a full sync")
         if self._version is None and not self._swapping:
             raise EngineError("the engine has no policy version yet: its weights come by sync")
 
@@ -406,3 +435,21 @@ class VLLMEngine:
             self._dead = "the engine died; its log tells why"
             self._version = None
             raise EngineError(self._dead) from error
+
+
+def _slowest_ms(jobs: list[dict[str, Any]]) -> dict[str, float]:
+    """What staging and each of its parts took in the worker where that took longest."""
+    names = {name for job in jobs for name in job["timings_ms"]}
+    parts = {name: max(job["timings_ms"].get(name, 0.0) for job in jobs) for name in sorted(names)}
+    return {"stage_ms": max(job["elapsed_ms"] for job in jobs), **parts}
+
+
+def _progress(jobs: list[dict[str, Any]], first_rank: int = 0) -> str:
+    """How far each worker's job has come; those that are done are left out while others are not."""
+    told = [
+        f"worker {rank} {job['state']} in phase {job['phase']}"
+        + (f", {job['received_bytes']} of {job['total_bytes']} bytes received" if job["phase"] == "stage" else "")
+        for rank, job in enumerate(jobs, first_rank)
+        if job["state"] != "done"
+    ]
+    return ", ".join(told) or "no worker has told how far it is"

@@ -133,15 +133,22 @@ class WeightSync:
     async def _swap(self, swap: SyncSwap) -> None:
         sequences = [np.frombuffer(tokens, TOKEN_DTYPE).tolist() for tokens in swap.canary]
         self._held, self._loaded = None, swap.version
+        # The number may have been proven before, with the weights of an earlier learner.
+        self._proven.discard(swap.version)
         try:
             report = await self._engine.swap_weights(swap.version, swap.timeout_s)
+        except (AsyncRLError, TimeoutError) as error:
+            await self._settle(None)
+            self._reply(swap, "swap", error=_text(error))
+            return
+        try:
             loop = asyncio.get_running_loop()
             started = loop.time()
             logprobs = await self._engine.score(sequences, swap.timeout_s)
             canary_ms = (loop.time() - started) * 1e3
         except (AsyncRLError, TimeoutError) as error:
-            await self._settle(None)
-            self._reply(swap, "swap", error=_text(error))
+            await self._taint(f"the canary of version {swap.version} was not scored: {error}")
+            self._reply(swap, "swap", error=f"canary: {_text(error)}; the engine is tainted until a full sync")
             return
         self._reply(
             swap,
@@ -155,13 +162,20 @@ class WeightSync:
             log.warning("commit of version %d ignored: version %s is loaded", commit.version, self._loaded)
             return
         self._proven.add(commit.version)
+        log.debug("version %d is proven", commit.version)
         await self._settle(commit.version)
 
     async def _abort(self, abort: SyncAbort) -> None:
         log.warning("sync to version %d aborted: %s", abort.version, abort.reason)
         self._group = None
         if abort.tainted:
-            await self._settle(None)
+            await self._taint(f"version {abort.version} was not proven: {abort.reason}")
+
+    async def _taint(self, why: str) -> None:
+        """What is loaded must not be sampled from, nor may what was sampled from it pass as a later, good one."""
+        if self._loaded is not None:
+            self._engine.taint(why)
+        await self._settle(None)
 
     async def _settle(self, held: int | None) -> None:
         async with self._changed:

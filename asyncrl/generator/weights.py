@@ -51,17 +51,25 @@ def register() -> None:
 class Job:
     """Work of the receiver's thread. `state` goes from running to done or failed and stays there."""
 
+    phase: str  # "join" or "stage"
     state: str = "running"
     error: str = ""
+    received_bytes: int = 0
+    total_bytes: int = 0
     digests: list[int] = field(default_factory=list)
     elapsed_ms: float = 0.0
+    timings_ms: dict[str, float] = field(default_factory=dict)  # of its parts
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "phase": self.phase,
             "state": self.state,
             "error": self.error,
+            "received_bytes": self.received_bytes,
+            "total_bytes": self.total_bytes,
             "digests": self.digests,
             "elapsed_ms": self.elapsed_ms,
+            "timings_ms": self.timings_ms,
         }
 
 
@@ -83,7 +91,7 @@ class WeightReceiver:
         self._base = base
         self._prepare = prepare
         self._group: WeightGroup | None = None
-        self._job = Job(state="done")
+        self._job = Job("join", state="done")
         self._held: Staged | None = None  # verified; outlives groups and `staged`, because deltas start from it
         self._lock = threading.Lock()  # between a job that publishes its result and `leave`
         self.staged: WeightManifest | None = None
@@ -120,15 +128,14 @@ class WeightReceiver:
         """Disconnect and drop what is staged."""
         with self._lock:
             self.staged = self.prepared = None
-            self._job = Job(state="done")
+            self._job = Job("join", state="done")
             group, self._group = self._group, None
         if group is not None:
-            group.abort()
-            # Closing may wait for a deadline; nobody needs to wait for it.
+            # It breaks off what is under way and may then wait for a deadline of its own: the engine must not.
             threading.Thread(target=_close, args=(group,), name="asyncrl: close group", daemon=True).start()
 
     def _begin(self, name: str, work: Callable[[Job], None]) -> None:
-        job = self._job = Job()
+        job = self._job = Job(name)
 
         def run() -> None:
             started = time.monotonic()
@@ -149,12 +156,19 @@ class WeightReceiver:
         timeout_s: float,
         job: Job,
     ) -> None:
-        held = receive(group, manifest, held, self._device, timeout_s, job.digests)
+        job.total_bytes = manifest.layout.total_bytes if manifest.delta is None else manifest.delta.num_bytes
+
+        def received(num_bytes: int) -> None:
+            job.received_bytes += num_bytes
+
+        held = receive(group, manifest, held, self._device, timeout_s, job.digests, received)
         if self._job is not job:
             return  # disowned: the base may be that of another manifest by now
+        started = time.monotonic()
         # After the last bucket: reading a base takes seconds, and the group's other members must not wait for it.
         self._base.prepare(manifest)
         prepared = self._prepare(manifest, self._base.complete(manifest, manifest.layout.views(held.buffer)))
+        job.timings_ms = {**held.timings_ms, "prepare_ms": (time.monotonic() - started) * 1e3}
         with self._lock:
             if self._job is job:
                 self._held, self.staged, self.prepared = held, manifest, prepared

@@ -6,6 +6,7 @@ generator that restarts starts again at zero, so totals are kept per (generator,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -91,24 +92,30 @@ class Account:
             generators_alive=num_alive,
         )
 
-    def sync_metrics(self, ended: RoundEnded, committed: list[Committed]) -> SyncMetrics:
+    def sync_metrics(self, ended: RoundEnded) -> SyncMetrics:
         """One round of weight sync."""
+        committed = ended.committed
         canary_means = [c.canary_mean_diff for c in committed]
         if canary_means:
             self._gap_engine = fmean(canary_means)
-        pauses = [c.timings_ms["pause_ms"] for c in committed if "pause_ms" in c.timings_ms]
+        slowest_ms = _slowest_ms(committed)
         return SyncMetrics(
             version=ended.version,
             total_ms=ended.total_ms,
-            generators_committed=ended.num_committed,
-            generators_failed=ended.num_failed,
-            pause_ms=max(pauses, default=None),
+            generators_committed=len(committed),
+            generators_failed=len(ended.failed),
+            members=sorted([*(c.name for c in committed), *ended.failed]),
+            retries=ended.retries,
+            catch_up=ended.catch_up,
             apply=_apply(committed),
+            snapshot_ms=ended.snapshot_ms or None,
+            encode_ms=ended.encode_ms or None,
             transfer_ms=ended.transfer_ms or None,
+            transfer_gb_per_s=_gb_per_s(ended.num_bytes, slowest_ms.get("receive_ms")),
+            **{name: slowest_ms.get(name) for name in _TIMED},
             encoding=("dense" if ended.base_version is None else "delta") if ended.num_bytes else None,
             num_bytes=ended.num_bytes or None,
             dense_bytes=ended.dense_bytes or None,
-            encode_ms=ended.encode_ms or None,
             canary_max_abs_diff=max((c.canary_max_diff for c in committed), default=None),
             canary_mean_abs_diff=fmean(canary_means) if canary_means else None,
         )
@@ -155,6 +162,10 @@ _KEPT = (
 )
 
 
+# What generators time themselves.
+_TIMED = ("receive_ms", "decode_ms", "verify_ms", "prepare_ms", "stage_ms", "pause_ms", "canary_ms")
+
+
 def _split_off(prefix: str, metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """The figures whose names begin with `prefix`, without it, and the others."""
     parts = {name: value for name, value in metrics.items() if name.startswith(prefix)}
@@ -171,10 +182,23 @@ def _nested(by_age: dict[str, float]) -> dict[str, dict[str, float]]:
     return nested
 
 
-def _apply(committed: list[Committed]) -> str | None:
+def _apply(committed: Sequence[Committed]) -> str | None:
     """How the engines took the weights: "reload" when one of them did."""
     told = {name for c in committed for name in c.timings_ms}
     return next((kind for kind in ("reload", "direct") if f"{kind}_ms" in told), None)
+
+
+def _slowest_ms(committed: Sequence[Committed]) -> dict[str, float]:
+    """Each time that was reported, in the generator where it was longest."""
+    slowest: dict[str, float] = {}
+    for one in committed:
+        for name, value in one.timings_ms.items():
+            slowest[name] = max(value, slowest.get(name, value))
+    return slowest
+
+
+def _gb_per_s(num_bytes: int, ms: float | None) -> float | None:
+    return num_bytes / ms / 1e6 if num_bytes and ms else None
 
 
 def _drift(logprob_gap: float | None, gap_engine: float | None) -> float | None:

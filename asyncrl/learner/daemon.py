@@ -111,6 +111,7 @@ def _make_desk(
         run_name=config.run.name,
         timeout_s=config.weights.timeout_s,
         tolerance=canary_tolerance(config),
+        cell_size=config.weights.cell_size,
     )
     generators = GeneratorSide(
         config, run_epoch=run_epoch, socket=rollout_socket, sessions=sessions, intake=intake, planner=planner

@@ -45,7 +45,8 @@ class GeneratorSide:
         self._intake = intake
         self._leases = intake.leases
         self._planner = planner
-        self._granted: dict[str, int] = {}  # admitted generators -> sequences leased to them in this run epoch
+        # Admitted generators -> sequences leased to them in this run epoch; None before their first beat.
+        self._granted: dict[str, int | None] = {}
         intake.on_cancel = self._cancel
 
     # -- coming and going ------------------------------------------------------------------------------------------
@@ -82,6 +83,7 @@ class GeneratorSide:
         for record in self._leases.expire(now):
             log.warning("lease %s of %s expired: leased again", record.key, record.holder)
             self._cancel(record)
+        self._probe_silent(now)
         for session, _ in self._sessions.tick(now):
             name = session.generator_id
             if session.liveness is Liveness.DEAD:
@@ -91,6 +93,14 @@ class GeneratorSide:
             elif session.liveness is Liveness.ALIVE and name not in self._granted and session.hello is not None:
                 # It was taken for dead and is here again: what it held is gone, so it begins with the weights.
                 self._admit(session, now)
+
+    def _probe_silent(self, now: float) -> None:
+        """Whether an answer that nobody asked for can be sent tells if a silent generator is still connected."""
+        for session in self._sessions:
+            if session.probe_due(now):
+                assert session.peer is not None
+                ack = encode(self._sessions.ack(session), max_bytes=self.socket.max_frame_bytes)
+                session.cut_off = not self.socket.reaches(session.peer, ack)
 
     def stop(self, finished: bool, reason: str) -> None:
         for session in self._sessions:
@@ -108,7 +118,8 @@ class GeneratorSide:
     def _admit(self, session: DeskSession, now: float) -> None:
         assert session.hello is not None
         log.info("generator %s joined (incarnation %d)", session.generator_id, session.incarnation)
-        self._granted[session.generator_id] = 0
+        # One that was taken for dead counts on from what it has received; whatever else was granted is forgotten.
+        self._granted[session.generator_id] = None
 
     def _free(self, name: str, why: str, now: float) -> None:
         """What a generator held goes back to the lease desk and the sync planner."""
@@ -123,10 +134,13 @@ class GeneratorSide:
         session.on_beat(beat, now)
         self._intake.account.beat(session.generator_id, session.incarnation, beat)
         if beat.run_epoch == self._run_epoch:
+            if session.generator_id in self._granted and self._granted[session.generator_id] is None:
+                self._granted[session.generator_id] = beat.sequences_received
             self._compare_leases(session, beat, now)
             if beat.ready and session.hello is not None:
                 # Not at the hello: the engine starts only then, and weights can be sent to a started one alone.
                 self._planner.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
+            self._planner.holds(session.generator_id, beat.held_version, now)
         # The answer to a beat is the state of acknowledgements: it repairs lost ones and shows that the desk lives.
         self._send(session, self._sessions.ack(session))
 
@@ -136,7 +150,9 @@ class GeneratorSide:
         reconciled = self._leases.reconcile(name, active, now)
         for record in reconciled.lost:
             log.warning("%s does not know lease %s: leased again", name, record.key)
-            self._granted[name] -= self._num_rollouts(record.key) + self._wants_baseline(record.key)
+            granted = self._granted[name]
+            assert granted is not None, f"{name} lost a lease that nobody granted"
+            self._granted[name] = granted - self._num_rollouts(record.key) - self._wants_baseline(record.key)
         needless = [key for key in reconciled.unexpected if not self._adopt(name, key, active[key], now)]
         if needless:
             self._send(session, messages.Abandon(self._run_epoch, [[*key] for key in needless]))
@@ -151,12 +167,17 @@ class GeneratorSide:
             if session.beat is None or session.beat.run_epoch != self._run_epoch:
                 continue
             name, held = session.generator_id, self._planner.held_version(session.generator_id)
-            room = session.beat.sequences_wanted - self._granted[name]
-            while room > 0 and (records := self._leases.grant(name, held, 1, learner_version, now)):
+            granted = self._granted[name]
+            if granted is None:
+                continue  # the beat is from before it was taken for dead
+            while session.beat.sequences_wanted > granted:
+                records = self._leases.grant(name, held, 1, learner_version, now)
+                if not records:
+                    break
                 lease = self._lease(records[0], now)
-                room -= lease.num_sequences
-                self._granted[name] += lease.num_sequences
+                granted += lease.num_sequences
                 self._send(session, lease_to_grant(lease, self._run_epoch))
+            self._granted[name] = granted
 
     def _lease(self, record: LeaseRecord, now: float) -> Lease:
         sampling, key = self._config.sampling, record.key

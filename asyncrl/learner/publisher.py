@@ -1,15 +1,19 @@
-"""Takes snapshots of the policy and broadcasts them, in a thread beside the training loop.
+"""Takes snapshots of the policy and has them broadcast, in threads beside the training loop.
 
-Flat staging buffers: the *offered* one may be on the wire at any moment, the *fresh* one takes the next snapshot. The
-training loop pays for one memory copy and the canary's forward pass; it never waits for the network. When steps are
-faster than syncs, a fresh snapshot that was never offered is overwritten by the next: the newest policy wins.
+Flat staging buffers, each as large as the policy in its wire dtype, made when they are first needed:
 
-A third one, the *base*, keeps what was sent last, so that the next version can go out as the difference to it. It is
-made when a sample of both says for the first time that a delta would pay: a run whose weights all change at every step
-(float32 on the wire, high learning rates) has two buffers for ever. Each is as large as the policy in its wire dtype.
+    fresh     takes the next snapshot
+    offered   the newest that the desk knows of; groups send from it
+    base      what was sent before it, so that it can go out as the difference: only where a sample of both says that
+              this would pay. A run whose weights all change at every step (float32 on the wire) has none.
+    older     still on the wire in a group that is slow or stalled
 
-Order matters in one place: a buffer changes its role only in `_rotate`, under the lock, and only after the desk said
-that no round uses the offered one (`SnapshotReleased`).
+The training loop pays for one memory copy: digests, the canary's forward pass over that copy, and the network are left
+to the threads. When steps are faster than syncs, a fresh snapshot that was never offered is overwritten by the next:
+the newest policy wins. With MAX_BUFFERS in use the next offer waits until a group has ended by its deadline.
+
+Order matters in one place: a buffer changes its role only in `_rotate`, under the lock, only after the desk said that
+a newer snapshot is wanted, and never while a group sends from it.
 """
 
 from __future__ import annotations
@@ -18,21 +22,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from asyncrl.errors import AsyncRLError
+from asyncrl.learner.group_sender import GroupSender, Sent
 from asyncrl.transport.messages import (
     Broadcast,
     BroadcastDone,
+    CloseGroup,
     GroupReady,
     Message,
     OpenGroup,
     SnapshotReady,
-    SnapshotReleased,
+    SnapshotWanted,
 )
 from asyncrl.transport.trainer_link import TrainerLink
 from asyncrl.transport.weight_delta import Delta, delta_pays, encode_delta
@@ -42,6 +48,7 @@ from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 5.0
+MAX_BUFFERS = 5  # fresh, offered, base, and two that stalled groups hold on to
 
 
 @dataclass(slots=True)
@@ -50,9 +57,11 @@ class _Slot:
 
     buffer: SnapshotBuffer
     version: int | None = None
-    canary_logprobs: list[bytes] | None = None
     snapshot_ms: float = 0.0
+    delta: Delta | None = None  # to this version from the one sent before
+    encode_ms: float = 0.0
     sent: bool = False  # whole or as a delta, to at least one group
+    readers: int = 0  # groups that send from it, or will
 
 
 class Publisher(threading.Thread):
@@ -61,27 +70,26 @@ class Publisher(threading.Thread):
     def __init__(
         self,
         desk_address: str,
-        buffers: tuple[SnapshotBuffer, SnapshotBuffer],
+        buffer: SnapshotBuffer,
         canary: list[np.ndarray],
-        score: Callable[[list[list[int]]], list[np.ndarray]],
+        score: Callable[[list[list[int]], SnapshotBuffer], list[np.ndarray]],
         *,
         host: str,
         backend: str,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
         self._desk_address = desk_address
-        self._fresh, self._offered = _Slot(buffers[0]), _Slot(buffers[1])
+        self._fresh, self._offered = _Slot(buffer), _Slot(buffer.twin())
         self._base: _Slot | None = None  # what `_offered` was compared with, or will be if it is not sent
-        self._spare: _Slot | None = None  # memory of a third buffer without a role at present
-        self._delta: Delta | None = None  # from `_base` to `_offered`
-        self._encode_ms = 0.0
-        self._offered_free = True
+        self._slots = [self._fresh, self._offered]
+        self._wanted = True  # the desk takes a newer snapshot
         self._canary = [tokens.astype(TOKEN_DTYPE) for tokens in canary]
         self._score = score
         self._host = host
         self._backend = backend
-        self._group: WeightGroup | None = None
-        self._group_epoch = -1
+        self._senders: dict[int, GroupSender] = {}  # by group epoch
+        self._kept: dict[int, _Slot] = {}  # what a group sends or will send, by group epoch
+        self._sent: deque[Sent] = deque()  # reports of the senders' threads
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopping = threading.Event()
@@ -90,22 +98,18 @@ class Publisher(threading.Thread):
     def publish(self, version: int) -> float:
         """Snapshots the parameters as `version`. Returns the milliseconds the training loop was held up."""
         started = time.monotonic()
-        logprobs = self._score([tokens.tolist() for tokens in self._canary])
         with self._lock:
             self._fresh.buffer.snapshot()
             self._fresh.version = version
-            self._fresh.canary_logprobs = [row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs]
             self._fresh.snapshot_ms = (time.monotonic() - started) * 1e3
             held_up_ms = self._fresh.snapshot_ms
         os.eventfd_write(self._wake, 1)
         return held_up_ms
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread; a broadcast under way is aborted."""
+        """Ends the thread; broadcasts under way are aborted."""
         self._stopping.set()
         os.eventfd_write(self._wake, 1)
-        if self._group:
-            self._group.abort()
         self.join(timeout_s)
 
     def run(self) -> None:
@@ -115,6 +119,10 @@ class Publisher(threading.Thread):
                 self._offer_fresh(link)
                 if (message := link.receive(IDLE_WAIT_S)) is not None:
                     self._handle(link, message)
+                while self._sent:
+                    self._take_report(link, self._sent.popleft())
+            for group_epoch in list(self._senders):
+                self._close(group_epoch)
             link.close()
         except BaseException as error:
             self.crash = error
@@ -125,59 +133,70 @@ class Publisher(threading.Thread):
             return
         # Outside the lock: digests take as long as reading the buffer, and the training loop may want to snapshot.
         slot = self._offered
-        assert slot.version is not None and slot.canary_logprobs is not None
+        assert slot.version is not None
         manifest = slot.buffer.manifest(slot.version)
+        logprobs = self._score([tokens.tolist() for tokens in self._canary], slot.buffer)
         self._encode()
         canary = [tokens.tobytes() for tokens in self._canary]
-        delta = None if self._delta is None else self._delta.info.to_dict()
-        ready = SnapshotReady(slot.version, manifest.to_dict(), canary, slot.canary_logprobs, slot.snapshot_ms, delta)
-        link.send(ready)
+        delta = None if slot.delta is None else slot.delta.info.to_dict()
+        rows = [row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs]
+        link.send(SnapshotReady(slot.version, manifest.to_dict(), canary, rows, slot.snapshot_ms, delta))
 
     def _rotate(self) -> bool:
-        """Makes the fresh snapshot the offered one, if there is one and the offered one is free."""
+        """Makes the fresh snapshot the offered one, if it is wanted and a buffer is left for the next."""
+        if not self._wanted or self._fresh.version is None:
+            return False
         sent = self._offered if self._offered.sent else self._base
         with self._lock:
-            if not self._offered_free or self._fresh.version is None:
-                return False
             pays = sent is not None and delta_pays(sent.buffer.layout, sent.buffer.flat, self._fresh.buffer.flat)
-        if pays and self._base is None and self._spare is None:
-            # Not under the lock: filling it with zeros takes as long as a snapshot, which may have to go on.
-            self._spare = _Slot(self._fresh.buffer.twin())
+        base = sent if pays else None
+        following = self._free_slot(base)
+        if following is None:
+            return False
         with self._lock:
-            free = [slot for slot in (self._offered, self._base, self._spare) if slot is not None]
-            self._base = sent if pays else None
-            free = [slot for slot in free if slot is not self._base]
-            self._offered, self._fresh = self._fresh, free[0]
-            self._spare = free[1] if len(free) > 1 else None
+            self._base, self._offered, self._fresh = base, self._fresh, following
             self._fresh.version, self._fresh.sent = None, False
-            self._offered_free = False
+        self._wanted = False
         return True
+
+    def _free_slot(self, base: _Slot | None) -> _Slot | None:
+        """A buffer that nothing needs once the fresh one is offered; a new one if there is none."""
+        for slot in self._slots:
+            if slot is not self._fresh and slot is not base and not slot.readers:
+                return slot
+        if len(self._slots) >= MAX_BUFFERS:
+            return None
+        # Not under the lock: filling it with zeros takes as long as a snapshot, which may have to go on.
+        slot = _Slot(self._fresh.buffer.twin())
+        self._slots.append(slot)
+        return slot
 
     def _encode(self) -> None:
         """The difference from base to offered; none where there is no base or it is no smaller than half of all."""
-        self._delta, self._encode_ms = None, 0.0
-        if self._base is None:
-            return
-        started = time.monotonic()
         old, new = self._base, self._offered
+        new.delta, new.encode_ms = None, 0.0
+        if old is None:
+            return
         assert old.version is not None
-        self._delta = encode_delta(new.buffer.layout, old.buffer.flat, new.buffer.flat, old.version)
-        self._encode_ms = (time.monotonic() - started) * 1e3
+        started = time.monotonic()
+        new.delta = encode_delta(new.buffer.layout, old.buffer.flat, new.buffer.flat, old.version)
+        new.encode_ms = (time.monotonic() - started) * 1e3
 
     def _handle(self, link: TrainerLink, message: Message) -> None:
         match message:
-            case SnapshotReleased():
-                if message.version == self._offered.version:
-                    self._offered_free = True
+            case SnapshotWanted():
+                self._wanted |= message.version == self._offered.version
             case OpenGroup():
                 link.send(self._open(message))
             case Broadcast():
-                link.send(self._broadcast(message))
+                if failure := self._send(message):
+                    self._take_report(link, Sent(message.group_epoch, message, failure, 0.0, 0))
+            case CloseGroup():
+                self._close(message.group_epoch)
             case _:
                 log.warning("publisher got an unexpected %s", type(message).__name__)
 
     def _open(self, request: OpenGroup) -> GroupReady:
-        self._drop_group()
         spec = WeightGroupSpec(
             store_host=self._host,
             store_port=0,
@@ -188,58 +207,65 @@ class Publisher(threading.Thread):
             timeout_s=request.timeout_s,
         )
         try:
-            self._group = WeightGroup.host(spec)
+            group = WeightGroup.host(spec, self._offered.buffer.flat.device)
         except (AsyncRLError, OSError) as error:
             return GroupReady(request.group_epoch, self._host, 0, str(error), self._backend)
-        self._group_epoch = request.group_epoch
-        return GroupReady(request.group_epoch, self._host, self._group.store_port, "", self._backend)
+        self._keep(request.group_epoch)
+        sender = self._senders[request.group_epoch] = GroupSender(group, request.group_epoch, self._report)
+        sender.start()
+        return GroupReady(request.group_epoch, self._host, group.store_port, "", self._backend)
 
-    def _broadcast(self, request: Broadcast) -> BroadcastDone:
-        started = time.monotonic()
-        error, num_bytes = "", 0
-        try:
-            num_bytes = self._send(request)
-        except AsyncRLError as failure:
-            error = str(failure)
-            self._drop_group()  # a collective that failed once cannot be trusted again
-        return BroadcastDone(
-            request.version,
-            request.attempt,
-            request.group_epoch,
-            error,
-            (time.monotonic() - started) * 1e3,
-            num_bytes,
+    def _send(self, request: Broadcast) -> str:
+        """Hands the broadcast to its group's thread. Returns why that is impossible, if it is."""
+        sender = self._senders.get(request.group_epoch)
+        if sender is None:
+            return f"group {request.group_epoch} is not open"
+        if request.group_epoch not in self._kept:
+            self._keep(request.group_epoch)
+        slot = self._kept[request.group_epoch]
+        if slot.version != request.version:
+            return f"version {request.version} was replaced by {slot.version}"
+        if request.base_version is None:
+            parts = list(slot.buffer.buckets())
+        elif slot.delta is None or slot.delta.info.base_version != request.base_version:
+            return f"there is no delta from version {request.base_version} to {request.version}"
+        else:
+            parts = list(slot.delta.payload.split(slot.buffer.layout.bucket_bytes))
+        sender.send(request, parts)
+        return ""
+
+    def _report(self, sent: Sent) -> None:
+        """In a sender's thread."""
+        self._sent.append(sent)
+        os.eventfd_write(self._wake, 1)
+
+    def _take_report(self, link: TrainerLink, sent: Sent) -> None:
+        """A broadcast ended, or a group was closed: its memory is free."""
+        slot = self._kept.pop(sent.group_epoch, None)
+        if slot is not None:
+            slot.readers -= 1
+        order = sent.order
+        if order is None:
+            return
+        if slot is not None and not sent.error:
+            slot.sent = True
+        done = BroadcastDone(
+            order.version,
+            order.attempt,
+            order.group_epoch,
+            sent.error,
+            sent.transfer_ms,
+            sent.num_bytes,
             self._offered.buffer.layout.total_bytes,
-            self._encode_ms,
+            slot.encode_ms if slot else 0.0,
         )
+        link.send(done)
 
-    def _send(self, request: Broadcast) -> int:
-        """Returns the number of bytes sent."""
-        if self._group is None or self._group_epoch != request.group_epoch:
-            raise AsyncRLError(f"group {request.group_epoch} is not open")
-        if self._offered.version != request.version:
-            raise AsyncRLError(f"version {request.version} was replaced by {self._offered.version}")
-        parts = self._parts(request.base_version)
-        self._offered_free = False  # a joiner may ask for a snapshot that was released but not replaced yet
-        deadline = time.monotonic() + request.timeout_s
-        self._group.join(request.timeout_s)
-        num_bytes = 0
-        for part in parts:
-            self._group.broadcast(part, max(0.0, deadline - time.monotonic()))
-            num_bytes += part.nbytes
-        self._offered.sent = True
-        return num_bytes
+    def _close(self, group_epoch: int) -> None:
+        if (sender := self._senders.pop(group_epoch, None)) is not None:
+            sender.close()
 
-    def _parts(self, base_version: int | None) -> Iterable[torch.Tensor]:
-        """What is broadcast, in order."""
-        buffer = self._offered.buffer
-        if base_version is None:
-            return buffer.buckets()
-        if self._delta is None or self._delta.info.base_version != base_version:
-            raise AsyncRLError(f"there is no delta from version {base_version} to {self._offered.version}")
-        return self._delta.payload.split(buffer.layout.bucket_bytes)
-
-    def _drop_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.close()
+    def _keep(self, group_epoch: int) -> None:
+        """What is offered now stays until the group's broadcast has ended."""
+        self._kept[group_epoch] = self._offered
+        self._offered.readers += 1

@@ -1,4 +1,4 @@
-"""What the sync planner knows (receivers, members, rounds) and what it asks for (outputs)."""
+"""What the sync planner knows (receivers, members, cells) and what it asks for (outputs)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ class Receiver:
     incarnation: int
     num_workers: int
     held_version: int | None = None
-    staged_version: int | None = None  # what its staging buffer holds, verified; deltas start from it
+    held_attempt: int = 0  # in which it proved `held_version`
+    committed_at: float = 0.0
+    staged_version: int | None = None  # verified in its staging buffer: what a delta may start from
     busy: bool = False  # must not be swapped now: it runs a pinned evaluation
     silences: int = 0  # rounds in a row in which it did not answer or was tainted
     errors: int = 0  # rounds in a row that it answered with an error, its own or a victim's
     taints: int = 0
     excluded_until: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Its last round went wrong."""
+        return self.silences > 0 or self.errors > 0
 
 
 class Phase(StrEnum):
@@ -36,33 +43,47 @@ class Phase(StrEnum):
 class Member:
     """A receiver's part in one round."""
 
-    name: str
-    incarnation: int
-    rank: int
+    receiver: Receiver
+    rank: int  # of its first worker
     phase: Phase
     deadline: float
     timings_ms: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        return self.receiver.name
+
+    @property
+    def ranks(self) -> str:
+        last = self.rank + self.receiver.num_workers - 1
+        return f"rank {self.rank}" if last == self.rank else f"ranks {self.rank} to {last}"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedGroup:
+    """A weight group whose store listens, and the generators that may use it."""
+
+    epoch: int
+    address: tuple[str, int, str]  # host, port, backend
+    incarnations: dict[str, int]
+
 
 @dataclass(slots=True)
-class Round:
-    """One attempt to bring one snapshot to some members."""
+class Cell:
+    """Generators that take new versions together, over one weight group."""
 
-    version: int
-    attempt: int
-    group_epoch: int
-    world_size: int
-    members: dict[str, Member]
-    started: float
-    opening_deadline: float | None  # None once the group is open
-    broadcast_deadline: float
-    broadcast_done: bool = False
-    broken: bool = False  # something failed in the collective; its group is not used again
-    base_version: int | None = None  # sent as the difference to this version; None = all of it
-    transfer_ms: float = 0.0
-    num_bytes: int = 0
-    dense_bytes: int = 0
-    encode_ms: float = 0.0
+    names: list[str]
+    group: OpenedGroup | None = None  # kept from round to round while nothing changes and nothing fails
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRules:
+    """What all rounds have in common."""
+
+    run_epoch: int
+    run_name: str
+    timeout_s: float
+    tolerance: float  # largest log-prob difference on the canary, in nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +105,6 @@ class Committed:
     version: int
     attempt: int
     total_ms: float
-    transfer_ms: float
-    num_bytes: int
     canary_max_diff: float
     canary_mean_diff: float
     timings_ms: dict[str, float]
@@ -99,22 +118,26 @@ class SyncFailed:
     version: int
     phase: str
     reason: str
+    remedy: str = ""
     fatal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RoundEnded:
-    """Every member of the round committed or failed, and the publisher is free."""
+    """Every member of the round committed or failed, and the publisher is through with it."""
 
     version: int
     total_ms: float
     transfer_ms: float
     num_bytes: int
-    num_committed: int
-    num_failed: int
-    base_version: int | None = None  # of the delta that was sent; None = all of the weights
+    committed: tuple[Committed, ...]
+    failed: tuple[str, ...]  # names
+    snapshot_ms: float = 0.0
+    base_version: int | None = None  # of the delta that was sent; None = everything was
     dense_bytes: int = 0
     encode_ms: float = 0.0
+    retries: int = 0  # rounds in a row that had failed before for the most unlucky of its members
+    catch_up: bool = False  # of one generator, beside the others
 
 
 Output = ToPublisher | ToGenerator | Committed | SyncFailed | RoundEnded

@@ -21,6 +21,7 @@ from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, CheckpointError, UserError
 from asyncrl.learner.account import REWARD_PART
+from asyncrl.learner.canary import SnapshotScorer
 from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from asyncrl.learner.critic import load_critic
 from asyncrl.learner.model import load_policy
@@ -116,9 +117,13 @@ class Trainer:
         source = self.policy.policy.sync_source()
         # The engine computes in bfloat16 then: sending the float32 masters would double the bytes for nothing.
         wire_dtype = torch.bfloat16 if self.config.model.dtype == "bfloat16" else None
-        buffers = tuple(
-            SnapshotBuffer(source.named, weights.bucket_bytes, wire_dtype, adapted=source.adapted, patch=source.patch)
-            for _ in range(2)
+        buffer = SnapshotBuffer(
+            source.named,
+            weights.bucket_bytes,
+            wire_dtype,
+            adapted=source.adapted,
+            patch=source.patch,
+            shared=weights.backend == "ipc",
         )
         length = min(CANARY_LENGTH, self.config.model.max_length)
         canary = self.policy.policy.sample_sequences(weights.canary_sequences, length, self.config.run.seed)
@@ -127,9 +132,9 @@ class Trainer:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.publisher = Publisher(
             self.desk_address,
-            (buffers[0], buffers[1]),
+            buffer,
             canary,
-            self.policy.policy.score,
+            SnapshotScorer(self.policy.policy),
             host=weights.host,
             backend=backend,
         )

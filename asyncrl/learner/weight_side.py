@@ -41,7 +41,6 @@ class WeightSide:
         self._on_first_proof = on_first_proof
         self._proven_once = False
         self._publisher: bytes | None = None  # routing id
-        self._committed: list[Committed] = []  # in the round under way
 
     def snapshot_ready(self, peer: bytes, message: messages.SnapshotReady, now: float) -> None:
         self._publisher = peer
@@ -72,7 +71,6 @@ class WeightSide:
                 case ToGenerator(name, message):
                     self._generators.send(name, message)
                 case Committed():
-                    self._committed.append(output)
                     self._evaluator.version_proven(output.version, now)
                     if not self._proven_once:
                         self._proven_once = True
@@ -80,13 +78,20 @@ class WeightSide:
                 case SyncFailed():
                     self._failed(output, now)
                 case RoundEnded():
-                    self._metrics.log_sync(self._intake.account.sync_metrics(output, self._committed))
-                    self._committed = []
+                    if output.version >= 0:  # else it ended before there was anything to sync
+                        self._metrics.log_sync(self._intake.account.sync_metrics(output))
 
     def _failed(self, failed: SyncFailed, now: float) -> None:
         name = failed.name
         self._intake.account.sync_failures += 1
-        log.warning("sync of %s to version %d failed (%s): %s", name, failed.version, failed.phase, failed.reason)
+        log.warning(
+            "sync of %s to version %d failed (%s), %s; %s",
+            name,
+            failed.version,
+            failed.phase,
+            failed.reason,
+            failed.remedy,
+        )
         if failed.fatal:
             reason = f"its weights could not be proven: {failed.reason}"
             self._generators.send(name, messages.Refused("tainted", reason, "", ""))

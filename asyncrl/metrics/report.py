@@ -114,6 +114,11 @@ def _syncs(run: RunRecords) -> dict[str, Any]:
         "sync_failed": len(run.syncs) - len(committed),
         "sync_pause_ms_median": middle(committed, "pause_ms"),
         "sync_total_ms_median": middle(committed, "total_ms"),
+        "sync_snapshot_ms_median": middle(committed, "snapshot_ms"),
+        "sync_verify_ms_median": middle(committed, "verify_ms"),
+        "sync_canary_ms_median": middle(committed, "canary_ms"),
+        "sync_gb_per_s_median": middle(committed, "transfer_gb_per_s"),
+        "sync_retries": total(run.syncs, "retries"),
         "canary_max_abs_diff": max(values(committed, "canary_max_abs_diff"), default=None),
         "canary_mean_abs_diff": mean(committed, "canary_mean_abs_diff"),
     }
@@ -147,7 +152,8 @@ def summary_lines(summary: dict[str, Any], run_dir: str | Path, picture: Path | 
         f"   drift {_shown(summary['gap_drift_median'], '.1e')} nats",
         f"alarms       {_alarms_shown(summary['alarms'])}",
         f"weight sync  {_shown(summary['sync_total_ms_median'], '.0f')} ms, of it generation paused "
-        f"{_shown(summary['sync_pause_ms_median'], '.0f')} ms (medians of {summary['sync_count']})",
+        f"{_shown(summary['sync_pause_ms_median'], '.0f')} ms and training "
+        f"{_shown(summary['sync_snapshot_ms_median'], '.1f')} ms (medians of {summary['sync_count']})",
         f"summary      {Path(run_dir) / SUMMARY_FILE}",
     ]
     if picture is not None:

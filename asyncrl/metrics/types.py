@@ -155,7 +155,10 @@ class StepMetrics:
 
 @dataclass(slots=True, kw_only=True)
 class SyncMetrics:
-    """One broadcast of a policy version to the generators."""
+    """One round of weight sync: one policy version to the generators of one group.
+
+    Times of generators are those of the slowest one that committed, in its slowest worker.
+    """
 
     kind: ClassVar[str] = "sync"
 
@@ -165,17 +168,33 @@ class SyncMetrics:
         "generators", "Generators that hold the version now, proved by digest and canary."
     )
     generators_failed: int = metric("generators", "Generators left out of this broadcast.", 0)
+    members: list[str] = metric("names", "The generators it was offered to.", [])
+    retries: int = metric("rounds", "Rounds in a row that had failed before for the most unlucky of its members.", 0)
+    catch_up: bool = metric("flag", "A generator that was new or had failed, on a group of its own.", False)
     wall_s: float | None = metric("s", "Time the run has taken so far, over all starts of the learner.", None)
-    pause_ms: float | None = metric("ms", "Longest pause of generation in any generator.", None)
+
+    snapshot_ms: float | None = metric("ms", "Copying the parameters to the staging buffer; the trainer waits.", None)
+    encode_ms: float | None = metric("ms", "Comparing this version with the one before, beside the training.", None)
+    transfer_ms: float | None = metric(
+        "ms", "Sending it, waiting for all members to take part included; training and generation go on.", None
+    )
+    receive_ms: float | None = metric("ms", "Receiving it, from taking part to the last byte.", None)
+    transfer_gb_per_s: float | None = metric("GB/s", "num_bytes / receive_ms, in units of 10**9 bytes.", None)
+    decode_ms: float | None = metric("ms", "Making the version of a delta and the one before.", None)
+    verify_ms: float | None = metric("ms", "Digests of what was received.", None)
+    prepare_ms: float | None = metric(
+        "ms", "Work for the swap that is done before it: packing, folding adapters.", None
+    )
+    stage_ms: float | None = metric("ms", "All of receiving, decoding, verifying and preparing.", None)
+    pause_ms: float | None = metric("ms", "No token was sampled: loading what is staged.", None)
+    canary_ms: float | None = metric("ms", "Scoring the canary after the swap; generation goes on.", None)
+
     apply: str | None = metric(
         "name", "How the engines took the weights: direct = copied in place, reload = loaded anew by one or more.", None
     )
-    transfer_ms: float | None = metric("ms", "Sending all buckets; generation goes on meanwhile.", None)
-    snapshot_ms: float | None = metric("ms", "Copying the parameters to the staging buffer; the trainer waits.", None)
     encoding: str | None = metric("name", "What was sent: dense (all of the weights) or delta (what changed).", None)
     num_bytes: int | None = metric("bytes", "Size of what was sent to each generator.", None)
     dense_bytes: int | None = metric("bytes", "Size of all of the weights as they would be sent.", None)
-    encode_ms: float | None = metric("ms", "Comparing this version with the one before, beside the training.", None)
     canary_max_abs_diff: float | None = metric("nats", "Largest |generator - learner| log-prob on the canary.", None)
     canary_mean_abs_diff: float | None = metric(
         "nats", "Mean of |generator - learner| log-prob on the canary, over tokens and generators.", None

@@ -6,6 +6,7 @@ together with the results: `state` goes into the checkpoint, `replay` repeats wh
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class Liveness(StrEnum):
 
     ALIVE = "alive"
     SUSPECT = "suspect"  # silent for a moment
-    DEAD = "dead"  # silent for long, or beating without progress
+    DEAD = "dead"  # silent for long, or for SUSPECT_S without a connection, or beating without progress
     GONE = "gone"  # said Bye, or was replaced by a newer incarnation
 
 
@@ -87,7 +88,20 @@ class DeskSession:
     beat: Beat | None = None
     progress_at: float = 0.0
     liveness: Liveness = Liveness.ALIVE
+    cut_off: bool = False  # silent, and its connection is gone
+    probed_at: float = -math.inf
     nacks: OrderedDict[int, Nack] = field(default_factory=OrderedDict)  # recent ones, by seq
+
+    def heard(self, now: float) -> None:
+        """Something came from it."""
+        self.heard_at, self.cut_off = now, False
+
+    def probe_due(self, now: float) -> bool:
+        """Whether it is silent for so long that its connection should be looked at; once in BEAT_S."""
+        due = self.peer is not None and now - max(self.heard_at + limits.BEAT_S, self.probed_at) >= limits.BEAT_S
+        if due:
+            self.probed_at = now
+        return due
 
     def on_beat(self, beat: Beat, now: float) -> None:
         """Takes in a beat. Answer it with an Ack: that is how the generator knows that the desk lives."""
@@ -102,7 +116,9 @@ class DeskSession:
         silence_s = now - self.heard_at
         working = self.beat is not None and bool(self.beat.active)
         stuck = working and now - self.progress_at >= limits.NO_PROGRESS_S
-        if stuck or silence_s >= limits.DEAD_S:
+        # A process that was killed takes its connection along at once, one that is stopped within HEARTBEAT_TIMEOUT_MS.
+        # Its leases hold the learner up once they are max_age old, so they are not kept for the whole of DEAD_S.
+        if stuck or silence_s >= (limits.SUSPECT_S if self.cut_off else limits.DEAD_S):
             return Liveness.DEAD
         return Liveness.SUSPECT if silence_s >= limits.SUSPECT_S else Liveness.ALIVE
 
@@ -173,7 +189,8 @@ class DeskSessions:
         self._by_peer.pop(session.peer or b"", None)
         self._by_peer[peer] = session
         session.peer, session.hello, session.instance = peer, hello, hello.instance
-        session.heard_at = session.progress_at = now
+        session.heard(now)
+        session.progress_at = now
         session.liveness = Liveness.ALIVE
         session.seqs.settle_below(hello.first_unacked_seq)
         welcome = Welcome(
@@ -191,7 +208,7 @@ class DeskSessions:
         """The session behind `peer`, which was just heard. None: send it `unknown_peer`."""
         session = self._by_peer.get(peer)
         if session is not None:
-            session.heard_at = now
+            session.heard(now)
         return session
 
     def unknown_peer(self) -> Nack:

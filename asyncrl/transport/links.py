@@ -88,6 +88,7 @@ class LinkMonitor:
 
     def __init__(self, context: zmq.Context, socket: zmq.Socket, events: int) -> None:
         endpoint = f"inproc://monitor-{id(self)}"
+        self._socket = socket
         socket.monitor(endpoint, events)
         self._pair = context.socket(zmq.PAIR, socket_class=zmq.Socket)
         # Without a limit: the I/O thread of libzmq would otherwise block on a full queue of events.
@@ -122,4 +123,8 @@ class LinkMonitor:
         return self._status
 
     def close(self) -> None:
+        """To be called before the socket is closed. Idempotent."""
+        # In this order: an event that finds nobody at the other end blocks the I/O thread of libzmq for ever, and with
+        # it every later connection of this process.
+        self._socket.disable_monitor()
         self._pair.close(linger=0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 _REGISTRY: dict[int, type[Message]] = {}
 
@@ -78,6 +78,7 @@ class Beat(Message):
     held_version: int | None = None
     generations_failed: int = 0  # cumulative
     ready: bool = True  # False while its engine starts: it takes neither weights nor leases yet
+    sequences_received: int = 0  # cumulative: the part of sequences_wanted that was leased to it
 
 
 @message(3)
@@ -369,7 +370,10 @@ class Batch(Message):
 
 @message(62)
 class OpenGroup(Message):
-    """Host the store of process group `group_epoch` for `world_size` ranks and answer GroupReady."""
+    """Host the store of process group `group_epoch` for `world_size` ranks and answer GroupReady.
+
+    The snapshot offered last is kept for this group until its next broadcast has ended.
+    """
 
     group_epoch: int
     prefix: str
@@ -401,7 +405,14 @@ class TrainerStop(Message):
 
 
 @message(65)
-class SnapshotReleased(Message):
-    """No round uses the snapshot of `version` now: the publisher may offer a newer one in its place."""
+class SnapshotWanted(Message):
+    """The publisher may offer a newer snapshot in place of `version`, the one it offered last."""
 
     version: int
+
+
+@message(66)
+class CloseGroup(Message):
+    """Nobody uses this group any more: leave it, and break off what is sent in it."""
+
+    group_epoch: int

@@ -91,13 +91,21 @@ class ServerSocket:
 
     def send(self, peer: bytes, frame: bytes) -> bool:
         """False when the peer is gone or its queue is full; what matters is sent again on its next beat."""
+        return self._send(peer, frame) == 0
+
+    def reaches(self, peer: bytes, frame: bytes) -> bool:
+        """Sends, and says whether the peer still has a connection: True for one that merely reads nothing."""
+        return self._send(peer, frame) != errno.EHOSTUNREACH
+
+    def _send(self, peer: bytes, frame: bytes) -> int:
+        """0, or why not: EHOSTUNREACH, EAGAIN."""
         try:
             self._socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=len(frame) < _ZERO_COPY_BYTES)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
-                return False
+                return error.errno
             raise
-        return True
+        return 0
 
     @property
     def handshakes_refused(self) -> int:

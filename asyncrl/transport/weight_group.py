@@ -1,22 +1,20 @@
-"""Collective groups of the weight plane: the learner broadcasts, generator workers receive.
+"""Groups of the weight plane: the learner broadcasts, generator workers receive.
 
-A group is a bare torch.distributed process-group object over its own store connection and key prefix. It is
-never the default group, so that it can be formed, aborted and formed again while training and generation go
-on. A prefix is never used twice: a second group on the keys of a broken one joins half of its dead members.
+A group has its own store connection and key prefix, and a transport that does the work (`TRANSPORTS`). A prefix is
+never used twice: a second group on the keys of a broken one joins half of its dead members.
 """
 
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from asyncrl.errors import WeightGroupError
+from asyncrl.transport.weight_collectives import GlooTransport, NcclTransport
+from asyncrl.transport.weight_ipc import IpcTransport
 from asyncrl.transport.weight_layout import (
     SnapshotBuffer,
     WeightLayout,
@@ -26,15 +24,8 @@ from asyncrl.transport.weight_layout import (
     plan_buckets,
     snapshot,
 )
-from asyncrl.transport.weight_rendezvous import (
-    CLOSE_TIMEOUT_S,
-    POLL_S,
-    WeightGroupSpec,
-    WeightStore,
-    first_line,
-    form_process_group,
-    within,
-)
+from asyncrl.transport.weight_rendezvous import CLOSE_TIMEOUT_S, SLACK_S, WeightGroupSpec, WeightStore, within
+from asyncrl.transport.weight_transport import Transport
 
 __all__ = [  # the weight plane's transport, under one name
     "SnapshotBuffer",
@@ -49,24 +40,34 @@ __all__ = [  # the weight plane's transport, under one name
     "snapshot",
 ]
 
+TRANSPORTS: dict[str, type[Transport]] = {"gloo": GlooTransport, "nccl": NcclTransport, "ipc": IpcTransport}
+
 
 class WeightGroup:
     """One member of a weight group. Rank 0 sends, all others receive.
 
     Life: `WeightGroup.host(spec)` on rank 0, `WeightGroup(spec)` elsewhere; `join`; `broadcast` any number of
     times; `close`. Calls come from one thread at a time, `abort` from any thread. After the first failure the
-    group is dead: close it and form another.
+    group is dead: close it and form another. Every call ends at its deadline, whatever the transport does.
+
+    Raises:
+        WeightGroupError: no such backend, or it cannot work on `device`.
     """
 
     def __init__(self, spec: WeightGroupSpec, device: torch.device | str = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
-        if spec.backend == "nccl" and self.device.type != "cuda":
-            raise WeightGroupError(f"group {spec.prefix}: nccl needs a cuda device, not {self.device}; use gloo")
         self._store: WeightStore | None = None
-        self._group: Any = None
         self._aborted = threading.Event()
         self._broken: str | None = None
+        self._joined = False
+        backend = TRANSPORTS.get(spec.backend)
+        if backend is None:
+            raise WeightGroupError(f"{self._name}: backend {spec.backend!r} is none of {sorted(TRANSPORTS)}")
+        try:
+            self._transport: Transport | None = backend(spec, self.device, self._aborted)
+        except WeightGroupError as error:
+            raise WeightGroupError(f"{self._name}: {error}") from None
 
     @classmethod
     def host(cls, spec: WeightGroupSpec, device: torch.device | str = "cpu") -> WeightGroup:
@@ -77,7 +78,11 @@ class WeightGroup:
         """
         assert spec.rank == 0, spec
         store = WeightStore(spec.store_host, spec.store_port)
-        group = cls(replace(spec, store_port=store.port), device)
+        try:
+            group = cls(replace(spec, store_port=store.port), device)
+        except WeightGroupError:
+            store.close()
+            raise
         group._store = store
         return group
 
@@ -85,6 +90,10 @@ class WeightGroup:
     def store_port(self) -> int:
         """Where the others meet rank 0."""
         return self.spec.store_port
+
+    @property
+    def _name(self) -> str:
+        return f"weight group {self.spec.prefix!r}"
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait until all members are connected; at once when they already are.
@@ -95,20 +104,22 @@ class WeightGroup:
         Raises:
             WeightGroupError: not all members came in time, or `abort` was called.
         """
-        if self._group is not None:
+        if self._joined:
             return
-        spec = self.spec if timeout_s is None else replace(self.spec, timeout_s=timeout_s)
-        self._check_alive("join")
-        try:
-            self._group = form_process_group(spec, self.device, self._aborted)
-        except WeightGroupError as error:
-            self._broken = str(error)
-            raise
+        spec, limit_s = self.spec, self.spec.timeout_s if timeout_s is None else timeout_s
+        what = (
+            f"forming {self._name} as rank {spec.rank} of {spec.world_size} over {spec.backend} "
+            f"at {spec.store_host}:{spec.store_port}"
+        )
+        self._carry_out(what, limit_s, lambda transport: transport.form(limit_s))
+        self._joined = True
 
     def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
         """Send `flat` from rank 0, or receive into it elsewhere; returns when its bytes are in place.
 
-        After a failure the transport may write to `flat` until `close` has returned: throw the buffer away.
+        After a failure the transport may write to `flat` until `close` has returned without an error: throw the buffer
+        away. On rank 0 the buffer may change again once this has returned; a receiver that is still reading it then
+        finds other bytes than the digests promise.
 
         Args:
             flat: contiguous, on the group's device; the same number of bytes on every member.
@@ -116,37 +127,26 @@ class WeightGroup:
         Raises:
             WeightGroupError: a member vanished, the deadline passed, or `abort` was called.
         """
-        what = f"broadcast of {flat.numel() * flat.element_size()} bytes in weight group {self.spec.prefix!r}"
+        what = f"broadcast of {flat.nbytes} bytes in {self._name}"
         self._check_alive(what)
-        if self._group is None:
+        if not self._joined:
             raise WeightGroupError(f"{what}: the group was not joined")
         if flat.device.type != self.device.type or not flat.is_contiguous():
             raise WeightGroupError(f"{what}: the buffer must be contiguous on {self.device}, is on {flat.device}")
-        started = time.monotonic()
-        try:
-            if self.spec.backend == "gloo":
-                self._broadcast_gloo(flat, timeout_s, what)
-            else:
-                self._broadcast_nccl(flat, timeout_s, what)
-        except RuntimeError as error:
-            self._broken = f"{what} failed after {time.monotonic() - started:.2f} s: {first_line(error)}"
-            raise WeightGroupError(self._broken) from error
-        except WeightGroupError as error:
-            self._broken = str(error)
-            raise
+        self._carry_out(what, timeout_s, lambda transport: transport.broadcast(flat, timeout_s))
 
     def abort(self) -> None:
         """Make a `join` or `broadcast` under way in another thread fail. The group is dead; call `close` too.
 
         Raises:
-            WeightGroupError: the nccl communicator could not be aborted in time. Replace the process: its
-            CUDA
+            WeightGroupError: the transport could not be aborted in time. Over NCCL replace the process: its CUDA
                 context may be stuck.
         """
         self._aborted.set()
         self._broken = self._broken or "aborted"
-        if self.spec.backend == "nccl" and self._group is not None:
-            within(CLOSE_TIMEOUT_S, f"abort of weight group {self.spec.prefix!r}", self._group.abort)
+        transport = self._transport
+        if transport is not None:
+            self._call(transport, CLOSE_TIMEOUT_S, f"abort of {self._name}", transport.abort)
 
     def close(self) -> None:
         """Disconnect; members still at work see a lost peer. Idempotent.
@@ -156,67 +156,42 @@ class WeightGroup:
         """
         self._aborted.set()
         self._broken = self._broken or "closed"
-        if self._store is not None:
-            self._store.close()
-            self._store = None
-        if self._group is None:
-            return
-        holder = [self._group]
-        self._group = None
-
-        def release() -> None:
-            group = holder.pop()
-            if self.spec.backend == "nccl":
-                group.abort()
-            del group  # the destructor closes the connections; it waits for operations under way
-
-        within(CLOSE_TIMEOUT_S, f"closing weight group {self.spec.prefix!r}", release)
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            self._call(transport, CLOSE_TIMEOUT_S, f"closing {self._name}", transport.close)
 
     def _check_alive(self, what: str) -> None:
         if self._broken is not None:
             raise WeightGroupError(f"{what}: the group is dead ({self._broken}); form a new one")
 
-    def _broadcast_gloo(self, flat: torch.Tensor, timeout_s: float, what: str) -> None:
-        deadline = time.monotonic() + timeout_s
-        work = self._group.broadcast([flat], _broadcast_options(timeout_s))
-        while True:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise WeightGroupError(f"{what}: a member did not take part within {timeout_s:g} s")
-            try:
-                work.wait(timedelta(seconds=min(remaining, POLL_S)))
-                return
-            except RuntimeError:
-                # An expired slice and a failed transfer raise alike; only a failed one is also completed.
-                if work.is_completed():
-                    raise
-            if self._aborted.is_set():
-                raise WeightGroupError(f"{what}: aborted")
+    def _carry_out(self, what: str, timeout_s: float, work: Callable[[Transport], None]) -> None:
+        """Work of the transport, which may hang for ever; after a failure the group is dead."""
+        self._check_alive(what)
+        transport = self._transport
+        assert transport is not None
+        try:
+            # The transport keeps the deadline itself and can name the fault; this is for one that does not.
+            self._call(transport, timeout_s + SLACK_S, what, lambda: work(transport), self._aborted)
+        except WeightGroupError as error:
+            self._broken = self._broken or str(error)
+            raise
 
-    def _broadcast_nccl(self, flat: torch.Tensor, timeout_s: float, what: str) -> None:
-        deadline = time.monotonic() + timeout_s
-        group, device, options = self._group, self.device, _broadcast_options(timeout_s)
+    def _call(
+        self,
+        transport: Transport,
+        timeout_s: float,
+        what: str,
+        call: Callable[[], None],
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        device = self.device
 
-        def issue() -> Any:  # in a thread: on a communicator in trouble the call itself can block
-            torch.cuda.set_device(device)
-            return group.broadcast([flat], options)
+        def run() -> None:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # this is a fresh thread
+            call()
 
-        work = within(timeout_s, what, issue, self._aborted)
-        while not work.is_completed():
-            if self._aborted.wait(0.001):
-                raise WeightGroupError(f"{what}: aborted")
-            if time.monotonic() > deadline:
-                # NCCL has no timeout for a collective: it waits for the dead until the communicator is
-                # aborted.
-                self.abort()
-                raise WeightGroupError(f"{what}: a member did not take part within {timeout_s:g} s")
-        failure = work.exception()
-        if failure is not None:
-            raise WeightGroupError(f"{what} failed: {failure}")
-
-
-def _broadcast_options(timeout_s: float) -> dist.BroadcastOptions:
-    options = dist.BroadcastOptions()
-    options.rootRank = 0
-    options.timeout = timedelta(seconds=max(timeout_s, 0.001))
-    return options
+        within(timeout_s, what, run, cancelled, lambda: transport.waiting_for)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from asyncrl.errors import ProtocolError, ShapeError
+from asyncrl.transport.weight_memory import shared_buffer
 from asyncrl.transport.weight_patch import AdaptedWeight, Patch
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
@@ -67,8 +68,15 @@ class WeightLayout:
         """Size of the largest bucket: what one broadcast may carry."""
         return max(stop - start for start, stop in self.buckets)
 
-    def new_buffer(self, device: torch.device | str = "cpu", pin_memory: bool = False) -> torch.Tensor:
-        """A zeroed uint8 staging buffer [total_bytes]: padding between tensors is part of the digests."""
+    def new_buffer(
+        self, device: torch.device | str = "cpu", pin_memory: bool = False, *, shared: bool = False
+    ) -> torch.Tensor:
+        """A zeroed uint8 staging buffer [total_bytes]: padding between tensors is part of the digests.
+
+        `shared`: other processes of this machine can read it in place, see `weight_memory`.
+        """
+        if shared:
+            return shared_buffer(self.total_bytes, device)
         return torch.zeros(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
 
     def views(self, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -230,7 +238,6 @@ def plan_buckets(
     return WeightLayout(position, tuple(entries), buckets)
 
 
-@torch.no_grad()
 def snapshot(
     named: Iterable[tuple[str, torch.Tensor]],
     layout: WeightLayout,
@@ -247,18 +254,47 @@ def snapshot(
     Raises:
         ShapeError: names, order or shapes differ from the layout.
     """
-    given = list(named)
-    if [name for name, _ in given] != [entry.name for entry in layout.tensors]:
-        raise ShapeError("snapshot: the tensors given are not those of the layout; make a new layout")
-    copied: set[int] = set()
-    for (name, tensor), (_, view), entry in zip(given, layout.views(buffer), layout.tensors, strict=True):
-        if tuple(tensor.shape) != entry.shape:
-            raise ShapeError(f"snapshot: {name} has shape {tuple(tensor.shape)}, the layout says {entry.shape}")
-        if entry.offset not in copied or not entry.num_bytes:
-            view.copy_(adapted[name].merged() if adapted and name in adapted else tensor, non_blocking=True)
-            copied.add(entry.offset)
-    if buffer.is_pinned() or buffer.is_cuda:
-        torch.cuda.synchronize()  # the optimizer changes the source as soon as this returns
+    _Copies(named, layout, buffer, adapted or {}).run()
+
+
+class _Copies:
+    """What a snapshot copies and where to, worked out once: with many small tensors that takes longer than copying."""
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        layout: WeightLayout,
+        buffer: torch.Tensor,
+        adapted: Mapping[str, AdaptedWeight],
+    ) -> None:
+        given = list(named)
+        if [name for name, _ in given] != [entry.name for entry in layout.tensors]:
+            raise ShapeError("snapshot: the tensors given are not those of the layout; make a new layout")
+        self._views: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+        self._merged: list[tuple[torch.Tensor, AdaptedWeight]] = []
+        self._asynchronous = buffer.is_pinned() or buffer.is_cuda
+        placed: set[int] = set()
+        for (name, tensor), (_, view), entry in zip(given, layout.views(buffer), layout.tensors, strict=True):
+            if tuple(tensor.shape) != entry.shape:
+                raise ShapeError(f"snapshot: {name} has shape {tuple(tensor.shape)}, the layout says {entry.shape}")
+            if not entry.num_bytes or entry.offset in placed:
+                continue
+            placed.add(entry.offset)
+            if name in adapted:
+                self._merged.append((view, adapted[name]))
+            else:
+                self._views.append(view)
+                self._sources.append(tensor)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        if self._views:
+            torch._foreach_copy_(self._views, self._sources, non_blocking=True)
+        for view, weight in self._merged:
+            view.copy_(weight.merged(), non_blocking=True)
+        if self._asynchronous:
+            torch.cuda.synchronize()  # the optimizer changes the source as soon as this returns
 
 
 class SnapshotBuffer:
@@ -269,6 +305,7 @@ class SnapshotBuffer:
         bucket_bytes: upper bound of one broadcast.
         wire_dtype: floating-point tensors travel in this dtype; None keeps each tensor's own.
         adapted, patch: see `SyncSource`.
+        shared: in memory that the ipc backend sends from without a copy.
     """
 
     def __init__(
@@ -279,22 +316,32 @@ class SnapshotBuffer:
         *,
         adapted: Mapping[str, AdaptedWeight] | None = None,
         patch: Patch | None = None,
+        shared: bool = False,
     ) -> None:
         self._named = list(named)
+        self._shared = shared
         self._adapted = adapted
         self._patch = patch
         self.layout = plan_buckets(self._named, bucket_bytes, wire_dtype)
-        self.flat = self.layout.new_buffer(self._named[0][1].device)
+        self._allocate(self._named[0][1].device)
 
     def twin(self) -> SnapshotBuffer:
         """Another buffer for snapshots of the same parameters."""
         twin = copy(self)
-        twin.flat = self.layout.new_buffer(self.flat.device)
+        twin._allocate(self.flat.device)
         return twin
+
+    def _allocate(self, device: torch.device) -> None:
+        self.flat = self.layout.new_buffer(device, shared=self._shared)
+        self._copies = _Copies(self._named, self.layout, self.flat, self._adapted or {})
 
     def snapshot(self) -> None:
         """Copy the parameters as they are now. Not while the buffer is being sent."""
-        snapshot(self._named, self.layout, self.flat, self._adapted)
+        self._copies.run()
+
+    def views(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the snapshot without a copy."""
+        return self.layout.views(self.flat)
 
     def manifest(self, version: int) -> WeightManifest:
         """What receivers compare with; reads the whole buffer."""

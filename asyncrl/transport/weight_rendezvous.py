@@ -1,4 +1,4 @@
-"""Where weight groups meet and how their process groups come to be, under deadlines.
+"""Where weight groups meet, and how calls into torch get a deadline.
 
 torch.distributed has no authentication: the store and the groups listen on one given (private) interface
 only. Calls into torch that have no deadline of their own, or are known to overrun it, run in a daemon thread
@@ -8,17 +8,14 @@ a client were still blocked after 25 s although their timeout was 3 s.
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from asyncrl.errors import BindError, ProtocolError, WeightGroupError
@@ -28,7 +25,6 @@ _T = TypeVar("_T")
 SLACK_S = 0.5  # how long an inner deadline has to name the fault before the outer one abandons the call
 POLL_S = 0.1  # how soon a wait notices an abort
 CLOSE_TIMEOUT_S = 10.0
-BACKENDS = ("gloo", "nccl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +67,8 @@ class WeightGroupSpec:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"weight group spec is malformed: {error!r}") from error
-        if spec.backend not in BACKENDS or not 0 <= spec.rank < spec.world_size or not spec.timeout_s > 0:
-            raise ProtocolError(f"weight group spec is out of range: {spec}; backends are {BACKENDS}")
+        if not 0 <= spec.rank < spec.world_size or not spec.timeout_s > 0:
+            raise ProtocolError(f"weight group spec is out of range: {spec}")
         return spec
 
     def for_rank(self, rank: int) -> WeightGroupSpec:
@@ -121,82 +117,41 @@ class WeightStore:
         self._server = None
 
 
-def form_process_group(spec: WeightGroupSpec, device: torch.device, cancelled: threading.Event) -> Any:
-    """A ProcessGroupGloo or ProcessGroupNCCL with all members of `spec` connected.
+def connect_store(spec: WeightGroupSpec, timeout_s: float) -> dist.Store:
+    """A connection of one's own to the group's store, its keys below the group's prefix.
 
-    Raises:
-        WeightGroupError: not all members came within `spec.timeout_s`, or `cancelled` was set.
+    Every member, rank 0 too, has its own: a blocked call on a shared one blocks all others.
     """
-    form = _form_gloo if spec.backend == "gloo" else _form_nccl
-    what = (
-        f"forming weight group {spec.prefix!r} as rank {spec.rank} of {spec.world_size} "
-        f"at {spec.store_host}:{spec.store_port}"
-    )
-    return within(spec.timeout_s + SLACK_S, what, lambda: form(spec, device), cancelled)
-
-
-def _connect_store(spec: WeightGroupSpec) -> dist.Store:
-    # Every member, rank 0 too, has its own connection: a blocked call on a shared one blocks all others.
     client = dist.TCPStore(
         host_name=spec.store_host,
         port=spec.store_port,
         world_size=None,
         is_master=False,
-        timeout=timedelta(seconds=spec.timeout_s),
+        timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
     return dist.PrefixStore(spec.prefix, client)
 
 
-def _form_gloo(spec: WeightGroupSpec, device: torch.device) -> Any:
-    options = dist.ProcessGroupGloo._Options()
-    # The interface that reaches the store is the private one; gloo by itself would ask the host's name.
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_local_address_towards(spec))]
-    options._timeout = timedelta(seconds=spec.timeout_s)
-    options._threads = 1
-    return dist.ProcessGroupGloo(_connect_store(spec), spec.rank, spec.world_size, options)
-
-
-def _form_nccl(spec: WeightGroupSpec, device: torch.device) -> Any:
-    torch.cuda.set_device(device)  # this is a fresh thread
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=False)
-    options.config.blocking = 0  # abort is safe on non-blocking communicators only
-    options._timeout = timedelta(seconds=spec.timeout_s)
-    environment = {
-        # A lost generator must not end the learner: no watchdog, no teardown of the process on error.
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-        "TORCH_NCCL_ENABLE_MONITORING": "0",
-        "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, round(spec.timeout_s))),
-    }
-    with _environment(environment):
-        group = dist.ProcessGroupNCCL(_connect_store(spec), spec.rank, spec.world_size, options)
-        group.eager_connect_single_device(device)  # connect now, under the forming deadline
-    return group
-
-
-def _local_address_towards(spec: WeightGroupSpec) -> str:
+def local_address_towards(spec: WeightGroupSpec) -> str:
+    """The address of this host from which the group's store is reached."""
     family, kind, proto, _, address = socket.getaddrinfo(spec.store_host, spec.store_port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, proto) as probe:
         probe.connect(address)  # a datagram socket: nothing is sent, the kernel only picks the route
         return probe.getsockname()[0]
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-def within(timeout_s: float, what: str, call: Callable[[], _T], cancelled: threading.Event | None = None) -> _T:
+def within(
+    timeout_s: float,
+    what: str,
+    call: Callable[[], _T],
+    cancelled: threading.Event | None = None,
+    waiting_for: Callable[[], str] | None = None,
+) -> _T:
     """Run `call` in a daemon thread; give up on it when time is up or `cancelled` is set.
+
+    Args:
+        waiting_for: what the call hangs in, asked when it is abandoned.
 
     Raises:
         WeightGroupError: it failed, or it did not return within `timeout_s`.
@@ -211,22 +166,28 @@ def within(timeout_s: float, what: str, call: Callable[[], _T], cancelled: threa
             failure.append(error)
 
     thread = threading.Thread(target=run, name=f"asyncrl: {what}"[:60], daemon=True)
+    started = time.monotonic()
     thread.start()
-    deadline = time.monotonic() + timeout_s
     while thread.is_alive():
-        remaining = deadline - time.monotonic()
+        remaining = started + timeout_s - time.monotonic()
         if remaining <= 0:
-            raise WeightGroupError(f"{what}: no answer within {timeout_s:g} s; the call was abandoned")
+            waited = f", waiting for {waiting_for()}" if waiting_for else ""
+            raise WeightGroupError(f"{what}: no answer within {timeout_s:g} s{waited}; the call was abandoned")
         if cancelled is not None and cancelled.is_set():
             raise WeightGroupError(f"{what}: aborted")
         thread.join(min(remaining, POLL_S))
     if not failure:
         return result[0]
-    if isinstance(failure[0], (RuntimeError, OSError)):
-        raise WeightGroupError(f"{what}: {first_line(failure[0])}") from failure[0]
-    raise failure[0]
+    error = failure.pop()
+    if isinstance(error, (RuntimeError, OSError, WeightGroupError)):
+        elapsed_s = time.monotonic() - started
+        # Without its frames: they hold the transport's objects, and a connection closes only when nothing holds it.
+        cause = error.with_traceback(None)
+        raise WeightGroupError(f"{what} failed after {elapsed_s:.2f} s: {first_line(error)}") from cause
+    raise error
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text: torch appends stack traces of C++."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -286,6 +286,10 @@ def test_a_value_left_open_is_asked_for(write):
         ),
         (["transport.client_key_file=k"], ["transport.client_key_file is set", "server_public_key_file"]),
         (["weights.backend=nccl", "learner.device=cpu"], ["weights.backend=nccl", "learner.device=cpu"]),
+        (
+            ["weights.backend=ipc", "learner.device=cuda", "generator.device=cpu"],
+            ["weights.backend=ipc", "learner.device=cuda", "generator.device=cpu"],
+        ),
     ],
 )
 def test_keys_that_do_not_fit_together_are_refused(overrides, names):
@@ -300,6 +304,8 @@ def test_keys_that_do_not_fit_together_are_refused(overrides, names):
         ["staleness.max_age=0", "sampling.repeatable=false"],
         ["model.dtype=bfloat16", "learner.device=cpu", "generator.device=cpu"],
         ["weights.backend=gloo", "learner.device=cuda", "generator.device=cuda"],
+        ["weights.backend=ipc", "learner.device=cpu", "generator.device=cpu"],
+        ["weights.backend=ipc", "learner.device=cuda", "generator.device=auto"],
         ["transport.address='tcp://[::1]:5770'"],
         ["transport.address=tcp://localhost:5770"],
         ["eval.prompts=0"],
@@ -440,6 +446,15 @@ def test_cpus_that_the_host_does_not_have_are_refused(model_folder):
     check_host(config, "generator")
     with pytest.raises(ConfigError, match=r"learner\.cpus=\[4095\]: this process may use only CPUs"):
         check_host(config, "learner")
+
+
+def test_memory_is_shared_with_daemons_of_the_learners_host_only(model_folder):
+    check_host(load("weights.backend=ipc", f"model.path={model_folder}"), "generator")
+    elsewhere = ["weights.host=10.254.253.252", f"model.path={model_folder}"]  # not on loopback, nobody's address here
+    check_host(load("weights.backend=gloo", *elsewhere), "generator")
+    for role in ("learner", "generator"):
+        with pytest.raises(ConfigError, match=r"weights\.host=10\.254\.253\.252 is no address of this host"):
+            check_host(load("weights.backend=ipc", *elsewhere), role)
 
 
 # -- the catalogue

@@ -37,6 +37,7 @@ class FakeEngine:
         self.stage_held_up: asyncio.Event | None = None
         self.swap_held_up: asyncio.Event | None = None
         self.aborted: list[str] = []
+        self.tainted = False
 
     def _called(self, name: str, argument: Any = None) -> None:
         self.calls.append((name, argument))
@@ -69,7 +70,12 @@ class FakeEngine:
         self._called("swap", version)
         if self.swap_held_up is not None:
             await self.swap_held_up.wait()
+        self.tainted = False
         return SwapReport(version, {"pause_ms": 2.0, "apply_ms": 1.0})
+
+    def taint(self, why: str) -> None:
+        self._called("taint", why)
+        self.tainted = True
 
     async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:
         self._called("score", sequences)

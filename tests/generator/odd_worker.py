@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncrl.generator.weights import WeightWorkerExtension
+from asyncrl.transport.weight_group import WeightGroup
 
 
 class OddWorkerExtension(WeightWorkerExtension):
@@ -19,6 +20,18 @@ class OddWorkerExtension(WeightWorkerExtension):
             apply(prepared, manifest)
 
         direct.apply = broken
+
+    def odd_damage_next_bytes(self, rank: int) -> None:
+        """What worker `rank` receives next has one bit wrong."""
+        receive = WeightGroup.broadcast
+
+        def damaged(group, flat, timeout_s):
+            WeightGroup.broadcast = receive
+            receive(group, flat, timeout_s)
+            flat[flat.numel() // 2] ^= 1
+
+        if self.rank == rank:
+            WeightGroup.broadcast = damaged
 
     def odd_load_computed_tensors(self) -> None:
         """From now on the model computes on every tensor before it loads it."""

@@ -147,6 +147,13 @@ def test_a_failing_engine_is_a_state_and_no_reward(error):
     assert runner.generations_failed == 1
 
 
+def test_a_tainted_engine_is_not_held_against_the_prompt():
+    engine = FakeEngine()
+    engine.tainted, engine.fail["generate"] = True, EngineError("the engine is tainted")
+    failure, _ = run(lease(), engine)
+    assert failure.reason == "tainted"
+
+
 def test_a_lease_ends_at_its_deadline_and_takes_its_sequences_along():
     async def scenario():
         engine = FakeEngine()

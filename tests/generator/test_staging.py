@@ -37,6 +37,7 @@ for line in sys.stdin:
     except AsyncRLError as failure:
         error = str(failure)
     answer = {"digests": digests, "error": error, "version": None if held is None else held.version}
+    answer["timed"] = [] if held is None else sorted(name for name, ms in held.timings_ms.items() if ms > 0)
     answer["untouched"] = kept is not None and torch.equal(kept, before.buffer)
     answer["reused"] = before is not None and held is not None and before.buffer is held.buffer
     print(json.dumps(answer), flush=True)
@@ -79,7 +80,7 @@ class Bench:
             words.view(-1)[::10] += 1
         self.buffer.snapshot()
 
-    def send(self, version, *, base=None, fault="", damage=None, broadcast=True):
+    def send(self, version, *, base=None, fault="", damage=None, part=-1, broadcast=True):
         """Stages the snapshot as `version`; whole, or as the delta to `base`. Returns (manifest, answer)."""
         manifest, parts = self.buffer.manifest(version), list(self.buffer.buckets())
         if base is not None:
@@ -89,8 +90,8 @@ class Bench:
             parts = list(delta.payload.split(self.buffer.layout.bucket_bytes))
             assert len(parts) > 1
         if damage is not None:
-            parts[-1] = parts[-1].clone()
-            parts[-1][damage] ^= 1
+            parts[part] = parts[part].clone()
+            parts[part][damage] ^= 1
         print(json.dumps({"manifest": manifest.to_dict(), "fault": fault}), file=self.worker.stdin, flush=True)
         for part in parts if broadcast else ():
             self.group.broadcast(part, TIMEOUT_S)
@@ -158,3 +159,17 @@ def test_a_damaged_bucket_of_a_whole_version_is_named(bench):
     last = len(manifest.digests) - 1
     assert f"bucket {last} of version 0" in answer["error"] and "damaged on the way" in answer["error"]
     assert len(answer["digests"]) == last + 1
+
+
+def test_damage_in_the_first_bucket_keeps_nobody_waiting_and_the_group_stays_of_use(bench):
+    bench.step()
+    manifest, answer = bench.send(0, damage=5, part=0)
+    assert len(manifest.digests) > 1 and "bucket 0 of version 0" in answer["error"]
+    assert_staged(bench.send(0))
+
+
+def test_what_staging_took_is_told_by_its_parts(bench):
+    bench.step()
+    assert assert_staged(bench.send(0))["timed"] == ["receive_ms", "verify_ms"]
+    bench.step()
+    assert assert_staged(bench.send(1, base=0))["timed"] == ["decode_ms", "receive_ms", "verify_ms"]

@@ -194,6 +194,43 @@ def test_a_cached_prefix_serves_its_own_version_only(engine):
         assert_logprobs_are_those_of(engine.model, prompt, completion)
 
 
+def test_a_prefix_cached_under_weights_that_were_found_wrong_is_not_used_when_their_version_comes_again(engine):
+    prompt = random_prompt(100, 9)
+    randomize(engine.model, 31)
+    version = engine.run(engine.sync())
+    engine.run(engine.generate(prompt))
+    engine.run(engine.generate(prompt))
+    engine.engine.taint("the canary differs")
+    randomize(engine.model, 32)
+    engine.next_version = version
+    assert engine.run(engine.sync()) == version
+    for completion in engine.run(engine.generate(prompt, max_new_tokens=16)):
+        assert_logprobs_are_those_of(engine.model, prompt, completion)
+
+
+def test_a_tainted_engine_fails_what_is_in_flight_and_samples_nothing_until_a_full_sync(engine):
+    """Else a long sequence would go on into a later, good sync to the same version and carry its number throughout."""
+
+    async def taint_in_flight():
+        running = asyncio.create_task(engine.generate(PROMPT, num_rollouts=4, max_new_tokens=180))
+        while not engine.engine._llm.output_processor.has_unfinished_requests():
+            await asyncio.sleep(0.001)
+        engine.engine.taint("the canary differs")
+        with pytest.raises(EngineError, match="tainted"):
+            await running
+        with pytest.raises(EngineError, match="tainted"):
+            await engine.generate(PROMPT)
+        await engine.engine.probe(10.0)
+        assert engine.engine.num_running == 0
+
+    engine.run(taint_in_flight())
+    assert engine.engine.tainted and engine.engine.version is None
+    version = engine.run(engine.sync())
+    assert engine.engine.version == version and not engine.engine.tainted
+    (completion,) = engine.run(engine.generate(PROMPT, num_rollouts=1))
+    assert_logprobs_are_those_of(engine.model, PROMPT, completion)
+
+
 def test_a_sequence_not_begun_before_the_swap_begins_under_the_new_version(engine):
     prompt = random_prompt(100, 8)
     engine.run(engine.generate(prompt))  # its prefix is cached under the old version
@@ -297,8 +334,13 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
         generation = asyncio.create_task(engine.generate(PROMPT, num_rollouts=8, max_new_tokens=120))
         await engine.engine.join_weight_group(dataclasses.replace(spec, rank=1, store_port=port), 20.0)
         started = time.monotonic()
-        with pytest.raises(WeightGroupError, match="broadcast of 65536 bytes"):
+        with pytest.raises(WeightGroupError, match="broadcast of 65536 bytes") as lost:
             await engine.engine.stage_weights(buffer.manifest(99), 3.0)
+        for words in (
+            "staging version 99: worker 0 failed in phase stage, 65536 of 262144 bytes received",
+            "the weight group is left, nothing is staged, the weights in use are untouched",
+        ):
+            assert words in str(lost.value)
         elapsed_s = time.monotonic() - started
         return elapsed_s, await generation
 
@@ -315,7 +357,7 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
 
 def test_joining_a_group_that_never_forms_ends_at_its_deadline(engine):
     started = time.monotonic()
-    with pytest.raises(WeightGroupError, match="forming weight group"):
+    with pytest.raises(WeightGroupError, match="worker 0 failed in phase join: .*forming weight group.* untouched"):
         spec = WeightGroupSpec("127.0.0.1", 9, "nobody", 1, 2, "gloo", 1.0)
         engine.run(engine.engine.join_weight_group(spec, 1.0))
     assert time.monotonic() - started < 3.0
@@ -494,6 +536,8 @@ def test_an_engine_refuses_without_weights_syncs_untied_ones_exactly_and_is_foun
     core.send_signal(signal.SIGCONT)
     under_test.run(under_test.engine.probe(10.0))
 
+    under_test.engine.check_alive()
+
     async def kill_midway():
         task = asyncio.create_task(under_test.generate(PROMPT, max_new_tokens=180))
         while not under_test.engine._llm.output_processor.has_unfinished_requests():
@@ -503,6 +547,8 @@ def test_an_engine_refuses_without_weights_syncs_untied_ones_exactly_and_is_foun
             await asyncio.wait_for(task, 10.0)
         with pytest.raises(EngineError, match="died"):
             await under_test.engine.probe(1.0)
+        with pytest.raises(EngineError, match="died"):
+            under_test.engine.check_alive()
         assert under_test.engine.version is None
 
     under_test.run(kill_midway())

@@ -88,6 +88,20 @@ def test_what_is_held_outlives_its_group_but_cannot_be_swapped_in(bench):
     bench.assert_staged(bench.stage(1, base=0), 1)
 
 
+def test_a_job_tells_its_phase_and_how_many_bytes_have_come(bench):
+    job, total_bytes = bench.stage(0), bench.buffer.layout.total_bytes
+    assert (job.phase, job.received_bytes, job.total_bytes) == ("stage", total_bytes, total_bytes)
+    bench.step()
+    delta = bench.stage(1, base=0)
+    assert 0 < delta.received_bytes == delta.total_bytes < 1000
+    manifest, first = bench.buffer.manifest(2), next(iter(bench.buffer.buckets()))
+    bench.receiver.begin_stage(manifest, 0.5)
+    bench.group.broadcast(first, TIMEOUT_S)
+    failed = bench.wait()
+    assert failed.error and (failed.received_bytes, failed.total_bytes) == (first.nbytes, total_bytes)
+    assert 0 < first.nbytes < total_bytes
+
+
 def test_after_a_stage_that_failed_nothing_is_held(bench):
     bench.stage(0)
     bench.step()
@@ -95,3 +109,22 @@ def test_after_a_stage_that_failed_nothing_is_held(bench):
     assert bench.receiver.staged is None
     assert "staging holds nothing" in bench.stage(2, base=0, broadcast=False).error
     bench.assert_staged(bench.stage(2), 2)
+
+
+def test_a_stage_tells_what_its_parts_took(bench):
+    job = bench.stage(0)
+    assert set(job.timings_ms) == {"receive_ms", "verify_ms", "prepare_ms"}
+    assert 0 < sum(job.timings_ms.values()) <= job.elapsed_ms
+    assert job.to_dict()["timings_ms"] == job.timings_ms
+    bench.step()
+    assert set(bench.stage(1, base=0).timings_ms) == {"receive_ms", "decode_ms", "verify_ms", "prepare_ms"}
+
+
+def test_what_workers_took_is_that_of_the_slowest_part_by_part():
+    from asyncrl.generator.vllm_engine import _slowest_ms
+
+    jobs = [
+        {"elapsed_ms": 9.0, "timings_ms": {"receive_ms": 2.0, "verify_ms": 7.0}},
+        {"elapsed_ms": 8.0, "timings_ms": {"receive_ms": 5.0, "verify_ms": 3.0}},
+    ]
+    assert _slowest_ms(jobs) == {"stage_ms": 9.0, "receive_ms": 5.0, "verify_ms": 7.0}

@@ -143,8 +143,11 @@ def test_after_a_failed_swap_or_canary_no_version_is_held(method):
         world.engine.fail[method] = dead()
         await world.handle(offer(2))
         reply = await world.handle(swap(2))
-        assert (reply.phase, reply.error) == ("swap", "EngineError: the engine died")
+        assert reply.phase == "swap" and "EngineError: the engine died" in reply.error
         assert world.sync.held_version is None
+        # A swap that fails taints the engine by itself; weights that cannot be scored are in use.
+        assert world.engine.tainted == (method == "score")
+        assert ("canary" in reply.error and "tainted until a full sync" in reply.error) == (method == "score")
 
     scenario(work)
 
@@ -198,12 +201,37 @@ def test_tokens_of_a_tainted_version_are_never_proven():
     scenario(work)
 
 
+def test_an_engine_whose_weights_were_found_wrong_is_tainted_until_the_next_swap():
+    async def work(world):
+        await world.load(1)
+        await world.load(2, commit=False)
+        await world.handle(SyncAbort(1, 2, 0, "canary log-probs differ by 0.3", True))
+        assert world.engine.tainted
+        assert world.engine.calls[-1] == ("taint", "version 2 was not proven: canary log-probs differ by 0.3")
+        await world.load(2)
+        assert not world.engine.tainted and world.sync.held_version == 2
+
+    scenario(work)
+
+
+def test_a_number_that_was_proven_proves_nothing_when_other_weights_come_under_it():
+    """A learner that resumed trains the versions after its checkpoint again; their weights need not be the same."""
+
+    async def work(world):
+        await world.load(3)
+        await world.load(3, commit=False)
+        with pytest.raises(EngineError, match=r"versions \[3\] were not proven"):
+            await world.sync.wait_proven({3}, 0.01)
+
+    scenario(work)
+
+
 def test_an_abort_that_changed_no_weights_leaves_the_held_version():
     async def work(world):
         await world.load(1)
         await world.handle(offer(2))
         await world.handle(SyncAbort(1, 2, 0, "another generator died", False))
-        assert world.sync.held_version == 1
+        assert world.sync.held_version == 1 and not world.engine.tainted
         await world.sync.wait_proven({1}, 0.01)
 
     scenario(work)

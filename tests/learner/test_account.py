@@ -88,15 +88,36 @@ def test_reward_parts_are_split_from_the_trainers_figures():
     assert figures.extra == {"padded_tokens": 64.0}
 
 
-def test_a_sync_reports_the_longest_pause_and_the_worst_canary_of_its_generators():
-    ended = RoundEnded(3, 120.0, 40.0, 1000, 2, 1)
-    committed = [
-        Committed("a", 3, 0, 100.0, 40.0, 1000, 2e-6, 4e-7, {"pause_ms": 5.0}),
-        Committed("b", 3, 0, 110.0, 40.0, 1000, 1e-6, 2e-7, {"pause_ms": 9.0}),
-    ]
-    figures = Account().sync_metrics(ended, committed)
-    assert (figures.pause_ms, figures.canary_max_abs_diff, figures.generators_failed) == (9.0, 2e-6, 1)
-    assert figures.canary_mean_abs_diff == pytest.approx(3e-7)
+def committed(name="g", version=3, *, mean=1e-7, largest=1e-6, **timings_ms):
+    return Committed(name, version, 0, 100.0, largest, mean, timings_ms)
+
+
+def ended(*members, version=3, failed=(), num_bytes=1000, **figures):
+    return RoundEnded(version, 120.0, 40.0, num_bytes, members, failed, **figures)
+
+
+def test_a_sync_reports_the_slowest_and_the_worst_canary_of_its_generators():
+    members = (
+        committed("b", largest=2e-6, mean=4e-7, pause_ms=5.0, receive_ms=4.0, verify_ms=3.0, canary_ms=8.0),
+        committed("a", largest=1e-6, mean=2e-7, pause_ms=9.0, receive_ms=2.0, verify_ms=7.0, stage_ms=11.0),
+    )
+    figures = Account().sync_metrics(ended(*members, failed=("c",), snapshot_ms=1.5, retries=2, num_bytes=10_000_000))
+    assert (figures.pause_ms, figures.receive_ms, figures.verify_ms) == (9.0, 4.0, 7.0)
+    assert (figures.stage_ms, figures.canary_ms, figures.snapshot_ms, figures.total_ms) == (11.0, 8.0, 1.5, 120.0)
+    assert (figures.canary_max_abs_diff, figures.canary_mean_abs_diff) == (2e-6, pytest.approx(3e-7))
+    assert (figures.generators_committed, figures.generators_failed, figures.retries) == (2, 1, 2)
+    assert figures.members == ["a", "b", "c"]
+    assert figures.transfer_gb_per_s == pytest.approx(10_000_000 / 1e9 / 0.004)
+    assert (figures.decode_ms, figures.prepare_ms) == (None, None), "nobody measured them"
+
+
+def test_a_sync_tells_what_was_sent():
+    account = Account()
+    dense = account.sync_metrics(ended(committed(), num_bytes=5000, dense_bytes=5000))
+    delta = account.sync_metrics(ended(committed(), num_bytes=40, dense_bytes=5000, base_version=0, encode_ms=2.0))
+    assert (dense.encoding, dense.num_bytes, dense.dense_bytes, dense.encode_ms) == ("dense", 5000, 5000, None)
+    assert (delta.encoding, delta.num_bytes, delta.dense_bytes, delta.encode_ms) == ("delta", 40, 5000, 2.0)
+    assert not dense.catch_up and account.sync_metrics(ended(committed(), catch_up=True)).catch_up
 
 
 @pytest.mark.parametrize(
@@ -109,13 +130,12 @@ def test_a_sync_reports_the_longest_pause_and_the_worst_canary_of_its_generators
     ],
 )
 def test_a_sync_tells_whether_any_engine_had_to_reload(timings, apply):
-    committed = [Committed("g", 3, 0, 1.0, 1.0, 1, 1.0, 1.0, {name: 1.0}) for name in timings]
-    assert Account().sync_metrics(RoundEnded(3, 1.0, 1.0, 1, len(committed), 0), committed).apply == apply
+    members = [committed(**{name: 1.0}) for name in timings]
+    assert Account().sync_metrics(ended(*members)).apply == apply
 
 
 def synced(account: Account, version: int, *means: float) -> None:
-    committed = [Committed(f"g{i}", version, 0, 1.0, 1.0, 1, 1.0, mean, {}) for i, mean in enumerate(means)]
-    account.sync_metrics(RoundEnded(version, 1.0, 1.0, 1, len(committed), 0), committed)
+    account.sync_metrics(ended(*(committed(f"g{i}", mean=mean) for i, mean in enumerate(means)), version=version))
 
 
 def test_the_gap_is_split_into_what_the_newest_sync_left_and_the_rest():
@@ -144,6 +164,7 @@ def test_figures_by_age_are_nested_by_bucket():
 
 
 def test_a_sync_that_nobody_committed_has_no_pause_and_no_canary():
-    figures = Account().sync_metrics(RoundEnded(3, 120.0, 0.0, 0, 0, 1), [])
+    figures = Account().sync_metrics(ended(failed=("g",), num_bytes=0))
     assert (figures.pause_ms, figures.canary_max_abs_diff, figures.num_bytes) == (None, None, None)
-    assert figures.canary_mean_abs_diff is None
+    assert (figures.canary_mean_abs_diff, figures.transfer_gb_per_s, figures.encoding) == (None, None, None)
+    assert figures.members == ["g"]

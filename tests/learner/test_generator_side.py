@@ -21,10 +21,14 @@ class Wire:
 
     def __init__(self):
         self.sent = []
+        self.gone = set()  # peers without a connection
 
     def send(self, peer, frame):
         self.sent.append((peer, decode(frame, max_bytes=MEBIBYTE)))
-        return True
+        return peer not in self.gone
+
+    def reaches(self, peer, frame):
+        return self.send(peer, frame)
 
     def take(self, kind):
         """What was sent of one kind, by peer; it is forgotten."""
@@ -37,7 +41,7 @@ class World:
     def __init__(self, folder, **changes):
         self.parts = make_parts(folder, small_config(**changes))
         self.wire = Wire()
-        self.planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=10.0, tolerance=1e-4)
+        self.planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=10.0, tolerance=1e-4, cell_size=8)
         self.side = GeneratorSide(
             self.parts.config,
             run_epoch=1,
@@ -189,6 +193,53 @@ def test_a_silent_generator_is_dead_after_its_deadline_and_its_leases_go_back(wo
     assert world.side.alive() == []
 
 
+def test_a_silent_generator_without_a_connection_is_dead_long_before_that(world):
+    """Killed: its leases would hold the learner up once they are max_age old."""
+    session = world.join("a", wanted=4)
+    world.side.grant(0, 0.0)
+    world.wire.gone.add(b"a.1")
+    world.side.expire(limits.SUSPECT_S - 0.1)
+    assert world.side.alive() == [session]  # for all we know it is back in a moment
+    world.side.expire(limits.SUSPECT_S)
+    assert world.parts.leases.num_running == 0
+    assert world.side.alive() == []
+
+
+def test_a_connection_that_came_back_in_time_was_never_gone(world):
+    world.join("a", wanted=4)
+    world.wire.gone.add(b"a.1")
+    world.side.expire(limits.SUSPECT_S - 0.5)
+    world.side.hello(b"a.again", hello("a"), 0, limits.SUSPECT_S - 0.1)
+    world.side.expire(limits.SUSPECT_S)
+    assert [session.peer for session in world.side.alive()] == [b"a.again"]
+
+
+def test_the_connection_of_a_silent_generator_is_looked_at_once_a_beat(world):
+    world.join("a")
+    world.wire.take(messages.Ack)
+    times = [step * limits.BEAT_S / 10 for step in range(50)]
+    for now in times:
+        world.side.expire(now)
+    assert len(world.wire.take(messages.Ack)) == 3  # after 2, 3 and 4 beats
+
+
+def test_a_generator_that_comes_back_gets_no_more_than_it_has_room_for(world):
+    """What it had received before counts: its wish is cumulative."""
+    session = world.join("a", wanted=8)
+    world.side.grant(0, 0.0)
+    assert len(world.grants()) == 2
+    world.side.expire(limits.DEAD_S)
+    back = limits.DEAD_S + 1
+    assert world.side.session_of(b"a.1", back) is session
+    world.side.expire(back)
+    world.side.grant(0, back)
+    assert world.grants() == []  # nothing is known of its room yet
+    world.side.beat(session, beat(sequences_wanted=12, sequences_received=8), back)
+    world.planner.receivers["a"].held_version = 0
+    world.side.grant(0, back)
+    assert len(world.grants()) == 1
+
+
 def test_a_generator_taken_for_dead_that_comes_back_begins_with_the_weights(world):
     session = world.join("a", wanted=4)
     world.side.expire(limits.DEAD_S)
@@ -219,7 +270,7 @@ def test_a_lease_that_the_generator_does_not_know_is_leased_again(world):
     world.grants()
     world.side.beat(session, beat(sequences_wanted=4), 1.0)  # too early: the grant may be on its way
     assert world.parts.leases.num_running == 1
-    world.side.beat(session, beat(sequences_wanted=4), 60.0)
+    world.side.beat(session, beat(sequences_wanted=4, held_version=0), 60.0)
     assert world.parts.leases.num_running == 0
     world.side.grant(0, 60.0)
     assert world.grants() == [("a.1", 0)]

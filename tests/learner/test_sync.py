@@ -3,21 +3,17 @@
 import numpy as np
 import pytest
 
-from asyncrl.learner.sync import (
-    GRACE_S,
-    MAX_ERRORS,
-    MAX_TAINTS,
-    PENALTY_S,
-    SyncPlanner,
-)
+from asyncrl.learner.sync import CELL_GRACE_S, COMMIT_REPEAT_S, MAX_CATCH_UPS, SyncPlanner
 from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.learner.sync_round import GRACE_S, MAX_ERRORS, MAX_TAINTS, PENALTY_S
 from asyncrl.transport.messages import (
     Broadcast,
     BroadcastDone,
+    CloseGroup,
     GroupReady,
     OpenGroup,
     SnapshotReady,
-    SnapshotReleased,
+    SnapshotWanted,
     SyncAbort,
     SyncCommit,
     SyncOffer,
@@ -33,11 +29,23 @@ CANARY = [np.array([-1.0, -2.0], np.float32).tobytes()]
 class Bench:
     """A planner, and the answers its peers would give."""
 
-    def __init__(self, *names):
-        self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=1e-4)
+    def __init__(self, *names, cell_size=8, tolerance=1e-4):
+        self.planner = SyncPlanner(
+            run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=tolerance, cell_size=cell_size
+        )
         self.now = 100.0
         for name in names:
             self.planner.joined(name, 1, 1, self.now)
+
+    @property
+    def round(self):
+        """The round under way, None if there is none; of several use `round_of`."""
+        assert len(self.planner.rounds) <= 1, self.planner.rounds
+        return next(iter(self.planner.rounds.values()), None)
+
+    def round_of(self, name):
+        (found,) = [current for current in self.planner.rounds.values() if name in current.members]
+        return found
 
     def snapshot(self, version, base=None):
         """`base`: the publisher also has the delta to this version."""
@@ -51,23 +59,26 @@ class Bench:
         return self.planner.take_outputs()
 
     def open_group(self):
-        self.planner.group_ready(GroupReady(self.planner.group_epoch, "127.0.0.1", 9, ""), self.now)
+        """The publisher opens all groups it was asked for."""
+        for epoch in [epoch for epoch, current in self.planner.rounds.items() if current.opening]:
+            self.planner.group_ready(GroupReady(epoch, "127.0.0.1", 9, ""), self.now)
         return self.take()
 
     def reply(self, name, phase, *, error="", digests=None, canary=None):
-        current = self.planner.round
+        current = self.round_of(name)
         fields = {"digests": [digests or DIGESTS]} if phase == "stage" else {"canary_logprobs": canary or CANARY}
         if error:
             fields = {}
-        message = SyncReply(1, current.version, current.attempt, phase, error, **fields)
+        message = SyncReply(1, current.snapshot.version, current.attempt, phase, error, **fields)
         self.planner.reply(name, message, self.now)
-        return self.take()
+        return self.take() + self.after(0.0)
 
-    def broadcast_done(self, error=""):
-        current = self.planner.round
-        done = BroadcastDone(current.version, current.attempt, current.group_epoch, error, 5.0, 100)
+    def broadcast_done(self, error="", of=None):
+        """`of`: a member of the round, where there are several."""
+        current = self.round if of is None else self.round_of(of)
+        done = BroadcastDone(current.snapshot.version, current.attempt, current.group_epoch, error, 5.0, 100)
         self.planner.broadcast_done(done, self.now)
-        return self.take()
+        return self.take() + self.after(0.0)
 
     def after(self, seconds):
         self.now += seconds
@@ -76,7 +87,7 @@ class Bench:
 
     def offered(self, outputs):
         """The base of what publisher and generators were told to transfer; None = all of the weights."""
-        if self.planner.round.opening_deadline is not None:
+        if self.round.opening:
             outputs = self.open_group()
         (order,) = messages(outputs, Broadcast)
         told = {offer.manifest.get("delta", {}).get("base_version") for offer in messages(outputs, SyncOffer)}
@@ -93,6 +104,12 @@ class Bench:
         for name in names:
             outputs += self.reply(name, "swap")
         return outputs
+
+    def catch_up(self, name):
+        """All of one generator's round on its own group."""
+        assert self.round_of(name).catch_up
+        outputs = self.open_group() + self.reply(name, "stage") + self.broadcast_done(of=name)
+        return outputs + self.reply(name, "swap")
 
 
 def messages(outputs, kind):
@@ -117,9 +134,9 @@ def test_a_round_opens_a_group_offers_swaps_and_commits():
     (commit,) = kinds(bench.reply("a", "swap"), Committed)
     assert (commit.name, commit.version, commit.canary_max_diff) == ("a", 0, 0.0)
     outputs = bench.reply("b", "swap")
-    assert messages(outputs, SyncCommit) and messages(outputs, SnapshotReleased)
+    assert messages(outputs, SyncCommit) and messages(outputs, SnapshotWanted)
     assert bench.planner.held_version("a") == bench.planner.held_version("b") == 0
-    assert bench.planner.round is None
+    assert bench.round is None
 
 
 def test_the_group_is_used_again_while_members_stay_the_same():
@@ -146,19 +163,22 @@ def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
     bench.planner.advance(bench.now)
     (open_group,) = messages(bench.take(), OpenGroup)
     assert open_group.world_size == 2
-    assert list(bench.planner.round.members) == ["b"]
+    assert list(bench.round.members) == ["b"]
     assert bench.planner.held_version("a") == 0
 
 
-def test_a_snapshot_that_was_given_back_and_used_again_is_given_back_again():
+def test_a_newer_snapshot_is_asked_for_once_and_again_after_it_came():
     bench = Bench()
-    assert messages(bench.snapshot(0), SnapshotReleased), "nobody wants it"
-    bench.planner.joined("a", 1, 1, bench.now)
-    bench.after(0.0)
-    bench.open_group()
-    bench.reply("a", "stage")
-    bench.broadcast_done()
-    assert messages(bench.reply("a", "swap"), SnapshotReleased)
+    assert messages(bench.snapshot(0), SnapshotWanted), "nobody takes it"
+    assert not messages(bench.after(10.0), SnapshotWanted)
+    assert messages(bench.snapshot(1), SnapshotWanted)
+
+
+def test_while_a_cell_is_at_work_nothing_newer_is_asked_for():
+    bench = Bench("a")
+    assert not messages(bench.snapshot(0) + bench.open_group(), SnapshotWanted)
+    assert not messages(bench.reply("a", "stage") + bench.broadcast_done(), SnapshotWanted)
+    assert messages(bench.reply("a", "swap"), SnapshotWanted)
 
 
 def test_a_tensor_parallel_generator_takes_one_rank_per_worker():
@@ -195,10 +215,9 @@ def test_a_wrong_canary_taints_and_never_commits():
 
 
 def test_a_commit_reports_largest_and_mean_difference_over_all_canary_tokens():
-    bench = Bench("a")
+    bench = Bench("a", tolerance=0.5)
     ours = [np.array([-1.0, -2.0], np.float32), np.array([-4.0], np.float32)]
     snapshot = SnapshotReady(0, {"digests": DIGESTS}, [b"", b""], [row.tobytes() for row in ours], 1.0)
-    bench.planner.tolerance = 0.5
     bench.planner.snapshot_ready(snapshot, bench.now)
     bench.planner.advance(bench.now)
     bench.open_group()
@@ -226,8 +245,8 @@ def test_a_canary_with_nan_or_missing_values_is_wrong(canary):
     bench.snapshot(0)
     bench.open_group()
     bench.reply("a", "stage")
-    current = bench.planner.round
-    reply = SyncReply(1, current.version, current.attempt, "swap", "", canary_logprobs=canary)
+    current = bench.round
+    reply = SyncReply(1, current.snapshot.version, current.attempt, "swap", "", canary_logprobs=canary)
     bench.planner.reply("a", reply, bench.now)
     assert kinds(bench.take(), SyncFailed)
 
@@ -253,16 +272,17 @@ def test_a_silent_member_costs_the_others_one_deadline_and_then_sits_out():
     bench.reply("a", "stage", error="collective failed")  # a is the victim of b's silence
     outputs = bench.after(GRACE_S + 0.1)
     assert {f.name for f in kinds(outputs, SyncFailed)} == {"b"}
-    assert bench.planner.round is not None, "the publisher is still in the broken collective"
-    bench.broadcast_done(error="timeout")
-    (open_group,) = messages(bench.after(0.0), OpenGroup)
-    assert open_group.world_size == 2 and list(bench.planner.round.members) == ["a"]
+    assert bench.round is not None, "the publisher is still in the broken collective"
+    outputs = bench.broadcast_done(error="timeout")
+    (open_group,) = messages(outputs, OpenGroup)
+    assert open_group.world_size == 2 and list(bench.round.members) == ["a"]
+    assert messages(outputs, CloseGroup), "nobody uses the broken one again"
     bench.open_group()
     bench.reply("a", "stage")
     bench.broadcast_done()
     assert kinds(bench.reply("a", "swap"), Committed)
     outputs = bench.after(PENALTY_S)
-    assert messages(outputs, OpenGroup) and list(bench.planner.round.members) == ["b"]
+    assert messages(outputs, OpenGroup) and list(bench.round.members) == ["b"] and bench.round.catch_up
 
 
 def test_a_member_that_dies_in_the_middle_does_not_hold_up_the_round():
@@ -274,7 +294,7 @@ def test_a_member_that_dies_in_the_middle_does_not_hold_up_the_round():
     bench.broadcast_done()
     bench.reply("a", "swap")
     bench.planner.left("b", bench.now, "no beat for 15 s")
-    assert bench.planner.round is None and bench.planner.held_version("a") == 0
+    assert bench.round is None and bench.planner.held_version("a") == 0
 
 
 def test_no_answer_to_a_swap_taints_after_the_deadline():
@@ -284,7 +304,7 @@ def test_no_answer_to_a_swap_taints_after_the_deadline():
     bench.reply("a", "stage")
     bench.broadcast_done()
     assert bench.planner.held_version("a") is None, "between swap and commit it holds no version"
-    outputs = bench.after(TIMEOUT_S)
+    outputs = bench.after(TIMEOUT_S + GRACE_S)
     assert messages(outputs, SyncAbort)[0].tainted
     assert bench.planner.held_version("a") is None
 
@@ -294,7 +314,7 @@ def test_the_trainers_death_ends_the_round_and_the_next_trainer_starts_anew():
     bench.snapshot(0)
     bench.open_group()
     bench.planner.publisher_lost(bench.now)
-    assert bench.planner.round is None
+    assert bench.round is None
     assert messages(bench.snapshot(0), OpenGroup)
 
 
@@ -303,7 +323,7 @@ def test_a_publisher_that_opens_no_group_is_given_up_by_deadline():
     bench.snapshot(0)
     outputs = bench.after(TIMEOUT_S)
     assert "opened no group" in kinds(outputs, SyncFailed)[0].reason
-    assert bench.planner.round is not None, "it is tried again at once under a new epoch"
+    assert bench.round is not None, "it is tried again at once under a new epoch"
     assert bench.planner.group_epoch == 2
 
 
@@ -314,18 +334,18 @@ def test_a_busy_generator_is_left_alone_until_it_is_free():
     assert bench.planner.held_version("a") is None
     bench.planner.set_busy(set())
     assert messages(bench.after(0.0), OpenGroup)
-    assert list(bench.planner.round.members) == ["a"]
+    assert list(bench.round.members) == ["a"]
 
 
 def test_replies_of_another_round_or_phase_are_ignored():
     bench = Bench("a")
     bench.snapshot(0)
     bench.open_group()
-    current = bench.planner.round
+    current = bench.round
     for stale in (
         SyncReply(1, 7, current.attempt, "stage", "", digests=[DIGESTS]),
-        SyncReply(1, current.version, current.attempt + 1, "stage", "", digests=[DIGESTS]),
-        SyncReply(1, current.version, current.attempt, "swap", "", canary_logprobs=CANARY),
+        SyncReply(1, current.snapshot.version, current.attempt + 1, "stage", "", digests=[DIGESTS]),
+        SyncReply(1, current.snapshot.version, current.attempt, "swap", "", canary_logprobs=CANARY),
     ):
         bench.planner.reply("a", stale, bench.now)
     assert not messages(bench.take(), SyncSwap)
@@ -343,22 +363,20 @@ def test_every_wait_has_a_deadline():
 
 
 def test_a_snapshot_that_is_replaced_while_its_group_opens_gives_way_to_the_newer_one():
-    """The publisher was told that it may replace it, and had done so before it read that a group is wanted again."""
+    """The publisher was told that it may replace it, and had done so before it read that a group is wanted."""
     bench = Bench("a")
-    bench.snapshot(1)
-    bench.open_group()
-    bench.reply("a", "stage", error="a bucket was damaged")
-    outputs = bench.broadcast_done() + bench.after(0.0)
-    assert messages(outputs, SnapshotReleased)
-    assert messages(outputs, OpenGroup)
+    bench.sync_all(1, ["a"])
+    bench.planner.joined("b", 1, 1, bench.now)
+    assert messages(bench.after(0.0), OpenGroup)
+    bench.planner.set_busy({"a"})
     bench.snapshot(2)
     outputs = bench.open_group()
     assert [(offer.version, offer.attempt) for offer in messages(outputs, SyncOffer)] == [(2, 0)]
     assert [broadcast.version for broadcast in messages(outputs, Broadcast)] == [2]
-    bench.reply("a", "stage")
+    bench.reply("b", "stage")
     bench.broadcast_done()
-    bench.reply("a", "swap")
-    assert bench.planner.held_version("a") == 2
+    bench.reply("b", "swap")
+    assert bench.planner.held_version("b") == 2
 
 
 def test_a_member_that_errs_again_and_again_sits_out_in_the_end():
@@ -369,8 +387,177 @@ def test_a_member_that_errs_again_and_again_sits_out_in_the_end():
         bench.reply("a", "stage", error="disk of the store is on fire")
         bench.broadcast_done(error="a member left")
         bench.after(0.0)
-        assert (bench.planner.round is None) == (failures == MAX_ERRORS)
+        assert (bench.round is None) == (failures == MAX_ERRORS)
     assert messages(bench.after(PENALTY_S), OpenGroup)
+
+
+def test_a_member_that_dies_while_it_stages_ends_the_wait_of_the_others():
+    bench = Bench("a", "b", "c")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.planner.left("b", bench.now, "is dead")
+    outputs = bench.after(0.0)
+    assert [f.name for f in kinds(outputs, SyncFailed)] == ["b", "c"]
+    assert len(messages(outputs, SyncAbort)) == 2
+    assert not bench.planner.receivers["c"].failed, "it is not to blame"
+    assert kinds(bench.reply("a", "swap"), Committed), "a had all it needs"
+    assert list(bench.round.members) == ["c"]
+
+
+def test_a_member_that_dies_while_its_group_opens_is_not_waited_for():
+    bench = Bench("a", "b")
+    bench.snapshot(0)
+    bench.planner.left("b", bench.now, "is dead")
+    (open_group,) = messages(bench.after(0.0), OpenGroup)
+    assert open_group.world_size == 2 and list(bench.round.members) == ["a"]
+
+
+def test_a_failure_names_ranks_deadline_and_what_happens_next():
+    bench = Bench()
+    bench.planner.joined("a", 1, 2, bench.now)
+    bench.snapshot(0)
+    bench.open_group()
+    bench.broadcast_done()
+    (failed,) = kinds(bench.after(TIMEOUT_S + GRACE_S), SyncFailed)
+    assert (failed.name, failed.phase) == ("a", "stage")
+    assert failed.reason == "ranks 1 to 2: no answer within the deadline of 10 s; 100 bytes were sent"
+    assert failed.remedy == "tried again in 5 s, on a group of its own"
+
+
+def test_wrong_digests_name_the_worker():
+    bench = Bench()
+    bench.planner.joined("a", 1, 2, bench.now)
+    bench.snapshot(0)
+    bench.open_group()
+    current = bench.round
+    reply = SyncReply(1, 0, current.attempt, "stage", "", digests=[DIGESTS, [11, 23]])
+    bench.planner.reply("a", reply, bench.now)
+    (failed,) = kinds(bench.take(), SyncFailed)
+    assert "(digest) on rank 2" in failed.reason
+
+
+# -- cells and catching up
+
+
+def test_generators_that_are_there_from_the_start_share_cells_of_the_given_size():
+    bench = Bench(*"abcde", cell_size=2)
+    opened = messages(bench.snapshot(0), OpenGroup)
+    assert [group.world_size for group in opened] == [3, 3, 2]
+    assert len({group.prefix for group in opened}) == 3
+    offers = messages(bench.open_group(), SyncOffer)
+    assert sorted(offer.group["rank"] for offer in offers) == [1, 1, 1, 2, 2]
+
+
+def test_a_cell_that_hangs_stalls_the_others_for_the_grace_of_cells_only():
+    bench = Bench("a", "b", cell_size=1)
+    bench.snapshot(0)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.broadcast_done(of="a")
+    assert kinds(bench.reply("a", "swap"), Committed)
+    assert bench.planner.next_deadline(bench.now) == bench.now + CELL_GRACE_S
+    assert messages(bench.after(CELL_GRACE_S), SnapshotWanted)
+    outputs = bench.snapshot(1)
+    assert [o.name for o in outputs if isinstance(o, ToGenerator)] == ["a"], "its group is open still"
+    bench.reply("a", "stage")
+    bench.broadcast_done(of="a")
+    bench.reply("a", "swap")
+    assert bench.planner.held_version("a") == 1 and bench.round_of("b").snapshot.version == 0
+
+
+def test_a_late_cell_takes_the_newest_snapshot_on_a_new_group():
+    """Its memory may be replaced at any moment, so that the group has to ask for it first."""
+    bench = Bench("a", "b", cell_size=1)
+    bench.snapshot(0)
+    bench.open_group()
+    for name in ("a", "b"):
+        bench.reply(name, "stage")
+        bench.broadcast_done(of=name)
+    bench.reply("a", "swap")
+    bench.after(CELL_GRACE_S)
+    bench.snapshot(1)
+    bench.reply("a", "stage")
+    bench.broadcast_done(of="a")
+    assert messages(bench.reply("a", "swap") + bench.after(CELL_GRACE_S), SnapshotWanted)
+    outputs = bench.reply("b", "swap")
+    assert messages(outputs, OpenGroup) and not messages(outputs, SyncOffer)
+    assert messages(bench.open_group(), SyncOffer)[0].version == 1
+
+
+def test_a_newcomer_is_caught_up_beside_a_round_and_merged_at_the_next_snapshot():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.snapshot(1)
+    bench.planner.joined("b", 1, 1, bench.now)
+    (open_group,) = messages(bench.after(0.0), OpenGroup)
+    assert open_group.world_size == 2 and bench.round_of("b").catch_up
+    bench.reply("a", "stage")
+    bench.broadcast_done(of="a")
+    assert messages(bench.reply("a", "swap"), SnapshotWanted), "the newcomer is not waited for"
+    assert kinds(bench.catch_up("b"), Committed)
+    (open_group,) = messages(bench.snapshot(2), OpenGroup)
+    assert open_group.world_size == 3 and set(bench.round.members) == {"a", "b"}
+
+
+def test_a_newcomer_that_is_caught_up_waits_for_the_next_snapshot_and_not_for_another_round_of_its_own():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("b", 1, 1, bench.now)
+    bench.after(0.0)
+    bench.open_group()
+    bench.snapshot(1)  # while b still gets 0
+    bench.reply("b", "stage")
+    bench.broadcast_done(of="b")
+    bench.reply("b", "swap")
+    assert bench.planner.held_version("b") == 0
+    assert list(bench.planner.rounds) == [bench.round_of("a").group_epoch]
+
+
+def test_who_failed_where_others_did_not_is_tried_alone_and_costs_them_nothing():
+    bench = Bench("a", "b")
+    bench.sync_all(0, ["a", "b"])
+    bench.snapshot(1)
+    bench.reply("a", "stage")
+    bench.reply("b", "stage", error="no memory")
+    bench.broadcast_done()
+    bench.reply("a", "swap")
+    assert list(bench.round.members) == ["b"] and bench.round.catch_up
+    outputs = bench.snapshot(2)
+    assert [o.name for o in outputs if isinstance(o, ToGenerator)] == []
+    assert messages(outputs, OpenGroup)[0].world_size == 2, "a goes on alone"
+
+
+def test_no_more_catch_ups_at_once_than_the_network_should_carry():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    for name in "bcdefgh":
+        bench.planner.joined(name, 1, 1, bench.now)
+    assert len(messages(bench.after(0.0), OpenGroup)) == MAX_CATCH_UPS
+    assert len(messages(bench.catch_up("b"), OpenGroup)) == 1, "the next in line"
+
+
+# -- what generators say they hold
+
+
+def test_a_lost_commit_is_said_again_and_then_the_weights_are_sent_again():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.holds("a", None, bench.now + COMMIT_REPEAT_S)
+    assert not bench.take(), "the beat may be older than the commit"
+    bench.planner.holds("a", None, bench.now + COMMIT_REPEAT_S + 0.1)
+    (commit,) = messages(bench.take(), SyncCommit)
+    assert (commit.version, commit.attempt) == (0, 0)
+    bench.planner.holds("a", None, bench.now + TIMEOUT_S + COMMIT_REPEAT_S + 0.1)
+    assert bench.planner.held_version("a") is None
+    assert messages(bench.after(0.0), OpenGroup)
+
+
+def test_a_generator_that_holds_what_it_proved_is_left_alone():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.holds("a", 0, bench.now + 1000.0)
+    assert not bench.take() and bench.planner.held_version("a") == 0
 
 
 # -- deltas
@@ -386,7 +573,7 @@ def test_a_round_reports_what_was_sent():
     bench = Bench("a")
     bench.sync_all(0, ["a"])
     bench.snapshot(1, base=0)
-    current = bench.planner.round
+    current = bench.round
     bench.reply("a", "stage")
     done = BroadcastDone(1, current.attempt, current.group_epoch, "", 5.0, 100, 4000, 2.5)
     bench.planner.broadcast_done(done, bench.now)
@@ -405,16 +592,29 @@ def test_without_a_delta_to_the_version_that_is_staged_everything_is_sent(base):
 def test_a_member_without_the_base_makes_the_round_dense():
     bench = Bench("a")
     bench.sync_all(0, ["a"])
+    bench.sync_all(1, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
-    assert bench.offered(bench.snapshot(1, base=0)) is None
+    bench.after(0.0)
+    bench.catch_up("b")
+    bench.planner.receivers["b"].staged_version = 0
+    assert bench.offered(bench.snapshot(2, base=1)) is None
 
 
-def test_a_restarted_generator_has_no_base_even_in_the_same_round():
-    bench = Bench("a", "b")
-    bench.sync_all(0, ["a", "b"])
-    bench.planner.joined("b", 2, 1, bench.now)
+def test_a_generator_that_was_caught_up_takes_deltas_with_the_others():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("b", 1, 1, bench.now)
+    bench.after(0.0)
+    bench.catch_up("b")
+    assert bench.offered(bench.snapshot(1, base=0)) == 0
+    assert set(bench.round.members) == {"a", "b"}
+
+
+def test_a_restarted_generator_has_no_base():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("a", 2, 1, bench.now)
     assert bench.offered(bench.snapshot(1, base=0)) is None
-    assert set(bench.planner.round.members) == {"a", "b"}
 
 
 @pytest.mark.parametrize("fault", ["error", "digest", "silence"])
@@ -424,7 +624,7 @@ def test_after_a_stage_that_failed_everything_is_sent(fault):
     assert bench.offered(bench.snapshot(1, base=0)) == 0
     bench.broadcast_done()
     if fault == "silence":
-        bench.after(TIMEOUT_S)
+        bench.after(TIMEOUT_S + GRACE_S)
     else:
         wrong = {"error": "no base"} if fault == "error" else {"digests": [11, 23]}
         bench.reply("a", "stage", **wrong)
@@ -451,7 +651,7 @@ def test_who_failed_does_not_cost_the_others_their_base():
     bench.broadcast_done()
     bench.reply("a", "swap")
     outputs = bench.snapshot(2, base=1)
-    assert list(bench.planner.round.members) == ["a"], "b sits out"
+    assert list(bench.round.members) == ["a"], "b sits out"
     assert bench.offered(outputs) == 1
 
 
@@ -477,6 +677,6 @@ def test_every_worker_of_a_generator_has_to_show_its_digests(digests):
     bench = Bench()
     bench.planner.joined("a", 1, 2, bench.now)
     bench.offered(bench.snapshot(0))
-    current = bench.planner.round
+    current = bench.round
     bench.planner.reply("a", SyncReply(1, 0, current.attempt, "stage", "", digests), bench.now)
     assert kinds(bench.take(), SyncFailed)

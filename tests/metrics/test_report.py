@@ -166,6 +166,20 @@ def test_failed_syncs_are_counted_apart_from_the_times(write):
     assert (summary["sync_count"], summary["sync_failed"], summary["sync_total_ms_median"]) == (1, 1, 80.0)
 
 
+def test_what_syncs_took_of_training_and_network_is_in_the_summary(write):
+    timed = [
+        sync(
+            version, snapshot_ms=4.0 + version, verify_ms=2.0, canary_ms=7.0, transfer_gb_per_s=version, retries=version
+        )
+        for version in (1, 2, 3)
+    ]
+    summary = write_summary(write(step(1), *timed))
+    expected = {"snapshot_ms": 6.0, "verify_ms": 2.0, "canary_ms": 7.0, "gb_per_s": 2.0}
+    assert {name: summary[f"sync_{name}_median"] for name in expected} == expected
+    assert summary["sync_retries"] == 6
+    assert any("generation paused 10 ms and training 6.0 ms" in line for line in summary_lines(summary, "run", None))
+
+
 def test_failures_are_counted_by_reason(write):
     lines = [
         step(1, rollouts_failed={"deadline": 8}),

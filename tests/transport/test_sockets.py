@@ -182,6 +182,20 @@ def test_a_reconnect_comes_under_a_new_routing_id(made):
 # -- what is refused
 
 
+def test_a_link_that_breaks_while_its_socket_is_replaced_does_not_keep_the_next_one_from_connecting(made):
+    """As after a stop: heartbeats are overdue when the process goes on, and so is the session."""
+    server = made(ServerSocket)
+    client = made(ClientSocket, server.address)
+    wait_for(lambda: client.link == "up")
+    client._link.close()  # the first half of a reconnect
+    server.close()
+    time.sleep(0.3)  # libzmq notices in its own thread, and nobody is left to be told
+    second = made(ServerSocket)
+    client.address, client._where = second.address, parse_address(second.address)
+    client.reconnect()
+    wait_for(lambda: client.link == "up")
+
+
 def test_an_oversized_frame_is_not_received_and_its_link_is_dropped(made):
     server = made(ServerSocket, max_frame_bytes=10_000)
     client = made(ClientSocket, server.address)

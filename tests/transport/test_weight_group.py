@@ -177,7 +177,7 @@ def test_layout_survives_a_dict():
 
 def test_a_spec_survives_the_wire_and_nonsense_is_refused():
     assert WeightGroupSpec.from_dict(msgpack.unpackb(msgpack.packb(SPEC.to_dict()))) == SPEC
-    for change in ({"rank": 2}, {"rank": -1}, {"backend": "mpi"}, {"timeout_s": 0.0}, {"timeout_s": None}):
+    for change in ({"rank": 2}, {"rank": -1}, {"timeout_s": 0.0}, {"timeout_s": None}):
         with pytest.raises(ProtocolError):
             WeightGroupSpec.from_dict(SPEC.to_dict() | change)
 
@@ -246,6 +246,11 @@ def test_abort_from_another_thread_ends_a_wait():
         group.join(30.0)
     assert time.monotonic() - started < 2.0
     group.close()
+
+
+def test_a_backend_that_does_not_exist_is_refused_at_once():
+    with pytest.raises(WeightGroupError, match=r"'mpi' is none of \['gloo', 'ipc', 'nccl'\]"):
+        WeightGroup(dataclasses.replace(SPEC, backend="mpi"))
 
 
 def test_nccl_without_a_gpu_is_refused_at_once():

@@ -37,11 +37,14 @@ class Receiver:
     def __init__(self, name, replies):
         self.name = name
         self.held = None
+        self.deaf = False  # it takes no part in anything
         self.encodings = []
         self._replies = replies
         self._group = None
 
     def take(self, message):
+        if self.deaf:
+            return
         if isinstance(message, SyncOffer):
             threading.Thread(target=self._stage, args=(message,), daemon=True).start()
         elif isinstance(message, SyncSwap):
@@ -74,17 +77,21 @@ class Receiver:
 class World:
     """A learner's weight plane without a trainer: `step` changes weights, `publish` brings them to all receivers."""
 
-    def __init__(self, dtype=torch.bfloat16):
+    def __init__(self, dtype=torch.bfloat16, cell_size=8, timeout_s=TIMEOUT_S):
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(20_000, generator=generator).to(dtype))
         named = [("weight", self.weight)]
         self.socket = ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MAX_BYTES)
-        buffers = (SnapshotBuffer(named, 4096), SnapshotBuffer(named, 4096))
         self.publisher = Publisher(
-            self.socket.address, buffers, CANARY, lambda _: SCORES, host="127.0.0.1", backend="gloo"
+            self.socket.address,
+            SnapshotBuffer(named, 4096),
+            CANARY,
+            lambda *_: SCORES,
+            host="127.0.0.1",
+            backend="gloo",
         )
         self.publisher.start()
-        self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=1e-6)
+        self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=timeout_s, tolerance=1e-6, cell_size=cell_size)
         self.replies = queue.Queue()
         self.receivers = {}
         self.ended, self.failed = [], []
@@ -107,21 +114,31 @@ class World:
         self.publisher.publish(self._version)
         return self.settle()
 
+    def publish_to(self, *names):
+        """The next version, until these hold it."""
+        self._version += 1
+        self.publisher.publish(self._version)
+        self.wait(lambda: all(self.planner.held_version(name) == self._version for name in names))
+
+    def wait(self, condition, timeout_s=2 * TIMEOUT_S):
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline
+            self._turn()
+
     def offer(self):
         """The next version to the planner alone."""
         self._version += 1
         self.publisher.publish(self._version)
         deadline = time.monotonic() + TIMEOUT_S
-        while self.planner.snapshot.version != self._version:
+        while self.planner.snapshot is None or self.planner.snapshot.version != self._version:
             assert time.monotonic() < deadline
             self._turn()
 
     def settle(self):
         first = len(self.ended)
         deadline = time.monotonic() + 2 * TIMEOUT_S
-        while self.planner.round is not None or any(
-            self.planner.held_version(name) != self._version for name in self.receivers
-        ):
+        while self.planner.rounds or any(self.planner.held_version(name) != self._version for name in self.receivers):
             assert time.monotonic() < deadline
             self._turn()
         for receiver in self.receivers.values():
@@ -182,7 +199,7 @@ def test_the_first_version_is_dense_and_what_changes_little_is_a_delta(world):
         assert world.publish() == ["delta"]
         ended = world.ended[-1]
         assert ended.num_bytes < 0.05 * ended.dense_bytes and ended.encode_ms > 0
-    figures = [Account().sync_metrics(ended, []) for ended in world.ended]
+    figures = [Account().sync_metrics(ended) for ended in world.ended]
     assert [sync.encoding for sync in figures] == ["dense", *["delta"] * 3]
     assert [sync.encode_ms is None for sync in figures] == [True, *[False] * 3]
     assert figures[0].num_bytes == figures[0].dense_bytes == figures[-1].dense_bytes > figures[-1].num_bytes
@@ -204,12 +221,12 @@ def test_a_joiner_is_caught_up_whole_and_takes_deltas_with_the_others_from_then_
     )
 
 
-def test_a_joiner_in_a_round_makes_it_dense_for_everybody(world):
+def test_a_joiner_is_caught_up_whole_beside_the_deltas_of_the_others(world):
     world.join("a")
     world.publish()
     world.step()
     world.join("b")
-    assert world.publish() == ["dense"]
+    assert sorted(world.publish()) == ["delta", "dense"]
     world.step()
     assert world.publish() == ["delta"]
 
@@ -220,7 +237,7 @@ def test_a_delta_damaged_on_the_way_is_followed_by_the_whole_version_and_then_by
     world.step()
 
     def damage():
-        world.publisher._delta.payload[20] ^= 2
+        world.publisher._offered.delta.payload[20] ^= 2
 
     world.before_offer = damage
     assert world.publish() == ["delta", "dense"]
@@ -274,9 +291,80 @@ def test_weights_that_all_change_stay_dense_and_take_no_third_buffer():
             with torch.no_grad():
                 world.weight.add_(torch.randn(world.weight.shape, generator=torch.Generator().manual_seed(seed)))
             assert world.publish() == ["dense"]
-        assert world.publisher._base is None and world.publisher._spare is None
+        assert world.publisher._base is None and len(world.publisher._slots) == 2
         assert world.ended[-1].encode_ms == 0.0
         world.step()  # and as soon as it pays:
         assert world.publish() == ["delta"]
+    finally:
+        world.close()
+
+
+# -- several groups at once
+
+
+def test_a_member_that_is_deaf_stalls_its_cell_alone_and_its_memory_stays_until_it_is_done_with():
+    world = World(cell_size=1, timeout_s=6.0)
+    try:
+        world.join("a")
+        world.join("b")
+        world.publish()
+        world.receivers["b"].deaf = True
+        started = time.monotonic()
+        for _ in range(3):
+            world.step(1.0)  # everything changes: each is sent whole
+            world.publish_to("a")
+        took_s = time.monotonic() - started
+        assert took_s < 6.0, "one grace of cells at most, not b's deadline"
+        assert not world.failed and [c.group_epoch for c in world.planner.rounds.values()] == [2]
+        assert len(world.publisher._slots) == 3, "b's version is kept beside the newest and the next"
+        assert [slot.version for slot in world.publisher._slots if slot.readers] == [1]
+        world.wait(lambda: world.failed)
+        (failed,) = world.failed
+        assert (failed.name, failed.version, failed.phase) == ("b", 1, "stage")
+        world.receivers["b"].deaf = False
+        world.settle()
+        world.wait(lambda: not any(slot.readers for slot in world.publisher._slots))
+    finally:
+        world.close()
+
+
+def test_a_late_cell_gets_the_bytes_of_the_version_it_was_offered():
+    """While the group of `b` sends version 1, version 2 and 3 are taken, offered and sent to `a`."""
+    world = World(cell_size=1, timeout_s=15.0)
+    try:
+        world.join("a")
+        world.join("b")
+        world.publish()
+        gate, b = threading.Event(), world.receivers["b"]
+        stage = b._stage
+
+        def late(offer):
+            gate.wait(20.0)
+            stage(offer)
+
+        b._stage = late
+        for _ in range(3):
+            world.step(1.0)
+            world.publish_to("a")
+        gate.set()
+        world.wait(lambda: b.held is not None and b.held.version == 1)
+        assert not world.failed, "digests agree"
+        world.settle()
+    finally:
+        world.close()
+
+
+def test_closing_a_group_breaks_off_what_is_sent_in_it():
+    world = World(cell_size=1, timeout_s=TIMEOUT_S)
+    try:
+        world.join("a")
+        world.receivers["a"].deaf = True
+        world.offer()
+        world.wait(lambda: any(slot.readers for slot in world.publisher._slots))
+        world.wait(lambda: any(not current.opening for current in world.planner.rounds.values()))
+        started = time.monotonic()
+        world.planner.left("a", started, "is dead")
+        world.wait(lambda: not any(slot.readers for slot in world.publisher._slots))
+        assert time.monotonic() - started < TIMEOUT_S / 2
     finally:
         world.close()

@@ -1,0 +1,88 @@
+"""The sending end of one weight group, in a thread of its own: a group that stalls holds up no other one."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from asyncrl.errors import AsyncRLError
+from asyncrl.transport.messages import Broadcast
+from asyncrl.transport.weight_group import WeightGroup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """How a broadcast ended: `error` is empty when every byte went out. Without an order: the group was closed."""
+
+    group_epoch: int
+    order: Broadcast | None = None
+    error: str = ""
+    transfer_ms: float = 0.0
+    num_bytes: int = 0
+
+
+class GroupSender(threading.Thread):
+    """Broadcasts in one group, one after the other. `report` is called in this thread after each, and at the end.
+
+    A group that failed is closed by then, so that nothing reads the memory that was sent any more.
+    """
+
+    def __init__(self, group: WeightGroup, group_epoch: int, report: Callable[[Sent], None]) -> None:
+        super().__init__(name=f"weight group {group_epoch}", daemon=True)
+        self.group = group
+        self.group_epoch = group_epoch
+        self._report = report
+        self._orders: queue.SimpleQueue[tuple[Broadcast, Sequence[torch.Tensor]] | None] = queue.SimpleQueue()
+
+    def send(self, order: Broadcast, parts: Sequence[torch.Tensor]) -> None:
+        """Broadcast `parts` (uint8 each), as soon as all members have joined."""
+        self._orders.put((order, parts))
+
+    def close(self) -> None:
+        """Leave the group; what is under way is broken off. Returns at once."""
+        self._orders.put(None)
+        # In a thread: on a communicator in trouble the abort itself takes until its deadline.
+        threading.Thread(target=self._abort, name=f"abort {self.name}", daemon=True).start()
+
+    def run(self) -> None:
+        while (item := self._orders.get()) is not None:
+            sent = self._send(*item)
+            if sent.error:
+                self._close_group()  # a collective that failed once cannot be trusted again
+            self._report(sent)
+        self._close_group()
+        self._report(Sent(self.group_epoch))
+
+    def _send(self, order: Broadcast, parts: Sequence[torch.Tensor]) -> Sent:
+        started, num_bytes, error = time.monotonic(), 0, ""
+        deadline = started + order.timeout_s
+        try:
+            self.group.join(order.timeout_s)
+            for part in parts:
+                self.group.broadcast(part, max(0.0, deadline - time.monotonic()))
+                num_bytes += part.nbytes
+        except AsyncRLError as failure:
+            total = sum(part.nbytes for part in parts)
+            error = f"{failure} ({num_bytes} of {total} bytes were sent)"
+        return Sent(self.group_epoch, order, error, (time.monotonic() - started) * 1e3, num_bytes)
+
+    def _abort(self) -> None:
+        try:
+            self.group.abort()
+        except AsyncRLError as error:
+            log.warning("%s", error)
+
+    def _close_group(self) -> None:
+        try:
+            self.group.close()
+        except AsyncRLError as error:
+            # It may still read the memory it sends: receivers find what is wrong by the digests.
+            log.warning("%s", error)

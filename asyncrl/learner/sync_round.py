@@ -1,0 +1,359 @@
+"""One round of weight sync: one snapshot, one weight group, its members. A state machine without sockets or clock.
+
+    OPENING    the publisher hosts the store of a new group        (skipped while a cell stays as it is)
+    STAGING    members join, receive every bucket into their own staging buffer, verify digests; generation goes on
+    SWAPPING   each member loads the staged weights between two decode steps and scores the canary sequences
+    committed  digests and canary agree: tokens of this version may leave that generator
+
+Who waits for whom, and until when:
+
+- OPENING ends `timeout_s` after it was asked for.
+- STAGING waits for every member and for the publisher, `timeout_s` from the offer plus GRACE_S, so that a member can
+  still say why it failed. The first sign of failure shortens the wait for the others to `GRACE_S`: a broken collective
+  fails everywhere at once, and who stays silent is to blame. The publisher is always waited for: it ends by its own
+  deadline.
+- SWAPPING waits for each member alone. A slow one delays nobody else's commit.
+- A member that was silent or tainted sits out (`PENALTY_S`, doubling). A member that answered with an error may be the
+  victim of another one's failure and is tried again at once, MAX_ERRORS times.
+
+A snapshot goes out as a delta when the publisher has one and every member's staging buffer was verified to hold its
+base. A member that fails in any phase is relied on for nothing: its next round is dense.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from asyncrl.learner.sync_records import (
+    Committed,
+    Member,
+    OpenedGroup,
+    Output,
+    Phase,
+    Receiver,
+    RoundEnded,
+    SyncFailed,
+    SyncRules,
+    ToGenerator,
+    ToPublisher,
+)
+from asyncrl.transport.messages import (
+    Broadcast,
+    BroadcastDone,
+    OpenGroup,
+    SnapshotReady,
+    SyncAbort,
+    SyncCommit,
+    SyncOffer,
+    SyncReply,
+    SyncSwap,
+)
+from asyncrl.types import LOGPROB_DTYPE
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 1.0
+PENALTY_S = 5.0
+MAX_PENALTY_S = 120.0
+MAX_TAINTS = 3
+MAX_ERRORS = 3  # from here on a member that answers with errors sits out like one that is silent
+
+
+class SyncRound:
+    """Brings one snapshot to `members`. Every input takes `now` (monotonic seconds); wishes go to `emit`.
+
+    Its planner starts it with `open` or `offer`, gives it what belongs to it, and drops it once it has `ended`.
+    """
+
+    def __init__(
+        self,
+        rules: SyncRules,
+        group_epoch: int,
+        members: Sequence[Receiver],
+        emit: Callable[[Output], None],
+        *,
+        catch_up: bool,
+        now: float,
+    ) -> None:
+        self.group_epoch = group_epoch
+        self.catch_up = catch_up
+        self.group: OpenedGroup | None = None
+        self.snapshot: SnapshotReady | None = None  # chosen when the group is open
+        self.attempt = 0
+        self.members: dict[str, Member] = {}
+        self.world_size = 1
+        for receiver in members:
+            deadline = now + rules.timeout_s
+            self.members[receiver.name] = Member(receiver, self.world_size, Phase.STAGING, deadline)
+            self.world_size += receiver.num_workers
+        self.broken = False  # something failed in the collective; its group is not used again
+        self._rules = rules
+        self._emit = emit
+        self._started = now
+        self._opening_deadline = now + rules.timeout_s
+        self._broadcast: BroadcastDone | None = None
+        self._broadcast_over = False  # it ended, or will by its own deadline in a group that nobody uses any more
+        self._broadcast_deadline = 0.0
+        self._base_version: int | None = None
+        self._committed: list[Committed] = []
+        self._retries = max((r.silences + r.errors for r in members), default=0)
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Asks for a group of its own."""
+        self._emit(ToPublisher(OpenGroup(self.group_epoch, self._prefix(), self.world_size, self._rules.timeout_s)))
+
+    def offer(self, group: OpenedGroup, snapshot: SnapshotReady, attempt: int, now: float) -> None:
+        """The group is open: members and publisher are told to transfer `snapshot`."""
+        self.group, self.snapshot, self.attempt = group, snapshot, attempt
+        rules, (host, port, backend) = self._rules, group.address
+        self._broadcast_deadline = now + rules.timeout_s + GRACE_S
+        self._base_version, manifest = self._choose_encoding(snapshot)
+        for member in self._in(Phase.STAGING):
+            member.deadline = now + rules.timeout_s + GRACE_S
+            place = {
+                "group_epoch": self.group_epoch,
+                "store_host": host,
+                "store_port": port,
+                "prefix": self._prefix(),
+                "rank": member.rank,
+                "world_size": self.world_size,
+                "backend": backend,
+            }
+            offer = SyncOffer(rules.run_epoch, snapshot.version, attempt, place, manifest, rules.timeout_s)
+            self._emit(ToGenerator(member.name, offer))
+        order = Broadcast(snapshot.version, attempt, self.group_epoch, rules.timeout_s, self._base_version)
+        self._emit(ToPublisher(order))
+
+    def abandon(self, now: float, reason: str, *, blame: bool = False) -> None:
+        """Whoever has not staged gets nothing in this round, and its group is closed: the publisher aborts."""
+        log.warning("weight sync in group %d given up: %s", self.group_epoch, reason)
+        self.broken = self._broadcast_over = True
+        for member in self._in(Phase.STAGING):
+            self._fail(member, now, reason, silent=False, blame=blame)
+
+    def broadcast_done(self, message: BroadcastDone, now: float) -> None:
+        version = None if self.snapshot is None else self.snapshot.version
+        if (message.version, message.attempt) != (version, self.attempt) or self._broadcast_over:
+            return
+        self._broadcast, self._broadcast_over = message, True
+        if message.error:
+            log.warning("broadcast of version %d: %s", message.version, message.error)
+            self._break(now)
+
+    def reply(self, name: str, message: SyncReply, now: float) -> None:
+        member = self.members.get(name)
+        if self.snapshot is None or (message.version, message.attempt) != (self.snapshot.version, self.attempt):
+            return
+        if member is None or message.phase != member.phase.value:
+            return
+        member.timings_ms.update(message.timings_ms)
+        if message.phase == Phase.STAGING.value:
+            self._staged(member, message, now)
+        else:
+            self._swapped(member, message, now)
+
+    def left(self, name: str, now: float, reason: str) -> None:
+        """A generator is dead, fenced or gone."""
+        member = self.members.get(name)
+        if member is None:
+            return
+        needed = member.phase is Phase.STAGING
+        self._fail(member, now, reason, silent=False)
+        if needed:
+            self.abandon(now, f"{name} {reason}")  # nobody can complete without it: no need to wait
+
+    def advance(self, now: float) -> None:
+        """Applies deadlines and goes on to the next phase where one is due."""
+        if self.opening:
+            if now >= self._opening_deadline:
+                why = f"the publisher opened no group within {self._rules.timeout_s:g} s"
+                self.abandon(now, why, blame=True)
+            return
+        self._expire(now)
+        for member in self._in(Phase.STAGED):
+            self._swap(member, now)
+
+    # -- what it is at ---------------------------------------------------------------------------------------------
+
+    @property
+    def opening(self) -> bool:
+        return self.group is None
+
+    @property
+    def ended(self) -> bool:
+        """Every member committed or failed, and the publisher is through."""
+        settled = all(m.phase in (Phase.COMMITTED, Phase.FAILED) for m in self.members.values())
+        return settled and (self._broadcast_over or self.opening)
+
+    @property
+    def held_by_all(self) -> bool:
+        """The round ended as it should: its group can be used again."""
+        return not self.broken and all(m.phase is Phase.COMMITTED for m in self.members.values())
+
+    def next_deadline(self) -> float:
+        """When `advance` must be called next even if nothing happens."""
+        if self.opening:
+            return self._opening_deadline
+        deadlines = [m.deadline for m in self._in(Phase.STAGING, Phase.SWAPPING)]
+        if not self._broadcast_over:
+            deadlines.append(self._broadcast_deadline)
+        return min(deadlines, default=float("inf"))
+
+    def result(self, now: float) -> RoundEnded:
+        done, snapshot = self._broadcast, self.snapshot
+        return RoundEnded(
+            version=-1 if snapshot is None else snapshot.version,
+            total_ms=(now - self._started) * 1e3,
+            transfer_ms=done.transfer_ms if done else 0.0,
+            num_bytes=done.num_bytes if done else 0,
+            committed=tuple(self._committed),
+            failed=tuple(m.name for m in self._in(Phase.FAILED)),
+            snapshot_ms=snapshot.snapshot_ms if snapshot else 0.0,
+            base_version=self._base_version,
+            dense_bytes=done.dense_bytes if done else 0,
+            encode_ms=done.encode_ms if done else 0.0,
+            retries=self._retries,
+            catch_up=self.catch_up,
+        )
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def _choose_encoding(self, snapshot: SnapshotReady) -> tuple[int | None, dict[str, Any]]:
+        """(base version, manifest) of a delta if all members can take it, of everything if not."""
+        held = {member.receiver.staged_version for member in self._in(Phase.STAGING)}
+        if snapshot.delta is None or held != {snapshot.delta["base_version"]}:
+            return None, snapshot.manifest
+        return snapshot.delta["base_version"], snapshot.manifest | {"delta": snapshot.delta}
+
+    def _staged(self, member: Member, message: SyncReply, now: float) -> None:
+        assert self.snapshot is not None
+        expected = [list(self.snapshot.manifest["digests"])] * member.receiver.num_workers
+        if message.error:
+            self._fail(member, now, message.error, silent=False)
+            self._break(now)
+        elif [list(digests) for digests in message.digests] != expected:
+            self._fail(member, now, _wrong_digests(member, message.digests, expected[0]), silent=True)
+        else:
+            member.phase = Phase.STAGED
+            member.receiver.staged_version = self.snapshot.version
+
+    def _swap(self, member: Member, now: float) -> None:
+        assert self.snapshot is not None
+        rules = self._rules
+        member.phase, member.deadline = Phase.SWAPPING, now + rules.timeout_s + GRACE_S
+        # From here on its engine may hold anything; what it held before counts no more.
+        member.receiver.held_version = None
+        swap = SyncSwap(rules.run_epoch, self.snapshot.version, self.attempt, self.snapshot.canary, rules.timeout_s)
+        self._emit(ToGenerator(member.name, swap))
+
+    def _swapped(self, member: Member, message: SyncReply, now: float) -> None:
+        assert self.snapshot is not None
+        if message.error:
+            self._fail(member, now, message.error, silent=True)
+            return
+        largest, mean = canary_differences(self.snapshot.canary_logprobs, message.canary_logprobs)
+        if not largest <= self._rules.tolerance:  # also true for NaN
+            allowed = f"allowed {self._rules.tolerance:.3g} (weights.canary_tolerance)"
+            self._fail(member, now, f"canary log-probs differ by {largest:.3g}, {allowed}", silent=True)
+            return
+        self._commit(member, largest, mean, now)
+
+    def _commit(self, member: Member, canary_max_diff: float, canary_mean_diff: float, now: float) -> None:
+        assert self.snapshot is not None
+        version, receiver = self.snapshot.version, member.receiver
+        member.phase = Phase.COMMITTED
+        receiver.held_version, receiver.held_attempt, receiver.committed_at = version, self.attempt, now
+        receiver.silences = receiver.errors = receiver.taints = 0
+        self._emit(ToGenerator(member.name, SyncCommit(self._rules.run_epoch, version, self.attempt)))
+        total_ms = (now - self._started) * 1e3
+        committed = Committed(
+            member.name, version, self.attempt, total_ms, canary_max_diff, canary_mean_diff, member.timings_ms
+        )
+        self._committed.append(committed)
+        self._emit(committed)
+
+    # -- failures --------------------------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        if not self._broadcast_over and now >= self._broadcast_deadline:
+            self._broadcast_over = True
+            self._break(now)
+        for member in self._in(Phase.STAGING, Phase.SWAPPING):
+            if now < member.deadline:
+                continue
+            if member.phase is Phase.STAGING:
+                self.broken = True
+            sent = f"; {self._broadcast.num_bytes} bytes were sent" if self._broadcast else ""
+            self._fail(member, now, f"no answer within the deadline of {self._rules.timeout_s:g} s{sent}", silent=True)
+
+    def _break(self, now: float) -> None:
+        """A collective failed somewhere: it failed everywhere, so nobody is waited for much longer."""
+        self.broken = True
+        for member in self._in(Phase.STAGING):
+            member.deadline = min(member.deadline, now + GRACE_S)
+
+    def _fail(self, member: Member, now: float, reason: str, *, silent: bool, blame: bool = True) -> None:
+        if member.phase in (Phase.COMMITTED, Phase.FAILED):
+            return
+        phase, member.phase, receiver = member.phase, Phase.FAILED, member.receiver
+        tainted = phase is Phase.SWAPPING
+        if not self.opening:  # from the offer on its staging buffer may hold anything
+            receiver.staged_version = None
+        if tainted:
+            receiver.held_version = None
+            receiver.taints += silent
+        if not silent:
+            receiver.errors += blame
+            silent = receiver.errors >= MAX_ERRORS
+        penalty_s = 0.0
+        if silent:
+            receiver.silences += 1
+            penalty_s = min(PENALTY_S * 2 ** (receiver.silences - 1), MAX_PENALTY_S)
+            receiver.excluded_until = now + penalty_s
+        fatal = receiver.taints >= MAX_TAINTS
+        version = -1 if self.snapshot is None else self.snapshot.version
+        if not self.opening:
+            self._emit(
+                ToGenerator(member.name, SyncAbort(self._rules.run_epoch, version, self.attempt, reason, tainted))
+            )
+        where = "open" if self.opening else phase.value
+        text = f"{member.ranks}: {reason}"
+        self._emit(SyncFailed(member.name, version, where, text, _remedy(tainted, penalty_s, fatal), fatal))
+
+    def _in(self, *phases: Phase) -> list[Member]:
+        return [member for member in self.members.values() if member.phase in phases]
+
+    def _prefix(self) -> str:
+        return f"{self._rules.run_name}/{self._rules.run_epoch}/{self.group_epoch}"
+
+
+def canary_differences(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[float, float]:
+    """Largest and mean |theirs - ours| over all canary tokens (float32 rows), in nats.
+
+    Infinite where they cannot be compared, NaN where one of them is.
+    """
+    if len(ours) != len(theirs) or any(len(a) != len(b) for a, b in zip(ours, theirs, strict=False)):
+        return float("inf"), float("inf")
+    # One array over all sequences: its maximum is NaN wherever the NaN is, which Python's max would lose.
+    diffs = np.abs(np.frombuffer(b"".join(theirs), LOGPROB_DTYPE) - np.frombuffer(b"".join(ours), LOGPROB_DTYPE))
+    return float(diffs.max()), float(diffs.mean(dtype=np.float64))
+
+
+def _wrong_digests(member: Member, told: Sequence[Sequence[int]], expected: list[int]) -> str:
+    if len(told) != member.receiver.num_workers:
+        return f"digests of {len(told)} workers came, it has {member.receiver.num_workers}"
+    wrong = [member.rank + worker for worker, digests in enumerate(told) if list(digests) != expected]
+    return f"staged weights differ from the learner's (digest) on rank {', '.join(map(str, wrong))}"
+
+
+def _remedy(tainted: bool, penalty_s: float, fatal: bool) -> str:
+    if fatal:
+        return "it is sent away"
+    when = f"in {penalty_s:g} s, on a group of its own" if penalty_s else "at once"
+    return f"{'it holds no version until it proved one; ' if tainted else ''}tried again {when}"

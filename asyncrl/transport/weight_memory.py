@@ -1,0 +1,196 @@
+"""Memory that other processes of this machine can read in place: on CPUs anonymous shared memory, on GPUs CUDA IPC.
+
+The one place where the two differ. Memory is exported once, when it is made, and opened from a *handle*, a dict of
+plain values that may travel as JSON. On CPUs it is a memfd, which has no name in any folder: the kernel frees it with
+the last process that maps it, however that one ended. Receivers reach it through /proc/PID/fd, so both sides must run
+as one user in one PID namespace. On GPUs the driver frees the memory with the exporting process; torch keeps a counter
+file of 80 kB in /dev/shm for it, which stays behind if that process is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import threading
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncrl.errors import WeightGroupError
+
+EVENT_POLL_S = 0.0005
+_MEMFD_NAME = "asyncrl-weights-"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a mapping stays as large as it was
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+class _Export:
+    """What lets others open one buffer. Ends with the tensor that was made with it."""
+
+    def __init__(self, handle: dict[str, Any]) -> None:
+        self.handle = handle
+
+
+_exports: weakref.WeakValueDictionary[int, _Export] = weakref.WeakValueDictionary()  # by address
+_exports_lock = threading.Lock()
+
+
+def shared_buffer(num_bytes: int, device: torch.device | str) -> torch.Tensor:
+    """A zeroed uint8 tensor [num_bytes] that others can open for as long as this very tensor (not a view) lives."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        export = _Export(_export_cuda(buffer))
+    else:
+        buffer, export = _new_memfd(num_bytes)
+    buffer.asyncrl_export = export  # type: ignore[attr-defined]
+    with _exports_lock:
+        _exports[buffer.data_ptr()] = export
+    return buffer
+
+
+def handle_of(flat: torch.Tensor) -> tuple[dict[str, Any], int] | None:
+    """The handle of the shared buffer that `flat` is a part of, and its offset there; None for other memory."""
+    base = flat.untyped_storage().data_ptr()
+    with _exports_lock:
+        export = _exports.get(base)
+    return None if export is None else (export.handle, flat.data_ptr() - base)
+
+
+def place(device: torch.device) -> dict[str, Any]:
+    """Where this process is: memory can be opened by processes in the same place."""
+    with open(_BOOT_ID) as file:
+        boot = file.read().strip()
+    return {
+        "machine": boot,
+        "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
+        "user": os.geteuid(),
+        "device": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu",
+    }
+
+
+class Opened:
+    """Memory of another process, mapped read-only as far as the platform can. Mapped until it is dropped.
+
+    Raises:
+        WeightGroupError: the handle leads to no memory, or to other memory than it was made for.
+    """
+
+    def __init__(self, handle: dict[str, Any], device: torch.device) -> None:
+        self._device = device
+        try:
+            self._memory: Any = _open_cuda(handle, device) if device.type == "cuda" else _open_memfd(handle)
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightGroupError(f"handle of shared memory is malformed: {error!r}") from error
+
+    def copy(self, offset: int, destination: torch.Tensor, deadline: float) -> None:
+        """Copy into `destination`, a flat uint8 tensor, from `offset` on.
+
+        Raises:
+            WeightGroupError: the memory is smaller than that; `deadline` (monotonic) passed.
+        """
+        stop = offset + destination.numel()
+        if not 0 <= offset <= stop <= len(self._memory):
+            raise WeightGroupError(f"bytes {offset} to {stop} are not in shared memory of {len(self._memory)} bytes")
+        if self._device.type == "cuda":
+            _copy_cuda(self._memory[offset:stop], destination, deadline)
+        else:
+            np.copyto(destination.numpy(), self._memory[offset:stop])  # numpy lets go of the interpreter's lock
+
+
+# -- CPU ---------------------------------------------------------------------------------------------------------------
+
+
+def _new_memfd(num_bytes: int) -> tuple[torch.Tensor, _Export]:
+    name = _MEMFD_NAME + secrets.token_hex(8)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        buffer = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
+    except BaseException:
+        os.close(fd)
+        raise
+    export = _Export({"pid": os.getpid(), "fd": fd, "name": name, "bytes": num_bytes})
+    weakref.finalize(export, os.close, fd)
+    return buffer, export
+
+
+def _open_memfd(handle: dict[str, Any]) -> np.ndarray:
+    path = f"/proc/{int(handle['pid'])}/fd/{int(handle['fd'])}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # The number may have been given to another file since.
+            if not os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{handle['name']}"):
+                raise WeightGroupError(f"{path} is no longer the memory {handle['name']}; its owner dropped it")
+            mapped = mmap.mmap(fd, int(handle["bytes"]), prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise WeightGroupError(
+            f"shared memory {path} cannot be opened ({error}): run learner and generator as one user in one "
+            "PID namespace, or set weights.backend=gloo"
+        ) from error
+    return np.frombuffer(mapped, dtype=np.uint8)
+
+
+# -- GPU: after torch's own reductions; not yet run on a GPU -----------------------------------------------------------
+
+
+def _export_cuda(buffer: torch.Tensor) -> dict[str, Any]:
+    _, handle, num_bytes, offset, counter, counter_offset, event, wait = buffer.untyped_storage()._share_cuda_()
+    return {
+        "handle": handle.hex(),
+        "bytes": num_bytes,
+        "offset": offset,
+        "counter": counter.hex(),
+        "counter_offset": counter_offset,
+        "event": event.hex(),
+        "wait": wait,
+    }
+
+
+def _open_cuda(handle: dict[str, Any], device: torch.device) -> torch.Tensor:
+    storage = torch.UntypedStorage._new_shared_cuda(
+        torch.cuda.current_device() if device.index is None else device.index,  # the learner may number it otherwise
+        bytes.fromhex(handle["handle"]),
+        int(handle["bytes"]),
+        int(handle["offset"]),
+        bytes.fromhex(handle["counter"]),
+        int(handle["counter_offset"]),
+        bytes.fromhex(handle["event"]),
+        bool(handle["wait"]),
+    )
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _copy_cuda(source: torch.Tensor, destination: torch.Tensor, deadline: float) -> None:
+    stream = torch.cuda.Stream(destination.device)
+    stream.wait_stream(torch.cuda.current_stream(destination.device))  # the zeros of a new staging buffer
+    with torch.cuda.stream(stream):
+        destination.copy_(source, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(stream)
+    wait_event(done, deadline)
+
+
+def wait_event(event: Any, deadline: float) -> None:
+    """Raises WeightGroupError when a CUDA event has not come by `deadline`."""
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise WeightGroupError("the GPU did not finish its work in time")
+        time.sleep(EVENT_POLL_S)
+
+
+def wait_written(flat: torch.Tensor, deadline: float) -> None:
+    """Returns once what was put on the current stream before is done: what writes `flat` among it."""
+    if flat.is_cuda:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(flat.device))
+        wait_event(event, deadline)

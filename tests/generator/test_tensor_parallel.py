@@ -1,0 +1,125 @@
+"""The real vLLM with two workers: each takes its shards out of the same bytes, and what they compute is the model."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from asyncrl.errors import EngineError, WeightGroupError
+from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
+from tests.generator.delta_buffer import DeltaBuffer, change_some
+
+TOLERANCE = 1e-4  # float32 on both sides
+PROMPT = [5, 9, 33, 71, 12, 64]
+
+
+@pytest.fixture(scope="module")
+def two_workers(tied_model_dir, tmp_path_factory):
+    """One engine for all tests of this module; its workers can be told to fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncrl.generator.weights.EXTENSION", "tests.generator.odd_worker.OddWorkerExtension")
+        under_test = start_engine(tied_model_dir, tmp_path_factory.mktemp("tp") / "vllm.log", tensor_parallel_size=2)
+    under_test.run(under_test.sync())
+    under_test.notes["first_apply"] = under_test.notes["swap"].apply
+    yield under_test
+    under_test.run(under_test.engine.close())
+    under_test.runner.close()
+
+
+def assert_it_is_the_model(engine):
+    """Scores and what is sampled, by the weights the learner's model has now."""
+    sequence = np.random.default_rng(engine.next_version).integers(2, VOCAB_SIZE, 60).tolist()
+    (score,) = engine.run(engine.engine.score([sequence], 20.0))
+    np.testing.assert_allclose(score, reference_logprobs(engine.model, sequence), atol=TOLERANCE, rtol=0)
+    (completion,) = engine.run(engine.generate(PROMPT, num_rollouts=1, max_new_tokens=24))
+    assert {span.version for span in completion.version_spans} == {engine.engine.version}
+    expected = reference_logprobs(engine.model, PROMPT + completion.token_ids.tolist())[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_every_sync_reaches_both_workers_the_first_by_a_reload_and_the_next_in_place(two_workers):
+    engine = two_workers
+    assert engine.notes["first_apply"] == "reload"
+    for seed in (1, 2, 3):
+        before = reference_logprobs(engine.model, PROMPT)
+        randomize(engine.model, seed)
+        assert np.abs(reference_logprobs(engine.model, PROMPT) - before).max() > 100 * TOLERANCE
+        version = engine.run(engine.sync())
+        assert engine.notes["swap"].apply == "direct" and engine.engine.version == version
+        assert_it_is_the_model(engine)
+
+
+def test_both_workers_report_their_own_digests(two_workers):
+    from asyncrl.transport.weight_group import SnapshotBuffer
+
+    engine = two_workers
+    buffer = SnapshotBuffer(engine.model.named_parameters(remove_duplicate=False), 64 * 1024)
+
+    async def stage():
+        reports = []
+        real = engine.engine.stage_weights
+
+        async def watched(manifest, timeout_s):
+            reports.append((manifest, await real(manifest, timeout_s)))
+
+        engine.engine.stage_weights = watched
+        try:
+            await engine.stage(buffer=buffer)
+        finally:
+            del engine.engine.stage_weights
+        return reports[0]
+
+    manifest, report = engine.run(stage())
+    assert len(manifest.digests) > 1 and report.digests == [list(manifest.digests)] * 2
+
+
+def test_a_swap_keeps_sequences_in_flight(two_workers):
+    engine = two_workers
+
+    async def swap_midway():
+        old, states = engine.engine.version, engine.engine._llm.output_processor.request_states
+        running = [
+            asyncio.create_task(engine.generate([7 + i] * 9, num_rollouts=4, max_new_tokens=170)) for i in (0, 1)
+        ]
+        while not states or any(state.is_prefilling for state in states.values()):
+            await asyncio.sleep(0.001)
+        randomize(engine.model, 11)
+        new = await engine.sync()
+        return old, new, await asyncio.gather(*running)
+
+    old, new, groups = engine.run(swap_midway())
+    spans = [tuple(span.version for span in completion.version_spans) for group in groups for completion in group]
+    assert set(spans) <= {(old,), (old, new)} and (old, new) in spans
+    assert_it_is_the_model(engine)
+
+
+def test_a_chain_of_deltas_keeps_both_workers_right(two_workers):
+    engine = two_workers
+    engine.run(engine.sync())
+    deltas = DeltaBuffer(engine)
+    for seed in (5, 6):
+        change_some(engine.model, seed)
+        engine.run(engine.sync(deltas))
+        assert deltas.delta.info.num_bytes < 0.2 * deltas._buffer.layout.total_bytes
+        assert_it_is_the_model(engine)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bit_that_is_wrong_on_one_worker_is_found_and_the_worker_named(two_workers, rank):
+    engine = two_workers
+    engine.run(engine.sync())
+    before = engine.engine.version
+    weights = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    engine.run(engine.engine._rpc("odd_damage_next_bytes", 5.0, rank))
+    with pytest.raises(WeightGroupError, match=rf"worker {rank} failed in phase stage, .*: bucket 0 of version .* digest"):
+        engine.run(engine.stage_next(50 + rank))
+    with pytest.raises(EngineError, match="not staged"):
+        engine.run(engine.engine.swap_weights(engine.next_version - 1, 10.0))
+    assert engine.engine.version == before and not engine.engine.tainted
+    engine.model.load_state_dict(weights)
+    assert_it_is_the_model(engine)
+    randomize(engine.model, 60 + rank)
+    engine.run(engine.sync())
+    assert_it_is_the_model(engine)

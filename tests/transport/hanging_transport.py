@@ -1,0 +1,78 @@
+"""A transport that hangs for ever where a test wants it to; everywhere else it is gloo."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from asyncrl.transport import weight_group
+from asyncrl.transport.weight_collectives import GlooTransport
+
+GARBAGE = 0xEE
+
+
+class Hangs:
+    """Where to hang: pairs of a method and a rank. `release` lets all that hang go on."""
+
+    def __init__(self) -> None:
+        self.places: set[tuple[str, int]] = set()
+        self.threads: list[threading.Thread] = []
+        self._released = threading.Event()
+
+    def here(self, method: str, rank: int) -> bool:
+        """Hangs, if it is to; True afterwards."""
+        if (method, rank) not in self.places:
+            return False
+        self.threads.append(threading.current_thread())
+        self._released.wait()
+        return True
+
+    def release(self, timeout_s: float = 20.0) -> None:
+        """What was abandoned runs to its end."""
+        self._released.set()
+        for thread in self.threads:
+            thread.join(timeout_s)
+            assert not thread.is_alive()
+
+
+def hanging_transport(hangs: Hangs) -> type[GlooTransport]:
+    class HangingTransport(GlooTransport):
+        def _hang(self, method: str) -> bool:
+            self.waiting_for = f"a {method} that never ends"
+            return hangs.here(method, self._spec.rank)
+
+        def form(self, timeout_s: float) -> None:
+            self._hang("form")
+            super().form(timeout_s)
+
+        def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
+            if self._hang("broadcast"):
+                flat.fill_(GARBAGE)  # as late as can be
+            super().broadcast(flat, timeout_s)
+
+        def abort(self) -> None:
+            self._hang("abort")
+            super().abort()
+
+        def close(self) -> None:
+            self._hang("close")
+            super().close()
+
+    return HangingTransport
+
+
+@contextmanager
+def hanging(close_timeout_s: float = 0.5) -> Iterator[Hangs]:
+    """Groups of the backend "hanging" exist inside; at the end all that still hangs is let go."""
+    hangs = Hangs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(weight_group.TRANSPORTS, "hanging", hanging_transport(hangs))
+        patch.setattr(weight_group, "CLOSE_TIMEOUT_S", close_timeout_s)
+        try:
+            yield hangs
+        finally:
+            hangs.release()

@@ -1,0 +1,109 @@
+"""Weight groups are process groups of their own: nothing of theirs goes through torch.distributed's default group."""
+
+from __future__ import annotations
+
+import ast
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from group_members import in_threads, pair
+
+import asyncrl
+from asyncrl.transport.weight_collectives import _Environment
+from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+
+PACKAGE = Path(asyncrl.__file__).parent
+OWN_OBJECTS = {"Store", "PrefixStore", "TCPStore", "ProcessGroupGloo", "ProcessGroupNCCL", "BroadcastOptions"}
+
+
+def distributed_names(tree: ast.AST) -> set[str]:
+    """What a module takes from torch.distributed, under whatever name it imports that."""
+    aliases, used = {"torch.distributed"}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {a.asname for a in node.names if a.name.startswith("torch.distributed") and a.asname}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            aliases |= {a.asname or a.name for a in node.names if node.module == "torch" and a.name == "distributed"}
+            used |= {a.name for a in node.names if node.module.startswith("torch.distributed")}
+    used |= {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) in aliases
+    }
+    return used
+
+
+def test_the_search_finds_calls_under_every_name():
+    for text in (
+        "import torch.distributed as dist\ndist.broadcast(x)",
+        "import torch.distributed\ntorch.distributed.broadcast(x)",
+        "from torch import distributed\ndistributed.broadcast(x)",
+        "from torch.distributed import broadcast",
+        "from torch.distributed.distributed_c10d import broadcast",
+    ):
+        assert "broadcast" in distributed_names(ast.parse(text)), text
+
+
+@pytest.mark.parametrize("area", ["transport", "generator", "learner"])
+def test_only_bare_groups_and_stores_are_used_and_no_function_of_the_default_group(area):
+    used = {}
+    for path in sorted((PACKAGE / area).rglob("*.py")):
+        if names := distributed_names(ast.parse(path.read_text())) - OWN_OBJECTS:
+            used[path.name] = names
+    assert used == {}
+    assert area != "transport" or "ProcessGroupGloo" in distributed_names(
+        ast.parse((PACKAGE / "transport" / "weight_collectives.py").read_text())
+    )
+
+
+@pytest.fixture
+def default_group():
+    """A default group of one rank, as a trainer may have; it counts the collectives that go through it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.distributed_c10d._get_default_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_a_weight_group_neither_uses_nor_needs_the_default_group(default_group, backend):
+    known = dict(dist.distributed_c10d._world.pg_map)
+    before = default_group._get_sequence_number_for_group()
+    root, member = pair(WeightGroupSpec("127.0.0.1", 0, "own/1", 0, 2, backend, 20.0), WeightGroup)
+    sent, taken = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
+    in_threads(lambda: root.broadcast(sent, 10.0), lambda: member.broadcast(taken, 10.0))
+    assert torch.equal(sent, taken)
+    assert dist.distributed_c10d._world.pg_map == known, "nothing was registered beside the default group"
+    assert default_group._get_sequence_number_for_group() == before
+    dist.all_reduce(torch.zeros(1))
+    assert default_group._get_sequence_number_for_group() > before, "the count counts"
+
+    dist.destroy_process_group()
+    taken.zero_()
+    in_threads(lambda: root.broadcast(sent, 10.0), lambda: member.broadcast(taken, 10.0))
+    assert torch.equal(sent, taken)
+    root.close()
+    member.close()
+
+
+def test_variables_for_nccl_are_gone_when_the_last_group_of_several_is_formed(monkeypatch):
+    monkeypatch.setenv("ASYNCRL_TEST_A", "before")
+    monkeypatch.delenv("ASYNCRL_TEST_B", raising=False)
+    environment, inside, leave = _Environment(), threading.Barrier(2, timeout=10.0), threading.Event()
+
+    def other():
+        with environment.holding({"ASYNCRL_TEST_A": "2", "ASYNCRL_TEST_B": "2"}):
+            inside.wait()
+            leave.wait(10.0)
+
+    thread = threading.Thread(target=other)
+    with environment.holding({"ASYNCRL_TEST_A": "1", "ASYNCRL_TEST_B": "1"}):
+        assert os.environ["ASYNCRL_TEST_B"] == "1"
+        thread.start()
+        inside.wait()
+    assert os.environ["ASYNCRL_TEST_B"] == "2", "the other is not through"
+    leave.set()
+    thread.join()
+    assert os.environ["ASYNCRL_TEST_A"] == "before" and "ASYNCRL_TEST_B" not in os.environ

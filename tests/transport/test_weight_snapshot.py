@@ -1,0 +1,69 @@
+"""Copies of parameters in staging buffers: what is in them, and that buffers and parameters stay apart."""
+
+from __future__ import annotations
+
+import torch
+
+from asyncrl.transport.weight_layout import SnapshotBuffer
+from asyncrl.transport.weight_patch import AdaptedWeight
+
+
+def parameters():
+    """Many small tensors of several types, one of them tied, one empty, one adapted."""
+    generator = torch.Generator().manual_seed(0)
+    named = [
+        (f"bias.{index}", torch.nn.Parameter(torch.randn(index % 5 + 1, generator=generator))) for index in range(40)
+    ]
+    named.append(("counts", torch.nn.Parameter(torch.arange(9), requires_grad=False)))
+    named.append(("half", torch.nn.Parameter(torch.randn(3, 7, generator=generator).half())))
+    named.append(("none", torch.nn.Parameter(torch.empty(0, 4))))
+    named.append(("x.weight", torch.nn.Parameter(torch.randn(5, 3, generator=generator))))
+    return [*named, ("tied", named[3][1])]
+
+
+def one_by_one(named, adapted, wire_dtype):
+    """The slow, obvious reference."""
+    copies = {}
+    for name, tensor in named:
+        value = adapted[name].merged() if name in adapted else tensor.detach().clone()
+        copies[name] = value.to(wire_dtype) if wire_dtype and value.dtype.is_floating_point else value
+    return copies
+
+
+def assert_holds(buffer, copies):
+    views = dict(buffer.views())
+    assert list(views) == list(copies)
+    for name, copy in copies.items():
+        assert views[name].dtype == copy.dtype and torch.equal(views[name], copy), name
+
+
+def test_every_buffer_keeps_the_parameters_as_they_were_at_its_snapshot():
+    for wire_dtype in (None, torch.bfloat16):
+        named = parameters()
+        weight = dict(named)["x.weight"]
+        adapted = {"x.weight": AdaptedWeight(weight.detach(), torch.randn(2, 3), torch.randn(5, 2), 0.5)}
+        buffers = [SnapshotBuffer(named, 256, wire_dtype, adapted=adapted)]
+        buffers += [buffers[0].twin(), buffers[0].twin()]
+        taken = []
+        for buffer in buffers:
+            buffer.snapshot()
+            taken.append(one_by_one(named, adapted, wire_dtype))
+            with torch.no_grad():
+                for _, parameter in named[:-1]:
+                    parameter.add_(1)
+        for buffer, copies in zip(buffers, taken, strict=True):
+            assert_holds(buffer, copies)
+        assert len({buffer.flat.data_ptr() for buffer in buffers}) == 3
+        buffers[0].snapshot()
+        assert_holds(buffers[0], one_by_one(named, adapted, wire_dtype))
+        assert_holds(buffers[1], taken[1])
+
+
+def test_a_snapshot_takes_no_part_in_the_gradient():
+    parameter = torch.nn.Parameter(torch.ones(4))
+    buffer = SnapshotBuffer([("x", parameter)], 64)
+    buffer.snapshot()
+    (view,) = dict(buffer.views()).values()
+    assert not view.requires_grad and not buffer.flat.requires_grad
+    (parameter * 2.0).sum().backward()
+    assert parameter.grad.tolist() == [2.0] * 4
