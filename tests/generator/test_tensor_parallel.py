@@ -113,7 +113,8 @@ def test_a_bit_that_is_wrong_on_one_worker_is_found_and_the_worker_named(two_wor
     before = engine.engine.version
     weights = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     engine.run(engine.engine._rpc("odd_damage_next_bytes", 5.0, rank))
-    with pytest.raises(WeightGroupError, match=rf"worker {rank} failed in phase stage, .*: bucket 0 of version .* digest"):
+    told = rf"worker {rank} failed in phase stage, .*: bucket 0 of version .* digest"
+    with pytest.raises(WeightGroupError, match=told):
         engine.run(engine.stage_next(50 + rank))
     with pytest.raises(EngineError, match="not staged"):
         engine.run(engine.engine.swap_weights(engine.next_version - 1, 10.0))
