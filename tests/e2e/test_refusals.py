@@ -214,7 +214,7 @@ def bad_frames() -> list[bytes]:
     return [
         b"",
         b"GET / HTTP/1.1\r\n\r\n",
-        good[:-1] + b"\x00",
+        good[:-1] + bytes([good[-1] ^ 1]),
         good[: HEADER_BYTES - 1],
         good + b"more",
         frame(2, bomb),
