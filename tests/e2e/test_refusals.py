@@ -168,7 +168,7 @@ def test_a_generator_that_starts_its_engine_stops_at_a_signal_and_leaves_nothing
     started = time.monotonic()
     generator.signal_group(signal.SIGTERM)
     assert generator.exit_code(STEP_S) == 0, generator.last_words()
-    assert time.monotonic() - started < 30.0  # an import under way is not broken off
+    assert time.monotonic() - started < 45.0  # an import under way is not broken off
     assert "Traceback" not in generator.stderr
     wait_until(lambda: set(served.processes()) <= before, 15.0, "the end of its processes")
     shutil.rmtree(served.run_dir / "generators")

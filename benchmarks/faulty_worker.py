@@ -1,0 +1,121 @@
+"""The half of the saboteur that sits where weights arrive: vLLM's worker. See `benchmarks.faulty_generator`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from asyncrl.generator import staging, weights
+from asyncrl.generator.weights import WeightWorkerExtension
+from benchmarks.faulty_generator import Saboteur
+
+CORRUPTED = "norm.weight"  # the last of them is the model's own, which every token goes through
+EXPONENT_BIT = 1  # of the highest byte of a little-endian float: 1.0 becomes 0.25
+
+_saboteur = Saboteur.of_this_process()
+_receive, _digest = staging.receive, staging.digest
+_receiving: Receiving | None = None
+
+
+class Receiving:
+    """One version on its way into staging: the group as `staging.receive` sees it, and where it stands."""
+
+    def __init__(self, group: Any, manifest: Any) -> None:
+        self._group, self.version = group, manifest.version
+        self.num_digests = len(manifest.layout.buckets)
+        num_parts = self.num_digests
+        if manifest.delta is not None:
+            num_parts = -(-manifest.delta.num_bytes // manifest.layout.bucket_bytes)
+        self._middle, self._received, self._measured = num_parts // 2, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def broadcast(self, flat: torch.Tensor, timeout_s: float) -> Any:
+        """Receives one bucket; the one in the middle is where STAGE happens."""
+        index, self._received = self._received, self._received + 1
+        if index != self._middle:
+            return self._group.broadcast(flat, timeout_s)
+        _saboteur.signal("STAGE", self.version)
+        if order := _saboteur.take("STAGE", "drop"):
+            _saboteur.carried_out(order, self.version, f"bucket {index} is not received")
+            return None
+        result = self._group.broadcast(flat, timeout_s)
+        if order := _saboteur.take("STAGE", "corrupt"):
+            flat[flat.numel() // 2] ^= 1
+            _saboteur.carried_out(order, self.version, f"a bit of bucket {index} changed on the way")
+        return result
+
+    def digest(self, bucket: torch.Tensor) -> int:
+        """Measures one bucket; the last one is where VERIFY happens."""
+        index, self._measured = self._measured, self._measured + 1
+        if index == self.num_digests // 2 and (order := _saboteur.take("STAGE", "digest")):
+            _saboteur.carried_out(order, self.version, f"the digest of bucket {index} is measured wrongly")
+            return _digest(bucket) ^ 1
+        if index == self.num_digests - 1:
+            _saboteur.signal("VERIFY", self.version)
+            if order := _saboteur.take("VERIFY", "corrupt"):
+                bucket[-1] ^= 1
+                _saboteur.carried_out(order, self.version, "a bit of the staging buffer changed before its digest")
+        return _digest(bucket)
+
+
+def receive(group: Any, manifest: Any, *args: Any) -> Any:
+    """`staging.receive`, watched. One at a time: a worker has one job at work."""
+    global _receiving
+    _receiving = Receiving(group, manifest)
+    return _receive(_receiving, manifest, *args)
+
+
+def digest(bucket: torch.Tensor) -> int:
+    assert _receiving is not None
+    return _receiving.digest(bucket)
+
+
+weights.receive, staging.digest = receive, digest  # type: ignore[assignment]
+
+
+class FaultyWorker(WeightWorkerExtension):
+    """What happens while the engine stands still for a swap."""
+
+    def asyncrl_swap(self, version: int) -> dict[str, Any]:
+        _saboteur.signal("SWAP", version)
+        order = _saboteur.take("SWAP", "corrupt", "drop", "canary")
+        if order is None:
+            return super().asyncrl_swap(version)
+        if order.fault == "canary":
+            _saboteur.carried_out(order, version, "the swap is reported and not done: the old weights stay in use")
+            return {"error": "", "apply_ms": 0.0, "apply": "direct"}
+        engine = self.weight_transfer_engine
+        what = _corrupt(engine.receiver) if order.fault == "corrupt" else _leave_out(engine.receiver)
+        _saboteur.carried_out(order, version, what)
+        return super().asyncrl_swap(version)
+
+
+def _corrupt(receiver: Any) -> str:
+    """Changes a byte of a verified buffer. Matrices were packed before the pause; a norm is copied in the swap."""
+    name, tensor = [(name, tensor) for name, tensor in receiver.tensors() if name.endswith(CORRUPTED)][-1]
+    before = float(tensor.view(-1)[0])
+    tensor.view(-1).view(torch.uint8)[tensor.element_size() - 1] ^= EXPONENT_BIT
+    return f"a byte of the verified {name} changed: {before:.4g} became {float(tensor.view(-1)[0]):.4g}"
+
+
+def _leave_out(receiver: Any) -> str:
+    """Leaves out what lies in the middle bucket when the staged weights are put in place."""
+    assert receiver.prepared is not None, "the cell waits for a sync that was applied in place"
+    layout, prepared = receiver.staged.layout, receiver.prepared
+    index = len(layout.buckets) // 2
+    start, stop = (receiver._held.buffer.data_ptr() + place for place in layout.buckets[index])
+    names = {name for name, tensor in receiver.tensors() if _overlaps(tensor, start, stop)}
+    before = len(prepared.copies) + len(prepared.packs)
+    prepared.copies[:] = [pair for pair in prepared.copies if not _overlaps(pair[1], start, stop)]
+    prepared.packs[:] = [pack for pack in prepared.packs if not names & set(pack[0].weight.writes)]
+    left_out = before - len(prepared.copies) - len(prepared.packs)
+    assert left_out > 0, f"bucket {index} ({sorted(names)}) has no part in the swap"
+    return f"bucket {index} is not put in place ({left_out} of {before} parameters)"
+
+
+def _overlaps(tensor: torch.Tensor, start: int, stop: int) -> bool:
+    first = tensor.data_ptr()
+    return first < stop and first + tensor.numel() * tensor.element_size() > start
