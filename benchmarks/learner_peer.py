@@ -146,7 +146,7 @@ class Peer:
         staged = self._sync_reply("stage")
         staged_ms = (time.perf_counter() - offered) * 1e3
         done = self._from_publisher(messages.BroadcastDone)
-        self._to_publisher(messages.SnapshotWanted())
+        self._to_publisher(messages.SnapshotWanted(ready.version))
         if done.error or staged.digests != [list(ready.manifest["digests"])]:
             raise AsyncRLError(f"staged digests {staged.digests} are not {ready.manifest['digests']} {done.error}")
         self._send(session, messages.SyncSwap(RUN_EPOCH, self.version, 0, ready.canary, timeout_s))
