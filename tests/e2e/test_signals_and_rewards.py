@@ -144,7 +144,9 @@ def test_a_signal_to_the_whole_group_of_the_generator_is_a_drain_and_not_a_crash
 
 def test_a_drained_generator_leaves_no_lease_and_no_result_behind(story):
     """It finished or handed back what it had, and said goodbye: there is nothing for the learner to wait for."""
-    assert re.search(r"said goodbye \(signal\); 0 leases go back", story.second_learner.stderr)
+    # Not always 0: leases that were granted in this moment cross with the goodbye, and go back with it.
+    assert re.search(r"said goodbye \(signal\); \d+ leases go back", story.second_learner.stderr)
+    assert "expired" not in story.second_learner.stderr
     check_results_have_no_gap(story.run)
 
 
