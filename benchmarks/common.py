@@ -210,7 +210,8 @@ class Report:
         return path
 
     def _record(self, busy: bool) -> dict[str, Any]:
-        options = {name: _plain(value) for name, value in vars(self.options).items() if name != "default_pairs"}
+        left_out = ("default_pairs", "results")  # where files lie on this machine is no part of a result
+        options = {name: _plain(value) for name, value in vars(self.options).items() if name not in left_out}
         return {
             "benchmark": self.name,
             "date": time.strftime("%Y-%m-%d"),

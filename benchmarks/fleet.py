@@ -207,7 +207,8 @@ class Fleet:
         while signal_marked(f"{self._id}/", signal.SIGKILL) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         for member in self.members.values():
-            member.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel has not let go of it: nothing to be done
+                member.process.wait(SIGNAL_TIMEOUT_S)
         atexit.unregister(self.close)
 
     # -- what they wrote -----------------------------------------------------------------------------------------------

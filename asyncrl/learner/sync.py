@@ -180,13 +180,17 @@ class SyncPlanner:
             if receiver.held_version != version and not receiver.busy and name not in taken
         ]
 
+    def _placed(self) -> set[str]:
+        """Who is in a cell."""
+        return {name for cell in self.cells for name in cell.names}
+
     def _start_cells(self, now: float) -> None:
         """Rounds for the cells that are behind; generators that were caught up are merged into them."""
         behind = {r.name: r for r in self._behind() if r.excluded_until <= now}
         starting = [cell for cell in self.cells if any(name in behind for name in cell.names)]
         if self.cells and not starting:
             return
-        placed = {name for cell in self.cells for name in cell.names}
+        placed = self._placed()
         loose = [r for r in behind.values() if r.name not in placed and not r.failed]
         if self.cells:
             loose = [r for r in loose if r.held_version is not None]
@@ -212,7 +216,7 @@ class SyncPlanner:
 
     def _start_catch_ups(self, now: float) -> None:
         """A round on a group of its own for everyone who has to prove itself, beside the cells."""
-        placed = {name for cell in self.cells for name in cell.names}
+        placed = self._placed()
         room = MAX_CATCH_UPS - sum(current.catch_up for current in self.rounds.values())
         for receiver in self._behind():
             if room <= 0:
