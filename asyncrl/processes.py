@@ -1,4 +1,4 @@
-"""What daemons need from the operating system: CPU pinning, signals as events, death with the parent."""
+"""What daemons need from the operating system: CPUs, name lookups, signals as events, death with the parent."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def pin_to(cpus: list[int], key: str) -> None:
     if not set(cpus) <= available:
         raise ConfigError(f"{key}={cpus}: this process may use CPUs {sorted(available)}; choose among them or []")
     os.sched_setaffinity(0, cpus)
+
+
+def shorten_name_lookups() -> None:
+    """A name server that does not answer costs this process and its children 1 s where the C library allows 5.
+
+    torch's store asks for the name of the address at every connection (to log it), and a weight group makes several.
+    Later attempts wait longer: 7 s in all. Has no effect after the first lookup; `RES_OPTIONS` of the user stands.
+    """
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 
 def die_with_parent() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,29 +25,24 @@ class Receiving:
 
     def __init__(self, group: Any, manifest: Any) -> None:
         self._group, self.version = group, manifest.version
-        self.num_digests = len(manifest.layout.buckets)
-        num_parts = self.num_digests
-        if manifest.delta is not None:
-            num_parts = -(-manifest.delta.num_bytes // manifest.layout.bucket_bytes)
-        self._middle, self._received, self._measured = num_parts // 2, 0, 0
+        self.num_digests, self._measured = len(manifest.layout.buckets), 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
 
-    def broadcast(self, flat: torch.Tensor, timeout_s: float) -> Any:
-        """Receives one bucket; the one in the middle is where STAGE happens."""
-        index, self._received = self._received, self._received + 1
-        if index != self._middle:
-            return self._group.broadcast(flat, timeout_s)
+    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+        """Receives the buckets; between those before the one in the middle and the others is where STAGE happens."""
+        deadline, index = time.monotonic() + timeout_s, len(parts) // 2
+        self._group.broadcast(parts[:index], timeout_s, on_part)
         _saboteur.signal("STAGE", self.version)
+        rest = parts[index:]
         if order := _saboteur.take("STAGE", "drop"):
             _saboteur.carried_out(order, self.version, f"bucket {index} is not received")
-            return None
-        result = self._group.broadcast(flat, timeout_s)
+            rest = parts[index + 1 :]
+        self._group.broadcast(rest, deadline - time.monotonic(), on_part)
         if order := _saboteur.take("STAGE", "corrupt"):
-            flat[flat.numel() // 2] ^= 1
+            parts[index][parts[index].numel() // 2] ^= 1
             _saboteur.carried_out(order, self.version, f"a bit of bucket {index} changed on the way")
-        return result
 
     def digest(self, bucket: torch.Tensor) -> int:
         """Measures one bucket; the last one is where VERIFY happens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -70,6 +71,10 @@ class StepWatchExtension(WeightWorkerExtension):
         }
         del self._steps[:-1]
         return result
+
+    def bench_start_child(self, command: list[str], folder: str) -> None:
+        """Runs `command` beside the engine: on its CPU and in its session, which Linux may schedule as one."""
+        subprocess.Popen(command, cwd=folder)  # dies with this process, by its own wish
 
     def bench_reload(self) -> None:
         """What vLLM does in a pause: a layerwise reload, here of the version that is in use."""

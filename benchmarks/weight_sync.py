@@ -3,7 +3,7 @@
     blocked    the time that publishing a version takes from the training: copying the parameters to a staging buffer,
                against one copy of the flat buffer
     transfer   rate at which the worker receives the buckets, from taking part to the last byte, against one
-               torch.distributed.broadcast (gloo) of the same bytes to a bare process on the generator's CPU
+               torch.distributed.broadcast (gloo) of the same bytes to a bare child process of the worker
     staged     from the offer until the generator answers that every digest fits, against that broadcast
     pause      no token is sampled: the engine takes the staged weights; against three copies of the flat buffer and one
                decode step. And the standstill as the worker sees it, from the end of the last step before to the start
@@ -91,25 +91,21 @@ async def measure(
         compile_model=False,
         settings=[f"weights.bucket_bytes={BUCKET_BYTES}"],
     ) as rig:
-        receiver = await start_receiver(rig.peer, (await rig.peer.ask("sync"))["num_bytes"])
-        try:
-            await rig.peer.ask("flow", on=True, seconds=3 * SETTLE_S)
-            await rig.peer.ask("raw_broadcast")  # connects
-            await rig.daemon.engine._rpc("bench_watch", RPC_TIMEOUT_S)
-            for pair in range(options.pairs):
-                with common.watch() as watch:
-                    await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
-                    syncs.append(await sync(rig))
-                    await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
-                    reloads.append(await vllm_reload(rig))
-                    await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
-                    raws.append(await rig.peer.ask("raw_broadcast"))
-                report.watched(watch)
-                print(f"{size}, pair {pair + 1}: pause {syncs[-1]['pause_ms']:.1f} ms", flush=True)
-            await rig.peer.ask("flow", on=False)
-        finally:
-            receiver.kill()
-            await receiver.wait()
+        await start_receiver(rig, (await rig.peer.ask("sync"))["num_bytes"])
+        await rig.peer.ask("flow", on=True, seconds=3 * SETTLE_S)
+        await rig.peer.ask("raw_broadcast")  # connects
+        await rig.daemon.engine._rpc("bench_watch", RPC_TIMEOUT_S)
+        for pair in range(options.pairs):
+            with common.watch() as watch:
+                await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
+                syncs.append(await sync(rig))
+                await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
+                reloads.append(await vllm_reload(rig))
+                await rig.peer.ask("flow", on=True, seconds=SETTLE_S)
+                raws.append(await rig.peer.ask("raw_broadcast"))
+            report.watched(watch)
+            print(f"{size}, pair {pair + 1}: pause {syncs[-1]['pause_ms']:.1f} ms", flush=True)
+        await rig.peer.ask("flow", on=False)
     return syncs, raws, reloads
 
 
@@ -167,17 +163,16 @@ def add_rows(
     report.figure(f"{what} canary difference", "nats", of(syncs, "canary_diff"))
 
 
-async def start_receiver(peer: Any, num_bytes: float) -> asyncio.subprocess.Process:
-    """The bare receiver, connected to the learner's end."""
+async def start_receiver(rig: Rig, num_bytes: float) -> None:
+    """The bare receiver, connected to the learner's end. It ends with the engine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.weight_sync", "--receiver", str(port), str(int(num_bytes)),
-        cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    await peer.ask("raw_join", port=port)
-    return process
+    # A child of the worker: what gets a CPU is decided per session too, and both receivers must have the same share.
+    command = [sys.executable, "-m", "benchmarks.weight_sync", "--receiver", str(port), str(int(num_bytes))]
+    folder = str(Path(__file__).parent.parent)
+    await rig.daemon.engine._rpc("bench_start_child", RPC_TIMEOUT_S, command, folder)
+    await rig.peer.ask("raw_join", port=port)
 
 
 def _receive_forever(port: str, num_bytes: str) -> None:

@@ -6,6 +6,7 @@ Nothing heavy is imported before a test asks for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from asyncrl.processes import shorten_name_lookups
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+shorten_name_lookups()
 
 VOCAB_SIZE = 100  # not a multiple of 64: vLLM pads the embedding, and padding must not matter
 END_TOKEN = 1
@@ -156,11 +160,8 @@ class EngineUnderTest:
 def _send(group: Any, buffer: Any) -> None:
     from asyncrl.errors import WeightGroupError
 
-    try:
-        for bucket in buffer.buckets():
-            group.broadcast(bucket, 20.0)
-    except WeightGroupError:
-        pass  # the test looks at the receiving end
+    with contextlib.suppress(WeightGroupError):  # the test looks at the receiving end
+        group.broadcast(list(buffer.buckets()), 20.0)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from asyncrl import __version__
 from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, sections
 from asyncrl.errors import AsyncRLError
+from asyncrl.processes import shorten_name_lookups
 
 EXIT_CODES = {
     0: "done: the run is over, or it was stopped by SIGTERM or SIGINT and put its affairs in order",
@@ -66,6 +67,7 @@ def command(role: str, argv: Sequence[str] | None, start: Callable[[Config], int
 
 
 def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) -> int:
+    shorten_name_lookups()
     arguments = _parser(role).parse_intermixed_args(argv)
     if arguments.help:
         # Flushed here, so that a reader who left early (`--help | head`) is noticed inside `command`.

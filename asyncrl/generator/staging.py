@@ -9,7 +9,7 @@ counts for nothing. Knows nothing of vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -57,14 +57,15 @@ def receive(
         buffer = _base_of(manifest, held)
         payload = torch.empty(delta.num_bytes, dtype=torch.uint8, device=device)
         with _timed(timings_ms, "receive_ms"):
-            _receive_parts(group, payload.split(layout.bucket_bytes), deadline, on_received)
+            group.broadcast(payload.split(layout.bucket_bytes), deadline - time.monotonic(), on_received)
         with _timed(timings_ms, "decode_ms"):
             apply_delta(layout, buffer, delta, payload)
     else:
         reused = held is not None and held.buffer.numel() == layout.total_bytes
         buffer = held.buffer if reused else layout.new_buffer(device)
         with _timed(timings_ms, "receive_ms"):
-            _receive_parts(group, [buffer[start:stop] for start, stop in layout.buckets], deadline, on_received)
+            parts = [buffer[start:stop] for start, stop in layout.buckets]
+            group.broadcast(parts, deadline - time.monotonic(), on_received)
     # Not bucket by bucket on the way: the sender and all other members would wait for it.
     with _timed(timings_ms, "verify_ms"):
         _verify(manifest, buffer, digests)
@@ -76,14 +77,6 @@ def _timed(timings_ms: dict[str, float], name: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     timings_ms[name] = (time.monotonic() - started) * 1e3
-
-
-def _receive_parts(
-    group: WeightGroup, parts: Sequence[torch.Tensor], deadline: float, on_received: Callable[[int], None]
-) -> None:
-    for part in parts:
-        group.broadcast(part, deadline - time.monotonic())
-        on_received(part.nbytes)
 
 
 def _base_of(manifest: WeightManifest, held: Staged | None) -> torch.Tensor:

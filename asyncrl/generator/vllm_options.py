@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,13 +68,25 @@ def prepare_environment(options: EngineOptions) -> None:
             "OMP_NUM_THREADS": str(options.threads),
             # An idle OpenMP thread that spins takes the core from the process beside it.
             "OMP_WAIT_POLICY": "PASSIVE",
-            # Threads stay where the daemon was pinned; vLLM's own binding takes cores by rank, for itself alone.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_OMP_THREADS_BIND": worker_cpus(options, sorted(os.sched_getaffinity(0))),
             # With one worker vLLM would still give it a process of its own, and a third process on one core costs
             # more than it brings. This switch keeps the worker in the engine's process, which AsyncLLM always has.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if options.tensor_parallel_size == 1 else "1",
         }
     os.environ.update(values)
+
+
+def worker_cpus(options: EngineOptions, cpus: Sequence[int]) -> str:
+    """Which of `cpus` each tensor-parallel worker is bound to, as vLLM wants it written.
+
+    One worker stays where the daemon was pinned; vLLM's own choice takes cores by rank, for itself alone. Several wait
+    for each other in every layer, without letting go of the CPU: two that share one lose a time slice (some ms) at each
+    all-reduce, and the scheduler may leave them so for seconds.
+    """
+    num_workers, threads = options.tensor_parallel_size, options.threads
+    if num_workers == 1 or len(cpus) < num_workers * threads:
+        return "nobind"
+    return "|".join(",".join(map(str, cpus[rank * threads :][:threads])) for rank in range(num_workers))
 
 
 def engine_arguments(options: EngineOptions, weight_backend: str, worker_extension: str) -> dict[str, Any]:

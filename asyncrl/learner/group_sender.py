@@ -64,11 +64,14 @@ class GroupSender(threading.Thread):
     def _send(self, order: Broadcast, parts: Sequence[torch.Tensor]) -> Sent:
         started, num_bytes, error = time.monotonic(), 0, ""
         deadline = started + order.timeout_s
+
+        def sent(part_bytes: int) -> None:
+            nonlocal num_bytes
+            num_bytes += part_bytes
+
         try:
             self.group.join(order.timeout_s)
-            for part in parts:
-                self.group.broadcast(part, max(0.0, deadline - time.monotonic()))
-                num_bytes += part.nbytes
+            self.group.broadcast(parts, max(0.0, deadline - time.monotonic()), sent)
         except AsyncRLError as failure:
             total = sum(part.nbytes for part in parts)
             error = f"{failure} ({num_bytes} of {total} bytes were sent)"

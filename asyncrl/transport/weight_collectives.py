@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,9 @@ from asyncrl.errors import WeightGroupError
 from asyncrl.transport.weight_rendezvous import POLL_S, WeightGroupSpec, connect_store, local_address_towards
 
 NCCL_POLL_S = 0.001
+# Parts in the backend's hands at once: while Python takes note of one, the next ones move. No more than it takes: a
+# group that failed is let go of only when each of them has failed.
+AHEAD = 3
 
 
 class _Collective:
@@ -39,11 +43,29 @@ class _Collective:
             self._release(group)
         del group  # the destructor closes the connections; it waits for operations under way
 
+    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+        deadline = time.monotonic() + timeout_s
+        under_way: deque[tuple[Any, int]] = deque()
+        for part in parts:
+            under_way.append((self._group.broadcast([part], _options(deadline)), part.nbytes))
+            if len(under_way) == AHEAD:
+                self._finish(*under_way.popleft(), deadline, on_part)
+        while under_way:
+            self._finish(*under_way.popleft(), deadline, on_part)
+
+    def _finish(self, work: Any, num_bytes: int, deadline: float, on_part: Callable[[int], None]) -> None:
+        self._wait(work, deadline)
+        on_part(num_bytes)
+
+    def _wait(self, work: Any, deadline: float) -> None:
+        """Return when `work` is done. Raises WeightGroupError or RuntimeError when it failed or is late."""
+        raise NotImplementedError
+
     def _release(self, group: Any) -> None:
         """What must happen before a group is dropped."""
 
-    def _late(self, timeout_s: float) -> WeightGroupError:
-        return WeightGroupError(f"a member did not take part within {timeout_s:g} s")
+    def _late(self) -> WeightGroupError:
+        return WeightGroupError("a member did not take part in time")
 
 
 class GlooTransport(_Collective):
@@ -54,17 +76,15 @@ class GlooTransport(_Collective):
         # The interface that reaches the store is the private one; gloo by itself would ask the host's name.
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_address_towards(self._spec))]
         options._timeout = timedelta(seconds=timeout_s)
-        options._threads = 1
+        options._threads = AHEAD  # with one, the next part is asked for when the last one is there
         store = connect_store(self._spec, timeout_s)
         self._group = dist.ProcessGroupGloo(store, self._spec.rank, self._spec.world_size, options)
 
-    def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        work = self._group.broadcast([flat], _broadcast_options(timeout_s))
+    def _wait(self, work: Any, deadline: float) -> None:
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise self._late(timeout_s)
+                raise self._late()
             try:
                 work.wait(timedelta(seconds=min(remaining, POLL_S)))
                 return
@@ -104,15 +124,13 @@ class NcclTransport(_Collective):
             self._group = dist.ProcessGroupNCCL(store, self._spec.rank, self._spec.world_size, options)
             self._group.eager_connect_single_device(self._device)  # connect now, under the forming deadline
 
-    def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        work = self._group.broadcast([flat], _broadcast_options(timeout_s))
+    def _wait(self, work: Any, deadline: float) -> None:
         while not work.is_completed():
             if self._aborted.wait(NCCL_POLL_S):
                 raise WeightGroupError("aborted")
             if time.monotonic() > deadline:
                 # NCCL has no timeout for a collective: it waits for the dead until `close` aborts the communicator.
-                raise self._late(timeout_s)
+                raise self._late()
         failure = work.exception()
         if failure is not None:
             raise WeightGroupError(str(failure))
@@ -126,10 +144,10 @@ class NcclTransport(_Collective):
         group.abort()
 
 
-def _broadcast_options(timeout_s: float) -> dist.BroadcastOptions:
+def _options(deadline: float) -> dist.BroadcastOptions:
     options = dist.BroadcastOptions()
     options.rootRank = 0
-    options.timeout = timedelta(seconds=max(timeout_s, 0.001))
+    options.timeout = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
     return options
 
 

@@ -7,7 +7,7 @@ never used twice: a second group on the keys of a broken one joins half of its d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -114,26 +114,36 @@ class WeightGroup:
         self._carry_out(what, limit_s, lambda transport: transport.form(limit_s))
         self._joined = True
 
-    def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
-        """Send `flat` from rank 0, or receive into it elsewhere; returns when its bytes are in place.
+    def broadcast(
+        self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """Send `parts` from rank 0, or receive into them elsewhere; returns when all their bytes are in place.
 
-        After a failure the transport may write to `flat` until `close` has returned without an error: throw the buffer
+        After a failure the transport may write to `parts` until `close` has returned without an error: throw the buffer
         away. On rank 0 the buffer may change again once this has returned; a receiver that is still reading it then
         finds other bytes than the digests promise.
 
         Args:
-            flat: contiguous, on the group's device; the same number of bytes on every member.
+            parts: contiguous, on the group's device; the same numbers of bytes on every member.
+            on_part: is told the bytes of each part when it is done, in another thread; so a failure can say how far
+                the broadcast was.
 
         Raises:
             WeightGroupError: a member vanished, the deadline passed, or `abort` was called.
         """
-        what = f"broadcast of {flat.nbytes} bytes in {self._name}"
+        what = f"broadcast of {sum(part.nbytes for part in parts)} bytes in {self._name}"
         self._check_alive(what)
         if not self._joined:
             raise WeightGroupError(f"{what}: the group was not joined")
-        if flat.device.type != self.device.type or not flat.is_contiguous():
-            raise WeightGroupError(f"{what}: the buffer must be contiguous on {self.device}, is on {flat.device}")
-        self._carry_out(what, timeout_s, lambda transport: transport.broadcast(flat, timeout_s))
+        for part in parts:
+            if part.device.type != self.device.type or not part.is_contiguous():
+                raise WeightGroupError(f"{what}: the buffer must be contiguous on {self.device}, is on {part.device}")
+
+        def done(num_bytes: int) -> None:
+            if self._broken is None:  # a call that was abandoned says nothing any more
+                on_part(num_bytes)
+
+        self._carry_out(what, timeout_s, lambda transport: transport.broadcast(parts, timeout_s, done))
 
     def abort(self) -> None:
         """Make a `join` or `broadcast` under way in another thread fail. The group is dead; call `close` too.

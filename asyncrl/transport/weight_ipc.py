@@ -14,6 +14,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,14 +62,16 @@ class IpcTransport:
                 raise WeightGroupError(refusal)
             self._take("formed", 0, deadline)
 
-    def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
+    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
         deadline = time.monotonic() + timeout_s
-        flat = flat.view(-1).view(torch.uint8)
-        number, self._rounds = self._rounds, self._rounds + 1
-        if self._spec.rank == 0:
-            self._send(flat, number, deadline)
-        else:
-            self._receive(flat, number, deadline)
+        for part in parts:
+            flat = part.view(-1).view(torch.uint8)
+            number, self._rounds = self._rounds, self._rounds + 1
+            if self._spec.rank == 0:
+                self._send(flat, number, deadline)
+            else:
+                self._receive(flat, number, deadline)
+            on_part(part.nbytes)
 
     def abort(self) -> None:
         """Nothing: all waits look at the event."""

@@ -172,7 +172,7 @@ def within(
         remaining = started + timeout_s - time.monotonic()
         if remaining <= 0:
             waited = f", waiting for {waiting_for()}" if waiting_for else ""
-            raise WeightGroupError(f"{what}: no answer within {timeout_s:g} s{waited}; the call was abandoned")
+            raise WeightGroupError(f"{what}: no answer within {timeout_s:.3g} s{waited}; the call was abandoned")
         if cancelled is not None and cancelled.is_set():
             raise WeightGroupError(f"{what}: aborted")
         thread.join(min(remaining, POLL_S))

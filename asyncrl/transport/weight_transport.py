@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -36,10 +37,11 @@ class Transport(Protocol):
         """Connect to all other members."""
         ...
 
-    def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
-        """Send `flat` from rank 0, or receive into it elsewhere; return when its bytes are in place.
+    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+        """Send `parts` from rank 0 in this order, or receive into them elsewhere; return when all bytes are in place.
 
-        On rank 0 `flat` may change again once this has returned.
+        `on_part` is told the bytes of each part when that part is done. On rank 0 `parts` may change again once this
+        has returned.
         """
         ...
 

@@ -266,3 +266,12 @@ def test_a_damaged_weight_file_is_a_model_error(config_file, model_folder, conte
     assert done.returncode == 2
     assert "is not a safetensors file; copy the model again" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_name_lookups_are_short_unless_the_user_says_how_long(monkeypatch, capsys):
+    monkeypatch.delenv("RES_OPTIONS")
+    assert command("learner", ["--version"], None) == 0
+    assert os.environ["RES_OPTIONS"] == "timeout:1 attempts:3"
+    monkeypatch.setenv("RES_OPTIONS", "timeout:9")
+    assert command("generator", ["--version"], None) == 0
+    assert os.environ["RES_OPTIONS"] == "timeout:9"

@@ -25,10 +25,10 @@ class OddWorkerExtension(WeightWorkerExtension):
         """What worker `rank` receives next has one bit wrong."""
         receive = WeightGroup.broadcast
 
-        def damaged(group, flat, timeout_s):
+        def damaged(group, parts, *args):
             WeightGroup.broadcast = receive
-            receive(group, flat, timeout_s)
-            flat[flat.numel() // 2] ^= 1
+            receive(group, parts, *args)
+            parts[0][parts[0].numel() // 2] ^= 1
 
         if self.rank == rank:
             WeightGroup.broadcast = damaged

@@ -93,8 +93,8 @@ class Bench:
             parts[part] = parts[part].clone()
             parts[part][damage] ^= 1
         print(json.dumps({"manifest": manifest.to_dict(), "fault": fault}), file=self.worker.stdin, flush=True)
-        for part in parts if broadcast else ():
-            self.group.broadcast(part, TIMEOUT_S)
+        if broadcast:
+            self.group.broadcast(parts, TIMEOUT_S)
         return manifest, json.loads(self.worker.stdout.readline())
 
 

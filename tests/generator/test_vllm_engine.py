@@ -316,7 +316,7 @@ from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
 group = WeightGroup.host(WeightGroupSpec.from_dict(json.loads(sys.argv[1])))
 print(group.store_port, flush=True)
 group.join()
-group.broadcast(torch.zeros(65536, dtype=torch.uint8), 20.0)
+group.broadcast([torch.zeros(65536, dtype=torch.uint8)], 20.0)
 os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 """
 

@@ -50,8 +50,8 @@ class Bench:
             delta = encode_delta(self.buffer.layout, self.base, self.buffer.flat, base)
             manifest, parts = dataclasses.replace(manifest, delta=delta.info), [delta.payload]
         self.receiver.begin_stage(manifest, TIMEOUT_S)
-        for part in parts if broadcast else ():
-            self.group.broadcast(part, TIMEOUT_S)
+        if broadcast:
+            self.group.broadcast(parts, TIMEOUT_S)
         return self.wait()
 
     def wait(self):
@@ -96,7 +96,7 @@ def test_a_job_tells_its_phase_and_how_many_bytes_have_come(bench):
     assert 0 < delta.received_bytes == delta.total_bytes < 1000
     manifest, first = bench.buffer.manifest(2), next(iter(bench.buffer.buckets()))
     bench.receiver.begin_stage(manifest, 0.5)
-    bench.group.broadcast(first, TIMEOUT_S)
+    bench.group.broadcast([first], TIMEOUT_S)
     failed = bench.wait()
     assert failed.error and (failed.received_bytes, failed.total_bytes) == (first.nbytes, total_bytes)
     assert 0 < first.nbytes < total_bytes

@@ -60,8 +60,7 @@ class Bench:
         return job, time.monotonic() - started
 
     def _send(self):
-        for bucket in self.buffer.buckets():
-            self.group.broadcast(bucket, TIMEOUT_S)
+        self.group.broadcast(list(self.buffer.buckets()), TIMEOUT_S)
 
     def wait(self):
         deadline = time.monotonic() + 20.0
@@ -122,7 +121,7 @@ def test_a_broadcast_that_hangs_costs_one_deadline_and_what_is_abandoned_spoils_
     assert bench.join()[0].error == ""
     hangs.places = {("broadcast", rank)}
     job, elapsed_s = bench.stage()
-    assert "broadcast of 4096 bytes in weight group 'hang/2'" in job.error and elapsed_s < TIMEOUT_S + LATE_S
+    assert "broadcast of 20032 bytes in weight group 'hang/2'" in job.error and elapsed_s < TIMEOUT_S + LATE_S
     assert bench.receiver.staged is None
     hangs.places = set()
     bench.leave()

@@ -32,7 +32,7 @@ try:
         if str(bucket) in faults:
             os.kill(os.getpid(), getattr(signal, faults[str(bucket)]))
         started = time.monotonic()
-        group.broadcast(flat, timeout_s)
+        group.broadcast([flat], timeout_s)
         say(bucket=bucket, digest=digest(flat))
 except WeightGroupError as error:
     say(error=str(error), elapsed_s=time.monotonic() - started)

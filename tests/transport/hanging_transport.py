@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-import torch
 
 from asyncrl.transport import weight_group
 from asyncrl.transport.weight_collectives import GlooTransport
@@ -49,10 +48,11 @@ def hanging_transport(hangs: Hangs) -> type[GlooTransport]:
             self._hang("form")
             super().form(timeout_s)
 
-        def broadcast(self, flat: torch.Tensor, timeout_s: float) -> None:
+        def broadcast(self, parts, timeout_s, on_part) -> None:
             if self._hang("broadcast"):
-                flat.fill_(GARBAGE)  # as late as can be
-            super().broadcast(flat, timeout_s)
+                for part in parts:
+                    part.fill_(GARBAGE)  # as late as can be
+            super().broadcast(parts, timeout_s, on_part)
 
         def abort(self) -> None:
             self._hang("abort")

@@ -43,7 +43,7 @@ class Group:
 def broadcast(work, timeout_s=5.0):
     transport = GlooTransport(SPEC, torch.device("cpu"), threading.Event())
     transport._group = Group(work)
-    transport.broadcast(torch.zeros(4), timeout_s)
+    transport.broadcast([torch.zeros(4)], timeout_s, lambda num_bytes: None)
 
 
 @pytest.mark.parametrize("slices", [0, 1, 3])

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from group_members import in_threads, pair
 
 import asyncrl
-from asyncrl.transport.weight_collectives import _Environment
+from asyncrl.errors import WeightGroupError
+from asyncrl.transport.weight_collectives import AHEAD, _Environment
 from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
 
 PACKAGE = Path(asyncrl.__file__).parent
@@ -73,7 +74,7 @@ def test_a_weight_group_neither_uses_nor_needs_the_default_group(default_group, 
     before = default_group._get_sequence_number_for_group()
     root, member = pair(WeightGroupSpec("127.0.0.1", 0, "own/1", 0, 2, backend, 20.0), WeightGroup)
     sent, taken = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
-    in_threads(lambda: root.broadcast(sent, 10.0), lambda: member.broadcast(taken, 10.0))
+    in_threads(lambda: root.broadcast([sent], 10.0), lambda: member.broadcast([taken], 10.0))
     assert torch.equal(sent, taken)
     assert dist.distributed_c10d._world.pg_map == known, "nothing was registered beside the default group"
     assert default_group._get_sequence_number_for_group() == before
@@ -82,8 +83,46 @@ def test_a_weight_group_neither_uses_nor_needs_the_default_group(default_group, 
 
     dist.destroy_process_group()
     taken.zero_()
-    in_threads(lambda: root.broadcast(sent, 10.0), lambda: member.broadcast(taken, 10.0))
+    in_threads(lambda: root.broadcast([sent], 10.0), lambda: member.broadcast([taken], 10.0))
     assert torch.equal(sent, taken)
+    root.close()
+    member.close()
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+@pytest.mark.parametrize("num_parts", [0, 1, AHEAD, 2 * AHEAD + 1])
+def test_parts_of_any_number_and_size_arrive_in_order_and_each_is_told(backend, num_parts):
+    root, member = pair(WeightGroupSpec("127.0.0.1", 0, "parts/1", 0, 2, backend, 20.0), WeightGroup)
+    sent = [torch.randint(0, 256, (1 + 70_000 * index,), dtype=torch.uint8) for index in range(num_parts)]
+    taken = [torch.zeros_like(part) for part in sent]
+    told = {0: [], 1: []}
+    in_threads(
+        lambda: root.broadcast(sent, 10.0, told[0].append), lambda: member.broadcast(taken, 10.0, told[1].append)
+    )
+    assert all(torch.equal(left, right) for left, right in zip(sent, taken, strict=True))
+    assert told[0] == told[1] == [part.nbytes for part in sent]
+    root.close()
+    member.close()
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_a_broadcast_that_stops_in_the_middle_has_told_how_far_it_was(backend):
+    root, member = pair(WeightGroupSpec("127.0.0.1", 0, "parts/2", 0, 2, backend, 20.0), WeightGroup)
+    parts = torch.ones(10, 100_000, dtype=torch.uint8)
+    told, failures = {0: [], 1: []}, []
+
+    def send():
+        root.broadcast(list(parts[:4]), 10.0, told[0].append)  # and no more
+
+    def take():
+        try:
+            member.broadcast(list(torch.zeros_like(parts)), 1.0, told[1].append)
+        except WeightGroupError as failure:
+            failures.append(str(failure))
+
+    in_threads(send, take)
+    assert told == {0: [100_000] * 4, 1: [100_000] * 4}
+    assert failures and "broadcast of 1000000 bytes" in failures[0]
     root.close()
     member.close()
 

@@ -47,7 +47,7 @@ def buffer(value=0):
 def assert_bytes_arrive_in_a_new_group(number):
     root, member = pair(dataclasses.replace(SPEC, prefix=f"hang/{number}"), WeightGroup)
     sent, taken = buffer(number), buffer()
-    in_threads(lambda: root.broadcast(sent, 10.0), lambda: member.broadcast(taken, 10.0))
+    in_threads(lambda: root.broadcast([sent], 10.0), lambda: member.broadcast([taken], 10.0))
     assert torch.equal(sent, taken)
     root.close()
     member.close()
@@ -74,7 +74,7 @@ def test_forming_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
 def test_a_broadcast_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
     root, member = pair(SPEC, WeightGroup)
     hangs.places = {("broadcast", rank)}
-    calls = [Failing(lambda: root.broadcast(buffer(1), 1.0)), Failing(lambda: member.broadcast(buffer(), 1.0))]
+    calls = [Failing(lambda: root.broadcast([buffer(1)], 1.0)), Failing(lambda: member.broadcast([buffer()], 1.0))]
     in_threads(*calls)
     for call in calls:
         assert 0.9 < call.elapsed_s < 1.0 + SLACK_S + LATE_S
@@ -82,7 +82,7 @@ def test_a_broadcast_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank
     assert "waiting for a broadcast that never ends; the call was abandoned" in calls[rank].text
     for group in (root, member):
         with pytest.raises(WeightGroupError, match="the group is dead"):
-            group.broadcast(buffer(), 1.0)
+            group.broadcast([buffer()], 1.0)
         group.close()
     hangs.places = set()
     assert_bytes_arrive_in_a_new_group(2)
@@ -106,7 +106,7 @@ def test_abort_and_close_end_and_name_what_they_waited_for(hangs, method, rank):
 def test_an_abort_reaches_a_call_that_hangs(hangs, rank):
     group = pair(SPEC, WeightGroup)[rank]
     hangs.places = {("broadcast", rank)}
-    call = Failing(lambda: group.broadcast(buffer(), 30.0))
+    call = Failing(lambda: group.broadcast([buffer()], 30.0))
     threading.Timer(0.2, group.abort).start()
     in_threads(call)
     assert call.elapsed_s < 0.2 + LATE_S and "aborted" in call.text
@@ -118,18 +118,18 @@ def test_what_was_abandoned_touches_nothing_of_a_later_group_when_it_goes_on(han
     hangs.places = {("broadcast", 1)}
     old, sent = buffer(), buffer(5)
     in_threads(
-        Failing(lambda: root.broadcast(sent, 0.5)),
-        Failing(lambda: member.broadcast(old, 0.5)),
+        Failing(lambda: root.broadcast([sent], 0.5)),
+        Failing(lambda: member.broadcast([old], 0.5)),
     )
     hangs.places = {("close", 0), ("close", 1)}
     in_threads(Failing(root.close), Failing(member.close))
     hangs.places = set()
 
     later, taken = pair(dataclasses.replace(SPEC, prefix="hang/2"), WeightGroup), buffer()
-    in_threads(lambda: later[0].broadcast(sent, 10.0), lambda: later[1].broadcast(taken, 10.0))
+    in_threads(lambda: later[0].broadcast([sent], 10.0), lambda: later[1].broadcast([taken], 10.0))
     hangs.release()  # the abandoned broadcast overwrites its buffer, the abandoned closes close
     assert (old != 0).all() and (taken == 5).all() and (sent == 5).all()
-    in_threads(lambda: later[0].broadcast(sent, 10.0), lambda: later[1].broadcast(taken, 10.0))
+    in_threads(lambda: later[0].broadcast([sent], 10.0), lambda: later[1].broadcast([taken], 10.0))
     assert root._transport is None and member._transport is None
     for group in later:
         group.close()

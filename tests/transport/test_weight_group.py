@@ -206,7 +206,7 @@ def test_members_in_threads_receive_what_was_sent_and_groups_can_follow_each_oth
         def take(member, rows):
             member.join()
             for row in rows:
-                member.broadcast(row, 10.0)
+                member.broadcast([row], 10.0)
 
         threads = [threading.Thread(target=take, args=pair) for pair in zip(members, received, strict=True)]
         for thread in threads:
@@ -216,7 +216,7 @@ def test_members_in_threads_receive_what_was_sent_and_groups_can_follow_each_oth
         sockets = psutil.Process().net_connections("tcp")
         assert {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
         for row in sent:
-            root.broadcast(row, 10.0)
+            root.broadcast([row], 10.0)
         for thread in threads:
             thread.join(10.0)
         assert (received == sent).all()
@@ -224,7 +224,7 @@ def test_members_in_threads_receive_what_was_sent_and_groups_can_follow_each_oth
             member.close()
             member.close()
             with pytest.raises(WeightGroupError, match="dead"):
-                member.broadcast(sent[0], 1.0)
+                member.broadcast([sent[0]], 1.0)
 
 
 def test_a_group_that_nobody_joins_fails_at_its_deadline():
@@ -272,7 +272,7 @@ for bucket in range(1000):
         os.kill(os.getpid(), getattr(signal, faults[str(bucket)]))
     started = time.monotonic()
     try:
-        group.broadcast(flat, timeout_s)
+        group.broadcast([flat], timeout_s)
     except WeightGroupError as error:
         print(json.dumps({"bucket": bucket, "elapsed_s": time.monotonic() - started}), flush=True)
         break
@@ -297,7 +297,7 @@ def test_a_member_that_dies_or_hangs_ends_the_broadcast_for_all_in_time(fault, l
         with pytest.raises(WeightGroupError):
             for _ in range(100):
                 started = time.monotonic()
-                root.broadcast(flat, timeout_s)
+                root.broadcast([flat], timeout_s)
         assert time.monotonic() - started < limit_s
         root.close()
         report = json.loads(healthy.stdout.readline())

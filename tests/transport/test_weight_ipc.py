@@ -59,7 +59,7 @@ def broadcast_until_it_fails(group, flat, timeout_s):
     for _ in range(100):
         started = time.monotonic()
         try:
-            group.broadcast(flat, timeout_s)
+            group.broadcast([flat], timeout_s)
         except WeightGroupError as error:
             return str(error), time.monotonic() - started
     raise AssertionError("the group never failed")
@@ -73,7 +73,7 @@ def test_processes_take_shared_and_other_memory_and_a_killed_one_ends_the_group_
     for bucket in range(6):  # shared memory at three offsets, memory of the sender's own, and a fresh one each time
         part = shared[bucket * NUM_BYTES :][:NUM_BYTES] if bucket < 3 else None
         flat = filled(bucket, part)
-        group.broadcast(flat, 20.0)
+        group.broadcast([flat], 20.0)
         expected.append(digest(flat))
         flat.zero_()  # at once: receivers must have their copy by now
     for member in (healthy, doomed):
@@ -91,7 +91,7 @@ def test_processes_take_shared_and_other_memory_and_a_killed_one_ends_the_group_
 
     group, (member,) = open_group(1)
     flat = filled(9, shared[:NUM_BYTES])
-    group.broadcast(flat, 20.0)
+    group.broadcast([flat], 20.0)
     assert [member.report() for _ in range(3)][2] == {"bucket": 0, "digest": digest(flat)}
 
 
@@ -117,7 +117,7 @@ flat = shared_buffer(100_000, "cpu").fill_(7)
 group = WeightGroup.host(WeightGroupSpec.from_dict(json.loads(sys.argv[1])))
 print(group.store_port, flush=True)
 group.join()
-group.broadcast(flat, 20.0)
+group.broadcast([flat], 20.0)
 os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 """
 
@@ -132,11 +132,11 @@ def test_a_sender_that_dies_or_stands_still_ends_the_receivers_by_their_deadline
         member = WeightGroup(dataclasses.replace(SPEC, rank=1, store_port=port))
         member.join()
         flat = torch.zeros(NUM_BYTES, dtype=torch.uint8)
-        member.broadcast(flat, 20.0)
+        member.broadcast([flat], 20.0)
         assert (flat == 7).all()
         started = time.monotonic()
         with pytest.raises(WeightGroupError, match="broadcast of 100000 bytes in weight group 'ipc/1'"):
-            member.broadcast(flat, 2.0)
+            member.broadcast([flat], 2.0)
         assert time.monotonic() - started < 3.5
         member.close()
     finally:
@@ -153,11 +153,11 @@ def test_a_sender_goes_on_only_when_everybody_took_the_bytes():
     in_threads(root.join, *(member.join for member in members))
     flat, copies = filled(1), torch.zeros(2, NUM_BYTES, dtype=torch.uint8)
     sent = threading.Event()
-    sender = threading.Thread(target=lambda: (root.broadcast(flat, 20.0), sent.set()), daemon=True)
+    sender = threading.Thread(target=lambda: (root.broadcast([flat], 20.0), sent.set()), daemon=True)
     sender.start()
-    members[0].broadcast(copies[0], 20.0)
+    members[0].broadcast([copies[0]], 20.0)
     assert not sent.wait(0.3), "one of two has not taken anything"
-    members[1].broadcast(copies[1], 20.0)
+    members[1].broadcast([copies[1]], 20.0)
     assert sent.wait(10.0)
     assert torch.equal(copies, flat.expand(2, -1))
     for group in (root, *members):
@@ -170,8 +170,7 @@ def test_groups_send_at_the_same_time_out_of_one_buffer():
     copies = torch.zeros(3, NUM_BYTES, dtype=torch.uint8)
 
     def run(group, flat):
-        for part in flat.split(NUM_BYTES // 10):
-            group.broadcast(part, 20.0)
+        group.broadcast(flat.split(NUM_BYTES // 10), 20.0)
 
     calls = []
     for (root, member), copy in zip(pairs, copies, strict=True):
@@ -190,8 +189,8 @@ def test_memory_is_mapped_once_and_the_store_does_not_grow():
         filled(round_number, buffer)
         for flat in (buffer, buffer[: NUM_BYTES // 2], filled(round_number)[: NUM_BYTES // 2]):
             in_threads(
-                lambda flat=flat: root.broadcast(flat, 20.0),
-                lambda flat=flat: member.broadcast(copy[: flat.numel()], 20.0),
+                lambda flat=flat: root.broadcast([flat], 20.0),
+                lambda flat=flat: member.broadcast([copy[: flat.numel()]], 20.0),
             )
             assert torch.equal(copy[: flat.numel()], flat)
         sizes.append(store.num_keys())
@@ -207,7 +206,7 @@ def test_bytes_of_any_dtype_and_shape_arrive():
     root, member = pair(SPEC, WeightGroup)
     sent = torch.randn(3, 50, dtype=torch.float64)
     for flat, copy in ((sent, torch.zeros_like(sent)), (sent.bfloat16(), torch.zeros(150, dtype=torch.bfloat16))):
-        in_threads(lambda flat=flat: root.broadcast(flat, 20.0), lambda copy=copy: member.broadcast(copy, 20.0))
+        in_threads(lambda flat=flat: root.broadcast([flat], 20.0), lambda copy=copy: member.broadcast([copy], 20.0))
         assert torch.equal(copy.view(-1), flat.view(-1))
     root.close()
     member.close()
@@ -219,7 +218,7 @@ def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
 
     def failing(group, num_bytes):
         with pytest.raises(WeightGroupError) as failure:
-            group.broadcast(torch.zeros(num_bytes, dtype=torch.uint8), 30.0)
+            group.broadcast([torch.zeros(num_bytes, dtype=torch.uint8)], 30.0)
         errors.append(str(failure.value))
 
     in_threads(lambda: failing(root, 100), lambda: failing(member, 90))
@@ -227,7 +226,7 @@ def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
     assert all("rank 0 sends 100 bytes, 90 are expected" in error for error in errors)
     for group in (root, member):
         with pytest.raises(WeightGroupError, match="dead"):
-            group.broadcast(torch.zeros(100, dtype=torch.uint8), 1.0)
+            group.broadcast([torch.zeros(100, dtype=torch.uint8)], 1.0)
         group.close()
 
 
@@ -276,7 +275,7 @@ def test_an_abort_ends_a_wait_on_either_side(rank):
     threading.Timer(0.2, both[rank].abort).start()
     started = time.monotonic()
     with pytest.raises(WeightGroupError, match="aborted"):
-        both[rank].broadcast(torch.zeros(10, dtype=torch.uint8), 30.0)
+        both[rank].broadcast([torch.zeros(10, dtype=torch.uint8)], 30.0)
     assert time.monotonic() - started < 2.0
     for group in both:
         group.close()
@@ -297,11 +296,11 @@ def test_an_answer_of_the_store_that_comes_after_the_deadline_is_not_acted_on():
 
     member._transport._store = LateStore()
     sent, flat = filled(1), torch.zeros(NUM_BYTES, dtype=torch.uint8)
-    sender = threading.Thread(target=lambda: pytest.raises(WeightGroupError, root.broadcast, sent, 20.0), daemon=True)
+    sender = threading.Thread(target=lambda: pytest.raises(WeightGroupError, root.broadcast, [sent], 20.0), daemon=True)
     sender.start()
     started = time.monotonic()
     with pytest.raises(WeightGroupError, match="waiting for ready/0 of rank 0; the call was abandoned"):
-        member.broadcast(flat, 0.5)
+        member.broadcast([flat], 0.5)
     assert time.monotonic() - started < 2.0
     answers.set()
     threads[0].join(10.0)
