@@ -32,7 +32,8 @@ class WeightSync:
         self._send = send
         self._task: asyncio.Task[None] | None = None
         self._group: str | None = None  # prefix of the joined group; unlike its epoch unique over all learners
-        self._staging = False
+        self._wanted: SyncOffer | None = None  # what the learner still waits to see staged
+        self._staging: asyncio.Task[None] | None = None  # the task that stages, once it does
         self._proven: set[int] = set()
         self._held: int | None = None
         self._loaded: int | None = None  # in the engine, not proven yet
@@ -53,6 +54,7 @@ class WeightSync:
         match message:
             case SyncOffer():
                 self._end_stage()
+                self._wanted = message
                 self._replace_task(self._stage(message))
             case SyncSwap():
                 self._replace_task(self._swap(message))
@@ -93,10 +95,13 @@ class WeightSync:
     def _end_stage(self) -> None:
         """The learner gave up the stage under way: its members may be gone, so it could take until its deadline.
 
-        A swap is never broken off: the engine would be left between two versions.
+        One that is still waiting for its turn will not begin. Nothing else is broken off: an abort has to be carried
+        out, and a swap would leave the engine between two versions.
         """
-        if self._staging and self._task is not None:
-            self._task.cancel()
+        self._wanted = None
+        if self._staging is not None:
+            self._staging.cancel()
+            self._staging = None  # once: it has a group to leave
 
     def _replace_task(self, work: Coroutine[Any, Any, None]) -> None:
         previous, self._task = self._task, None
@@ -115,8 +120,11 @@ class WeightSync:
         # Not at the top: it brings torch, which the daemon must not wait for before it says hello.
         from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
 
+        if offer is not self._wanted:
+            return
         try:
-            joined, self._group, self._staging = self._group, None, True
+            self._staging = asyncio.current_task()
+            joined, self._group = self._group, None
             spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
             if spec.prefix != joined:
                 await self._engine.leave_weight_group()
@@ -126,7 +134,7 @@ class WeightSync:
             self._reply(offer, "stage", error=_text(error))
             return
         finally:
-            self._staging = False
+            self._staging = None
         self._group = spec.prefix
         self._reply(offer, "stage", digests=report.digests, timings_ms=report.timings_ms)
 

@@ -53,13 +53,15 @@ class GroupSender(threading.Thread):
         threading.Thread(target=self._abort, name=f"abort {self.name}", daemon=True).start()
 
     def run(self) -> None:
-        while (item := self._orders.get()) is not None:
-            sent = self._send(*item)
-            if sent.error:
-                self._close_group()  # a collective that failed once cannot be trusted again
-            self._report(sent)
-        self._close_group()
-        self._report(Sent(self.group_epoch))
+        try:
+            while (item := self._orders.get()) is not None:
+                sent = self._send(*item)
+                if sent.error:
+                    self._close_group()  # a collective that failed once cannot be trusted again
+                self._report(sent)
+        finally:  # an error of our own ends this thread with its traceback; the memory must not stay taken for ever
+            self._close_group()
+            self._report(Sent(self.group_epoch))
 
     def _send(self, order: Broadcast, parts: Sequence[torch.Tensor]) -> Sent:
         started, num_bytes, error = time.monotonic(), 0, ""

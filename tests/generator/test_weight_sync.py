@@ -299,6 +299,22 @@ def test_a_stage_that_the_learner_has_given_up_holds_up_nothing(news):
     scenario(work)
 
 
+def test_news_that_come_together_end_the_stage_at_work_skip_the_one_that_waits_and_carry_out_the_abort():
+    async def work(world):
+        await world.load(1, commit=False)
+        world.engine.stage_held_up = asyncio.Event()
+        world.sync.handle(offer(2))
+        while world.names().count("stage") < 2:
+            await asyncio.sleep(0)
+        world.engine.stage_held_up, world.replies[:], world.engine.calls[:] = None, [], []
+        wrong = SyncAbort(1, 1, 0, "the canary was wrong", True)
+        await world.handle(wrong, offer(3, epoch=3), offer(4, epoch=4))
+        assert world.names() == ["taint", "leave", "join", "stage"]
+        assert [(reply.version, reply.error) for reply in world.replies] == [(4, "")]
+
+    scenario(work)
+
+
 def test_a_swap_is_never_broken_off():
     async def work(world):
         await world.handle(offer(1))
