@@ -360,7 +360,11 @@ def notes(options: argparse.Namespace, record: dict[str, Any], interrupt: Interr
 
 
 def _write(options: argparse.Namespace, record: dict[str, Any], interrupt: Interrupt) -> Path:
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    plain = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name != "keep"
+    }
     head = {"benchmark": "churn", "date": time.strftime("%Y-%m-%d"), "machine": common.machine(), "options": plain}
     timeline = record.pop("timeline")
     content = {**head, "interrupted": interrupt.received, "notes": notes(options, record, interrupt), **record}

@@ -258,7 +258,11 @@ class GeneratorConfig:
     )
     device: str = key("auto", "Device of the engine: cuda if there is one, else cpu.", choices=["auto", "cpu", "cuda"])
     threads: int = key(1, "CPU threads of each engine worker.", minimum=1)
-    cpus: list[int] = key([], "Pin the generator and its engine to these CPUs; empty = do not pin.")
+    cpus: list[int] = key(
+        [],
+        "Pin the generator and its engine to these CPUs; empty = do not pin. Tensor-parallel workers take the first "
+        "of them, `threads` each: give two such generators of one host different ones.",
+    )
     reward_workers: int = key(1, "Reward worker processes.", minimum=1)
     reward_timeout_s: float = key(
         10.0, "Deadline of one reward; then its worker is killed and the lease fails.", above=0.0

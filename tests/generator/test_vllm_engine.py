@@ -338,7 +338,7 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
         generation = asyncio.create_task(engine.generate(PROMPT, num_rollouts=8, max_new_tokens=120))
         await engine.engine.join_weight_group(dataclasses.replace(spec, rank=1, store_port=port), 20.0)
         started = time.monotonic()
-        with pytest.raises(WeightGroupError, match="broadcast of 65536 bytes") as lost:
+        with pytest.raises(WeightGroupError, match="broadcast of 262144 bytes") as lost:
             await engine.engine.stage_weights(buffer.manifest(99), 3.0)
         for words in (
             "staging version 99: worker 0 failed in phase stage, 65536 of 262144 bytes received",
