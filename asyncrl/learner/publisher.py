@@ -83,6 +83,8 @@ class Publisher(threading.Thread):
         self._base: _Slot | None = None  # what `_offered` was compared with, or will be if it is not sent
         self._slots = [self._fresh, self._offered]
         self._wanted = True  # the desk takes a newer snapshot
+        self._last_offer: SnapshotReady | None = None
+        self._heard = False  # the desk has answered an offer: from then on it asks for what it did not get
         self._canary = [tokens.astype(TOKEN_DTYPE) for tokens in canary]
         self._score = score
         self._host = host
@@ -118,7 +120,10 @@ class Publisher(threading.Thread):
             while not self._stopping.is_set():
                 self._offer_fresh(link)
                 if (message := link.receive(IDLE_WAIT_S)) is not None:
+                    self._heard = True
                     self._handle(link, message)
+                elif not self._heard:
+                    self._offer_again(link)
                 while self._sent:
                     self._take_report(link, self._sent.popleft())
             for group_epoch in list(self._senders):
@@ -140,7 +145,12 @@ class Publisher(threading.Thread):
         canary = [tokens.tobytes() for tokens in self._canary]
         delta = None if slot.delta is None else slot.delta.info.to_dict()
         rows = [row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs]
-        link.send(SnapshotReady(slot.version, manifest.to_dict(), canary, rows, slot.snapshot_ms, delta))
+        self._last_offer = SnapshotReady(slot.version, manifest.to_dict(), canary, rows, slot.snapshot_ms, delta)
+        link.send(self._last_offer)
+
+    def _offer_again(self, link: TrainerLink) -> None:
+        if self._last_offer is not None:
+            link.send(self._last_offer)
 
     def _rotate(self) -> bool:
         """Makes the fresh snapshot the offered one, if it is wanted and a buffer is left for the next."""
@@ -185,7 +195,7 @@ class Publisher(threading.Thread):
     def _handle(self, link: TrainerLink, message: Message) -> None:
         match message:
             case SnapshotWanted():
-                self._wanted |= message.version == self._offered.version
+                self._want_newer(link, message)
             case OpenGroup():
                 link.send(self._open(message))
             case Broadcast():
@@ -195,6 +205,15 @@ class Publisher(threading.Thread):
                 self._close(message.group_epoch)
             case _:
                 log.warning("publisher got an unexpected %s", type(message).__name__)
+
+    def _want_newer(self, link: TrainerLink, wanted: SnapshotWanted) -> None:
+        if wanted.version == self._offered.version:
+            self._wanted = True
+        elif self._last_offer is not None and wanted.version < self._last_offer.version:
+            self._offer_again(link)
+        if wanted.open_groups is not None:
+            for group_epoch in self._senders.keys() - set(wanted.open_groups):
+                self._close(group_epoch)
 
     def _open(self, request: OpenGroup) -> GroupReady:
         spec = WeightGroupSpec(
@@ -213,7 +232,8 @@ class Publisher(threading.Thread):
         self._keep(request.group_epoch)
         sender = self._senders[request.group_epoch] = GroupSender(group, request.group_epoch, self._report)
         sender.start()
-        return GroupReady(request.group_epoch, self._host, group.store_port, "", self._backend)
+        version = self._offered.version
+        return GroupReady(request.group_epoch, self._host, group.store_port, "", self._backend, version)
 
     def _send(self, request: Broadcast) -> str:
         """Hands the broadcast to its group's thread. Returns why that is impossible, if it is."""

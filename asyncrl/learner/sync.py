@@ -7,9 +7,11 @@ and nobody else:
 - When a snapshot comes, every idle cell starts a round with it. A cell whose members stay the same uses its group
   again; a store prefix is never used twice, so a changed or broken cell gets a new group.
 - A receiver that never proved a version, or whose last round failed by its own fault, is *caught up* alone, on a group
-  of its own, beside the cells' rounds. When it has proved a version it is merged into a cell at the next snapshot.
+  of its own, beside the cells' rounds. When it has proved a version it is merged into a cell at the next snapshot;
+  while evaluations keep all cells from swapping, it goes on alone.
 - A newer snapshot is asked for when no cell is at work, or CELL_GRACE_S after the first one was done: slow cells cost
-  the others no more than that. Cells that are late take the newest snapshot when they are done.
+  the others no more than that. Cells that are late take the newest snapshot when they are done. The wish is repeated
+  until a newer one comes, and names the groups in use: it repairs whatever got lost between desk and publisher.
 
 The beat of a generator tells what it holds. When that is not what it proved here, the commit was lost and is said
 again; when it stays so, the generator holds nothing.
@@ -47,6 +49,8 @@ log = logging.getLogger(__name__)
 CELL_GRACE_S = 1.0
 MAX_CATCH_UPS = 4  # at once: they share the learner's network with the cells
 COMMIT_REPEAT_S = 3.0  # a beat from before the commit may still be on its way
+WANTED_REPEAT_S = 3.0
+REOPEN_S = 1.0  # after the publisher could not open a group: it would fail again at once
 
 
 class SyncPlanner:
@@ -65,6 +69,8 @@ class SyncPlanner:
         self.group_epoch = 0
         self._attempts: dict[int, int] = {}
         self._wanted = True  # the publisher may replace the snapshot at any moment: nothing new begins on its memory
+        self._wanted_said_at = 0.0
+        self._paused_until = 0.0  # no round starts before
         self._first_done_at: float | None = None  # when the first cell got the newest snapshot while others had not
         self._outputs: list[Output] = []
 
@@ -106,7 +112,9 @@ class SyncPlanner:
             self._emit(ToGenerator(name, commit))
 
     def snapshot_ready(self, message: SnapshotReady, now: float) -> None:
-        """The publisher offers a newer snapshot; `advance` starts the rounds."""
+        """The publisher offers a newer snapshot; `advance` starts the rounds. A repeated offer changes nothing."""
+        if self.snapshot is not None and message.version <= self.snapshot.version:
+            return
         self.snapshot, self._wanted, self._first_done_at = message, False, None
 
     def publisher_lost(self, now: float) -> None:
@@ -124,8 +132,10 @@ class SyncPlanner:
         current = self.rounds.get(message.group_epoch)
         if current is None or not current.opening:
             self._emit(ToPublisher(CloseGroup(message.group_epoch)))  # too late
-        elif message.error:
-            current.abandon(now, f"the publisher could not open a group: {message.error}", blame=True)
+        elif message.error or self._is_unknown(message.version):
+            self._paused_until = now + REOPEN_S
+            why = message.error or f"its offer of version {message.version} got lost"
+            current.abandon(now, f"the publisher could not open a group: {why}")
             self._advance_rounds(now)
         else:
             incarnations = {name: member.receiver.incarnation for name, member in current.members.items()}
@@ -138,6 +148,8 @@ class SyncPlanner:
             self._advance_rounds(now)
 
     def reply(self, name: str, message: SyncReply, now: float) -> None:
+        if message.run_epoch != self.rules.run_epoch:
+            return  # of a learner before this one, whose versions and attempts have the same numbers
         for current in self.rounds.values():
             current.reply(name, message, now)
         self._advance_rounds(now)
@@ -146,8 +158,9 @@ class SyncPlanner:
         """Applies deadlines and starts rounds that are due. Called whenever something happened or time passed."""
         self._advance_rounds(now)
         if self.snapshot is not None:
-            self._start_cells(now)
-            self._start_catch_ups(now)
+            if now >= self._paused_until:
+                self._start_cells(now)
+                self._start_catch_ups(now)
             self._ask_for_newer(now)
 
     # -- outputs ---------------------------------------------------------------------------------------------------
@@ -160,7 +173,10 @@ class SyncPlanner:
         """When `advance` must be called next even if nothing happens; None if nothing is waited for."""
         deadlines = [current.next_deadline() for current in self.rounds.values()]
         deadlines += [r.excluded_until for r in self.receivers.values() if r.excluded_until > now]
-        if self._first_done_at is not None and not self._wanted:
+        deadlines += [self._paused_until] if self._paused_until > now else []
+        if self.snapshot is not None and self._wanted:
+            deadlines.append(self._wanted_said_at + WANTED_REPEAT_S)
+        elif self._first_done_at is not None and not self._wanted:
             deadlines.append(self._first_done_at + CELL_GRACE_S)
         return min(deadlines, default=None)
 
@@ -168,16 +184,21 @@ class SyncPlanner:
         receiver = self.receivers.get(name)
         return receiver.held_version if receiver else None
 
+    def _is_unknown(self, offered_version: int | None) -> bool:
+        return offered_version is not None and (self.snapshot is None or offered_version != self.snapshot.version)
+
     # -- which rounds start ----------------------------------------------------------------------------------------
 
     def _behind(self) -> list[Receiver]:
         """Who can take the newest snapshot now and does not hold it."""
         assert self.snapshot is not None
-        version, taken = self.snapshot.version, {name for current in self.rounds.values() for name in current.members}
+        newest = self.snapshot.version, self.snapshot.manifest["digests"]
+        taken = {name for current in self.rounds.values() for name in current.members}
         return [
             receiver
             for name, receiver in sorted(self.receivers.items())
-            if receiver.held_version != version and not receiver.busy and name not in taken
+            # Digests too: a trainer that came back and could not repeat its past has other bytes under this number.
+            if (receiver.held_version, receiver.held_digests) != newest and not receiver.busy and name not in taken
         ]
 
     def _placed(self) -> set[str]:
@@ -217,12 +238,13 @@ class SyncPlanner:
     def _start_catch_ups(self, now: float) -> None:
         """A round on a group of its own for everyone who has to prove itself, beside the cells."""
         placed = self._placed()
+        cells_wait = all(self.receivers[name].busy for name in placed)
         room = MAX_CATCH_UPS - sum(current.catch_up for current in self.rounds.values())
         for receiver in self._behind():
             if room <= 0:
                 return
-            proves_itself = receiver.held_version is None or receiver.failed
-            if receiver.name in placed or not proves_itself or receiver.excluded_until > now:
+            alone = receiver.held_version is None or receiver.failed or cells_wait
+            if receiver.name in placed or not alone or receiver.excluded_until > now:
                 continue
             room -= 1
             self.group_epoch += 1
@@ -245,9 +267,16 @@ class SyncPlanner:
         """The publisher may replace the snapshot once nobody who is well is at work on it."""
         assert self.snapshot is not None
         at_work = [current for current in self.rounds.values() if not current.catch_up]
-        if not self._wanted and (not at_work or self._grace_is_over(now)):
-            self._wanted = True
-            self._emit(ToPublisher(SnapshotWanted(self.snapshot.version)))
+        if self._wanted:
+            due = now >= self._wanted_said_at + WANTED_REPEAT_S
+        else:
+            due = not at_work or self._grace_is_over(now)
+        if due:
+            self._wanted, self._wanted_said_at = True, now
+            self._emit(ToPublisher(SnapshotWanted(self.snapshot.version, self._groups_in_use())))
+
+    def _groups_in_use(self) -> list[int]:
+        return sorted({*self.rounds, *(cell.group.epoch for cell in self.cells if cell.group is not None)})
 
     def _grace_is_over(self, now: float) -> bool:
         return self._first_done_at is not None and now >= self._first_done_at + CELL_GRACE_S
@@ -273,7 +302,7 @@ class SyncPlanner:
         committed = any(member.phase is Phase.COMMITTED for member in current.members.values())
         for member in current.members.values():
             # Where others succeeded, who failed was no victim of theirs.
-            if member.receiver.failed and (committed or member.receiver.silences or member.receiver.errors > 1):
+            if member.receiver.failed and (committed or member.receiver.faults or member.receiver.errors > 1):
                 self._leave_cell(member.name)
         if committed and current.snapshot is self.snapshot and self._first_done_at is None:
             self._first_done_at = now

@@ -17,10 +17,11 @@ class Receiver:
     num_workers: int
     held_version: int | None = None
     held_attempt: int = 0  # in which it proved `held_version`
+    held_digests: list[int] | None = None  # of `held_version`: another trainer's may have other bytes
     committed_at: float = 0.0
     staged_version: int | None = None  # verified in its staging buffer: what a delta may start from
     busy: bool = False  # must not be swapped now: it runs a pinned evaluation
-    silences: int = 0  # rounds in a row in which it did not answer or was tainted
+    faults: int = 0  # rounds in a row that failed by its doing: no answer, wrong digests, a taint
     errors: int = 0  # rounds in a row that it answered with an error, its own or a victim's
     taints: int = 0
     excluded_until: float = 0.0
@@ -28,7 +29,7 @@ class Receiver:
     @property
     def failed(self) -> bool:
         """Its last round went wrong."""
-        return self.silences > 0 or self.errors > 0
+        return self.faults > 0 or self.errors > 0
 
 
 class Phase(StrEnum):
@@ -47,6 +48,7 @@ class Member:
     rank: int  # of its first worker
     phase: Phase
     deadline: float
+    asked_at: float = 0.0  # for its answer in this phase
     timings_ms: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -13,8 +13,8 @@ Who waits for whom, and until when:
   fails everywhere at once, and who stays silent is to blame. The publisher is always waited for: it ends by its own
   deadline.
 - SWAPPING waits for each member alone. A slow one delays nobody else's commit.
-- A member that was silent or tainted sits out (`PENALTY_S`, doubling). A member that answered with an error may be the
-  victim of another one's failure and is tried again at once, MAX_ERRORS times.
+- A member at fault (silent, tainted, wrong digests) sits out (`PENALTY_S`, doubling). A member that answered with an
+  error may be the victim of another one's failure and is tried again at once, MAX_ERRORS times.
 
 A snapshot goes out as a delta when the publisher has one and every member's staging buffer was verified to hold its
 base. A member that fails in any phase is relied on for nothing: its next round is dense.
@@ -60,7 +60,7 @@ GRACE_S = 1.0
 PENALTY_S = 5.0
 MAX_PENALTY_S = 120.0
 MAX_TAINTS = 3
-MAX_ERRORS = 3  # from here on a member that answers with errors sits out like one that is silent
+MAX_ERRORS = 3  # from here on a member that answers with errors sits out like one that does not answer
 
 
 class SyncRound:
@@ -98,9 +98,10 @@ class SyncRound:
         self._broadcast: BroadcastDone | None = None
         self._broadcast_over = False  # it ended, or will by its own deadline in a group that nobody uses any more
         self._broadcast_deadline = 0.0
+        self._cut_short = ""  # why members are not waited for until their deadline
         self._base_version: int | None = None
         self._committed: list[Committed] = []
-        self._retries = max((r.silences + r.errors for r in members), default=0)
+        self._retries = max((r.faults + r.errors for r in members), default=0)
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class SyncRound:
         self._broadcast_deadline = now + rules.timeout_s + GRACE_S
         self._base_version, manifest = self._choose_encoding(snapshot)
         for member in self._in(Phase.STAGING):
-            member.deadline = now + rules.timeout_s + GRACE_S
+            member.asked_at, member.deadline = now, now + rules.timeout_s + GRACE_S
             place = {
                 "group_epoch": self.group_epoch,
                 "store_host": host,
@@ -130,12 +131,12 @@ class SyncRound:
         order = Broadcast(snapshot.version, attempt, self.group_epoch, rules.timeout_s, self._base_version)
         self._emit(ToPublisher(order))
 
-    def abandon(self, now: float, reason: str, *, blame: bool = False) -> None:
-        """Whoever has not staged gets nothing in this round, and its group is closed: the publisher aborts."""
+    def abandon(self, now: float, reason: str) -> None:
+        """Whoever has not staged gets nothing in this round, and is not to blame. Its group is closed when it ends."""
         log.warning("weight sync in group %d given up: %s", self.group_epoch, reason)
         self.broken = self._broadcast_over = True
         for member in self._in(Phase.STAGING):
-            self._fail(member, now, reason, silent=False, blame=blame)
+            self._fail(member, now, reason, blame=False)
 
     def broadcast_done(self, message: BroadcastDone, now: float) -> None:
         version = None if self.snapshot is None else self.snapshot.version
@@ -144,7 +145,7 @@ class SyncRound:
         self._broadcast, self._broadcast_over = message, True
         if message.error:
             log.warning("broadcast of version %d: %s", message.version, message.error)
-            self._break(now)
+            self._break(now, f"the publisher failed: {message.error}")
 
     def reply(self, name: str, message: SyncReply, now: float) -> None:
         member = self.members.get(name)
@@ -164,7 +165,7 @@ class SyncRound:
         if member is None:
             return
         needed = member.phase is Phase.STAGING
-        self._fail(member, now, reason, silent=False)
+        self._fail(member, now, reason)
         if needed:
             self.abandon(now, f"{name} {reason}")  # nobody can complete without it: no need to wait
 
@@ -173,7 +174,7 @@ class SyncRound:
         if self.opening:
             if now >= self._opening_deadline:
                 why = f"the publisher opened no group within {self._rules.timeout_s:g} s"
-                self.abandon(now, why, blame=True)
+                self.abandon(now, why)
             return
         self._expire(now)
         for member in self._in(Phase.STAGED):
@@ -235,10 +236,10 @@ class SyncRound:
         assert self.snapshot is not None
         expected = [list(self.snapshot.manifest["digests"])] * member.receiver.num_workers
         if message.error:
-            self._fail(member, now, message.error, silent=False)
-            self._break(now)
+            self._fail(member, now, message.error)
+            self._break(now, f"{member.name} failed: {message.error}")
         elif [list(digests) for digests in message.digests] != expected:
-            self._fail(member, now, _wrong_digests(member, message.digests, expected[0]), silent=True)
+            self._fail(member, now, _wrong_digests(member, message.digests, expected[0]), at_fault=True)
         else:
             member.phase = Phase.STAGED
             member.receiver.staged_version = self.snapshot.version
@@ -246,7 +247,7 @@ class SyncRound:
     def _swap(self, member: Member, now: float) -> None:
         assert self.snapshot is not None
         rules = self._rules
-        member.phase, member.deadline = Phase.SWAPPING, now + rules.timeout_s + GRACE_S
+        member.phase, member.asked_at, member.deadline = Phase.SWAPPING, now, now + rules.timeout_s + GRACE_S
         # From here on its engine may hold anything; what it held before counts no more.
         member.receiver.held_version = None
         swap = SyncSwap(rules.run_epoch, self.snapshot.version, self.attempt, self.snapshot.canary, rules.timeout_s)
@@ -255,12 +256,12 @@ class SyncRound:
     def _swapped(self, member: Member, message: SyncReply, now: float) -> None:
         assert self.snapshot is not None
         if message.error:
-            self._fail(member, now, message.error, silent=True)
+            self._fail(member, now, message.error, at_fault=True)
             return
         largest, mean = canary_differences(self.snapshot.canary_logprobs, message.canary_logprobs)
         if not largest <= self._rules.tolerance:  # also true for NaN
             allowed = f"allowed {self._rules.tolerance:.3g} (weights.canary_tolerance)"
-            self._fail(member, now, f"canary log-probs differ by {largest:.3g}, {allowed}", silent=True)
+            self._fail(member, now, f"canary log-probs differ by {largest:.3g}, {allowed}", at_fault=True)
             return
         self._commit(member, largest, mean, now)
 
@@ -269,7 +270,8 @@ class SyncRound:
         version, receiver = self.snapshot.version, member.receiver
         member.phase = Phase.COMMITTED
         receiver.held_version, receiver.held_attempt, receiver.committed_at = version, self.attempt, now
-        receiver.silences = receiver.errors = receiver.taints = 0
+        receiver.held_digests = self.snapshot.manifest["digests"]
+        receiver.faults = receiver.errors = receiver.taints = 0
         self._emit(ToGenerator(member.name, SyncCommit(self._rules.run_epoch, version, self.attempt)))
         total_ms = (now - self._started) * 1e3
         committed = Committed(
@@ -283,22 +285,31 @@ class SyncRound:
     def _expire(self, now: float) -> None:
         if not self._broadcast_over and now >= self._broadcast_deadline:
             self._broadcast_over = True
-            self._break(now)
+            why = f"the publisher did not say within {self._rules.timeout_s + GRACE_S:g} s how its broadcast ended"
+            log.warning("weight sync in group %d: %s", self.group_epoch, why)
+            self._break(now, why)
         for member in self._in(Phase.STAGING, Phase.SWAPPING):
             if now < member.deadline:
                 continue
             if member.phase is Phase.STAGING:
                 self.broken = True
-            sent = f"; {self._broadcast.num_bytes} bytes were sent" if self._broadcast else ""
-            self._fail(member, now, f"no answer within the deadline of {self._rules.timeout_s:g} s{sent}", silent=True)
+            self._fail(member, now, self._no_answer(member, now), at_fault=True)
 
-    def _break(self, now: float) -> None:
+    def _no_answer(self, member: Member, now: float) -> str:
+        sent = f"; {self._broadcast.num_bytes} bytes were sent" if self._broadcast else ""
+        cut = f", the last {GRACE_S:g} s after {self._cut_short}" if self._cut_short else ""
+        in_stage = member.phase is Phase.STAGING
+        return f"no answer within {now - member.asked_at:.3g} s{cut if in_stage else ''}{sent if in_stage else ''}"
+
+    def _break(self, now: float, why: str) -> None:
         """A collective failed somewhere: it failed everywhere, so nobody is waited for much longer."""
         self.broken = True
         for member in self._in(Phase.STAGING):
-            member.deadline = min(member.deadline, now + GRACE_S)
+            if now + GRACE_S < member.deadline:
+                member.deadline, self._cut_short = now + GRACE_S, why
 
-    def _fail(self, member: Member, now: float, reason: str, *, silent: bool, blame: bool = True) -> None:
+    def _fail(self, member: Member, now: float, reason: str, *, at_fault: bool = False, blame: bool = True) -> None:
+        """`at_fault`: by its own doing, it sits out. Without: it erred, or (`blame=False`) is a victim for certain."""
         if member.phase in (Phase.COMMITTED, Phase.FAILED):
             return
         phase, member.phase, receiver = member.phase, Phase.FAILED, member.receiver
@@ -307,14 +318,14 @@ class SyncRound:
             receiver.staged_version = None
         if tainted:
             receiver.held_version = None
-            receiver.taints += silent
-        if not silent:
+            receiver.taints += at_fault
+        if not at_fault:
             receiver.errors += blame
-            silent = receiver.errors >= MAX_ERRORS
+            at_fault = blame and receiver.errors >= MAX_ERRORS
         penalty_s = 0.0
-        if silent:
-            receiver.silences += 1
-            penalty_s = min(PENALTY_S * 2 ** (receiver.silences - 1), MAX_PENALTY_S)
+        if at_fault:
+            receiver.faults += 1
+            penalty_s = min(PENALTY_S * 2 ** (receiver.faults - 1), MAX_PENALTY_S)
             receiver.excluded_until = now + penalty_s
         fatal = receiver.taints >= MAX_TAINTS
         version = -1 if self.snapshot is None else self.snapshot.version

@@ -121,14 +121,11 @@ class SyncReply(Message):
     run_epoch: int
     version: int
     attempt: int
-    phase: str  # one of SYNC_PHASES
+    phase: str  # "stage" or "swap"
     error: str
     digests: list[list[int]] = field(default_factory=list)  # staged: per worker, per bucket
     canary_logprobs: list[bytes] = field(default_factory=list)  # swapped: float32 per canary sequence
     timings_ms: dict[str, float] = field(default_factory=dict)
-
-
-SYNC_PHASES = ("join", "stage", "swap")
 
 
 @message(6)
@@ -319,6 +316,7 @@ class GroupReady(Message):
     port: int
     error: str
     backend: str = "gloo"
+    version: int | None = None  # offered last, and kept for this group
 
 
 @message(45)
@@ -406,9 +404,13 @@ class TrainerStop(Message):
 
 @message(65)
 class SnapshotWanted(Message):
-    """The publisher may offer a newer snapshot in place of `version`, the one it offered last."""
+    """The publisher may offer a newer snapshot in place of `version`, the newest that the desk knows of.
+
+    Repeated until a newer one comes. Who has offered a newer one already offers it again: the desk did not get it.
+    """
 
     version: int
+    open_groups: list[int] | None = None  # group epochs in use, all others are closed; None = nothing is said of them
 
 
 @message(66)

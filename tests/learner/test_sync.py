@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from asyncrl.learner.sync import CELL_GRACE_S, COMMIT_REPEAT_S, MAX_CATCH_UPS, SyncPlanner
+from asyncrl.learner.sync import CELL_GRACE_S, COMMIT_REPEAT_S, MAX_CATCH_UPS, REOPEN_S, WANTED_REPEAT_S, SyncPlanner
 from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 from asyncrl.learner.sync_round import GRACE_S, MAX_ERRORS, MAX_TAINTS, PENALTY_S
 from asyncrl.transport.messages import (
@@ -167,11 +167,49 @@ def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
     assert bench.planner.held_version("a") == 0
 
 
-def test_a_newer_snapshot_is_asked_for_once_and_again_after_it_came():
+def test_a_newer_snapshot_is_asked_for_again_until_it_comes():
     bench = Bench()
     assert messages(bench.snapshot(0), SnapshotWanted), "nobody takes it"
-    assert not messages(bench.after(10.0), SnapshotWanted)
-    assert messages(bench.snapshot(1), SnapshotWanted)
+    assert not messages(bench.after(WANTED_REPEAT_S - 0.1), SnapshotWanted)
+    assert bench.planner.next_deadline(bench.now) == pytest.approx(bench.now + 0.1)
+    for _ in range(2):
+        assert [wanted.version for wanted in messages(bench.after(WANTED_REPEAT_S), SnapshotWanted)] == [0]
+    assert [wanted.version for wanted in messages(bench.snapshot(1), SnapshotWanted)] == [1]
+
+
+def test_the_repeated_wish_names_the_groups_in_use_so_that_others_whose_closing_got_lost_can_be_closed():
+    bench = Bench("a", "b")
+    bench.sync_all(0, ["a", "b"])
+    bench.planner.joined("c", 1, 1, bench.now)
+    bench.after(0.0)
+    bench.open_group()
+    (wanted,) = messages(bench.after(WANTED_REPEAT_S), SnapshotWanted)
+    assert wanted.open_groups == [1, bench.round_of("c").group_epoch]
+    bench.reply("c", "stage")
+    bench.broadcast_done(of="c")
+    bench.reply("c", "swap")
+    (wanted,) = messages(bench.after(WANTED_REPEAT_S), SnapshotWanted)
+    assert wanted.open_groups == [1], "the round of c is over"
+
+
+def test_an_offer_that_is_repeated_starts_nothing():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    assert not bench.snapshot(0)
+    bench.snapshot(1)
+    current = bench.round
+    assert not bench.snapshot(1) and not bench.snapshot(0)
+    assert bench.round is current
+
+
+def test_a_group_that_keeps_a_version_whose_offer_got_lost_is_given_up_and_blames_nobody():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("b", 1, 1, bench.now)
+    bench.after(0.0)
+    bench.planner.group_ready(GroupReady(bench.round.group_epoch, "127.0.0.1", 9, "", version=1), bench.now)
+    assert not messages(bench.take(), Broadcast) and not bench.planner.receivers["b"].failed
+    assert messages(bench.snapshot(1) + bench.after(REOPEN_S), OpenGroup)
 
 
 def test_while_a_cell_is_at_work_nothing_newer_is_asked_for():
@@ -421,7 +459,7 @@ def test_a_failure_names_ranks_deadline_and_what_happens_next():
     bench.broadcast_done()
     (failed,) = kinds(bench.after(TIMEOUT_S + GRACE_S), SyncFailed)
     assert (failed.name, failed.phase) == ("a", "stage")
-    assert failed.reason == "ranks 1 to 2: no answer within the deadline of 10 s; 100 bytes were sent"
+    assert failed.reason == "ranks 1 to 2: no answer within 11 s; 100 bytes were sent"
     assert failed.remedy == "tried again in 5 s, on a group of its own"
 
 
@@ -435,6 +473,58 @@ def test_wrong_digests_name_the_worker():
     bench.planner.reply("a", reply, bench.now)
     (failed,) = kinds(bench.take(), SyncFailed)
     assert "(digest) on rank 2" in failed.reason
+
+
+def test_a_wait_that_was_cut_short_says_how_long_it_was_and_why():
+    bench = Bench("a", "b")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.after(0.5)
+    bench.broadcast_done(error="connection reset by peer")
+    failed = kinds(bench.after(GRACE_S), SyncFailed)
+    why = "the last 1 s after the publisher failed: connection reset by peer"
+    assert [f.reason for f in failed] == [
+        f"rank {rank}: no answer within 1.5 s, {why}; 100 bytes were sent" for rank in (1, 2)
+    ]
+
+
+def test_a_broadcast_that_does_not_end_is_logged(caplog):
+    bench = Bench("a")
+    bench.snapshot(0)
+    bench.open_group()
+    bench.reply("a", "stage")
+    bench.reply("a", "swap")
+    bench.after(TIMEOUT_S + GRACE_S)
+    assert "the publisher did not say within 11 s how its broadcast ended" in caplog.text
+    assert bench.planner.held_version("a") == 0
+
+
+def test_a_publisher_that_cannot_open_a_group_is_asked_again_after_a_pause_and_costs_the_members_nothing():
+    bench = Bench("a")
+    bench.snapshot(0)
+    for _ in range(MAX_ERRORS + 1):
+        bench.planner.group_ready(GroupReady(bench.round.group_epoch, "127.0.0.1", 0, "no port is free"), bench.now)
+        assert bench.round is None
+        assert not messages(bench.after(0.0), OpenGroup), "not at once: that would go round and round"
+        assert bench.planner.next_deadline(bench.now) <= bench.now + REOPEN_S
+        assert messages(bench.after(REOPEN_S), OpenGroup)
+    assert not bench.planner.receivers["a"].failed
+
+
+def test_a_generator_that_was_caught_up_goes_on_alone_while_evaluations_keep_all_cells_from_swapping():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.joined("b", 1, 1, bench.now)
+    bench.after(0.0)
+    bench.catch_up("b")
+    bench.planner.set_busy({"a"})
+    for version in (1, 2):
+        bench.snapshot(version)
+        bench.catch_up("b")
+        assert bench.planner.held_version("b") == version
+    bench.planner.set_busy(set())
+    bench.snapshot(3)
+    assert set(bench.round.members) == {"a", "b"}, "one cell again"
 
 
 # -- cells and catching up
@@ -670,6 +760,29 @@ def test_another_trainers_version_of_the_same_number_is_no_base():
     bench.sync_all(0, ["a"])
     bench.planner.publisher_lost(bench.now)
     assert bench.offered(bench.snapshot(1, base=0)) is None
+
+
+def test_the_next_trainers_version_of_the_same_number_is_sent_again_only_if_it_has_other_bytes():
+    bench = Bench("a")
+    bench.sync_all(0, ["a"])
+    bench.planner.publisher_lost(bench.now)
+    assert not messages(bench.snapshot(0), OpenGroup), "it was repeated to the bit"
+    bench.planner.publisher_lost(bench.now)
+    other = SnapshotReady(0, {"digests": [7, 8]}, [b"\x01\0\0\0"], CANARY, 1.0)
+    bench.planner.snapshot_ready(other, bench.now)
+    assert messages(bench.after(0.0), OpenGroup)
+    bench.open_group()
+    bench.reply("a", "stage", digests=[7, 8])
+    bench.broadcast_done()
+    assert kinds(bench.reply("a", "swap"), Committed)
+    assert not messages(bench.after(1.0), SyncOffer), "it holds it"
+
+
+def test_an_answer_to_the_learner_before_this_one_is_ignored():
+    bench = Bench("a")
+    bench.offered(bench.snapshot(0))
+    bench.planner.reply("a", SyncReply(0, 0, bench.round.attempt, "stage", "", [DIGESTS]), bench.now)
+    assert not messages(bench.after(0.0), SyncSwap)
 
 
 @pytest.mark.parametrize("digests", [[], [DIGESTS], [DIGESTS] * 3, [DIGESTS, [11]]])

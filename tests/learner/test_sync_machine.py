@@ -48,6 +48,8 @@ class Planner(RuleBasedStateMachine):
         self.closed: set[int] = set()
         self.kept: dict[int, int] = {}  # group epoch -> version whose memory the publisher keeps for it
         self.prefixes: set[str] = set()
+        self.offer: SnapshotReady | None = None  # the publisher's last
+        self.to_lose: set[type] = set()  # the next message of this kind does not arrive
 
     # -- what happens --------------------------------------------------------------------------------------------
 
@@ -70,7 +72,8 @@ class Planner(RuleBasedStateMachine):
                 self.openings.clear()
                 self.broadcasts.clear()
                 self.opened.clear()
-                self.may_offer = True
+                self.kept.clear()
+                self.offer, self.may_offer = None, True
         self.settle()
 
     @rule()
@@ -90,16 +93,25 @@ class Planner(RuleBasedStateMachine):
     def train(self):
         self.version += 1
         self.may_offer = False
-        message = SnapshotReady(self.version, {"digests": [self.version]}, [b""], CANARY, 1.0)
-        self.planner.snapshot_ready(message, self.now)
+        self.offer = SnapshotReady(self.version, {"digests": [self.version]}, [b""], CANARY, 1.0)
+        if not self.is_lost(self.offer):
+            self.planner.snapshot_ready(self.offer, self.now)
         self.settle()
+
+    @rule(kind=st.sampled_from([SnapshotReady, SnapshotWanted, CloseGroup]))
+    def lose_the_next(self, kind):
+        self.to_lose.add(kind)
+
+    def is_lost(self, message):
+        lost = type(message) in self.to_lose
+        self.to_lose.discard(type(message))
+        return lost
 
     @precondition(lambda self: self.openings)
     @rule(error=st.sampled_from(["", "", "no port"]))
     def open(self, error):
         opening = self.openings.pop(0)
-        self.kept[opening.group_epoch] = self.version
-        self.planner.group_ready(GroupReady(opening.group_epoch, "127.0.0.1", 9, error), self.now)
+        self.opens(opening, error)
         self.settle()
 
     @precondition(lambda self: self.orders)
@@ -135,7 +147,13 @@ class Planner(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 30.0]))
     def wait(self, seconds):
+        self.pass_time(seconds)
+
+    def pass_time(self, seconds):
         self.now += seconds
+        # As a publisher does that has heard nothing yet.
+        if self.planner.snapshot is None and self.offer is not None and not self.is_lost(self.offer):
+            self.planner.snapshot_ready(self.offer, self.now)
         self.settle()
 
     def settle(self):
@@ -152,7 +170,15 @@ class Planner(RuleBasedStateMachine):
                 case RoundEnded():
                     pass
 
+    def opens(self, opening, error):
+        if not error:
+            self.kept[opening.group_epoch] = self.version
+        ready = GroupReady(opening.group_epoch, "127.0.0.1", 9, error, version=None if error else self.version)
+        self.planner.group_ready(ready, self.now)
+
     def to_publisher(self, message):
+        if self.is_lost(message):
+            return
         match message:
             case OpenGroup():
                 assert message.prefix not in self.prefixes, "a prefix is used twice"
@@ -165,10 +191,18 @@ class Planner(RuleBasedStateMachine):
                 assert kept == message.version or (kept is None and not self.may_offer), "its memory may be replaced"
                 self.broadcasts.append(message)
             case CloseGroup():
-                self.closed.add(message.group_epoch)
+                self.close(message.group_epoch)
             case SnapshotWanted():
-                assert not self.may_offer, "asked for twice"
-                self.may_offer = True
+                for group_epoch in self.opened - self.closed - set(message.open_groups):
+                    self.close(group_epoch)
+                if message.version == self.version:
+                    self.may_offer = True
+                elif self.offer is not None and not self.is_lost(self.offer):
+                    self.planner.snapshot_ready(self.offer, self.now)
+
+    def close(self, group_epoch):
+        self.closed.add(group_epoch)
+        self.kept.pop(group_epoch, None)
 
     # -- what always holds ---------------------------------------------------------------------------------------
 
@@ -200,14 +234,14 @@ class Planner(RuleBasedStateMachine):
     def teardown(self):
         """From any state: peers that answer from now on hold the newest version within the penalties' time."""
         self.planner.set_busy(set())
+        self.to_lose.clear()
         if self.may_offer:
             self.train()
         for _ in range(400):
             for name, receiver in list(self.planner.receivers.items()):
                 receiver.taints = min(receiver.taints, 1)
                 assert name in self.incarnations
-            self.now += 1.0
-            self.settle()
+            self.pass_time(1.0)
             while self.openings or self.orders or self.broadcasts:
                 self.answer_all()
             if self.may_offer and any(r.held_version != self.version for r in self.planner.receivers.values()):
@@ -216,15 +250,17 @@ class Planner(RuleBasedStateMachine):
                 r.held_version == self.version for r in self.planner.receivers.values()
             ):
                 in_use = {cell.group.epoch for cell in self.planner.cells if cell.group is not None}
-                assert self.opened - self.closed == in_use, "groups are left open"
-                return
-        raise AssertionError(f"not settled: {self.planner.receivers} {self.planner.rounds}")
+                if self.opened - self.closed == in_use:
+                    return
+        left_open = self.opened - self.closed
+        raise AssertionError(
+            f"not settled: {self.planner.receivers} {self.planner.rounds}, groups {left_open} are open"
+        )
 
     def answer_all(self):
         while self.openings:
             opening = self.openings.pop(0)
-            self.kept[opening.group_epoch] = self.version
-            self.planner.group_ready(GroupReady(opening.group_epoch, "127.0.0.1", 9, ""), self.now)
+            self.opens(opening, "")
         self.settle()
         while self.broadcasts:
             order = self.broadcasts.pop(0)

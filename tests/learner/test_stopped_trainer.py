@@ -1,0 +1,109 @@
+"""A trainer that stands still for longer than a sync may take: the link drops and takes messages along."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_weight_plane import MAX_BYTES, World
+
+from asyncrl.learner.sync import WANTED_REPEAT_S, SyncPlanner
+from asyncrl.transport import limits
+from asyncrl.transport.messages import SyncOffer, SyncSwap
+from asyncrl.transport.sockets import ServerSocket
+
+TIMEOUT_S = 3.0
+LINK_TIMEOUT_S = (limits.HEARTBEAT_MS + limits.HEARTBEAT_TIMEOUT_MS) / 1e3
+START_S = 60.0
+
+
+class StoppableWorld(World):
+    """As `World`, with the publisher in a process that can be stopped."""
+
+    def __init__(self):
+        self.socket = ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MAX_BYTES)
+        script = Path(__file__).with_name("publisher_process.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), self.socket.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=1e-6, cell_size=8)
+        self.replies = queue.Queue()
+        self.receivers = {}
+        self.ended, self.failed = [], []
+        self.before_offer = lambda: None
+        self._peer = None
+        self._version = -1
+
+    def publish(self, timeout_s=START_S):
+        """The next version, until all hold it."""
+        self._version += 1
+        self.tell(self._version)
+        self.wait(lambda: all(self.planner.held_version(name) == self._version for name in self.receivers), timeout_s)
+
+    def tell(self, line):
+        print(line, file=self.process.stdin, flush=True)
+
+    @property
+    def num_open_groups(self):
+        self.tell("?")
+        return int(self.process.stdout.readline())
+
+    def stop_at(self, phase):
+        """Stops the publisher when `a` gets this message, and goes on when the link is down."""
+        receiver = self.receivers["a"]
+        take = receiver.take
+
+        def stop_and_take(message):
+            if isinstance(message, phase):
+                receiver.take = take
+                os.kill(self.process.pid, signal.SIGSTOP)
+                if phase is SyncSwap:  # its answer ends the round, and what is said then finds nobody
+                    self.let_pass(LINK_TIMEOUT_S + 1.0)
+            take(message)
+
+        receiver.take = stop_and_take
+
+    def let_pass(self, seconds):
+        end = time.monotonic() + seconds
+        self.wait(lambda: time.monotonic() >= end, seconds + 1.0)
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        for receiver in self.receivers.values():
+            receiver.close()
+        self.socket.close()
+
+
+@pytest.fixture
+def world():
+    world = StoppableWorld()
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("phase", [SyncOffer, SyncSwap])
+def test_training_goes_on_after_the_trainer_stood_still_in_a_sync_for_longer_than_its_deadline(world, phase):
+    world.join("a")
+    world.join("b")
+    world.publish()
+    world.stop_at(phase)
+    world.tell(1)
+    world.wait(lambda: world.planner.snapshot.version == 1, TIMEOUT_S)
+    world.let_pass(max(TIMEOUT_S, LINK_TIMEOUT_S) + 3.0)
+    world.planner.left("b", time.monotonic(), "is dead")  # the closing of its group gets lost
+    world.receivers.pop("b").close()
+    world.let_pass(1.0)
+    assert world.socket.disconnects == 1
+
+    os.kill(world.process.pid, signal.SIGCONT)
+    world._version = 1
+    for _ in range(2):
+        world.publish(timeout_s=4 * TIMEOUT_S + limits.RECONNECT_MAX_MS / 1e3 + WANTED_REPEAT_S)
+    world.wait(lambda: world.num_open_groups == 1, 2 * WANTED_REPEAT_S)
