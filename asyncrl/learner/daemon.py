@@ -104,7 +104,7 @@ def _make_desk(
     stop: StopSignal,
 ) -> Desk:
     """Joins the desk's sides around an intake that continues where the run stopped."""
-    intake, version, evals_done = _make_intake(config, run_epoch, journal)
+    intake, version, evals_done = make_intake(config, run_epoch, journal)
     leases, sessions, account = intake.leases, intake.sessions, intake.account
     planner = SyncPlanner(
         run_epoch=run_epoch,
@@ -159,7 +159,7 @@ def _make_desk(
     )
 
 
-def _make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Intake, int, set[int]]:
+def make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Intake, int, set[int]]:
     """Leases, buffer, sessions and prompts, with what the newest checkpoint and the journal after it hold.
 
     Returns the version of that checkpoint (0 without one) and the versions that were evaluated by then, too.
@@ -169,7 +169,7 @@ def _make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Inta
     buffer = ReplayBuffer(pacing, config.staleness.over_age)
     account = Account()
     sessions = make_sessions(config, run_epoch)
-    version, evals_done = _restore(config, journal, leases, buffer, account, sessions)
+    version, newest_version, evals_done = _restore(config, journal, leases, buffer, account, sessions)
     task = load_task(config.task.path, config.task.args)
     prompts = PromptSource(task, load_tokenizer(config.model.path), config.run.seed, _max_prompt_tokens(config))
     intake = Intake(
@@ -182,6 +182,9 @@ def _make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Inta
         journal=journal,
         account=account,
         sessions=sessions,
+        # Generators are back within a second and bring what they have of the version reached before; the trainer that
+        # trains up to it again takes longer to start.
+        newest_version=newest_version,
     )
     return intake, version, evals_done
 
@@ -203,8 +206,8 @@ def make_sessions(config: Config, run_epoch: int) -> DeskSessions:
 
 def _restore(
     config: Config, journal: Journal, leases: LeaseDesk, buffer: ReplayBuffer, account: Account, sessions: DeskSessions
-) -> tuple[int, set[int]]:
-    """The version and the evaluations of the newest checkpoint; the parts continue from it and the journal."""
+) -> tuple[int, int, set[int]]:
+    """Versions of the newest checkpoint and of the journal's end, and the evaluations; the parts continue there."""
     manifest = find_latest(Path(config.run.dir) / "checkpoints")
     state: dict[str, Any] = {}
     version = 0
@@ -230,7 +233,7 @@ def _restore(
         for seq in sorted(seqs):
             sessions.replay(generator_id, incarnation, seq, now=now)
     _say_restored(version, plan, journal)
-    return version, set(state.get("evals_done", []))
+    return version, version + len(plan.steps), set(state.get("evals_done", []))
 
 
 def _say_restored(version: int, plan: ReplayPlan, journal: Journal) -> None:

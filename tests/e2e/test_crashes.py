@@ -127,6 +127,10 @@ def test_no_acknowledged_result_is_lost(story):
     check_results_have_no_gap(story.run)
 
 
+def test_the_second_learner_takes_what_the_generator_brings_before_its_trainer_is_up(story):
+    assert "refused (invalid)" not in story.second_learner.stderr
+
+
 def test_every_prompt_is_trained_exactly_once(story):
     check_every_ordinal_once(story.run, STEPS)
 

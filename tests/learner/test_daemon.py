@@ -1,0 +1,46 @@
+"""What a learner that was started again knows before its trainer is up."""
+
+from __future__ import annotations
+
+from desk_parts import hello, small_config, stored_group, train_group
+
+from asyncrl.learner.daemon import make_intake
+from asyncrl.replay.journal import Journal
+from asyncrl.replay.records import StepTaken
+from asyncrl.transport.codec import encode_body
+from asyncrl.transport.groups import group_to_result
+
+
+def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_trainer_is_not_up_yet(
+    tied_model_dir, tmp_path
+):
+    """Its generator is back within a second, and a result that is refused is lost for good."""
+    config = small_config(
+        run__dir=str(tmp_path), model__path=str(tied_model_dir), task__path="asyncrl.tasks.arithmetic:Arithmetic"
+    )
+    journal = Journal.open(tmp_path / "journal")
+    try:
+        for version, ordinals in enumerate(([0, 1], [2, 3])):
+            for ordinal in ordinals:
+                journal.append(stored_group(ordinal, version=version), 0.0)
+            journal.append(StepTaken(version, tuple((ordinal, 0) for ordinal in ordinals)), 0.0)
+        journal.sync()
+        intake, version, _ = make_intake(config, 2, journal)
+        assert (version, intake.newest_version) == (0, 2)
+
+        fingerprints = intake.sessions._expected
+        greeting = hello("g2")
+        fields = {name: getattr(greeting, name) for name in greeting.__slots__} | {
+            "model_fingerprint": fingerprints.model_fingerprint,
+            "tokenizer_fingerprint": fingerprints.tokenizer_fingerprint,
+            "task": fingerprints.task,
+        }
+        session = intake.sessions.hello(b"g2", type(greeting)(**fields), version=0, now=0.0).session
+        for seq, tokens_version, taken in ((1, 2, True), (2, 3, False)):
+            group = train_group(3 + seq, version=tokens_version)
+            group.prompt_token_ids = intake.prompts.train(3 + seq).token_ids
+            result = group_to_result(group, seq, 1)
+            answer = intake.group(session, result, encode_body(result), 0.0)
+            assert (answer is None) == taken, answer
+    finally:
+        journal.close()
