@@ -27,7 +27,7 @@ EXIT_CODES = {
     4: "the learner refused this generator: model, tokenizer, task or protocol differ",
     5: "the rollout engine died",
     6: "disk: journal or checkpoint cannot be written or read",
-    7: "the trainer died more often than learner.max_trainer_restarts allows",
+    7: "the trainer died more often than learner.max_trainer_restarts allows, or while it saved at the end",
     8: "too many prompts got no group, whatever was tried: a reward that always fails, for example",
     130: "interrupted before the daemon was up",
 }

@@ -51,6 +51,12 @@ class BatchDealer:
         return next(iter(versions))
 
     @property
+    def at_end(self) -> bool:
+        """All ranks made the last step and ask for more. One that died, or trains again, does not."""
+        version = self.wanted_version
+        return version is not None and version >= self._last_step
+
+    @property
     def decided_version(self) -> int | None:
         """The newest version whose batch was decided in this life of the desk."""
         return self._decided.version if self._decided is not None else None

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 
 from asyncrl.config import Config
-from asyncrl.errors import FrameError, ProtocolError, TooManyFailures
+from asyncrl.errors import FrameError, JournalError, ProtocolError, TooManyFailures
 from asyncrl.learner.evaluation import Evaluator
 from asyncrl.learner.generator_side import GeneratorSide
 from asyncrl.learner.intake import Intake
@@ -31,6 +31,7 @@ from asyncrl.learner.trainer_process import TrainerProcess
 from asyncrl.learner.trainer_side import TrainerSide
 from asyncrl.learner.weight_side import WeightSide
 from asyncrl.processes import StopSignal
+from asyncrl.replay.journal import run_epoch_of
 from asyncrl.transport import messages
 from asyncrl.transport.codec import body_of, decode
 from asyncrl.transport.messages import Message
@@ -63,6 +64,8 @@ MAX_WAIT_S = 0.5
 SAY_WAITING_EVERY_S = 30.0
 SIGNAL_STOP_TIMEOUT_S = 20.0  # whoever sent the signal may kill after 30 s
 FINISH_TIMEOUT_S = 600.0  # the last checkpoint and the export of a large model
+# Of generator.lease_timeout_s, the last evaluation may take: one until a generator proves the version, one for itself.
+FINAL_EVALUATION_LEASES = 2
 # Prompts without a group after all their attempts: more than this, and more than a tenth of all, ends the run.
 MAX_GIVEN_UP = 16
 MAX_GIVEN_UP_SHARE = 0.1
@@ -93,9 +96,13 @@ class Desk:
         self.stop = stop
         self._waiting_since: float | None = None
         self._stopping_since: float | None = None
+        self._evaluating_since: float | None = None  # all steps are trained
 
     def run(self) -> int:
-        """Serves until the last version is trained, evaluated and saved, or until a signal. Returns 0."""
+        """Serves until the last version is trained, evaluated and saved, or until a signal. Returns 0.
+
+        Raises CheckpointError or TrainerFailed when the trainer failed at the end, TooManyFailures, JournalError.
+        """
         poller = SocketPoller()
         for source in (self.generators.socket, self.trainers.socket, self.stop.fd):
             poller.add(source)
@@ -114,6 +121,7 @@ class Desk:
         """Everything that time or the last messages made due. Order: results count before batches are decided."""
         self.intake.note_given_up(now)
         self._check_failures()
+        self._check_superseded()
         self.generators.acknowledge(self.intake.sync_if_due(now))
         self._watch_trainer(now)
         self.generators.expire(now)
@@ -180,7 +188,7 @@ class Desk:
                 self.evaluator.advance(self.trainers.version, self.weights.held_versions())
             case messages.CheckpointDone():
                 self.trainers.checkpoint_done(message)
-            case messages.SnapshotReady():
+            case messages.SnapshotReady() if self.trainers.present:  # else its memory died with the trainer
                 self.weights.snapshot_ready(peer, message, now)
             case messages.GroupReady():
                 self.weights.planner.group_ready(message, now)
@@ -204,12 +212,26 @@ class Desk:
                 "the task's reward or the generator, and start again"
             )
 
+    def _check_superseded(self) -> None:
+        """Raises JournalError when another learner took over the run folder: whatever this one does now is lost."""
+        sessions = self.intake.sessions
+        if sessions.superseded_by is None:
+            return
+        # Not on a generator's word alone: it may as well come from a run of this name in a folder that was deleted.
+        newest, run_dir = run_epoch_of(self.config.run.dir), self.config.run.dir
+        if newest > sessions.run_epoch:
+            raise JournalError(
+                f"another learner has taken over {run_dir}: it is at run epoch {newest}, this one at "
+                f"{sessions.run_epoch}; one learner per run.dir, stop one of them"
+            )
+        sessions.superseded_by = None
+
     # -- end -------------------------------------------------------------------------------------------------------
 
     def _over(self, now: float) -> bool:
         """Starts the end when it is time, and is True once the trainer has saved and gone."""
         if self._stopping_since is None:
-            finished = self.trainers.version >= self.config.run.steps and self.evaluator.idle
+            finished = self.trainers.at_end and self._is_evaluated(now)
             if not finished and self.stop.received is None:
                 return False
             self._begin_stop(finished, now)
@@ -221,7 +243,37 @@ class Desk:
             log.error("the trainer did not stop within %.0f s and is killed", limit_s)
             self.trainer.kill()
         self.generators.acknowledge(self.intake.sync())
+        self._check_end()
         return True
+
+    def _is_evaluated(self, now: float) -> bool:
+        """The last version is, or nobody was there for it in time."""
+        if self.evaluator.idle:
+            return True
+        if self._evaluating_since is None:
+            self._evaluating_since = now
+            log.info("all %d steps are trained; %s", self.config.run.steps, self.evaluator.describe())
+        limit_s = FINAL_EVALUATION_LEASES * self.config.generator.lease_timeout_s
+        if now - self._evaluating_since < limit_s:
+            return False
+        log.error(
+            "ends without its last evaluation %.0f s (%d x generator.lease_timeout_s) after the last step: %s; %s",
+            limit_s,
+            FINAL_EVALUATION_LEASES,
+            self.evaluator.describe(),
+            self.generators.describe(),
+        )
+        self.evaluator.give_up()
+        return True
+
+    def _check_end(self) -> None:
+        """Raises when the trainer failed at what it had to do last."""
+        code = self.trainer.exit_code
+        if self.stop.received is not None and code is not None and code < 0:
+            # By us, too slow, or by whoever sent the signal to all processes. The journal holds what it did not save.
+            log.error("the trainer was killed (exit code %d) and saved no last checkpoint", code)
+            return
+        self.trainer.check_end()
 
     def _begin_stop(self, finished: bool, now: float) -> None:
         self._stopping_since = now
@@ -234,13 +286,16 @@ class Desk:
         self.trainers.stop(finished, reason)
 
     def _say_waiting(self, now: float) -> None:
-        """Every 30 s without a batch: what is missing, by name."""
+        """Every 30 s without a batch, or with all steps trained: what is missing, by name."""
         version = self.trainers.waiting_version
-        if version is None or self._stopping_since is not None:
+        waits = version is not None or self._evaluating_since is not None
+        if not waits or self._stopping_since is not None:
             self._waiting_since = None
         elif self._waiting_since is None:
             self._waiting_since = now
         elif now - self._waiting_since >= SAY_WAITING_EVERY_S:
             self._waiting_since = now
-            why = self.intake.buffer.waiting_for(version, self.intake.leases.running())
+            why = self.evaluator.describe()
+            if version is not None:
+                why = self.intake.buffer.waiting_for(version, self.intake.leases.running())
             log.info("%s; %s", why or f"version {version} waits", self.generators.describe())

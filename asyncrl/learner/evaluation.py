@@ -109,6 +109,23 @@ class Evaluator:
             self._make_durable()  # results that were accepted but are not on disk yet belong to it too
             self._finish()
 
+    def describe(self) -> str:
+        """What it waits for, for the log."""
+        if self._running is not None:
+            answered = f"{len(self._running.rewards)} of {self._num_prompts} prompts are answered"
+            return f"evaluation of version {self._running.version}: {answered}"
+        if self._due is not None:
+            return f"the evaluation of version {self._due} waits for a generator that proves it"
+        return "no evaluation is due"
+
+    def give_up(self) -> None:
+        """Ends what is due or runs; what was answered until now is reported."""
+        self._leases.abandon_eval()
+        if self._running is not None:
+            self._make_durable()
+            self._finish()
+        self._due = None
+
     def version_proven(self, version: int, now: float) -> None:
         """A generator holds `version` now: the moment to evaluate it."""
         if self._due is None or self._running is not None or version < self._due:

@@ -166,10 +166,10 @@ class Trainer:
         if self.publisher.crash is not None:
             raise AsyncRLError(f"the publisher thread died: {self.publisher.crash!r}") from self.publisher.crash
 
-    def _checkpoint(self) -> None:
-        """Saves; a failure is reported and training goes on with the older checkpoints intact."""
+    def _checkpoint(self) -> str:
+        """Saves. Returns what failed: it is reported, and training goes on with the older checkpoints intact."""
         if self.rank != 0:
-            return
+            return ""
         started, path, error = time.monotonic(), "", ""
         try:
             path = str(
@@ -185,17 +185,22 @@ class Trainer:
             error = str(failure)
             log.error("%s", failure)
         self.link.send(CheckpointDone(self.policy.version, path, error, time.monotonic() - started))
+        return error
 
     # -- end -------------------------------------------------------------------------------------------------------
 
     def _finish(self, stop: TrainerStop) -> int:
+        """Returns 0. Raises CheckpointError when something could not be saved: there is no later step to try again."""
         if self.publisher:
             self.publisher.stop(timeout_s=10.0)
-        if stop.checkpoint and self.desk_state:
-            self._checkpoint()
-        if stop.export and self.rank == 0:
-            export_model(self.policy.policy, Path(self.config.model.path), self.run_dir / "export")
-        self.link.close(flush_s=5.0)
+        try:
+            problem = self._checkpoint() if stop.checkpoint and self.desk_state else ""
+            if stop.export and self.rank == 0:
+                export_model(self.policy.policy, Path(self.config.model.path), self.run_dir / "export")
+        finally:
+            self.link.close(flush_s=5.0)
+        if problem:
+            raise CheckpointError(problem)
         return 0
 
     def _ask(self, request: Message) -> tuple[Message, float]:

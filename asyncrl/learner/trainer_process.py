@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 LAST_WORDS = "cannot train: "  # begins what a trainer prints when starting it again would change nothing
 RESTART_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 32.0
+KILL_TIMEOUT_S = 10.0  # a process in a system call that hangs does not end before the call does
 
 
 class TrainerProcess:
@@ -93,9 +94,7 @@ class TrainerProcess:
         if self._process is None or self._process.poll() is None:
             return False
         code, self._process = self._process.returncode, None
-        for error in (ConfigError, CheckpointError):
-            if code == error.exit_code:
-                raise error(self.last_words().rpartition(LAST_WORDS)[2])
+        self._raise_final(code)
         self.failures += 1
         if self.failures > self.max_restarts:
             raise TrainerFailed(
@@ -106,6 +105,28 @@ class TrainerProcess:
         log.error("trainer died (exit code %s), restart in %.0f s:\n%s", code, delay_s, self.last_words())
         self._restart_at = now + delay_s
         return True
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs, and when it died and was not started again yet."""
+        return self._process.poll() if self._process else None
+
+    def check_end(self) -> None:
+        """After it was told to stop and ended: raises as `poll` does unless it did what it was told."""
+        code = self.exit_code
+        if code or self.running:
+            self._raise_final(code)
+            raise TrainerFailed(
+                f"the trainer did not end well (exit code {code}): its last checkpoint or the export may be missing; "
+                f"start the learner again, it goes on from the checkpoints and the journal; see {self.log_file}:\n"
+                f"{self.last_words()}"
+            )
+
+    def _raise_final(self, code: int | None) -> None:
+        """Raises what the trainer itself said, if starting it again would end the same way."""
+        for error in (ConfigError, CheckpointError):
+            if code == error.exit_code:
+                raise error(self.last_words().rpartition(LAST_WORDS)[2])
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit code, or None if it still runs after `timeout_s`."""
@@ -120,7 +141,8 @@ class TrainerProcess:
         if self._process and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            if self.wait(KILL_TIMEOUT_S) is None:
+                log.error("trainer %d does not end %g s after SIGKILL; leaving it", self._process.pid, KILL_TIMEOUT_S)
 
     def last_words(self, num_bytes: int = 1500) -> str:
         """The end of the trainer's log."""

@@ -79,8 +79,19 @@ class TrainerSide:
         if self.version == self._first_version:
             self._step_ended_at = now
 
+    @property
+    def present(self) -> bool:
+        """A trainer said hello and did not die since."""
+        return bool(self._peers)
+
+    @property
+    def at_end(self) -> bool:
+        """The trainer that lives now has made all steps."""
+        return self._dealer.at_end
+
     def request(self, peer: bytes, message: messages.BatchRequest) -> None:
-        self._peers[message.rank] = peer
+        if self._peers.get(message.rank) != peer:
+            return  # it died, and this was still on its way
         self._dealer.request(message.rank, message.version)
 
     def lost(self) -> None:

@@ -315,13 +315,10 @@ def next_run_epoch(run_dir: Path | str) -> int:
     Call it with the journal open: its lock keeps a second learner out. Raises JournalError when the file is
     damaged or cannot be written.
     """
-    path = Path(run_dir) / "run_epoch"
+    path = _epoch_file(run_dir)
     try:
         make_folder(path.parent)
-        text = path.read_text() if path.exists() else "0"
-        if not text.strip().isdecimal():
-            raise JournalError(f"{path} holds {text[:20]!r}, not a number; write the highest epoch of the logs there")
-        epoch = int(text) + 1
+        epoch = run_epoch_of(run_dir) + 1
         fresh = path.with_suffix(".new")
         with fresh.open("w") as file:
             file.write(f"{epoch}\n")
@@ -332,3 +329,19 @@ def next_run_epoch(run_dir: Path | str) -> int:
     except OSError as error:
         raise JournalError(f"cannot write {path}: {error}; make the run folder writable") from error
     return epoch
+
+
+def run_epoch_of(run_dir: Path | str) -> int:
+    """The run epoch of the learner that started last; 0 when none has. Raises JournalError."""
+    path = _epoch_file(run_dir)
+    try:
+        text = path.read_text() if path.exists() else "0"
+    except OSError as error:
+        raise JournalError(f"cannot read {path}: {error}; make the run folder readable") from error
+    if not text.strip().isdecimal():
+        raise JournalError(f"{path} holds {text[:20]!r}, not a number; write the highest epoch of the logs there")
+    return int(text)
+
+
+def _epoch_file(run_dir: Path | str) -> Path:
+    return Path(run_dir) / "run_epoch"

@@ -59,6 +59,21 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written_and_older_ones_sta
     wait_until(lambda: not run.processes(), 10.0, "no process of the run")
 
 
+def test_a_last_checkpoint_that_cannot_be_written_is_no_success(make_run, small_disk):
+    run = make_run().configure(
+        run={"steps": 8}, task={"args": {"delay_s": 0.03}}, checkpoint={"every": 2, "keep": 1}, eval={"prompts": 0}
+    )
+    run.run_dir.mkdir()
+    (run.run_dir / "checkpoints").symlink_to(small_disk, target_is_directory=True)
+    learner, generator = run.learner(), run.generator()
+    learner.wait_for_log("checkpoint of version", START_S)
+    fill(small_disk / "filler")
+    assert learner.exit_code(STEP_S) == 6
+    assert re.search(r"asyncrl-learner: .*MiB free", learner.stderr), learner.last_words()
+    assert generator.exit_code() == 0
+    assert (run.run_dir / "export" / "config.json").is_file(), "the other disk had room"
+
+
 def fill(path: Path) -> None:
     """Takes all the space that is left."""
     with path.open("wb", buffering=0) as file:

@@ -104,6 +104,17 @@ def test_an_evaluation_that_nobody_can_finish_is_repeated_with_a_later_version(w
     assert [(figures.version, figures.prompts, figures.reward_mean) for figures in world.log.evals] == [(1, 3, 0.0)]
 
 
+def test_what_was_answered_of_an_evaluation_that_is_given_up_is_reported(world):
+    world.evaluator.advance(0, {0})
+    assert world.evaluator.describe() == "the evaluation of version 0 waits for a generator that proves it"
+    world.evaluator.version_proven(0, 0.0)
+    world.answer(0, [1.0])
+    assert world.evaluator.describe() == "evaluation of version 0: 1 of 3 prompts are answered"
+    world.evaluator.give_up()
+    assert [(figures.prompts, figures.prompts_failed) for figures in world.log.evals] == [(1, 2)]
+    assert world.evaluator.idle and world.durable == 1
+
+
 def test_while_it_runs_training_goes_on_and_a_later_evaluation_waits_its_turn(world):
     world.evaluator.advance(0, {0})
     world.evaluator.version_proven(0, 0.0)

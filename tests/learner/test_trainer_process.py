@@ -143,5 +143,16 @@ def test_killing_a_trainer_that_is_gone_does_nothing(trainer):
     assert trainer.wait(1.0) == -signal.SIGKILL
 
 
+def test_a_trainer_that_ignores_its_kill_is_waited_for_with_a_deadline(trainer, monkeypatch, caplog):
+    """As one does that sits in a system call which hangs; here it is not killed at all."""
+    monkeypatch.setattr("asyncrl.learner.trainer_process.KILL_TIMEOUT_S", 0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", lambda *_: os.kill(trainer.pid, signal.SIGSTOP))
+        trainer.kill()
+    assert "does not end 0.1 s after SIGKILL" in caplog.text
+    with pytest.raises(TrainerFailed, match="did not end well"):
+        trainer.check_end()
+
+
 def test_a_missing_log_is_said_and_not_raised(tmp_path):
     assert "no trainer log" in make(tmp_path, 0).last_words()

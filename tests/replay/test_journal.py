@@ -15,7 +15,7 @@ from replay_making import make_group
 
 from asyncrl.errors import JournalError
 from asyncrl.replay import journal as journal_module
-from asyncrl.replay.journal import SYNC_AFTER_BYTES, SYNC_AFTER_S, Journal, next_run_epoch
+from asyncrl.replay.journal import SYNC_AFTER_BYTES, SYNC_AFTER_S, Journal, next_run_epoch, run_epoch_of
 from asyncrl.replay.records import (
     GroupFiltered,
     GroupsDropped,
@@ -304,7 +304,9 @@ def test_a_second_learner_on_the_same_run_is_refused_and_told_the_pid_of_the_fir
 
 
 def test_the_run_epoch_rises_by_one_at_each_start_and_survives(tmp_path):
+    assert run_epoch_of(tmp_path / "new" / "run") == 0
     assert [next_run_epoch(tmp_path / "new" / "run") for _ in range(3)] == [1, 2, 3]
+    assert run_epoch_of(tmp_path / "new" / "run") == 3
     assert (tmp_path / "new" / "run" / "run_epoch").read_text() == "3\n"
 
 

@@ -1,0 +1,214 @@
+"""How the desk ends a run: when, with what said, and with which error. The trainer is a process that only exits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from desk_parts import MEBIBYTE, hello, make_parts, small_config
+
+from asyncrl.errors import CheckpointError, JournalError, TrainerFailed
+from asyncrl.learner.batches import BatchDealer
+from asyncrl.learner.desk import FINAL_EVALUATION_LEASES, SIGNAL_STOP_TIMEOUT_S, Desk
+from asyncrl.learner.evaluation import Evaluator
+from asyncrl.learner.generator_side import GeneratorSide
+from asyncrl.learner.sync import SyncPlanner
+from asyncrl.learner.trainer_process import LAST_WORDS, TrainerProcess
+from asyncrl.learner.trainer_side import TrainerSide
+from asyncrl.learner.weight_side import WeightSide
+from asyncrl.transport import messages
+from asyncrl.transport.sockets import ServerSocket
+
+STEPS = 5
+LEASE_TIMEOUT_S = 60.0
+
+
+class Stop:
+    def __init__(self):
+        self.fd, self.received = os.eventfd(0), None
+
+
+class Log:
+    """Takes what would go to metrics.jsonl."""
+
+    def log_step(self, figures):
+        pass
+
+    def log_eval(self, figures):
+        pass
+
+
+class World:
+    def __init__(self, folder, eval_prompts=0):
+        config = small_config(run__dir=str(folder), run__steps=STEPS, generator__lease_timeout_s=LEASE_TIMEOUT_S)
+        self.folder, self.parts = folder, make_parts(folder, config)
+        intake, journal = self.parts.intake, self.parts.journal
+        self.sockets = [ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MEBIBYTE) for _ in range(2)]
+        planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=5.0, tolerance=1e-4, cell_size=8)
+        generators = GeneratorSide(
+            config,
+            run_epoch=1,
+            socket=self.sockets[0],
+            sessions=self.parts.sessions,
+            intake=intake,
+            planner=planner,
+        )
+        self.evaluator = Evaluator(config, eval_prompts, self.parts.leases, Log(), intake.sync, set())
+        self.trainers = TrainerSide(
+            run_epoch=1,
+            version=0,
+            socket=self.sockets[1],
+            intake=intake,
+            dealer=BatchDealer(journal, checkpoint_every=0, last_step=STEPS),
+            metrics=Log(),
+            last_logged_version=STEPS,
+            desk_state=dict,
+            checkpoints=folder / "checkpoints",
+        )
+        weights = WeightSide(
+            planner=planner,
+            socket=self.sockets[1],
+            generators=generators,
+            intake=intake,
+            evaluator=self.evaluator,
+            metrics=Log(),
+            on_first_proof=self.trainers.begin,
+        )
+        self.process = TrainerProcess(folder / "c", "ipc:///n", folder / "log", num_ranks=1, threads=1, max_restarts=1)
+        self.stop = Stop()
+        self.desk = Desk(
+            config,
+            intake=intake,
+            generators=generators,
+            trainers=self.trainers,
+            weights=weights,
+            evaluator=self.evaluator,
+            trainer=self.process,
+            stop=self.stop,
+        )
+
+    def trainer(self, code=""):
+        """The trainer's process is at work, or about to end as `code` says."""
+        code = code or "import time; time.sleep(60)"
+        self.process._process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+    def asks_from(self, version, peer=b"trainer"):
+        """A trainer that said hello asks for the batch of `version`."""
+        self.desk._from_trainer(peer, messages.TrainerHello(0, 1, version, 1), b"", 0.0)
+        self.desk._from_trainer(peer, messages.BatchRequest(0, version), b"", 0.0)
+
+    def end(self):
+        """The run is over, and the trainer ends by itself."""
+        self.asks_from(STEPS)
+        assert not self.desk._over(0.0), "it still saves"
+        self.process._process.wait()
+        return self.desk._over(1.0)
+
+    def close(self):
+        self.process.kill()
+        for socket in self.sockets:
+            socket.close()
+        self.parts.journal.close()
+        os.close(self.stop.fd)
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+def test_the_run_ends_when_the_trainer_that_lives_has_made_the_last_step(world):
+    world.trainer()
+    world.asks_from(STEPS - 1)
+    assert world.desk._stopping_since is None
+    world.desk._from_trainer(b"trainer", messages.StepDone(STEPS, {}, 0.1, 0.0), b"", 0.0)
+    assert world.trainers.version == STEPS
+    world.desk._over(0.0)
+    assert world.desk._stopping_since is None, "it has not saved what it did, and may die before it does"
+    world.trainers.lost()
+    world.desk._from_trainer(b"trainer", messages.BatchRequest(0, STEPS), b"", 0.0)  # was still on its way
+    world.desk._over(0.0)
+    world.asks_from(STEPS - 2, peer=b"next")
+    world.desk._over(0.0)
+    assert world.desk._stopping_since is None, "the next one trains again what got lost"
+    world.asks_from(STEPS, peer=b"next")
+    assert not world.desk._over(0.0)
+    assert world.desk._stopping_since is not None
+
+
+def test_a_trainer_that_ends_well_ends_the_run(world):
+    world.trainer("pass")
+    assert world.end()
+
+
+@pytest.mark.parametrize(("code", "error"), [(6, CheckpointError), (1, TrainerFailed)])
+def test_what_the_trainer_could_not_do_at_the_end_is_the_learners_error(world, code, error):
+    (world.folder / "log").write_text(f"{LAST_WORDS}export: no space left on device")
+    world.trainer(f"raise SystemExit({code})")
+    with pytest.raises(error, match="export: no space left on device"):
+        world.end()
+
+
+def test_a_trainer_that_was_killed_on_a_signal_costs_its_last_checkpoint_and_no_error(world, caplog):
+    world.trainer()
+    world.stop.received = signal.SIGTERM
+    assert not world.desk._over(0.0)
+    assert world.desk._over(SIGNAL_STOP_TIMEOUT_S)
+    assert not world.process.running
+    assert "saved no last checkpoint" in caplog.text
+
+
+def test_a_last_checkpoint_that_failed_on_a_signal_is_an_error(world):
+    (world.folder / "log").write_text(f"{LAST_WORDS}no space left on device")
+    world.trainer("raise SystemExit(6)")
+    world.stop.received = signal.SIGTERM
+    world.process._process.wait()
+    with pytest.raises(CheckpointError, match="^no space left on device"):
+        world.desk._over(0.0)
+
+
+def test_the_last_evaluation_is_waited_for_with_a_deadline_and_the_wait_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    world = World(tmp_path, eval_prompts=3)
+    try:
+        world.trainer()
+        world.asks_from(STEPS)
+        world.evaluator.advance(STEPS, {None})
+        limit_s = FINAL_EVALUATION_LEASES * LEASE_TIMEOUT_S
+        assert not world.desk._over(1.0)
+        for now in (2.0, 40.0):
+            world.desk._say_waiting(now)
+        what = f"the evaluation of version {STEPS} waits for a generator that proves it; no generator is alive"
+        assert caplog.messages.count(what) == 1
+        assert not world.desk._over(limit_s) and world.desk._stopping_since is None
+        assert not world.desk._over(limit_s + 1.0) and world.desk._stopping_since is not None
+        assert f"ends without its last evaluation {limit_s:.0f} s" in caplog.text
+    finally:
+        world.close()
+
+
+def test_a_snapshot_of_a_trainer_that_died_is_not_offered(world):
+    ready = messages.SnapshotReady(1, {"digests": [1]}, [], [], 1.0)
+    world.desk._from_trainer(b"publisher", ready, b"", 0.0)
+    assert world.desk.weights.planner.snapshot is None
+    world.asks_from(1)
+    world.desk._from_trainer(b"publisher", ready, b"", 0.0)
+    assert world.desk.weights.planner.snapshot is ready
+
+
+def test_a_learner_whose_folder_was_taken_over_ends_and_one_whose_generator_knew_another_folder_goes_on(world):
+    refused = hello("g")
+    refused = messages.Hello(**{name: getattr(refused, name) for name in refused.__slots__} | {"max_run_epoch": 7})
+    epoch_file = world.folder / "run_epoch"
+    epoch_file.write_text("1\n")
+    world.desk._from_generator(b"g", refused, b"", 0.0)
+    world.desk._check_superseded()
+    epoch_file.write_text("2\n")
+    world.desk._from_generator(b"g", refused, b"", 0.0)
+    with pytest.raises(JournalError, match="at run epoch 2, this one at 1"):
+        world.desk._check_superseded()
