@@ -8,6 +8,8 @@ import ctypes
 import logging
 import os
 import signal
+import sys
+from typing import NoReturn
 
 from asyncrl.errors import ConfigError
 
@@ -42,6 +44,17 @@ def shorten_name_lookups() -> None:
 def die_with_parent() -> None:
     """The kernel kills this process when its parent is gone: nothing outlives the daemon it belongs to."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process now, with nothing torn down: for one whose threads may still be inside torch.
+
+    The interpreter's own end would unwind such a thread through C++ that must not throw, and abort with SIGABRT.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 async def kill_group(process: asyncio.subprocess.Process, what: str) -> None:

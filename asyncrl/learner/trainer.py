@@ -28,7 +28,7 @@ from asyncrl.learner.model import load_policy
 from asyncrl.learner.optimizer_step import PolicyTrainer
 from asyncrl.learner.publisher import Publisher
 from asyncrl.learner.trainer_process import LAST_WORDS
-from asyncrl.processes import die_with_parent, pin_to
+from asyncrl.processes import die_with_parent, leave, pin_to
 from asyncrl.transport.codec import decode_body
 from asyncrl.transport.groups import result_to_group
 from asyncrl.transport.messages import (
@@ -259,4 +259,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -32,6 +32,22 @@ print(trainer.pid, flush=True)
 time.sleep(60)
 """
 
+BUSY_THREAD = """
+import threading, time
+import torch
+from asyncrl.processes import leave
+
+def work():
+    while True:
+        torch.ones(1000).sum()
+
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+print("last words", end="")
+leave({code})
+"""
+
 
 def make(folder: Path, max_restarts: int) -> TrainerProcess:
     return TrainerProcess(
@@ -134,6 +150,13 @@ def gone(pid: int) -> bool:
     except FileNotFoundError:
         return True
     return state in "ZX"
+
+
+@pytest.mark.parametrize("code", [0, 6])
+def test_a_thread_that_is_inside_torch_does_not_change_the_exit_code(code):
+    program = BUSY_THREAD.format(code=code)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "last words", "")
 
 
 def test_killing_a_trainer_that_is_gone_does_nothing(trainer):
