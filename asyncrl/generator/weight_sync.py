@@ -56,9 +56,9 @@ class WeightSync:
         return self._num_loads
 
     @property
-    def busy(self) -> bool:
-        """A phase is at work; the engine may stand still for it."""
-        return self._task is not None and not self._task.done()
+    def swapping(self) -> bool:
+        """The engine stands still for a swap."""
+        return self._swapping
 
     def handle(self, message: SyncOffer | SyncSwap | SyncCommit | SyncAbort) -> None:
         """Starts the work of one phase. Never blocks."""
@@ -74,11 +74,6 @@ class WeightSync:
             case SyncAbort():
                 self._end_stage()
                 self._replace_task(self._abort(message))
-
-    @property
-    def swapping(self) -> bool:
-        """The engine stands still for a swap."""
-        return self._swapping
 
     async def wait_proven(self, versions: Iterable[int], timeout_s: float, *, since: int) -> None:
         """Returns when all `versions` are proven for tokens sampled after the first `since` loads.
