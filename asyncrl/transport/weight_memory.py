@@ -175,6 +175,7 @@ def _copy_cuda(source: torch.Tensor, destination: torch.Tensor, deadline: float)
     stream.wait_stream(torch.cuda.current_stream(destination.device))  # the zeros of a new staging buffer
     with torch.cuda.stream(stream):
         destination.copy_(source, non_blocking=True)
+        destination.record_stream(stream)  # past the deadline it may be dropped while the copy still writes to it
         done = torch.cuda.Event()
         done.record(stream)
     wait_event(done, deadline)
