@@ -448,6 +448,7 @@ def _engine_options(config: Config, identity: Identity) -> EngineOptions:
         device="cuda" if on_gpu else "cpu",
         enforce_eager=generator.compile == "never" or (generator.compile == "auto" and not on_gpu),
         threads=generator.threads,
+        weights_timeout_s=config.weights.timeout_s,
         # Another stream for each generator and each of its lives, and for each run.seed.
         seed=zlib.crc32(f"{config.run.seed}/{identity.generator_id}/{identity.incarnation}".encode()),
         log_path=str(Path(config.run.dir) / "generators" / f"{identity.generator_id}.vllm.log"),
