@@ -41,6 +41,16 @@ def shorten_name_lookups() -> None:
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 
+def nccl_environment(timeout_s: float) -> dict[str, str]:
+    """What NCCL groups need to find when their process starts; `timeout_s` is that of the forming of a weight group.
+
+    torch reads it at the first collective of a process and never again. The default, 30 minutes, is how long a call
+    would hold on to a communicator whose members do not come, and an abort waits for that call. torch counts whole
+    seconds and stops after the given one, so that with one less the forming fails just by its own deadline.
+    """
+    return {"TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, int(timeout_s) - 1))}
+
+
 def die_with_parent() -> None:
     """The kernel kills this process when its parent is gone: nothing outlives the daemon it belongs to."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

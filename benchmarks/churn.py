@@ -7,13 +7,15 @@ because an engine needs longer to start than the time between two events. Then u
 steps follow. The bars:
 
 hangs               0 stretches without a new policy version longer than weights.timeout_s + 2 s + the longest step of
-                    one undisturbed generator, while at least one generator holds a proven version
+                    one undisturbed generator, alone or while the engine of a second one starts beside it and takes half
+                    of the CPU, while at least one generator holds a proven version
 learner restarts    0: one desk, one trainer, from the first step to the last
 throughput          at least 0.9 of what the alive generators allow, see below
-reward              no further from the undisturbed curves than these are from each other: root mean square over the
-                    windows at most 2, mean of the last quarter at most 3 standard deviations of their difference
+reward              no further from the undisturbed curves than these are from each other (from one: than its windows
+                    are from the line between their neighbours): root mean square over the windows at most 2, mean of
+                    the last quarter at most 3 standard deviations of their difference
 journal             every step is +1 and has all its groups; no prompt twice, none skipped; every trained token of a
-                    version that its generator had proven
+                    version that the learner had committed for its generator, by its own log, before the step
 
 What alive generators allow. On two CPUs tokens/s does not grow with the number of generators, and every engine that
 starts takes a CPU away for many seconds; neither is the doing of weight sync or leases. So time is counted that
@@ -71,7 +73,7 @@ SETTINGS = (
     "eval.prompts=0",
     "eval.every=0",
     "checkpoint.every=0",
-    "log.level=debug",  # generators say which versions they have proven
+    "log.level=debug",  # the learner names its commits, generators the versions they have proven
 )
 
 
@@ -173,7 +175,7 @@ def evaluate(config: Any, churn: Trace, calm: list[Trace], folder: Path) -> dict
         folder / "journal",
         groups_per_step=config.learner.groups_per_step,
         max_age=config.staleness.max_age,
-        proven=churn.proven,
+        commits=churn.commits,
     )
     restarts = (churn.learner_starts - 1) + (churn.trainer_starts - 1) if churn.learner_starts else None
     record = {

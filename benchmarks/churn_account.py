@@ -15,6 +15,7 @@ from asyncrl.replay.records import GroupFiltered, PromptGivenUp, StepTaken, Stor
 from asyncrl.transport.codec import decode_body
 from asyncrl.transport.groups import result_to_group
 from asyncrl.transport.messages import GroupResult
+from benchmarks.commits import Commits, why_unproven
 
 STARTING, READY, STOPPED, LEAVING, OUT, DOWN = "starting", "ready", "stopped", "leaving", "out", "down"
 WINDOWS = 40  # of a reward curve
@@ -24,7 +25,6 @@ MAX_END = 3.0  # and in the mean of the last quarter
 
 Span = tuple[float, float]
 Crowd = tuple[int, bool]
-Proven = Mapping[tuple[str, int], set[int]]  # (generator, incarnation) -> policy versions it has proven
 
 
 # -- hangs -------------------------------------------------------------------------------------------------------------
@@ -140,8 +140,9 @@ def windows(rewards: Sequence[float], num_steps: int) -> list[float]:
 def compare_rewards(disturbed: Sequence[float], calm: Sequence[Sequence[float]]) -> dict[str, Any] | None:
     """How far the disturbed curve is from the calm ones, in standard deviations of one window of one run.
 
-    With two calm runs or more the deviation is the one between them, window by window; with one, what its neighbouring
-    windows differ by, which takes the rise of the curve for noise too. None when there is too little to compare.
+    With two calm runs or more the deviation is the one between them, window by window; with one, what each window
+    differs from the line between its neighbours by: a steady rise is no noise, where it bends it still counts as some.
+    None when there is too little to compare.
     """
     num_steps = min(map(len, [disturbed, *calm])) if calm else 0
     ours, theirs = windows(disturbed, num_steps), [windows(curve, num_steps) for curve in calm]
@@ -154,7 +155,8 @@ def compare_rewards(disturbed: Sequence[float], calm: Sequence[Sequence[float]])
             for values, mean in zip(zip(*theirs, strict=True), means, strict=True)
         ]
     else:
-        squares = [(after - before) ** 2 / 2 for before, after in zip(means, means[1:], strict=False)]
+        threes = zip(means, means[1:], means[2:], strict=False)
+        squares = [(before - 2 * here + after) ** 2 / 6 for before, here, after in threes]
     std = math.sqrt(fmean(squares))
     spread = max(std * math.sqrt(1 + 1 / len(calm)), 1e-9)  # of the difference to the calm runs' mean
     differences = [mine - mean for mine, mean in zip(ours, means, strict=True)]
@@ -188,11 +190,11 @@ class JournalCheck:
     faults: list[str] = field(default_factory=list)
 
 
-def check_journal(folder: Path, *, groups_per_step: int, max_age: int, proven: Proven | None = None) -> JournalCheck:
+def check_journal(folder: Path, *, groups_per_step: int, max_age: int, commits: Commits | None = None) -> JournalCheck:
     """Every step by +1 with all its groups stored, no prompt trained twice or skipped, every token's version known.
 
-    proven: by generator and incarnation, the versions it has proven; each trained token must be of one of them. None
-    leaves that out.
+    commits: what the learner has committed, and when; each trained token must be of such a version. None leaves that
+    out.
     """
     check = JournalCheck()
     numbers = sorted(int(path.stem) for path in folder.glob("*.segment"))
@@ -219,7 +221,7 @@ def check_journal(folder: Path, *, groups_per_step: int, max_age: int, proven: P
                     check.faults.append(f"group {key} of the batch of version {record.version} {what}")
                     continue
                 trained.add(key[0])
-                _check_group(check, group, record.version, max_age, proven)
+                _check_group(check, group, record.version, max_age, commits)
     # What was buffered, leased or waiting to be leased again at the end is no older than pacing lets it be.
     reach = 2 * (max_age + 1) * groups_per_step
     skipped = set(range(max(trained, default=0) - reach)) - trained - left_out
@@ -228,7 +230,7 @@ def check_journal(folder: Path, *, groups_per_step: int, max_age: int, proven: P
     return check
 
 
-def _check_group(check: JournalCheck, group: StoredGroup, version: int, max_age: int, proven: Proven | None) -> None:
+def _check_group(check: JournalCheck, group: StoredGroup, version: int, max_age: int, commits: Commits | None) -> None:
     name = f"group {group.ordinal}.{group.attempt} of {group.generator_id}/{group.incarnation}"
     check.num_groups_trained += 1
     check.num_tokens_trained += sum(group.num_tokens)
@@ -247,6 +249,6 @@ def _check_group(check: JournalCheck, group: StoredGroup, version: int, max_age:
         if starts != stops[:-1] or stops[-1] != rollout.num_tokens:
             check.faults.append(f"{name}: spans {rollout.version_spans} do not cover {rollout.num_tokens} tokens")
         versions |= {span.version for span in rollout.version_spans}
-    unproven = versions - proven.get((group.generator_id, group.incarnation), set()) if proven is not None else set()
-    if unproven:
-        check.faults.append(f"{name}: tokens of versions {sorted(unproven)}, which it never proved")
+    for of in sorted(versions) if commits is not None else ():
+        if why := why_unproven(commits, (group.generator_id, group.incarnation, of), version):
+            check.faults.append(f"{name}: tokens of {why}")

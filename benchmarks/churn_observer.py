@@ -2,7 +2,7 @@
 
 What counts as alive is what the learner counts: a generator is READY from the moment its log says that a version is
 proven (the learner has compared digests and canary by then) until it is stopped, told to leave or killed, or the
-learner's log says that its leases went back.
+learner's log says that its leases went back. What it may be trained on is judged by the learner's commits alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.churn_account import DOWN, LEAVING, OUT, READY, STARTING, STOPPED, Offer
+from benchmarks.commits import Commit, CommitLog
 from benchmarks.fleet import LEARNER, Fleet, FleetError, marked_processes
 
 GENERATORS = ("g0", "g1", "g2")
@@ -27,8 +28,7 @@ LOOK_EVERY_S = 1.0  # for new processes, new journal segments
 WATCH_EVERY_S = 5.0
 STOP_TIMEOUT_S = 60.0
 ENGINE = "VLLM::EngineCor"  # the name that vLLM gives its process, as /proc cuts it
-PROVEN = re.compile(r"DEBUG version (\d+) is proven")
-INCARNATION = re.compile(r"INFO generator (\S+), incarnation (\d+)$")
+PROVEN = " is proven"
 ENGINE_READY = "INFO engine ready after"
 RELEASED = re.compile(r"WARNING generator (\S+) .*leases go back")
 
@@ -41,8 +41,8 @@ class Generator:
     stopped_until: float | None = None
     leaving: bool = False
     holds: bool = False  # has proven a version, and the learner counts it
+    has_held: bool = False
     engine: int | None = None  # pid
-    incarnation: int = 0
     state: str = DOWN
     ended: bool = True  # its end was seen
     expected_end: bool = False
@@ -58,7 +58,7 @@ class Trace:
     events: list[tuple[float, str, str, float | None]] = field(default_factory=list)  # (t, kind, generator, seconds)
     steps: list[dict[str, Any]] = field(default_factory=list)
     syncs: list[dict[str, Any]] = field(default_factory=list)
-    proven: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    commits: dict[Commit, int] = field(default_factory=dict)  # of the learner, see `benchmarks.commits`
     own_ends: list[str] = field(default_factory=list)  # generators that ended though nobody had asked them to
     starts_s: list[float] = field(default_factory=list)  # from the command to the first proven version
     waits_s: list[float] = field(default_factory=list)  # from an engine that is up to a proven version, or to its end
@@ -84,7 +84,8 @@ class Observer:
         self._clock_offset: float | None = None  # of the learner's wall_s to our time
         self._raw_steps = 0
         self._phase: str | None = None
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, int] = {}  # lines of each log
+        self._commit_log = CommitLog()
         self._watching: contextlib.ExitStack | None = None
         self._watch: common.Watch | None = None
 
@@ -181,16 +182,13 @@ class Observer:
             self.trace.trainer_starts += "INFO trainer started" in line
         for name, generator in self.generators.items():
             for line in self._new_lines(name):
-                if found := INCARNATION.search(line):
-                    generator.incarnation = int(found[2])
-                elif ENGINE_READY in line:
+                if ENGINE_READY in line:
                     generator.waiting_since = self.now
-                elif found := PROVEN.search(line):
+                elif PROVEN in line:
                     if not generator.holds and generator.state == STARTING:
                         self.trace.starts_s.append(time.monotonic() - self.fleet.members[name].started_at)
-                    generator.holds = True
+                    generator.holds = generator.has_held = True
                     self._end_wait(generator)
-                    self.trace.proven.setdefault((name, generator.incarnation), set()).add(int(found[1]))
 
     def _end_wait(self, generator: Generator) -> None:
         if generator.waiting_since is not None:
@@ -198,7 +196,11 @@ class Observer:
             generator.waiting_since = None
 
     def _new_lines(self, name: str) -> list[str]:
-        return self.fleet.members[name].log.more() if name in self.fleet.members else []
+        if name not in self.fleet.members:
+            return []
+        lines, seen = self.fleet.log(name), self._seen.get(name, 0)
+        self._seen[name] = len(lines)
+        return lines[seen:]
 
     def _account(self, generator: Generator, look: bool) -> tuple[str, float, float]:
         """(state, CPU time, wait for a CPU) of its engine since the last tick."""
@@ -229,7 +231,7 @@ class Observer:
         elif generator.holds:
             state = READY
         else:
-            state = OUT if (generator.name, generator.incarnation) in self.trace.proven else STARTING
+            state = OUT if generator.has_held else STARTING
         self._change(generator, state)
 
     def _change(self, generator: Generator, state: str) -> None:
@@ -243,6 +245,8 @@ class Observer:
 
     def _read_metrics(self) -> None:
         steps = self.fleet.records("step")
+        self._commit_log.look(self.fleet.version(), self.fleet.log())
+        self.trace.commits = self._commit_log.commits
         fresh = steps[self._raw_steps :]
         self._raw_steps = len(steps)
         for record in fresh:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from asyncrl.transport.limits import DEAD_S
+from benchmarks.commits import Commits, why_unproven
 
 SLACK_S = 2.0  # the bar: survivors commit within the deadline and this
-MIN_STEPS = 2
-# Leases of a silent generator go back after DEAD_S, and no batch may overtake them by more than staleness.max_age: that
-# long a standstill is by design. What is longer is not.
-STEPS_S = DEAD_S + 5.0
+MIN_STEPS = 2  # while the sick one is out for STEPS_S, and again once it is back
+STEPS_S = DEAD_S + 5.0  # so long it is watched; leases of a silent generator have gone back by then
 
 Event = dict[str, Any]  # {"event", "at", ...}, see `benchmarks.faulty_generator`
 Key = tuple[int, int]  # (ordinal, attempt) of a group
@@ -31,6 +31,8 @@ class Seen:
     version: int | None = None  # of the sync that the fault happened to; None = the fault did not happen
     fault_at: float = 0.0
     resumed_at: float | None = None  # SIGCONT, or the start of a replacement; None = it recovers by itself
+    stood: bool = True  # one that was stopped stood until it was told to go on
+    until: float = 0.0  # how long was looked; of later steps nothing is known
     learner_said: str = ""  # why the learner left the sick one out of that sync; empty = it did not
     steps: list[tuple[float, int]] = field(default_factory=list)  # when each version was first seen in the metrics
     trainer_starts: int = 1
@@ -57,13 +59,21 @@ class Seen:
         return None
 
     @property
-    def standstill_s(self) -> float:
-        """The longest time without a step, from the fault to the second step after the sick one was back."""
-        steps = [at for at, _ in self.steps]
-        later = [at for at in steps if at > (self.back_at or self.fault_at)]
-        end = later[1] if len(later) > 1 else float("inf")
-        ends = [self.fault_at, *(at for at in steps if self.fault_at < at <= end)]
-        return max((after - before for before, after in pairwise(ends)), default=0.0)
+    def step_s(self) -> float:
+        """What a step takes: the median between those before the fault."""
+        before = [at for at, _ in self.steps if at <= self.fault_at]
+        return median(later - earlier for earlier, later in pairwise(before)) if len(before) > 1 else 0.0
+
+    @property
+    def allowed_standstill_s(self) -> float:
+        return self.timeout_s + SLACK_S + self.step_s
+
+    def standstill_s(self, since: float) -> float:
+        """The longest time without a step, from `since` to the last step that is waited for, or else to `until`."""
+        later = [at for at, _ in self.steps if self.back_at is not None and at > self.back_at]
+        end = later[MIN_STEPS - 1] if len(later) >= MIN_STEPS else self.until
+        ends = [since, *(at for at, _ in self.steps if since < at < end), end]
+        return max(after - before for before, after in pairwise(ends))
 
     def steps_between(self, since: float, until: float = float("inf")) -> int:
         return sum(since < at <= until for at, _ in self.steps)
@@ -76,7 +86,9 @@ def complaints(seen: Seen) -> list[str]:
     return [
         *_committed_on_the_sick_one(seen),
         *_late_survivors(seen),
+        *_too_few_steps(seen),
         *_standstill(seen),
+        *([] if seen.stood else [f"{seen.sick} was stopped and runs all the same"]),
         *([] if seen.back_at is not None else [f"{seen.sick} did not come back to a committed version"]),
         *([] if seen.learner_running else ["the learner ended"]),
         *([] if seen.trainer_starts == 1 else [f"the trainer was started {seen.trainer_starts} times"]),
@@ -138,16 +150,25 @@ def _late_survivors(seen: Seen) -> list[str]:
     ]
 
 
-def _standstill(seen: Seen) -> list[str]:
-    """With survivors steps go on while one is out; without, they go on once it is back."""
+def _too_few_steps(seen: Seen) -> Iterator[str]:
+    """With survivors steps go on while one is out; and always once it is back."""
+    back_at = float("inf") if seen.back_at is None else seen.back_at
     if seen.survivors:
-        limit = seen.fault_at + STEPS_S
-        count = seen.steps_between(seen.fault_at, min(limit, seen.resumed_at or limit))
-        words = f"within {limit - seen.fault_at:g} s of the fault, while {seen.sick} was out"
-    else:
-        count = 0 if seen.back_at is None else seen.steps_between(seen.back_at)
-        words = f"after {seen.sick} was back"
-    return [] if count >= MIN_STEPS else [f"{count} steps {words}"]
+        limit = min(seen.fault_at + STEPS_S, seen.resumed_at or float("inf"))
+        end = min(limit, back_at)
+        wanted = int(MIN_STEPS * (end - seen.fault_at) / (limit - seen.fault_at))  # back sooner: fewer
+        count = seen.steps_between(seen.fault_at, end)
+        if count < wanted:
+            yield f"{count} steps in the {end - seen.fault_at:.1f} s in which {seen.sick} was out"
+    if seen.back_at is not None and (count := seen.steps_between(back_at)) < MIN_STEPS:
+        yield f"{count} steps after {seen.sick} was back"
+
+
+def _standstill(seen: Seen) -> Iterator[str]:
+    """Without survivors it begins when the sick one is back: until then there is nobody to make tokens."""
+    since = seen.fault_at if seen.survivors else seen.back_at
+    if since is not None and (stood_s := seen.standstill_s(since)) > seen.allowed_standstill_s:
+        yield f"no step for {stood_s:.1f} s, allowed {seen.allowed_standstill_s:.1f}"
 
 
 # -- what was trained on -----------------------------------------------------------------------------------------------
@@ -161,40 +182,29 @@ class TrainedGroup:
     generator: str
     incarnation: int
     versions: frozenset[int]
+    batch: int  # the version that the step began with
 
 
-def proofs(events: Mapping[str, Iterable[Event]]) -> set[tuple[str, int, int]]:
-    """(generator, incarnation, version) of every commit."""
-    found = set()
-    for name, lines in events.items():
-        incarnation = 0
-        for event in lines:
-            if event["event"] == "started":
-                incarnation = event["incarnation"]
-            elif _is_commit(event):
-                found.add((name, incarnation, event["version"]))
-    return found
-
-
-def tainted(trained: Iterable[TrainedGroup], events: Mapping[str, list[Event]]) -> dict[tuple[str, int], str]:
+def tainted(
+    trained: Iterable[TrainedGroup], commits: Commits, events: Mapping[str, list[Event]]
+) -> dict[tuple[str, int], str]:
     """(generator, version) → why a token of that version should not have been trained on.
 
-    Either that life of the generator never committed the version, or the group was begun under weights that were called
-    by its number and were found wrong: a later, good sync to the same number does not make those tokens good.
+    Either the learner had not committed the version for that life of the generator, or the group was begun under
+    weights that were called by its number and were found wrong: a later, good sync to the same number does not make
+    those tokens good.
     """
-    proven, begun_too_early = proofs(events), {}
+    begun_too_early: dict[Key, list[int]] = {}
     for lines in events.values():
         for event in lines:
             if event["event"] == "tainted group" and event["key"][0] == "train":
-                begun_too_early[tuple(event["key"][1:])] = event["versions"]
+                ordinal, attempt = event["key"][1:]
+                begun_too_early[ordinal, attempt] = event["versions"]
     found = {}
     for group in trained:
         for version in group.versions:
-            if (group.generator, group.incarnation, version) not in proven:
-                who = f"{group.generator} (incarnation {group.incarnation})"
-                found[group.generator, version] = (
-                    f"trained on group {group.key} with tokens of version {version}, which {who} never committed"
-                )
+            if why := why_unproven(commits, (group.generator, group.incarnation, version), group.batch):
+                found[group.generator, version] = f"trained on group {group.key} with tokens of {why}"
         for version in begun_too_early.get(group.key, ()):
             found[group.generator, version] = (
                 f"trained on group {group.key}, begun under weights of version {version} that were found wrong"

@@ -5,13 +5,14 @@ lives on from cell to cell. A cell has passed when
 
 - the sick generator did not commit the version in that sync, and the learner left it out of it;
 - each survivor committed that version, or a newer one that took its place, within the deadline + 2 s of the fault;
-- steps went on while the sick one was out (with one generator: as soon as it was back), the learner and its trainer
-  were never restarted, and the sick one came back by itself, after SIGCONT, or as its next incarnation (where it was
-  killed, or ended by itself and was started again). The longest
-  time without a step is written down: tokens must not exceed staleness.max_age, so the learner waits for leases of a
-  silent generator until it takes it for dead (15 s);
-- the journal shows no trained token of a version that this life of its generator had not committed, and none that was
-  sampled under weights which were found wrong.
+- the sick one came back by itself, after SIGCONT, or as its next incarnation (where it was killed, or ended by itself
+  and was started again), and the learner and its trainer were never restarted;
+- with survivors, steps went on while the sick one was out: 2 in the 20 s after the fault or until it was told to go on
+  or started again; in proportion fewer if it was back sooner. Always, 2 steps followed once it was back;
+- no time without a step was longer than the deadline + 2 s + a step (the median of those before the fault): with
+  survivors from the fault on, with one generator from its return on, since until then nobody makes tokens;
+- the journal shows no trained token of a version that the learner, by its own log, had not committed for this life of
+  the generator before the step, none that was sampled under weights which were found wrong, and no group twice.
 
 What the faults are. kill and stop are SIGKILL and SIGSTOP to all processes of the generator, at that moment.
 
@@ -42,8 +43,13 @@ What the faults are. kill and stop are SIGKILL and SIGSTOP to all processes of t
 
 The canary is answered once, after the swap: its faults before SWAP are kinds of wrong answers. At COMMIT the learner
 has decided (but for the canary's fault there): the version is proven, so the sick one may commit it when the learner
-sends another commit, or when it goes on after SIGCONT; never on the damaged one. A byte of the weights in use that
-changes *after* the canary is not in the matrix; see README.
+sends another commit, or when it goes on after SIGCONT; never on the damaged one. A commit that gets lost there is
+replaced by the next version's long before the learner says it again, which it does when a beat still denies it 3 s
+later. To see that, let there be no next version without this generator's tokens:
+
+    --faults drop corrupt digest --phases COMMIT --generators 1 --set staleness.max_age=0 --results FOLDER
+
+A byte of the weights in use that changes *after* the canary is not in the matrix; see README.
 """
 
 from __future__ import annotations
@@ -65,6 +71,7 @@ from asyncrl.transport.groups import result_to_group
 from asyncrl.transport.messages import GroupResult
 from benchmarks import common, studies
 from benchmarks.async_vs_sync import ROOT, make_base_model
+from benchmarks.commits import CommitLog
 from benchmarks.fault_judge import (
     MIN_STEPS,
     SLACK_S,
@@ -120,7 +127,7 @@ class Outcome:
 
     cell: Cell
     complaints: list[str]
-    version: int | None
+    version: int | None = None  # of the sync that the fault happened to
     what: str = ""  # the fault, in the saboteur's words
     learner_said: str = ""
     survivors_s: float | None = None  # the last survivor's commit after the fault
@@ -140,11 +147,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         matrix = Matrix(Path(options.folder or name), options)
         try:
-            outcomes = matrix.run(cells)
+            matrix.run(cells)
         finally:
             matrix.fleet.close()
-    report(options, outcomes)
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+            report(options, matrix.outcomes, len(cells))
+    return 0 if all(outcome.passed for outcome in matrix.outcomes) else 1
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -186,28 +193,54 @@ class Matrix:
         self._files: dict[str, Tail] = {}
         self.events: dict[str, list[Event]] = {}
         self._steps: list[tuple[float, int]] = []
+        self._commits = CommitLog()
+        self.outcomes: list[Outcome] = []
 
-    def run(self, cells: list[Cell]) -> list[Outcome]:
-        """All cells in order; the trained tokens of all of them are judged at the end."""
-        self.fleet.start_learner()
-        outcomes = []
-        for number, cell in enumerate(cells, 1):
+    def run(self, cells: list[Cell]) -> None:
+        """All cells in order; the trained tokens of all of them are judged at the end, whatever ends it."""
+        self.fleet.start_learner("log.level=debug")  # it names its commits
+        try:
+            for number, cell in enumerate(cells, 1):
+                self.outcomes.append(self._attempt(cell, f"cell-{number}"))
+                print(f"{number}/{len(cells)} {_line(self.outcomes[-1])}", flush=True)
+        finally:
+            if self.outcomes:
+                self._judge_training()
+
+    def _attempt(self, cell: Cell, order_id: str) -> Outcome:
+        """One cell. What keeps it from being carried out is a complaint of this cell, and the next one is tried."""
+        started = time.monotonic()
+        try:
             self._resize(cell.generators)
             started = time.monotonic()
-            outcome = self._cell(cell, f"cell-{number}")
-            outcome.total_s = round(time.monotonic() - started, 1)
-            outcomes.append(outcome)
-            print(f"{number}/{len(cells)} {_line(outcome)}", flush=True)
-        self.fleet.kill9(LEARNER)
-        self._look()  # what was trained on last was proven after the last cell
-        for (generator, version), complaint in tainted(self._trained(), self.events).items():
-            self._blame(outcomes, generator, version).complaints.append(complaint)
-        return outcomes
+            outcome = self._cell(cell, order_id)
+        except FleetError as error:
+            print(error, file=sys.stderr)
+            outcome = Outcome(cell, [str(error).splitlines()[0]])
+            for name in self._files:
+                self.fleet.kill9(name)  # `_resize` starts them anew
+        outcome.total_s = round(time.monotonic() - started, 1)
+        return outcome
 
-    def _blame(self, outcomes: list[Outcome], generator: str, version: int) -> Outcome:
-        """The cell of that version, else the first one: nothing goes unsaid."""
-        found = [outcome for outcome in outcomes if (SICK, outcome.version) == (generator, version)]
-        return (found or outcomes)[0]
+    def _judge_training(self) -> None:
+        """Blames the cells for what was trained on. Where that cannot be found out no cell has passed."""
+        try:
+            self.fleet.kill9(LEARNER)
+            self._look()  # what was trained on last was proven after the last cell
+            trained, faults = read_training(self.fleet.run_dir / "journal")
+            found = tainted(trained, self._commits.commits, self.events)
+            faults += [(version, why) for (_, version), why in found.items()]
+            for version, fault in faults:
+                self._blame(version).complaints.append(fault)
+        except BaseException as error:
+            for outcome in self.outcomes:
+                outcome.complaints.append(f"what was trained on is not known: {error}")
+            raise
+
+    def _blame(self, version: int) -> Outcome:
+        """The last cell whose fault was at that version or before, else the first one: nothing goes unsaid."""
+        found = [outcome for outcome in self.outcomes if outcome.version is not None and outcome.version <= version]
+        return found[-1] if found else self.outcomes[0]
 
     def _resize(self, count: int) -> None:
         """Exactly g0 to g<count - 1>, each with a commit of its own."""
@@ -221,6 +254,7 @@ class Matrix:
             if name not in self._files:
                 self._files[name] = Tail(self._faults / f"{name}.events.jsonl")
                 self.events.setdefault(name, [])
+            if not self.fleet.running(name):
                 self.fleet.start_generator(name)
         self._healthy(START_TIMEOUT_S)
 
@@ -243,6 +277,7 @@ class Matrix:
         for name, file in self._files.items():
             self.events[name] += map(json.loads, file.more())
         version = self.fleet.version()
+        self._commits.look(version, self.fleet.log())
         if not self._steps or version > self._steps[-1][1]:
             last = self._steps[-1][1] if self._steps else 0
             self._steps += [(time.monotonic(), number) for number in range(last + 1, version + 1)]
@@ -257,6 +292,7 @@ class Matrix:
             seen.version, seen.fault_at = fault["version"], fault["at"]
             self._watch(seen)
             self._let_recover(seen)
+        seen.until = time.monotonic()
         seen.learner_said = self._learner_said(seen, log_start)
         seen.learner_running = self.fleet.running(LEARNER)
         seen.trainer_starts = sum("trainer started" in line for line in self.fleet.log())
@@ -297,8 +333,7 @@ class Matrix:
 
     def _let_recover(self, seen: Seen) -> None:
         if seen.fault == "stop":
-            if not self.fleet.stopped(SICK):
-                raise FleetError(f"{SICK} was stopped and runs\n{self.fleet.tails()}")
+            seen.stood = self.fleet.stopped(SICK)
             seen.resumed_at = time.monotonic()
             self.fleet.cont(SICK)
         elif seen.fault == "kill":
@@ -328,26 +363,36 @@ class Matrix:
         said = [f"{match['phase']}: {match['reason']}" for match in found if match]
         return said[-1] if said else ""  # the last attempt: one before it may have failed for another reason
 
-    def _trained(self) -> list[TrainedGroup]:
-        """Every group that a step was taken with, from the journal."""
-        folder = self.fleet.run_dir / "journal"
-        numbers = sorted(int(path.stem) for path in folder.glob("*.segment"))
-        stored: dict[tuple[int, int], StoredGroup] = {}
-        trained: list[TrainedGroup] = []
-        for _, record in JournalReader(folder, numbers):
-            if isinstance(record, StoredGroup):
-                stored[record.ordinal, record.attempt] = record
-            elif isinstance(record, StepTaken):
-                trained += [_trained_group(stored.pop(key)) for key in record.groups]
-        if not trained:
-            raise FleetError(f"no step in the journal of {folder}")
-        return trained
+
+def read_training(folder: Path) -> tuple[list[TrainedGroup], list[tuple[int, str]]]:
+    """Every group that a step was taken with, from the journal; and (version of the step's batch, what is wrong)."""
+    stored: dict[tuple[int, int], StoredGroup] = {}
+    trained: list[TrainedGroup] = []
+    faults: list[tuple[int, str]] = []
+    done: set[int] = set()
+    for _, record in JournalReader(folder, sorted(int(path.stem) for path in folder.glob("*.segment"))):
+        if isinstance(record, StoredGroup):
+            stored[record.ordinal, record.attempt] = record
+        elif isinstance(record, StepTaken):
+            for key in record.groups:
+                group = stored.pop(key, None)
+                if key[0] in done:
+                    faults.append((record.version, f"prompt {key[0]} was trained on twice, the second time as {key}"))
+                elif group is None:
+                    faults.append((record.version, f"trained on group {key}, which is not in the journal"))
+                if group is not None:
+                    trained.append(_trained_group(group, record.version))
+                done.add(key[0])
+    if not trained:
+        faults.append((0, "the journal has no step: what was trained on is not known"))
+    return trained, faults
 
 
-def _trained_group(record: StoredGroup) -> TrainedGroup:
+def _trained_group(record: StoredGroup, batch: int) -> TrainedGroup:
     group = result_to_group(decode_body(GroupResult, record.body))
     versions = {span.version for rollout in group.rollouts for span in rollout.version_spans}
-    return TrainedGroup((record.ordinal, record.attempt), record.generator_id, record.incarnation, frozenset(versions))
+    key = (record.ordinal, record.attempt)
+    return TrainedGroup(key, record.generator_id, record.incarnation, frozenset(versions), batch)
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
@@ -359,7 +404,7 @@ def _outcome(cell: Cell, seen: Seen, fault: Event | None) -> Outcome:
         delays = [delay for delay in survivor_delays(seen).values() if delay is not None]
         outcome.what = fault["what"]
         outcome.survivors_s = round(max(delays), 2) if delays else None
-        outcome.standstill_s = round(seen.standstill_s, 2)
+        outcome.standstill_s = round(seen.standstill_s(seen.fault_at), 2)
         outcome.back_s = None if seen.back_at is None else round(seen.back_at - seen.fault_at, 2)
     return outcome
 
@@ -394,14 +439,19 @@ def _shown(outcome: Outcome | None) -> str:
     return back if outcome.survivors_s is None else f"{outcome.survivors_s:.1f} / {back}"
 
 
-def report(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
-    """The tables on stdout, everything in the JSON file."""
+def report(options: argparse.Namespace, outcomes: list[Outcome], num_cells: int) -> None:
+    """The tables on stdout, everything in the JSON file; of a run that was broken off what there is."""
+    if not outcomes:
+        print("no cell was tried: nothing is written")
+        return
     passed = sum(outcome.passed for outcome in outcomes)
     print(f"\n{tables(outcomes)}\n")
     for outcome in outcomes:
         if not outcome.passed:
             print(_line(outcome))
-    print(f"{passed} of {len(outcomes)} cells passed ({passed / len(outcomes):.0%})")
+    print(f"{passed} of {num_cells} cells passed ({passed / num_cells:.0%})")
+    if len(outcomes) < num_cells:
+        print(f"broken off: {num_cells - len(outcomes)} cells were not tried")
     record: dict[str, Any] = {
         "benchmark": "fault_matrix",
         "date": time.strftime("%Y-%m-%d"),
@@ -409,7 +459,7 @@ def report(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
         "settings": [*SETTINGS, *options.set],
         "deadline_s": TIMEOUT_S,
         "passed": passed,
-        "cells": len(outcomes),
+        "cells": num_cells,
     }
     lines = [{**asdict(outcome.cell), "passed": outcome.passed, **_plain(outcome)} for outcome in outcomes]
     # A cell per line: a rerun of one of them is a change of one line.

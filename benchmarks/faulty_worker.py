@@ -76,18 +76,18 @@ weights.receive, staging.digest = receive, digest  # type: ignore[assignment]
 class FaultyWorker(WeightWorkerExtension):
     """What happens while the engine stands still for a swap."""
 
-    def asyncrl_swap(self, version: int) -> dict[str, Any]:
+    def asyncrl_swap(self, version: int, reload: bool) -> dict[str, Any]:
         _saboteur.signal("SWAP", version)
         order = _saboteur.take("SWAP", "corrupt", "drop", "canary")
         if order is None:
-            return super().asyncrl_swap(version)
+            return super().asyncrl_swap(version, reload)
         if order.fault == "canary":
             _saboteur.carried_out(order, version, "the swap is reported and not done: the old weights stay in use")
             return {"error": "", "apply_ms": 0.0, "apply": "direct"}
         engine = self.weight_transfer_engine
         what = _corrupt(engine.receiver) if order.fault == "corrupt" else _leave_out(engine.receiver)
         _saboteur.carried_out(order, version, what)
-        return super().asyncrl_swap(version)
+        return super().asyncrl_swap(version, reload)
 
 
 def _corrupt(receiver: Any) -> str:

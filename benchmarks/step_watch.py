@@ -46,9 +46,9 @@ class StepWatchExtension(WeightWorkerExtension):
 
         self.execute_model, self.sample_tokens = noted_execute, noted_sample
 
-    def asyncrl_swap(self, version: int) -> dict[str, Any]:
+    def asyncrl_swap(self, version: int, reload: bool) -> dict[str, Any]:
         self._changed_at = time.perf_counter()
-        return super().asyncrl_swap(version)
+        return super().asyncrl_swap(version, reload)
 
     def bench_around(self) -> dict[str, float]:
         """Of the steps around the newest change of weights, in ms:

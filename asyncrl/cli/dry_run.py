@@ -10,7 +10,7 @@ from pathlib import Path
 from asyncrl.addresses import split_address
 from asyncrl.config import Config
 from asyncrl.config.checks import largest_group_bytes, on_loopback
-from asyncrl.config.host import has_gpu
+from asyncrl.config.host import has_gpu, weight_backend
 from asyncrl.config.loading import to_yaml
 from asyncrl.model_files import ModelFiles, find_model
 
@@ -70,9 +70,8 @@ def _security(config: Config) -> str:
 
 
 def _backend(config: Config) -> str:
-    if config.weights.backend != "auto":
-        return config.weights.backend
-    return "nccl (auto)" if has_gpu() else "gloo (auto)"
+    backend = weight_backend(config, gpu_here=has_gpu())
+    return f"{backend} (auto)" if config.weights.backend == "auto" else backend
 
 
 def _probe(host: str, port: int) -> str:

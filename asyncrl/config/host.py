@@ -68,6 +68,21 @@ def _is_this_host(host: str) -> bool:
     return True
 
 
+def weight_backend(config: Config, *, gpu_here: bool) -> str:
+    """`weights.backend`, with auto decided: nccl where learner and generators have GPUs, else gloo.
+
+    Args:
+        gpu_here: what a device of auto stands for.
+    """
+    if config.weights.backend != "auto":
+        return config.weights.backend
+    on_gpu = [
+        device == "cuda" or (device == "auto" and gpu_here)
+        for device in (config.learner.device, config.generator.device)
+    ]
+    return "nccl" if all(on_gpu) else "gloo"
+
+
 def has_gpu() -> bool:
     """Whether the host shows an NVIDIA device, asked of the file system: torch takes seconds to import."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()

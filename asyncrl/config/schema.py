@@ -313,8 +313,9 @@ class WeightsConfig:
     )
     backend: str = key(
         "auto",
-        "auto = nccl on GPUs, gloo on CPU. ipc is for one machine: generators copy out of the learner's own buffer, on "
-        "one GPU (where nccl does not work) or on the CPU; all run as one user in one PID namespace.",
+        "auto = nccl if learner and generators have GPUs, else gloo. ipc is for one machine: generators copy out of "
+        "the learner's own buffer, on one GPU (where nccl does not work) or on the CPU; all run as one user in one PID "
+        "namespace.",
         choices=["auto", "gloo", "nccl", "ipc"],
     )
     bucket_bytes: int = key(64 * 2**20, "Bytes sent in one collective.", minimum=1024)

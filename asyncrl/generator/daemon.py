@@ -35,6 +35,7 @@ from asyncrl.config.host import has_gpu
 from asyncrl.errors import PeerUnreachable, ProtocolError, Refused
 from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.generator.engine import RolloutEngine
+from asyncrl.generator.engine_watch import watch_engine
 from asyncrl.generator.identity import Identity, claim_identity
 from asyncrl.generator.rewards import RewardPool
 from asyncrl.generator.rollout import LeaseFailure, LeaseRunner, no_text
@@ -73,9 +74,8 @@ FROM_DESK = frozenset(
 BEAT_S = 1.0
 BEAT_GATHER_S = 0.01  # leases that end together ask for the next ones together
 LINK_WAIT_S = 0.5
-PROBE_EVERY_S = 10.0  # an engine with work but without a new token for this long is probed
-PROBE_TIMEOUT_S = 5.0
 FLUSH_TIMEOUT_S = 1.0
+SYNC_CLOSE_TIMEOUT_S = 0.5  # to be quiet, not to be right: the engine's processes end next
 SAY_UNREACHABLE_EVERY_S = 10.0
 MAX_DETAIL = 500
 MAX_IN_HAND = 4  # sequences of all leases, finished ones included, per sequence of capacity: bounds memory
@@ -135,8 +135,8 @@ class GeneratorDaemon:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.sync.close()
             self._send(messages.Bye(self._why_stopping or "failed"))
+            await self.sync.close(SYNC_CLOSE_TIMEOUT_S)
             await self.socket.close(flush_s=FLUSH_TIMEOUT_S / 2)
         return 0
 
@@ -349,12 +349,7 @@ class GeneratorDaemon:
         self._clock_engine()
         self._ready = True
         self._beat_soon.set()
-        tokens = -1
-        while True:
-            await asyncio.sleep(PROBE_EVERY_S)
-            moved, tokens = self.engine.tokens_generated != tokens, self.engine.tokens_generated
-            if not moved and self.leases and not self.sync.busy:
-                await self.engine.probe(PROBE_TIMEOUT_S)
+        await watch_engine(self.engine, self.sync)
 
     # -- end -------------------------------------------------------------------------------------------------------
 
@@ -453,6 +448,7 @@ def _engine_options(config: Config, identity: Identity) -> EngineOptions:
         device="cuda" if on_gpu else "cpu",
         enforce_eager=generator.compile == "never" or (generator.compile == "auto" and not on_gpu),
         threads=generator.threads,
+        weights_timeout_s=config.weights.timeout_s,
         # Another stream for each generator and each of its lives, and for each run.seed.
         seed=zlib.crc32(f"{config.run.seed}/{identity.generator_id}/{identity.incarnation}".encode()),
         log_path=str(Path(config.run.dir) / "generators" / f"{identity.generator_id}.vllm.log"),

@@ -134,12 +134,18 @@ class LoadRecorder(TorchDispatchMode):
             yield name, tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            self._note_writes(func, args, kwargs or {})
+        except Exception as error:  # noqa: BLE001 - the load itself needs none of this
+            self.problem = self.problem or f"{func} is not understood: {type(error).__name__}: {error}"
+        return func(*args, **(kwargs or {}))
+
+    def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else (kwargs or {}).get(argument.name)
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
                 for tensor in value if isinstance(value, list | tuple) else [value]:
                     self._note(func, tensor, args)
-        return func(*args, **(kwargs or {}))
 
     def _note(self, func: Any, target: Any, args: Any) -> None:
         loaded = self.loaded.get(_storage_key(target)) if isinstance(target, torch.Tensor) else None
@@ -244,8 +250,10 @@ class Plan:
                 raise PlanRefused(f"{name} is {tuple(tensor.shape)}, the plan has {self.shapes.get(name)}")
             seen.add(name)
             for loaded in plain.get(name, ()) if name not in unchanged else ():
-                for pair in loaded.pairs(loaded.live, name, tensor):
-                    copies[tuple(_place(each) for each in pair)] = pair  # two names of one tensor are copied once
+                for live, source in loaded.pairs(loaded.live, name, tensor):
+                    place = _place(live), _place(source)  # two names of one tensor are copied once
+                    # Cast now: a folded adapter's float32 result need not live until the swap.
+                    copies[place] = live, source.to(live.dtype)
             for pack in packs.get(name, ()):
                 weight, lacking = begun.get(id(pack)) or (pack.new_weight(), set(pack.weight.writes))
                 begun[id(pack)] = weight, lacking
@@ -258,7 +266,8 @@ class Plan:
             raise PlanRefused(f"{sorted(missing)[0]} does not come ({len(missing)} tensors in all)")
         prepared.copies.extend(copies.values())
         if prepared.copies and prepared.copies[0][0].is_cuda:
-            torch.cuda.current_stream().synchronize()  # the engine's thread reads on a stream of its own
+            # The engine's thread reads on a stream of its own.
+            torch.cuda.current_stream(prepared.copies[0][0].device).synchronize()
         return prepared
 
     @torch.no_grad()
@@ -350,8 +359,8 @@ class DirectApply:
         except PlanRefused as refusal:
             log.warning("apply: reload. Version %d: %s", manifest.version, refusal)
             return None
-        except Exception as error:  # noqa: BLE001 - a reload needs none of this
-            self._refuse(error)
+        except Exception as error:  # noqa: BLE001 - a reload needs none of this; the next version may fare better
+            log.warning("apply: reload. Version %d: %s: %s", manifest.version, type(error).__name__, error)
             return None
 
     def usable(self, prepared: Prepared | None) -> bool:

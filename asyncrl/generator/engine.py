@@ -179,7 +179,7 @@ class RolloutEngine(Protocol):
 
         Raises:
             EngineError: `version` is not staged (nothing has changed), or loading failed (the engine is
-            tainted). DeadlineExceeded: the engine is tainted.
+            tainted). DeadlineExceeded: the engine is tainted, unless it did not even tell what it has staged.
         """
         ...
 

@@ -84,6 +84,7 @@ class LeaseRunner:
             self._on_sequence_end()
 
     async def _run(self, lease: Lease, request_id: str) -> Group | LeaseFailure:
+        began_at = self._sync.num_loads
         try:
             completions = await self._sample(lease, request_id)
         except (EngineError, NonFiniteError) as error:
@@ -102,7 +103,7 @@ class LeaseRunner:
             [len(completion.token_ids) for completion in completions],
         )
         try:
-            await self._sync.wait_proven(versions, self._commit_timeout_s)
+            await self._sync.wait_proven(versions, self._commit_timeout_s, since=began_at)
         except EngineError as error:
             self.generations_failed += 1
             return LeaseFailure("tainted", str(error))

@@ -15,7 +15,6 @@ version.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -41,11 +40,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-REPORT_SLACK_S = 1.5  # workers keep the deadline themselves; this is for their answer to arrive
+# Workers keep the deadline themselves; this is for their answer to arrive, before the learner stops listening too.
+REPORT_SLACK_S = 0.7
 POLL_FIRST_S, POLL_MAX_S = 0.002, 0.05
 RPC_TIMEOUT_S = 5.0
 STOP_BUILDING_TIMEOUT_S = 8.0
-LEFT = "the weight group is left, nothing is staged, the weights in use are untouched"
+UNTOUCHED = "nothing is staged, the weights in use are untouched"
 TAINTED = "the engine is tainted: what it sampled is lost, and it samples nothing until a full sync"
 SHUTDOWN_TIMEOUT_S = 0.5  # the engine's processes hold nothing that a kill could damage
 
@@ -292,15 +292,15 @@ class VLLMEngine:
 
     async def join_weight_group(self, spec: WeightGroupSpec, timeout_s: float) -> None:
         """See `RolloutEngine.join_weight_group`."""
+        spec = dataclasses.replace(spec, timeout_s=timeout_s)
         async with self._weights_lock:
-            await self._rpc("asyncrl_join", timeout_s, dataclasses.replace(spec, timeout_s=timeout_s).to_dict())
-            await self._finish_job(f"joining weight group {spec.prefix!r}", timeout_s)
+            await self._job(f"joining weight group {spec.prefix!r}", timeout_s, "asyncrl_join", spec.to_dict())
 
     async def stage_weights(self, manifest: WeightManifest, timeout_s: float) -> StageReport:
         """See `RolloutEngine.stage_weights`."""
         async with self._weights_lock:
-            await self._rpc("asyncrl_stage", timeout_s, manifest.to_dict(), timeout_s)
-            jobs = await self._finish_job(f"staging version {manifest.version}", timeout_s)
+            what = f"staging version {manifest.version}"
+            jobs = await self._job(what, timeout_s, "asyncrl_stage", manifest.to_dict(), timeout_s)
         return StageReport([job["digests"] for job in jobs], _slowest_ms(jobs))
 
     async def leave_weight_group(self) -> None:
@@ -314,17 +314,16 @@ class VLLMEngine:
             staged = await self._rpc("asyncrl_staged_version", timeout_s)
             if any(held != version for held in staged):
                 raise EngineError(f"version {version} is not staged (workers hold {staged}); stage it first")
+            # What tainted weights rest on is not known, so that nothing of them may stay: no copying in place.
+            swap = self._swap(version, timeout_s, reload=self._tainted)
             self._version, self._swapping = None, True
             self._open.clear()
             try:
-                swap = self._swap(version, timeout_s)
                 report = await self._within(timeout_s, f"swapping to version {version}", swap)
             except DeadlineExceeded as error:
                 self._tainted = True
                 self._fail_running(str(error))
-                raise DeadlineExceeded(
-                    f"{error}: not all of its {self._options.tensor_parallel_size} workers answered; {TAINTED}"
-                ) from None
+                raise DeadlineExceeded(f"{error}; {TAINTED}") from None
             except BaseException as error:
                 # Also on cancellation: nobody knows how far the workers came.
                 self._tainted = True
@@ -342,13 +341,13 @@ class VLLMEngine:
         self._version, self._tainted = None, True
         self._fail_running(why)
 
-    async def _swap(self, version: int, timeout_s: float) -> SwapReport:
+    async def _swap(self, version: int, timeout_s: float, reload: bool) -> SwapReport:
         core = self._llm.engine_core
         # Not AsyncLLM.pause_generation: it sleeps 20 ms for the order of outputs, which does not matter here.
         await core.pause_scheduler_async("keep", False)
         paused = time.monotonic()
         await self._restart_unstarted()
-        results = await self._rpc("asyncrl_swap", timeout_s, version)
+        results = await self._rpc("asyncrl_swap", timeout_s, version, reload)
         for rank, result in enumerate(results):
             if result["error"]:
                 raise EngineError(f"worker {rank} could not load version {version}: {result['error']}; {TAINTED}")
@@ -370,31 +369,44 @@ class VLLMEngine:
         if unstarted:
             await self._llm.abort(unstarted)
 
-    async def _finish_job(self, what: str, timeout_s: float) -> list[dict[str, Any]]:
-        """The results of all workers' jobs. After a failure the group is left: a broken one is of no use."""
+    async def _job(self, what: str, timeout_s: float, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Starts a job in every worker; its results. After a failure the group is left: a broken one is of no use."""
+        try:
+            await self._rpc(method, timeout_s, *args)
+            return await self._results(timeout_s)
+        except (EngineError, DeadlineExceeded, WeightGroupError) as error:
+            raise type(error)(f"{what}: {error}; {await self._try_to_leave()}, {UNTOUCHED}") from None
+        except BaseException:
+            await self._try_to_leave()
+            raise
+
+    async def _results(self, timeout_s: float) -> list[dict[str, Any]]:
         deadline = time.monotonic() + timeout_s + REPORT_SLACK_S
         pause_s = POLL_FIRST_S
         jobs: list[dict[str, Any]] = []
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise DeadlineExceeded(f"not done within {timeout_s:g} s: {_progress(jobs)}")
+            try:
+                jobs = await self._rpc("asyncrl_poll", remaining)
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(f"{error}; last heard: {_progress(jobs)}") from None
+            for rank, job in enumerate(jobs):
+                if job["state"] == "failed":
+                    raise WeightGroupError(f"{_progress([job], rank)}: {job['error']}")
+            if all(job["state"] == "done" for job in jobs):
+                return jobs
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_MAX_S)
+
+    async def _try_to_leave(self) -> str:
+        """How leaving the weight group went, for the error that is the reason for it."""
         try:
-            while True:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    raise DeadlineExceeded(f"{what}: not done within {timeout_s:g} s: {_progress(jobs)}; {LEFT}")
-                try:
-                    jobs = await self._rpc("asyncrl_poll", remaining)
-                except DeadlineExceeded as error:
-                    raise DeadlineExceeded(f"{what}: {error}; last heard: {_progress(jobs)}; {LEFT}") from None
-                for rank, job in enumerate(jobs):
-                    if job["state"] == "failed":
-                        raise WeightGroupError(f"{what}: {_progress([job], rank)}: {job['error']}; {LEFT}")
-                if all(job["state"] == "done" for job in jobs):
-                    return jobs
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, POLL_MAX_S)
-        except BaseException:
-            with contextlib.suppress(EngineError, DeadlineExceeded):  # the first error is the one that counts
-                await self.leave_weight_group()
-            raise
+            await self.leave_weight_group()
+        except (EngineError, DeadlineExceeded) as error:
+            return f"nor can the weight group be left ({error})"
+        return "the weight group is left"
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncrl.errors import ModelError
+from asyncrl.processes import nccl_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ class EngineOptions:
     threads: int = 1
     log_path: str | None = None
     start_timeout_s: float = 600.0
+    weights_timeout_s: float = 30.0  # of the forming of a weight group
     seed: int = 0  # of the engine's own random stream; two generators must not draw the same noise
 
 
@@ -73,6 +75,10 @@ def prepare_environment(options: EngineOptions) -> None:
             # more than it brings. This switch keeps the worker in the engine's process, which AsyncLLM always has.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if options.tensor_parallel_size == 1 else "1",
         }
+    else:
+        values |= nccl_environment(options.weights_timeout_s)
+        # The monitor of vLLM's own NCCL group ends the worker when any group of the process reports a failure.
+        values["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     os.environ.update(values)
 
 

@@ -4,7 +4,9 @@ The learner drives (`learner.sync`); this side answers each phase and keeps one 
 version it was sampled under is proven.** After the swap the engine goes on decoding, so a group may be complete before
 the commit arrives. `wait_proven` holds it back until then; if the version is tainted instead, the group is lost work.
 
-Versions stay proven for the life of the process: a group begun under version 3 and finished under 5 needs both.
+Versions stay proven for the life of the process: a group begun under version 3 and finished under 5 needs both. A
+number may come again, after a taint or from a learner that resumed; the proof of its new weights says nothing about
+the old ones. So a proof counts for groups that began after the number's last load, see `num_loads`.
 """
 
 from __future__ import annotations
@@ -35,8 +37,12 @@ class WeightSync:
         self._wanted: SyncOffer | None = None  # what the learner still waits to see staged
         self._staging: asyncio.Task[None] | None = None  # the task that stages, once it does
         self._proven: set[int] = set()
+        self._num_loads = 0
+        self._numbers: set[int] = set()  # that were ever loaded
+        self._came_again: dict[int, int] = {}  # number → the last load of it, if that was not its first
         self._held: int | None = None
-        self._loaded: int | None = None  # in the engine, not proven yet
+        self._loaded: SyncSwap | None = None  # in the engine, not proven yet
+        self._swapping = False
         self._changed = asyncio.Condition()
 
     @property
@@ -45,9 +51,14 @@ class WeightSync:
         return self._held
 
     @property
-    def busy(self) -> bool:
-        """A phase is at work; the engine may stand still for it."""
-        return self._task is not None and not self._task.done()
+    def num_loads(self) -> int:
+        """Loads of weights so far. Whoever begins to sample notes it down for `wait_proven`."""
+        return self._num_loads
+
+    @property
+    def swapping(self) -> bool:
+        """The engine stands still for a swap."""
+        return self._swapping
 
     def handle(self, message: SyncOffer | SyncSwap | SyncCommit | SyncAbort) -> None:
         """Starts the work of one phase. Never blocks."""
@@ -64,11 +75,12 @@ class WeightSync:
                 self._end_stage()
                 self._replace_task(self._abort(message))
 
-    async def wait_proven(self, versions: Iterable[int], timeout_s: float) -> None:
-        """Returns when all `versions` are proven.
+    async def wait_proven(self, versions: Iterable[int], timeout_s: float, *, since: int) -> None:
+        """Returns when all `versions` are proven for tokens sampled after the first `since` loads.
 
-        Raises EngineError when one of them can no longer be: it is neither proven nor the one being checked. The
-        learner resolves every swap within its own deadline; `timeout_s` covers its death in between.
+        Raises EngineError when one of them can no longer be: it is neither proven nor the one being checked, or its
+        number came again with a later load. The learner resolves every swap within its own deadline; `timeout_s`
+        covers its death in between.
         """
         needed = set(versions)
         async with self._changed:
@@ -81,16 +93,18 @@ class WeightSync:
                 ) from None
         if not needed <= self._proven:
             raise EngineError(f"tokens of versions {sorted(needed - self._proven)}, which were never proven")
+        if again := sorted(version for version in needed if self._came_again.get(version, 0) > since):
+            raise EngineError(f"tokens of versions {again} from before these were loaded again, and proven")
 
-    async def close(self) -> None:
+    async def close(self, timeout_s: float) -> None:
         """Stops the work in hand. The process group goes with the engine's processes."""
         if self._task:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.wait([self._task], timeout=timeout_s)
 
     def _resolved(self, needed: set[int]) -> bool:
         missing = needed - self._proven
-        return not missing or missing != {self._loaded}
+        return not missing or self._loaded is None or missing != {self._loaded.version}
 
     def _end_stage(self) -> None:
         """The learner gave up the stage under way: its members may be gone, so it could take until its deadline.
@@ -122,14 +136,17 @@ class WeightSync:
 
         if offer is not self._wanted:
             return
+        # One for joining and staging, as the learner's: an error that comes later is heard by nobody.
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + offer.timeout_s
         try:
             self._staging = asyncio.current_task()
             joined, self._group = self._group, None
             spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
             if spec.prefix != joined:
                 await self._engine.leave_weight_group()
-                await self._engine.join_weight_group(spec, offer.timeout_s)
-            report = await self._engine.stage_weights(WeightManifest.from_dict(offer.manifest), offer.timeout_s)
+                await self._engine.join_weight_group(spec, deadline - loop.time())
+            report = await self._engine.stage_weights(WeightManifest.from_dict(offer.manifest), deadline - loop.time())
         except (AsyncRLError, TimeoutError) as error:
             self._reply(offer, "stage", error=_text(error))
             return
@@ -140,15 +157,19 @@ class WeightSync:
 
     async def _swap(self, swap: SyncSwap) -> None:
         sequences = [np.frombuffer(tokens, TOKEN_DTYPE).tolist() for tokens in swap.canary]
-        self._held, self._loaded = None, swap.version
+        self._held, self._loaded = None, swap
         # The number may have been proven before, with the weights of an earlier learner.
         self._proven.discard(swap.version)
         try:
+            self._swapping = True
             report = await self._engine.swap_weights(swap.version, swap.timeout_s)
         except (AsyncRLError, TimeoutError) as error:
             await self._settle(None)
             self._reply(swap, "swap", error=_text(error))
             return
+        finally:
+            self._swapping = False
+            self._count_load(swap.version)
         try:
             loop = asyncio.get_running_loop()
             started = loop.time()
@@ -165,9 +186,18 @@ class WeightSync:
             timings_ms={**report.timings_ms, "canary_ms": canary_ms},
         )
 
+    def _count_load(self, version: int) -> None:
+        """After the load, not before: what begins to sample in between may still do so under the old weights."""
+        self._num_loads += 1
+        if version in self._numbers:
+            self._came_again[version] = self._num_loads
+        self._numbers.add(version)
+
     async def _commit(self, commit: SyncCommit) -> None:
-        if self._loaded != commit.version:
-            log.warning("commit of version %d ignored: version %s is loaded", commit.version, self._loaded)
+        # The attempt counts: the commit of an earlier load proves nothing about this one.
+        if self._loaded is None or _which(commit) != _which(self._loaded):
+            loaded = self._loaded and _which(self._loaded)
+            log.warning("commit of %s ignored: (run epoch, version, attempt) %s is loaded", _which(commit), loaded)
             return
         self._proven.add(commit.version)
         log.debug("version %d is proven", commit.version)
@@ -194,6 +224,10 @@ class WeightSync:
         if error:
             log.warning("sync to version %d failed in phase %s: %s", request.version, phase, error)
         self._send(SyncReply(request.run_epoch, request.version, request.attempt, phase, error, **fields))
+
+
+def _which(phase: SyncSwap | SyncCommit) -> tuple[int, int, int]:
+    return phase.run_epoch, phase.version, phase.attempt
 
 
 def _text(error: BaseException) -> str:

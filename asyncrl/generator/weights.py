@@ -115,6 +115,10 @@ class WeightReceiver:
         held, self._held = self._held, None
         self._begin("stage", lambda job: self._stage(group, manifest, held, timeout_s, job))
 
+    def refuse(self, phase: str, error: Exception) -> None:
+        """A job that could not even begin."""
+        self._job = Job(phase, state="failed", error=f"{type(error).__name__}: {error}")
+
     def poll(self) -> Job:
         """The newest job."""
         return self._job
@@ -140,6 +144,8 @@ class WeightReceiver:
         def run() -> None:
             started = time.monotonic()
             try:
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)  # a new thread's is that of rank 0
                 work(job)
             except Exception as error:  # noqa: BLE001 - becomes the job's state, which the engine reads
                 job.error = f"{type(error).__name__}: {error}"
@@ -284,7 +290,10 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.direct.failed()
         self.receiver.prepared = None
         if self._reloading:
-            self._end_reload()
+            try:
+                self._end_reload()  # once more, if it was this that failed
+            finally:
+                self._reloading = False
 
     def _end_reload(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -295,40 +304,58 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class WeightWorkerExtension:
-    """Methods added to vLLM's worker class. All return at once except `asyncrl_swap`, which loads."""
+    """Methods added to vLLM's worker class. All return at once except `asyncrl_swap`, which loads.
+
+    None raises: vLLM stops reading at the first worker that did, and takes what the next ones answered for their
+    answers to the next call. A failure is a state of the job, or in what `asyncrl_swap` returns.
+    """
 
     weight_transfer_engine: StagedWeightTransferEngine
     rank: int
+    _weight_update_active: bool  # vLLM's
 
     def asyncrl_join(self, spec: dict[str, Any]) -> None:
         """Begin to join a weight group. `spec` is that of the engine's first worker."""
-        first = WeightGroupSpec.from_dict(spec)
-        self.init_weight_transfer_engine({"spec": first.for_rank(first.rank + self.rank).to_dict()})  # type: ignore[attr-defined]
+        try:
+            first = WeightGroupSpec.from_dict(spec)
+            self.init_weight_transfer_engine({"spec": first.for_rank(first.rank + self.rank).to_dict()})  # type: ignore[attr-defined]
+        except Exception as error:  # noqa: BLE001 - see above
+            self.weight_transfer_engine.receiver.refuse("join", error)
 
     def asyncrl_stage(self, manifest: dict[str, Any], timeout_s: float) -> None:
         """Begin to receive a version into staging."""
-        self.weight_transfer_engine.receiver.begin_stage(WeightManifest.from_dict(manifest), timeout_s)
+        receiver = self.weight_transfer_engine.receiver
+        try:
+            receiver.begin_stage(WeightManifest.from_dict(manifest), timeout_s)
+        except Exception as error:  # noqa: BLE001 - see above
+            receiver.refuse("stage", error)
 
     def asyncrl_poll(self) -> dict[str, Any]:
         """How the newest join or stage goes: a `Job` as a dict."""
         return self.weight_transfer_engine.receiver.poll().to_dict()
 
-    def asyncrl_swap(self, version: int) -> dict[str, Any]:
-        """Load the staged version. Generation must be paused.
-
-        A failure is returned, not raised: so every worker's answer is read, and each names its own fault.
-        """
+    def asyncrl_swap(self, version: int, reload: bool) -> dict[str, Any]:
+        """Load the staged version; with `reload` not by copying it in place. Generation must be paused."""
         started = time.monotonic()
         try:
+            if reload:
+                self.weight_transfer_engine.recover()
             self.start_weight_update()  # type: ignore[attr-defined]
             apply = "reload" if self.weight_transfer_engine.reloading else "direct"
             self.update_weights({"version": version})  # type: ignore[attr-defined]
             self.finish_weight_update()  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001 - any failure here is the state "tainted"
-            failure = f"{type(error).__name__}: {error}"
-            self.weight_transfer_engine.recover()
-            return {"error": failure, "apply_ms": 0.0, "apply": ""}
+            return {"error": f"{type(error).__name__}: {error}{self._recover()}", "apply_ms": 0.0, "apply": ""}
         return {"error": "", "apply_ms": (time.monotonic() - started) * 1e3, "apply": apply}
+
+    def _recover(self) -> str:
+        """Makes the next load possible; empty, or why it may not be."""
+        self._weight_update_active = False  # a failing `finish_weight_update` leaves it, and every later start refuses
+        try:
+            self.weight_transfer_engine.recover()
+        except Exception as error:  # noqa: BLE001 - as above
+            return f"; and the layers could not be put back: {type(error).__name__}: {error}"
+        return ""
 
     def asyncrl_staged_version(self) -> int | None:
         """The version that a swap would load."""

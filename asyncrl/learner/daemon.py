@@ -76,6 +76,7 @@ def run_learner(config: Config) -> int:
         num_ranks=1,
         threads=config.learner.threads,
         max_restarts=config.learner.max_trainer_restarts,
+        weights_timeout_s=config.weights.timeout_s,
     )
     # Started before the slow imports of the tokenizer: both take seconds, and neither needs the other.
     trainer.start()

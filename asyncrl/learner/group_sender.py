@@ -55,16 +55,15 @@ class GroupSender(threading.Thread):
     def run(self) -> None:
         try:
             while (item := self._orders.get()) is not None:
-                sent = self._send(*item)
-                if sent.error:
-                    self._close_group()  # a collective that failed once cannot be trusted again
-                self._report(sent)
+                self._carry_out(*item)
         finally:  # an error of our own ends this thread with its traceback; the memory must not stay taken for ever
             self._close_group()
             self._report(Sent(self.group_epoch))
 
-    def _send(self, order: Broadcast, parts: Sequence[torch.Tensor]) -> Sent:
+    def _carry_out(self, order: Broadcast, parts: Sequence[torch.Tensor]) -> None:
+        """Sends and reports. Raises only what is an error of our own, and after the report: the desk waits for it."""
         started, num_bytes, error = time.monotonic(), 0, ""
+        unexpected: Exception | None = None
         deadline = started + order.timeout_s
 
         def sent(part_bytes: int) -> None:
@@ -74,10 +73,17 @@ class GroupSender(threading.Thread):
         try:
             self.group.join(order.timeout_s)
             self.group.broadcast(parts, max(0.0, deadline - time.monotonic()), sent)
-        except AsyncRLError as failure:
+        except Exception as failure:  # noqa: BLE001 - what is not ours to handle is raised again below
+            unexpected = None if isinstance(failure, AsyncRLError) else failure
             total = sum(part.nbytes for part in parts)
-            error = f"{failure} ({num_bytes} of {total} bytes were sent)"
-        return Sent(self.group_epoch, order, error, (time.monotonic() - started) * 1e3, num_bytes)
+            what = str(failure) if unexpected is None else repr(failure)
+            error = f"{what} ({num_bytes} of {total} bytes were sent)"
+        transfer_ms = (time.monotonic() - started) * 1e3
+        if error:
+            self._close_group()  # a collective that failed once cannot be trusted again
+        self._report(Sent(self.group_epoch, order, error, transfer_ms, num_bytes))
+        if unexpected is not None:
+            raise unexpected
 
     def _abort(self) -> None:
         try:

@@ -167,6 +167,9 @@ class Publisher(threading.Thread):
             self._base, self._offered, self._fresh = base, self._fresh, following
             self._fresh.version, self._fresh.sent = None, False
         self._wanted = False
+        for slot in self._slots:
+            if not slot.readers:
+                slot.delta = None  # up to half a model, and nobody asks for it any more
         return True
 
     def _free_slot(self, base: _Slot | None) -> _Slot | None:

@@ -273,6 +273,7 @@ class SyncRound:
         receiver.held_digests = self.snapshot.manifest["digests"]
         receiver.faults = receiver.errors = receiver.taints = 0
         self._emit(ToGenerator(member.name, SyncCommit(self._rules.run_epoch, version, self.attempt)))
+        log.debug("%s (incarnation %d) committed version %d", member.name, receiver.incarnation, version)
         total_ms = (now - self._started) * 1e3
         committed = Committed(
             member.name, version, self.attempt, total_ms, canary_max_diff, canary_mean_diff, member.timings_ms

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from asyncrl.config import Config
+from asyncrl.config.host import weight_backend
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, CheckpointError, UserError
 from asyncrl.learner.account import REWARD_PART
@@ -127,16 +128,13 @@ class Trainer:
         )
         length = min(CANARY_LENGTH, self.config.model.max_length)
         canary = self.policy.policy.sample_sequences(weights.canary_sequences, length, self.config.run.seed)
-        backend = weights.backend
-        if backend == "auto":
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.publisher = Publisher(
             self.desk_address,
             buffer,
             canary,
             SnapshotScorer(self.policy.policy),
             host=weights.host,
-            backend=backend,
+            backend=weight_backend(self.config, gpu_here=self.device.type == "cuda"),
         )
         self.publisher.start()
         if self.policy.version >= self.replay_to:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from asyncrl.errors import CheckpointError, ConfigError, TrainerFailed
-from asyncrl.processes import die_with_parent
+from asyncrl.processes import die_with_parent, nccl_environment
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,15 @@ class TrainerProcess:
     """The trainer of one learner. `poll` restarts it after a crash, `max_restarts` times without a step between."""
 
     def __init__(
-        self, config_file: Path, desk_address: str, log_file: Path, *, num_ranks: int, threads: int, max_restarts: int
+        self,
+        config_file: Path,
+        desk_address: str,
+        log_file: Path,
+        *,
+        num_ranks: int,
+        threads: int,
+        max_restarts: int,
+        weights_timeout_s: float = 30.0,
     ) -> None:
         self.config_file = config_file
         self.desk_address = desk_address
@@ -36,6 +44,7 @@ class TrainerProcess:
         self.num_ranks = num_ranks
         self.threads = threads
         self.max_restarts = max_restarts
+        self.weights_timeout_s = weights_timeout_s
         self.failures = 0  # crashes since the last step
         self._process: subprocess.Popen[bytes] | None = None
         self._restart_at: float | None = None
@@ -60,6 +69,7 @@ class TrainerProcess:
             "OMP_WAIT_POLICY": "passive",
             "KMP_BLOCKTIME": "0",
             "TOKENIZERS_PARALLELISM": "false",
+            **nccl_environment(self.weights_timeout_s),
         }
         with self.log_file.open("ab") as output:
             # Its own session: Ctrl-C in the terminal reaches the desk alone, which tells the trainer what to do.

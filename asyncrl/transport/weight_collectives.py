@@ -10,8 +10,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,9 @@ from asyncrl.errors import WeightGroupError
 from asyncrl.transport.weight_rendezvous import POLL_S, WeightGroupSpec, connect_store, local_address_towards
 
 NCCL_POLL_S = 0.001
+# What torch takes for the timeout of every NCCL work and of an abort. Our deadlines come first and know what to do; at
+# torch's own it would give up an abort under way, and a watchdog, if a later torch starts one, would end the process.
+NCCL_NEVER = timedelta(days=1)
 # Parts in the backend's hands at once: while Python takes note of one, the next ones move. No more than it takes: a
 # group that failed is let go of only when each of them has failed.
 AHEAD = 3
@@ -102,27 +105,38 @@ class GlooTransport(_Collective):
 
 
 class NcclTransport(_Collective):
-    """ProcessGroupNCCL with a non-blocking communicator: abort is safe on no other kind."""
+    """ProcessGroupNCCL with a non-blocking communicator: abort is safe on no other kind.
+
+    Nothing of torch's own watches over such a group, so that a lost generator ends neither the learner nor, through
+    the state that all groups of a process share, a vLLM worker: the deadlines are those of `_wait` and `WeightGroup`.
+    `asyncrl.processes.nccl_environment` bounds what torch waits for inside of a call.
+    """
 
     def __init__(self, spec: WeightGroupSpec, device: torch.device, aborted: threading.Event) -> None:
         if device.type != "cuda":
             raise WeightGroupError(f"nccl needs a cuda device, not {device}; use gloo")
         super().__init__(spec, device, aborted)
+        self._parts: Sequence[torch.Tensor] = ()
 
     def form(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=False)
         options.config.blocking = 0
-        options._timeout = timedelta(seconds=timeout_s)
-        environment = {
-            # A lost generator must not end the learner: no watchdog, no teardown of the process on error.
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-            "TORCH_NCCL_ENABLE_MONITORING": "0",
-            "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, round(timeout_s))),
-        }
-        with _environment.holding(environment):
-            store = connect_store(self._spec, timeout_s)
+        options._timeout = NCCL_NEVER
+        store = connect_store(self._spec, timeout_s)
+        with _without_watchdog():
             self._group = dist.ProcessGroupNCCL(store, self._spec.rank, self._spec.world_size, options)
-            self._group.eager_connect_single_device(self._device)  # connect now, under the forming deadline
+        if self._aborted.is_set():
+            self.close()  # the group's own `close` may have come before there was anything to let go of
+            raise WeightGroupError("aborted")
+        # The communicator connects in its first broadcast: that must count as forming, and end by this deadline.
+        first = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        self.broadcast([first], deadline - time.monotonic(), lambda num_bytes: None)
+
+    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+        self._parts = parts  # after a failure kernels use them until `close` has aborted the communicator
+        super().broadcast(parts, timeout_s, on_part)
+        self._parts = ()
 
     def _wait(self, work: Any, deadline: float) -> None:
         while not work.is_completed():
@@ -131,9 +145,10 @@ class NcclTransport(_Collective):
             if time.monotonic() > deadline:
                 # NCCL has no timeout for a collective: it waits for the dead until `close` aborts the communicator.
                 raise self._late()
-        failure = work.exception()
-        if failure is not None:
-            raise WeightGroupError(str(failure))
+        # Raises the error of a failed one, else lets go of its tensors; waits for nothing. It makes the current stream
+        # wait for the kernel, which may hang after an error: the stream of the training must not be that one.
+        with _side_stream(self._device):
+            work.wait()
 
     def abort(self) -> None:
         group = self._group
@@ -142,47 +157,39 @@ class NcclTransport(_Collective):
 
     def _release(self, group: Any) -> None:
         group.abort()
+        self._parts = ()
 
 
 def _options(deadline: float) -> dist.BroadcastOptions:
     options = dist.BroadcastOptions()
     options.rootRank = 0
+    # For gloo alone: NCCL's works take the timeout of their group.
     options.timeout = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
     return options
 
 
-class _Environment:
-    """Variables that NCCL groups are formed under, and no others: those of the training itself want their watchdog.
+def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
-    Groups may be formed from several threads at once: the first one in sets them, the last one out restores them.
+
+_WATCHDOG_SWITCH = "TORCH_NCCL_BLOCKING_WAIT"  # read once, while a group is made
+_making = threading.Lock()
+
+
+@contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """An NCCL group that is made inside gets no watchdog. Groups of the training, made elsewhere, keep theirs.
+
+    A watchdog that finds a failed work tells all groups of the process: minutes later the monitor of the first of
+    them, in a vLLM worker that of vLLM itself, ends the process.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._before: dict[str, str | None] = {}
-
-    @contextmanager
-    def holding(self, values: Mapping[str, str]) -> Iterator[None]:
-        with self._lock:
-            if self._users == 0:
-                self._before = {key: os.environ.get(key) for key in values}
-            self._users += 1
-            os.environ.update(values)
+    with _making:
+        before = os.environ.get(_WATCHDOG_SWITCH)
+        os.environ[_WATCHDOG_SWITCH] = "1"
         try:
             yield
         finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._restore()
-
-    def _restore(self) -> None:
-        for key, value in self._before.items():
-            if value is None:
-                os.environ.pop(key, None)
+            if before is None:
+                del os.environ[_WATCHDOG_SWITCH]
             else:
-                os.environ[key] = value
-
-
-_environment = _Environment()
+                os.environ[_WATCHDOG_SWITCH] = before

@@ -185,8 +185,8 @@ class WeightGroup:
         try:
             # The transport keeps the deadline itself and can name the fault; this is for one that does not.
             self._call(transport, timeout_s + SLACK_S, what, lambda: work(transport), self._aborted)
-        except WeightGroupError as error:
-            self._broken = self._broken or str(error)
+        except BaseException as error:  # an error of our own too leaves members between two parts
+            self._broken = self._broken or str(error) or type(error).__name__
             raise
 
     def _call(

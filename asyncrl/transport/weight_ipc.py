@@ -27,7 +27,11 @@ POLL_FIRST_S, POLL_MAX_S = 0.0001, 0.005  # between questions to the store; its 
 
 
 class IpcTransport:
-    """One member's end. All calls run in threads that `WeightGroup` abandons if they overrun."""
+    """One member's end. All calls run in threads that `WeightGroup` abandons if they overrun.
+
+    Known: on a GPU a receiver that is killed costs the learner the group's own buffer, see `weight_memory`; that is up
+    to twice the largest delta sent in the group, and nothing where only whole versions were sent.
+    """
 
     def __init__(self, spec: WeightGroupSpec, device: torch.device, aborted: threading.Event) -> None:
         self._spec = spec
@@ -55,11 +59,11 @@ class IpcTransport:
             self._put("formed", {})
         else:
             learner = self._take("learner", 0, deadline)
-            self._peers[0] = _Process(int(learner["pid"]))
             refusal = _differences(learner["place"], mine)
             self._put(f"member/{self._spec.rank}", {"pid": os.getpid(), "error": refusal})
             if refusal:
                 raise WeightGroupError(refusal)
+            self._peers[0] = _Process(int(learner["pid"]))  # not before: elsewhere the number means another process
             self._take("formed", 0, deadline)
 
     def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:

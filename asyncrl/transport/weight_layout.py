@@ -273,7 +273,8 @@ class _Copies:
         self._views: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._merged: list[tuple[torch.Tensor, AdaptedWeight]] = []
-        self._asynchronous = buffer.is_pinned() or buffer.is_cuda
+        # A GPU at either end returns before its copies are done.
+        self._gpu = next((one.device for one in (buffer, given[0][1]) if one.is_cuda), None)
         placed: set[int] = set()
         for (name, tensor), (_, view), entry in zip(given, layout.views(buffer), layout.tensors, strict=True):
             if tuple(tensor.shape) != entry.shape:
@@ -293,8 +294,10 @@ class _Copies:
             torch._foreach_copy_(self._views, self._sources, non_blocking=True)
         for view, weight in self._merged:
             view.copy_(weight.merged(), non_blocking=True)
-        if self._asynchronous:
-            torch.cuda.synchronize()  # the optimizer changes the source as soon as this returns
+        if self._gpu is not None:
+            # The optimizer changes the source as soon as this returns. This stream alone: another one may hold a
+            # broadcast that hangs, and the training must not wait for that.
+            torch.cuda.current_stream(self._gpu).synchronize()
 
 
 class SnapshotBuffer:

@@ -5,6 +5,10 @@ plain values that may travel as JSON. On CPUs it is a memfd, which has no name i
 the last process that maps it, however that one ended. Receivers reach it through /proc/PID/fd, so both sides must run
 as one user in one PID namespace. On GPUs the driver frees the memory with the exporting process; torch keeps a counter
 file of 80 kB in /dev/shm for it, which stays behind if that process is killed.
+
+Known, on GPUs: torch gives exported memory back only when every process that opened it has said that it let go. What a
+killed receiver had open therefore stays taken until the exporter ends, also after its buffer was dropped. For staging
+buffers, which live as long as the run, that costs nothing; a weight group's own buffer (`IpcTransport`) is lost.
 """
 
 from __future__ import annotations
@@ -175,6 +179,7 @@ def _copy_cuda(source: torch.Tensor, destination: torch.Tensor, deadline: float)
     stream.wait_stream(torch.cuda.current_stream(destination.device))  # the zeros of a new staging buffer
     with torch.cuda.stream(stream):
         destination.copy_(source, non_blocking=True)
+        destination.record_stream(stream)  # past the deadline it may be dropped while the copy still writes to it
         done = torch.cuda.Event()
         done.record(stream)
     wait_event(done, deadline)

@@ -8,6 +8,7 @@ a client were still blocked after 25 s although their timeout was 3 s.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -77,22 +78,25 @@ class WeightGroupSpec:
 
 
 class WeightStore:
-    """The rendezvous of all weight groups of one learner: a TCPStore server bound to one interface.
+    """The rendezvous of one weight group, held by its rank 0: a TCPStore server bound to one interface.
 
-    It is used to form groups and for nothing else; it is not a sign of life.
+    gloo and NCCL use it to form the group and for nothing else, and a formed group outlives it; over ipc every part is
+    announced and acknowledged through it. It is not a sign of life.
 
     Raises:
-        BindError: host and port cannot be bound.
+        BindError: host and port cannot be bound, or the store does not start there.
     """
 
     def __init__(self, host: str, port: int = 0) -> None:
         # TCPStore by itself listens on every interface; a listening socket of our own keeps it to `host`.
         try:
             family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = socket.socket(family, kind, proto)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(256)
+            with contextlib.ExitStack() as on_failure:
+                listener = on_failure.enter_context(socket.socket(family, kind, proto))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen(256)
+                on_failure.pop_all()
         except OSError as error:
             raise BindError(
                 f"weight store cannot listen on {host}:{port} ({error}); "
@@ -100,20 +104,23 @@ class WeightStore:
             ) from error
         self.host = host
         self.port: int = listener.getsockname()[1]
-        self._server: dist.TCPStore | None = dist.TCPStore(
-            host_name=host,
-            port=self.port,
-            world_size=None,
-            is_master=True,
-            timeout=timedelta(seconds=CLOSE_TIMEOUT_S),
-            wait_for_workers=False,
-            multi_tenant=False,
-            master_listen_fd=listener.detach(),  # the store owns it from here on
-            use_libuv=True,
-        )
+        try:
+            self._server: dist.TCPStore | None = dist.TCPStore(
+                host_name=host,
+                port=self.port,
+                world_size=None,
+                is_master=True,
+                timeout=timedelta(seconds=CLOSE_TIMEOUT_S),
+                wait_for_workers=False,
+                multi_tenant=False,
+                master_listen_fd=listener.detach(),  # the store owns it from here on, also when it fails
+                use_libuv=True,
+            )
+        except RuntimeError as error:
+            raise BindError(f"weight store does not start on {host}:{self.port}: {first_line(error)}") from error
 
     def close(self) -> None:
-        """Stop listening. Groups already formed go on."""
+        """Stop listening. Formed groups over gloo and NCCL go on, those over ipc do not."""
         self._server = None
 
 

@@ -9,15 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from journal_records import stored, write_journal
 from scripts import run_script
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
 
-from asyncrl.replay.journal import Journal
 from asyncrl.replay.records import StepTaken, StoredGroup
-from asyncrl.transport.codec import encode_body
-from asyncrl.transport.groups import group_to_result
-from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 from benchmarks.churn_account import (
     DOWN,
     LEAVING,
@@ -35,6 +32,7 @@ from benchmarks.churn_account import (
 )
 from benchmarks.churn_picture import draw
 from benchmarks.churn_run import Disturber
+from benchmarks.commits import Commit
 
 # -- hangs
 
@@ -92,6 +90,15 @@ def test_a_curve_of_the_same_kind_passes_and_one_that_learns_less_does_not(num_c
     assert worse["end_difference"] == pytest.approx(-0.09, abs=0.02)
 
 
+def test_a_steep_rise_is_not_taken_for_noise_when_there_is_one_undisturbed_run():
+    def steep(seed: int, shift: float = 0.0) -> list[float]:
+        return [value + shift + 2.0 * step / 400 for step, value in enumerate(noisy_curve(seed))]
+
+    alike, lower = compare_rewards(steep(9), [steep(0)]), compare_rewards(steep(9, shift=-0.04), [steep(0)])
+    assert alike["passed"] and not lower["passed"]
+    assert alike["std"] == pytest.approx(0.03 / 10**0.5, rel=0.3)  # of the mean of 10 steps
+
+
 def test_too_few_steps_are_no_comparison():
     assert compare_rewards([0.1] * 9, [[0.1] * 500]) is None
     assert compare_rewards([0.1] * 500, []) is None
@@ -100,28 +107,14 @@ def test_too_few_steps_are_no_comparison():
 # -- journal
 
 
-def stored(ordinal: int, versions: tuple[int, int], attempt: int = 0, stop: int = 2) -> StoredGroup:
-    """A group of one rollout of two tokens; the span of the second ends at `stop`."""
-    spans = (VersionSpan(0, 1, versions[0]), VersionSpan(1, stop, versions[1]))
-    rollout = Rollout(np.array([3, 4], np.int32), np.zeros(2, np.float32), spans, FinishReason.STOP, 1.0)
-    group = Group(LeaseKey(LeaseKind.TRAIN, ordinal, attempt), np.array([1], np.int32), [rollout])
-    body = encode_body(group_to_result(group, ordinal + 1, 1))
-    return StoredGroup("g0", 1, ordinal + 1, ordinal, attempt, versions[0], *versions, (2,), body)
-
-
-def check(folder: Path, *records: StoredGroup | StepTaken, proven: set[int] | None = None) -> list[str]:
-    journal = Journal.open(folder)
-    for record in records:
-        journal.append(record, 0.0)
-    journal.sync()
-    journal.close()
-    known = None if proven is None else {("g0", 1): proven}
-    return check_journal(folder, groups_per_step=1, max_age=1, proven=known).faults
+def check(folder: Path, *records: StoredGroup | StepTaken, commits: dict[Commit, int] | None = None) -> list[str]:
+    write_journal(folder, *records)
+    return check_journal(folder, groups_per_step=1, max_age=1, commits=commits).faults
 
 
 def test_a_journal_with_every_step_and_its_groups_has_no_fault(tmp_path):
     records = (stored(0, (0, 0)), StepTaken(0, ((0, 0),)), stored(1, (0, 1)), StepTaken(1, ((1, 0),)))
-    assert check(tmp_path, *records, proven={0, 1}) == []
+    assert check(tmp_path, *records, commits={("g0", 1, 0): 0, ("g0", 1, 1): 1}) == []
 
 
 @pytest.mark.parametrize(
@@ -137,13 +130,19 @@ def test_a_journal_with_every_step_and_its_groups_has_no_fault(tmp_path):
         ("out of order", (stored(0, (0, 1)), StepTaken(0, ((0, 0),)))),
         ("do not cover", (stored(0, (0, 0), stop=3), StepTaken(0, ((0, 0),)))),
         (
-            "which it never proved",
+            "which the learner never committed for g0 (incarnation 1)",
             (stored(0, (0, 0)), StepTaken(0, ((0, 0),)), stored(1, (0, 1)), StepTaken(1, ((1, 0),))),
         ),
     ],
 )
 def test_every_fault_of_a_journal_is_named(tmp_path, fault, records):
-    assert fault in check(tmp_path, *records, proven={0})[0]
+    assert fault in check(tmp_path, *records, commits={("g0", 1, 0): 0})[0]
+
+
+def test_a_version_that_was_committed_after_its_tokens_were_trained_on_is_a_fault(tmp_path):
+    records = (stored(0, (0, 0)), StepTaken(0, ((0, 0),)), stored(1, (0, 1)), StepTaken(1, ((1, 0),)))
+    (fault,) = check(tmp_path, *records, commits={("g0", 1, 0): 0, ("g0", 1, 1): 2})
+    assert "version 1, which the learner committed for g0 (incarnation 1) after it had taken the step to 2" in fault
 
 
 def test_prompts_that_were_passed_over_are_told(tmp_path):

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig
 from asyncrl.addresses import is_loopback, is_wildcard, split_address
 from asyncrl.config import Config
 from asyncrl.config.checks import RULES, check, check_values, largest_group_bytes
-from asyncrl.config.host import check_host
+from asyncrl.config.host import check_host, weight_backend
 from asyncrl.config.keys import keys, sections, value_of
 from asyncrl.config.loading import load_config, nearest_key, to_yaml
 from asyncrl.errors import ConfigError, ModelError
@@ -455,6 +455,26 @@ def test_memory_is_shared_with_daemons_of_the_learners_host_only(model_folder):
     for role in ("learner", "generator"):
         with pytest.raises(ConfigError, match=r"weights\.host=10\.254\.253\.252 is no address of this host"):
             check_host(load("weights.backend=ipc", *elsewhere), role)
+
+
+@pytest.mark.parametrize(
+    ("backend", "learner", "generator", "gpu_here", "expected"),
+    [
+        ("auto", "auto", "auto", True, "nccl"),
+        ("auto", "auto", "auto", False, "gloo"),
+        ("auto", "cuda", "cuda", False, "nccl"),
+        ("auto", "cuda", "auto", True, "nccl"),
+        ("auto", "cuda", "cpu", True, "gloo"),
+        ("auto", "auto", "cpu", True, "gloo"),
+        ("auto", "cpu", "cuda", True, "gloo"),
+        ("auto", "cpu", "auto", True, "gloo"),
+        ("ipc", "cuda", "cuda", True, "ipc"),
+        ("gloo", "cuda", "cuda", True, "gloo"),
+    ],
+)
+def test_weights_move_by_nccl_only_where_both_ends_have_a_gpu(backend, learner, generator, gpu_here, expected):
+    config = load(f"weights.backend={backend}", f"learner.device={learner}", f"generator.device={generator}")
+    assert weight_backend(config, gpu_here=gpu_here) == expected
 
 
 # -- the catalogue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncrl.generator import weights
 from asyncrl.generator.weights import WeightWorkerExtension
 from asyncrl.transport.weight_group import WeightGroup
 
@@ -20,6 +21,27 @@ class OddWorkerExtension(WeightWorkerExtension):
             apply(prepared, manifest)
 
         direct.apply = broken
+
+    def odd_break_next_finish(self) -> None:
+        """The next reload breaks off when its layers are put back."""
+        finalize = weights.finalize_layerwise_reload
+
+        def broken(*args):
+            weights.finalize_layerwise_reload = finalize
+            raise MemoryError("no memory for a padded layer")
+
+        weights.finalize_layerwise_reload = broken
+
+    def odd_refuse_next_stage(self, rank: int) -> None:
+        """Worker `rank` cannot begin the next stage."""
+        receiver = self.weight_transfer_engine.receiver
+
+        def refuse(*args):
+            del receiver.begin_stage
+            raise RuntimeError("can't start new thread")
+
+        if self.rank == rank:
+            receiver.begin_stage = refuse
 
     def odd_damage_next_bytes(self, rank: int) -> None:
         """What worker `rank` receives next has one bit wrong."""

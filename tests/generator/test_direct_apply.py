@@ -374,13 +374,33 @@ def break_a_swap(engine):
         engine.run(engine.generate([5, 9, 33]))
 
 
+def break_a_reload(engine):
+    engine.engine.taint("so that the next swap is a reload")
+
+    async def broken():
+        await engine.engine._rpc("odd_break_next_finish", 5.0)
+        version = await engine.stage_next(98)
+        with pytest.raises(EngineError, match="MemoryError: no memory for a padded layer; the engine is tainted"):
+            await engine.engine.swap_weights(version, 20.0)
+
+    engine.run(broken())
+    assert engine.engine.tainted
+
+
 def test_a_direct_apply_that_breaks_off_taints_a_reload_heals_and_a_loader_that_computes_is_not_bypassed(odd_engine):
     assert [sync_and_check(odd_engine, seed) for seed in (1, 2, 3)] == ["reload", "direct", "direct"]
     break_a_swap(odd_engine)
     assert [sync_and_check(odd_engine, seed) for seed in (4, 5)] == ["reload", "direct"]
 
+    # Weights that were found wrong may rest on anything: nothing of them is built upon.
+    odd_engine.engine.taint("the canary differs")
+    assert [sync_and_check(odd_engine, seed) for seed in (6, 7)] == ["reload", "direct"]
+
+    break_a_reload(odd_engine)
+    assert [sync_and_check(odd_engine, seed) for seed in (8, 9)] == ["reload", "direct"]
+
     break_a_swap(odd_engine)
     odd_engine.run(odd_engine.engine._rpc("odd_load_computed_tensors", 5.0))
-    assert [sync_and_check(odd_engine, seed) for seed in (6, 7, 8)] == ["reload"] * 3
+    assert [sync_and_check(odd_engine, seed) for seed in (10, 11, 12)] == ["reload"] * 3
     log = odd_engine.notes["log"].read_text()
-    assert log.count("apply: direct.") == 2 and log.count("was computed on the way") == 1
+    assert log.count("apply: direct.") == 4 and log.count("was computed on the way") == 1

@@ -6,12 +6,15 @@ import asyncio
 
 import numpy as np
 import pytest
+import torch
 from fake_engine import FakeEngine, completion, dead
 
 from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.rewards import RewardOutcome
 from asyncrl.generator.rollout import LeaseFailure, LeaseRunner
-from asyncrl.transport.messages import FAILURE_REASONS
+from asyncrl.generator.weight_sync import WeightSync
+from asyncrl.transport.messages import FAILURE_REASONS, SyncAbort, SyncCommit, SyncOffer, SyncSwap
+from asyncrl.transport.weight_group import SnapshotBuffer
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
 
 GOOD = RewardOutcome({"exact": 1.0, "format": 0.5})
@@ -34,11 +37,13 @@ class Rewards:
 class Proofs:
     """Stands for the weight sync: which versions are proven."""
 
+    num_loads = 3
+
     def __init__(self, error=None):
         self.asked = []
         self.error = error
 
-    async def wait_proven(self, versions, timeout_s):
+    async def wait_proven(self, versions, timeout_s, *, since):
         self.asked.append(set(versions))
         if self.error:
             raise self.error
@@ -128,6 +133,47 @@ def test_tokens_of_a_version_that_was_never_proven_are_lost_work():
     failure, runner = run(lease(), proofs=Proofs(EngineError("tokens of versions [2], which were never proven")))
     assert failure.reason == "tainted"
     assert runner.generations_failed == 1
+
+
+def test_a_group_that_waits_for_rewards_while_its_version_is_found_wrong_and_comes_again_is_lost_work():
+    """Through the real weight sync: the second load of version 0 is proven, and the group is of the first."""
+    spec = {"store_host": "127.0.0.1", "store_port": 1, "rank": 1, "world_size": 2, "backend": "gloo"}
+    buffer = SnapshotBuffer([("weight", torch.nn.Parameter(torch.ones(4)))], bucket_bytes=1024)
+    buffer.snapshot()
+    manifest = buffer.manifest(0).to_dict()
+
+    async def scenario():
+        engine, replies = FakeEngine(), []
+        sync = WeightSync(engine, replies.append)
+
+        async def load(epoch):
+            for message in (
+                SyncOffer(1, 0, epoch, {**spec, "group_epoch": epoch, "prefix": f"run/1/{epoch}"}, manifest, 5.0),
+                SyncSwap(1, 0, epoch, [], 5.0),
+            ):
+                replies.clear()
+                sync.handle(message)
+                while not replies:
+                    await asyncio.sleep(0)
+
+        class SlowRewards(Rewards):
+            async def score(self, *args):
+                sync.handle(SyncAbort(1, 0, 1, "the canary differs", True))
+                await load(epoch=2)
+                sync.handle(SyncCommit(1, 0, 2))
+                await sync.wait_proven({0}, 5.0, since=sync.num_loads)
+                return await super().score(*args)
+
+        await load(epoch=1)
+        runner = LeaseRunner(engine, SlowRewards(), sync, commit_timeout_s=5.0)
+        outcome = await runner.run(lease())
+        assert isinstance(outcome, LeaseFailure) and outcome.reason == "tainted", outcome
+        assert "from before these were loaded again" in outcome.detail
+        again = await LeaseRunner(engine, Rewards(), sync, commit_timeout_s=5.0).run(lease())
+        assert isinstance(again, Group)
+        await sync.close(5.0)
+
+    asyncio.run(scenario())
 
 
 def test_an_evaluation_that_crossed_a_weight_swap_is_no_evaluation_of_its_version():

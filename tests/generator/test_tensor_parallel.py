@@ -129,3 +129,17 @@ def test_a_bit_that_is_wrong_on_one_worker_is_found_and_the_worker_named(two_wor
     randomize(engine.model, 60 + rank)
     engine.run(engine.sync())
     assert_it_is_the_model(engine)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_cannot_begin_is_named_and_no_answer_gets_out_of_step(two_workers, rank):
+    engine = two_workers
+    engine.run(engine.sync())
+    engine.run(engine.engine._rpc("odd_refuse_next_stage", 5.0, rank))
+    told = f"worker {rank} failed in phase stage.*: RuntimeError: can't start new thread; the weight group is left"
+    with pytest.raises(WeightGroupError, match=told):
+        engine.run(engine.stage_next(80 + rank))
+    assert engine.run(engine.engine._rpc("asyncrl_staged_version", 5.0)) == [None, None]
+    randomize(engine.model, 90 + rank)
+    engine.run(engine.sync())
+    assert_it_is_the_model(engine)

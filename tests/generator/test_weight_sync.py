@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import numpy as np
@@ -55,7 +56,7 @@ class World:
         for message in messages:
             self.sync.handle(message)
         deadline = time.monotonic() + TIMEOUT_S
-        while self.sync.busy:
+        while self.sync._task is not None and not self.sync._task.done():
             assert time.monotonic() < deadline
             await asyncio.sleep(0)
         return self.replies[-1] if self.replies else None
@@ -78,7 +79,7 @@ def scenario(work):
         try:
             return await work(world)
         finally:
-            await world.sync.close()
+            await world.sync.close(TIMEOUT_S)
 
     return asyncio.run(run())
 
@@ -158,7 +159,7 @@ def test_a_commit_of_what_is_not_loaded_is_ignored():
         await world.handle(SyncCommit(1, 2, 0))
         assert world.sync.held_version is None
         with pytest.raises(EngineError):
-            await world.sync.wait_proven({2}, 0.01)
+            await world.sync.wait_proven({2}, 0.01, since=0)
 
     scenario(work)
 
@@ -179,7 +180,7 @@ def test_tokens_wait_for_the_commit_of_what_is_loaded_and_go_then():
     async def work(world):
         await world.load(1)
         await world.load(2, commit=False)
-        waiting = asyncio.create_task(world.sync.wait_proven({1, 2}, TIMEOUT_S))
+        waiting = asyncio.create_task(world.sync.wait_proven({1, 2}, TIMEOUT_S, since=0))
         await asyncio.sleep(0)
         assert not waiting.done()
         await world.handle(SyncCommit(1, 2, 0))
@@ -192,7 +193,7 @@ def test_tokens_of_a_tainted_version_are_never_proven():
     async def work(world):
         await world.load(1)
         await world.load(2, commit=False)
-        waiting = asyncio.create_task(world.sync.wait_proven({2}, TIMEOUT_S))
+        waiting = asyncio.create_task(world.sync.wait_proven({2}, TIMEOUT_S, since=0))
         await world.handle(SyncAbort(1, 2, 0, "canary differs", True))
         with pytest.raises(EngineError, match=r"versions \[2\], which were never proven"):
             await waiting
@@ -221,7 +222,91 @@ def test_a_number_that_was_proven_proves_nothing_when_other_weights_come_under_i
         await world.load(3)
         await world.load(3, commit=False)
         with pytest.raises(EngineError, match=r"versions \[3\] were not proven"):
-            await world.sync.wait_proven({3}, 0.01)
+            await world.sync.wait_proven({3}, 0.01, since=0)
+
+    scenario(work)
+
+
+@pytest.mark.parametrize("in_between", ["tainted", "the learner died", "proven"])
+def test_the_proof_of_a_number_that_came_again_is_not_one_of_what_was_sampled_before(in_between):
+    """A group may be complete and wait for its rewards while its version is found wrong, sent again and proven."""
+
+    async def work(world):
+        await world.load(1)
+        before = world.sync.num_loads
+        await world.load(2, commit=in_between == "proven")
+        sampled = asyncio.create_task(world.sync.wait_proven({2}, TIMEOUT_S, since=before))
+        later = world.sync.num_loads
+        if in_between == "tainted":
+            await world.handle(SyncAbort(1, 2, 0, "canary differs", True))
+            with pytest.raises(EngineError, match="never proven"):
+                await sampled
+        await world.load(2)
+        if in_between != "tainted":
+            with (
+                pytest.raises(EngineError, match="from before these were loaded again")
+                if (in_between == "the learner died")
+                else contextlib.nullcontext()
+            ):
+                await sampled  # when it was proven, it had gone before the number came again
+        for mark in (before, later):
+            with pytest.raises(EngineError, match=r"versions \[2\] from before these were loaded again"):
+                await world.sync.wait_proven({1, 2}, 0.01, since=mark)
+        await world.sync.wait_proven({1, 2}, 0.01, since=world.sync.num_loads)
+        assert world.sync.held_version == 2
+
+    scenario(work)
+
+
+def test_the_commit_of_an_earlier_attempt_proves_nothing_about_a_later_load():
+    async def work(world):
+        await world.load(2, commit=False)
+        await world.handle(offer(2, epoch=2, attempt=1), swap(2, attempt=1))
+        for commit in (SyncCommit(1, 2, 0), SyncCommit(2, 2, 1)):
+            await world.handle(commit)
+            assert world.sync.held_version is None
+        await world.handle(SyncCommit(1, 2, 1))
+        assert world.sync.held_version == 2
+
+    scenario(work)
+
+
+def test_what_begins_to_sample_during_a_swap_may_have_old_weights_and_counts_as_before_it():
+    async def work(world):
+        await world.load(2)
+        world.engine.swap_held_up = asyncio.Event()
+        world.sync.handle(offer(2, epoch=2))
+        world.sync.handle(swap(2))
+        while world.names()[-1] != "swap":
+            await asyncio.sleep(0)
+        assert world.sync.swapping
+        mark = world.sync.num_loads
+        world.engine.swap_held_up.set()
+        await world.handle(SyncCommit(1, 2, 0))
+        assert world.sync.held_version == 2 and not world.sync.swapping
+        with pytest.raises(EngineError, match="loaded again"):
+            await world.sync.wait_proven({2}, 0.01, since=mark)
+
+    scenario(work)
+
+
+def test_joining_and_staging_share_one_deadline():
+    async def work(world):
+        given = []
+        join, stage = world.engine.join_weight_group, world.engine.stage_weights
+
+        async def slow_join(spec, timeout_s):
+            given.append(timeout_s)
+            await join(spec, timeout_s)
+            await asyncio.sleep(0.05)
+
+        async def noted_stage(manifest, timeout_s):
+            given.append(timeout_s)
+            return await stage(manifest, timeout_s)
+
+        world.engine.join_weight_group, world.engine.stage_weights = slow_join, noted_stage
+        await world.handle(offer(1))
+        assert given[0] <= TIMEOUT_S and given[1] <= given[0] - 0.05
 
     scenario(work)
 
@@ -232,7 +317,7 @@ def test_an_abort_that_changed_no_weights_leaves_the_held_version():
         await world.handle(offer(2))
         await world.handle(SyncAbort(1, 2, 0, "another generator died", False))
         assert world.sync.held_version == 1 and not world.engine.tainted
-        await world.sync.wait_proven({1}, 0.01)
+        await world.sync.wait_proven({1}, 0.01, since=0)
 
     scenario(work)
 
@@ -243,7 +328,7 @@ def test_a_version_stays_proven_after_the_next_one():
     async def work(world):
         await world.load(1)
         await world.load(2)
-        await world.sync.wait_proven({1, 2}, 0.01)
+        await world.sync.wait_proven({1, 2}, 0.01, since=0)
 
     scenario(work)
 
@@ -252,7 +337,7 @@ def test_the_wait_for_a_learner_that_died_between_swap_and_commit_ends():
     async def work(world):
         await world.load(1, commit=False)
         with pytest.raises(EngineError, match=r"versions \[1\] were not proven within 0 s"):
-            await world.sync.wait_proven({1}, 0.05)
+            await world.sync.wait_proven({1}, 0.05, since=0)
 
     scenario(work)
 
@@ -262,7 +347,7 @@ def test_a_version_that_was_never_loaded_fails_at_once():
         await world.load(1)
         started = time.monotonic()
         with pytest.raises(EngineError, match="never proven"):
-            await world.sync.wait_proven({7}, 60.0)
+            await world.sync.wait_proven({7}, 60.0, since=0)
         assert time.monotonic() - started < 5.0
 
     scenario(work)

@@ -69,10 +69,13 @@ def test_a_group_that_failed_is_closed_before_it_is_reported_and_how_far_it_was_
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_of_our_own_closes_the_group_and_frees_its_memory():
+def test_an_error_of_our_own_is_reported_with_its_order_and_closes_the_group_and_frees_its_memory():
     group = Group(ZeroDivisionError("a bug"))
     sender, report = start(group)
-    sender.send(order(), PARTS)
-    assert report() == Sent(7) and group.closed == 1
+    sender.send(order(4), PARTS)
+    sent = report()
+    assert (sent.order.attempt, sent.error) == (4, "ZeroDivisionError('a bug') (10 of 15 bytes were sent)")
+    assert group.closed
+    assert report() == Sent(7)
     sender.join(TIMEOUT_S)
     assert not sender.is_alive()

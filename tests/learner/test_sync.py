@@ -139,6 +139,14 @@ def test_a_round_opens_a_group_offers_swaps_and_commits():
     assert bench.round is None
 
 
+def test_the_log_names_every_commit(caplog):
+    bench = Bench("a", "b")
+    with caplog.at_level("DEBUG"):
+        bench.sync_all(7, ["a", "b"])
+    said = [record.getMessage() for record in caplog.records if "committed" in record.getMessage()]
+    assert said == [f"{name} (incarnation 1) committed version 7" for name in "ab"]
+
+
 def test_the_group_is_used_again_while_members_stay_the_same():
     bench = Bench("a")
     bench.sync_all(0, ["a"])

@@ -57,6 +57,7 @@ def make(folder: Path, max_restarts: int) -> TrainerProcess:
         num_ranks=1,
         threads=1,
         max_restarts=max_restarts,
+        weights_timeout_s=7.0,
     )
 
 
@@ -86,6 +87,15 @@ def test_a_death_is_told_once_and_followed_by_a_restart_after_the_back_off(train
     assert not trainer.poll(RESTART_BACKOFF_S)
     assert trainer.running
     assert trainer.pid != first
+
+
+def test_a_trainer_starts_with_the_deadline_of_weight_groups(tmp_path):
+    """torch reads it once, at the first collective of the process."""
+    trainer = make(tmp_path, max_restarts=0)
+    trainer.start()
+    environment = Path(f"/proc/{trainer.pid}/environ").read_bytes().split(b"\0")
+    assert b"TORCH_NCCL_NONBLOCKING_TIMEOUT=6" in environment
+    trainer.kill()
 
 
 def test_too_many_deaths_without_a_step_end_the_learner_with_the_last_words_of_the_trainer(tmp_path):

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from asyncrl.errors import AsyncRLError
 from asyncrl.generator.staging import receive
@@ -204,6 +205,33 @@ def test_the_first_version_is_dense_and_what_changes_little_is_a_delta(world):
     assert [sync.encode_ms is None for sync in figures] == [True, *[False] * 3]
     assert figures[0].num_bytes == figures[0].dense_bytes == figures[-1].dense_bytes > figures[-1].num_bytes
     assert world.receivers["a"].encodings == world.receivers["b"].encodings == ["dense", *["delta"] * 3]
+
+
+def test_a_difference_is_kept_no_longer_than_somebody_may_ask_for_it(world):
+    world.join("a")
+    world.publish()
+    for _ in range(4):
+        world.step()
+        assert world.publish() == ["delta"]
+        # What was sent is counted as read until the publisher's thread has taken the report.
+        world.wait(lambda: not any(slot.readers for slot in world.publisher._slots))
+        assert len([slot for slot in world.publisher._slots if slot.delta is not None and not slot.readers]) == 1
+    assert world.publisher._offered.delta is not None and len(world.publisher._slots) == 3
+
+
+def test_a_store_that_does_not_start_is_an_answer_to_the_desk_and_the_publisher_goes_on(world, monkeypatch):
+    real, calls = dist.TCPStore, []
+
+    def failing_first(**options):
+        calls.append(options["is_master"])
+        if len(calls) == 1:
+            raise RuntimeError("the server socket has failed to listen\nException raised from C++")
+        return real(**options)
+
+    monkeypatch.setattr(dist, "TCPStore", failing_first)
+    world.join("a")
+    world.publish_to("a")
+    assert "the server socket has failed to listen" in world.failed[0].reason
 
 
 def test_a_joiner_is_caught_up_whole_and_takes_deltas_with_the_others_from_then_on(world):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from group_members import in_threads, pair
 
 import asyncrl
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_collectives import AHEAD, _Environment
+from asyncrl.transport.weight_collectives import AHEAD
 from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
 
 PACKAGE = Path(asyncrl.__file__).parent
@@ -125,24 +123,3 @@ def test_a_broadcast_that_stops_in_the_middle_has_told_how_far_it_was(backend):
     assert failures and "broadcast of 1000000 bytes" in failures[0]
     root.close()
     member.close()
-
-
-def test_variables_for_nccl_are_gone_when_the_last_group_of_several_is_formed(monkeypatch):
-    monkeypatch.setenv("ASYNCRL_TEST_A", "before")
-    monkeypatch.delenv("ASYNCRL_TEST_B", raising=False)
-    environment, inside, leave = _Environment(), threading.Barrier(2, timeout=10.0), threading.Event()
-
-    def other():
-        with environment.holding({"ASYNCRL_TEST_A": "2", "ASYNCRL_TEST_B": "2"}):
-            inside.wait()
-            leave.wait(10.0)
-
-    thread = threading.Thread(target=other)
-    with environment.holding({"ASYNCRL_TEST_A": "1", "ASYNCRL_TEST_B": "1"}):
-        assert os.environ["ASYNCRL_TEST_B"] == "1"
-        thread.start()
-        inside.wait()
-    assert os.environ["ASYNCRL_TEST_B"] == "2", "the other is not through"
-    leave.set()
-    thread.join()
-    assert os.environ["ASYNCRL_TEST_A"] == "before" and "ASYNCRL_TEST_B" not in os.environ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ import msgpack
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from group_members import in_threads, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +29,7 @@ from asyncrl.transport.weight_group import (
     WeightGroupSpec,
     WeightLayout,
     WeightManifest,
+    WeightStore,
     digest,
     plan_buckets,
 )
@@ -194,6 +198,50 @@ def test_the_store_listens_on_the_given_address_only():
 def test_a_port_in_use_is_the_users_to_change():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BindError, match="free port"):
         WeightGroup.host(dataclasses.replace(SPEC, store_port=taken.getsockname()[1]))
+
+
+def test_a_store_that_cannot_listen_or_does_not_start_leaves_no_socket_behind(monkeypatch):
+    def failing(**options):
+        os.close(options["master_listen_fd"])  # as torch's server does when it is taken down
+        raise RuntimeError("no room for the server\nException raised from C++")
+
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        before, gc_was_on = descriptors(), gc.isenabled()
+        gc.disable()  # it would close what was forgotten
+        try:
+            errors = []
+            for _ in range(3):
+                with pytest.raises(BindError, match="free port") as error:
+                    WeightStore("127.0.0.1", taken.getsockname()[1])
+                errors.append(error)  # with the frames, and what they hold
+            monkeypatch.setattr(dist, "TCPStore", failing)
+            with pytest.raises(BindError, match=r"does not start on 127\.0\.0\.1:\d+: no room for the server$"):
+                WeightStore("127.0.0.1")
+            assert descriptors() == before
+        finally:
+            if gc_was_on:
+                gc.enable()
+
+
+def test_an_error_of_our_own_in_the_middle_of_a_broadcast_leaves_a_dead_group():
+    root, member = pair(SPEC, WeightGroup)
+    sent, taken = torch.zeros(3, 10), torch.zeros(3, 10)
+
+    def broken(num_bytes):
+        raise ZeroDivisionError("a bug")
+
+    def send():
+        with pytest.raises(ZeroDivisionError):
+            root.broadcast(list(sent), 10.0, broken)
+
+    in_threads(send, lambda: member.broadcast([taken[0]], 10.0))
+    with pytest.raises(WeightGroupError, match=r"the group is dead \(a bug\)"):
+        root.broadcast([sent[0]], 10.0)
+    for group in (member, root):  # the root still has two parts under way
+        group.close()
 
 
 def test_members_in_threads_receive_what_was_sent_and_groups_can_follow_each_other():

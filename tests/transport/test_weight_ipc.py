@@ -24,6 +24,7 @@ from asyncrl.transport.weight_memory import shared_buffer
 
 SPEC = WeightGroupSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
 NUM_BYTES = 100_000
+NO_PID = 2**22 + 1  # above the kernel's largest
 
 
 def filled(number, buffer=None):
@@ -240,8 +241,13 @@ def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
     ],
 )
 def test_members_that_cannot_share_memory_are_told_why_at_once_on_both_sides(monkeypatch, key, words):
-    real, numbers = weight_ipc.place, itertools.count()
+    real, put, numbers = weight_ipc.place, weight_ipc.IpcTransport._put, itertools.count()
     monkeypatch.setattr(weight_ipc, "place", lambda device: real(device) | {key: next(numbers)})
+
+    def put_elsewhere(transport, name, value):
+        put(transport, name, value | {"pid": NO_PID} if name == "learner" else value)
+
+    monkeypatch.setattr(weight_ipc.IpcTransport, "_put", put_elsewhere)
     root = WeightGroup.host(SPEC)
     member = WeightGroup(root.spec.for_rank(1))
     started = time.monotonic()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from asyncrl.transport.weight_layout import SnapshotBuffer
@@ -57,6 +59,19 @@ def test_every_buffer_keeps_the_parameters_as_they_were_at_its_snapshot():
         buffers[0].snapshot()
         assert_holds(buffers[0], one_by_one(named, adapted, wire_dtype))
         assert_holds(buffers[1], taken[1])
+
+
+def test_on_a_gpu_the_training_waits_for_its_own_stream_and_for_no_other(monkeypatch):
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("the stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: waited.append(str(device)) or stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append("all streams"))
+    buffer = SnapshotBuffer(parameters(), 256)
+    buffer.snapshot()
+    assert waited == [], "nothing on a CPU"
+    buffer._copies._gpu = torch.device("cuda", 3)
+    buffer.snapshot()
+    assert waited == ["cuda:3", "the stream"]
 
 
 def test_a_snapshot_takes_no_part_in_the_gradient():

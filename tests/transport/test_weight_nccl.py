@@ -1,0 +1,227 @@
+"""What an NCCL group is told and when it is let go of, on a stand-in for torch's class: no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import threading
+import time
+import weakref
+from contextlib import nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from asyncrl.errors import WeightGroupError
+from asyncrl.transport import weight_collectives, weight_group
+from asyncrl.transport.weight_collectives import NcclTransport
+from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+
+SPEC = WeightGroupSpec("127.0.0.1", 0, "nccl/1", 0, 2, "nccl", 20.0)
+SWITCH = "TORCH_NCCL_BLOCKING_WAIT"
+
+
+class Work:
+    """Like torch's: `wait` of a failed one raises, of one under way it would not return; both let go of tensors."""
+
+    def __init__(self, done, error):
+        self.done, self.error, self.waits = done, error, 0
+
+    def is_completed(self):
+        return self.error is not None or self.done.is_set()
+
+    def wait(self):
+        assert self.is_completed()
+        self.waits += 1
+        if self.error is not None:
+            raise dist.DistBackendError(self.error)
+
+
+class Nccl:
+    """Stands for dist.ProcessGroupNCCL, and remembers what was done with the groups made."""
+
+    def __init__(self):
+        self.done, self.may_make = threading.Event(), threading.Event()
+        self.may_make.set()
+        self.being_made = threading.Event()
+        self.error, self.groups = None, []
+        self.inside, self.most_inside = 0, 0  # calls that make a group, now and at most
+
+    @staticmethod
+    def Options(*, is_high_priority_stream):
+        assert not is_high_priority_stream
+        return SimpleNamespace(config=SimpleNamespace(blocking=None), _timeout=None)
+
+    def __call__(self, store, rank, world_size, options):
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        self.being_made.set()
+        assert self.may_make.wait(20.0)
+        self.inside -= 1
+        group = SimpleNamespace(
+            place=(rank, world_size), options=options, switch=os.environ.get(SWITCH), sizes=[], works=[], aborts=0
+        )
+
+        def broadcast(parts, options):
+            group.sizes += [part.nbytes for part in parts]
+            group.works.append(Work(self.done, self.error))
+            return group.works[-1]
+
+        def abort():
+            group.aborts += 1
+
+        group.broadcast, group.abort = broadcast, abort
+        self.groups.append(group)
+        return group
+
+
+class OnCpu(NcclTransport):
+    def __init__(self, spec, device, aborted):
+        super().__init__(spec, torch.device("cuda"), aborted)
+        self._device = device
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    nccl = Nccl()
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
+    monkeypatch.setitem(weight_group.TRANSPORTS, "nccl", OnCpu)
+    monkeypatch.setattr(weight_collectives, "_side_stream", lambda device: nullcontext())
+    monkeypatch.delenv(SWITCH, raising=False)
+    return nccl
+
+
+def failing(call):
+    """The text of the WeightGroupError that `call` ends with, and the seconds it took."""
+    started = time.monotonic()
+    with pytest.raises(WeightGroupError) as failure:
+        call()
+    return str(failure.value), time.monotonic() - started
+
+
+def until_aborted(nccl):
+    deadline = time.monotonic() + 10.0
+    while not (nccl.groups and nccl.groups[0].aborts):
+        assert time.monotonic() < deadline, "the group goes on"
+        time.sleep(0.01)
+
+
+def joined(nccl):
+    group = WeightGroup.host(SPEC)
+    nccl.done.set()
+    group.join()
+    nccl.done.clear()
+    return group
+
+
+def test_a_group_is_formed_when_its_first_broadcast_is_done_and_has_no_watchdog(nccl):
+    group = WeightGroup.host(SPEC)
+    joining = threading.Thread(target=group.join, daemon=True)
+    joining.start()
+    joining.join(0.3)
+    assert joining.is_alive(), "nobody else has come"
+    nccl.done.set()
+    joining.join(10.0)
+    assert not joining.is_alive()
+    (made,) = nccl.groups
+    assert made.place == (0, 2) and made.sizes == [1] and made.works[0].waits == 1
+    assert made.switch == "1" and SWITCH not in os.environ
+    assert made.options.config.blocking == 0 and made.options._timeout > timedelta(hours=1)
+    told = []
+    group.broadcast([torch.zeros(5), torch.zeros(7)], 10.0, told.append)
+    assert made.sizes[1:] == told == [20, 28] and [work.waits for work in made.works] == [1, 1, 1]
+    assert not made.aborts
+    group.close()
+    assert made.aborts == 1
+
+
+def test_a_member_that_does_not_come_ends_the_forming_at_its_deadline(nccl):
+    group = WeightGroup.host(SPEC)
+    text, elapsed_s = failing(lambda: group.join(0.5))
+    assert "forming weight group 'nccl/1' as rank 0 of 2" in text and "did not take part in time" in text
+    assert 0.4 < elapsed_s < 2.0
+    group.close()
+    assert nccl.groups[0].aborts == 1 and not nccl.groups[0].works[0].waits
+
+
+def test_a_broadcast_that_hangs_ends_at_its_deadline_and_its_memory_stays_until_it_was_aborted(nccl):
+    group = joined(nccl)
+    part = torch.zeros(100)
+    memory, alive_at_abort = weakref.ref(part), []
+    text, elapsed_s = failing(lambda parts=[part]: group.broadcast(parts, 0.5))
+    assert "did not take part in time" in text and 0.4 < elapsed_s < 2.0
+    del part
+    gc.collect()
+    nccl.groups[0].abort = lambda: alive_at_abort.append(memory() is not None)
+    group.close()
+    assert alive_at_abort == [True]
+    gc.collect()
+    assert memory() is None
+
+
+def test_an_error_of_nccl_is_one_of_the_group(nccl):
+    group = joined(nccl)
+    nccl.error = "remote process exited\nLast error: connection reset"
+    text, elapsed_s = failing(lambda: group.broadcast([torch.zeros(5)], 10.0))
+    assert "broadcast of 20 bytes" in text and text.endswith("remote process exited") and elapsed_s < 2.0
+    group.close()
+    nccl.groups.clear()
+    group = WeightGroup.host(dataclasses.replace(SPEC, prefix="nccl/2"))
+    assert failing(group.join)[0].endswith("remote process exited")
+    group.close()
+    assert nccl.groups[0].aborts == 1
+
+
+@pytest.mark.parametrize("method", ["abort", "close"])
+def test_a_group_that_is_given_up_while_it_is_formed_is_aborted(nccl, method):
+    group = WeightGroup.host(SPEC)
+    threading.Timer(0.2, getattr(group, method)).start()
+    text, elapsed_s = failing(group.join)
+    assert text.endswith("aborted") and elapsed_s < 2.0
+    group.close()
+    until_aborted(nccl)  # a `close` of the timer may still be under way
+
+
+@pytest.mark.parametrize("method", ["abort", "close"])
+def test_a_group_that_is_given_up_before_torch_has_made_it_is_aborted_when_it_appears(nccl, method):
+    group = WeightGroup.host(SPEC)
+    nccl.may_make.clear()
+    ended = []
+    joining = threading.Thread(target=lambda: ended.append(failing(group.join)[0]), daemon=True)
+    joining.start()
+    assert nccl.being_made.wait(10.0)
+    getattr(group, method)()
+    joining.join(10.0)
+    assert ended and ended[0].endswith("aborted")
+    nccl.may_make.set()
+    until_aborted(nccl)
+    assert nccl.groups[0].sizes == []
+    group.close()
+
+
+def test_groups_made_at_the_same_time_leave_the_environment_as_it_was(nccl, monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    nccl.done.set()
+    nccl.may_make.clear()
+    groups = [WeightGroup.host(dataclasses.replace(SPEC, prefix=f"nccl/{number}")) for number in range(3)]
+    joining = [threading.Thread(target=group.join, daemon=True) for group in groups]
+    for thread in joining:
+        thread.start()
+    assert nccl.being_made.wait(10.0)
+    time.sleep(0.2)  # the others would be there by now
+    nccl.may_make.set()
+    for thread in joining:
+        thread.join(10.0)
+    assert nccl.most_inside == 1, "one would restore what another had set"
+    assert [made.switch for made in nccl.groups] == ["1"] * 3 and os.environ[SWITCH] == "0"
+    for group in groups:
+        group.close()
+
+
+def test_nccl_needs_a_gpu():
+    with pytest.raises(WeightGroupError, match="nccl needs a cuda device, not cpu; use gloo"):
+        WeightGroup.host(SPEC, "cpu")
