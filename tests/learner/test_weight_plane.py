@@ -22,7 +22,15 @@ from asyncrl.learner.publisher import Publisher
 from asyncrl.learner.sync import SyncPlanner
 from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 from asyncrl.transport.codec import decode, encode
-from asyncrl.transport.messages import BroadcastDone, GroupReady, SnapshotReady, SyncOffer, SyncReply, SyncSwap
+from asyncrl.transport.messages import (
+    BroadcastDone,
+    GroupReady,
+    SnapshotReady,
+    SnapshotWanted,
+    SyncOffer,
+    SyncReply,
+    SyncSwap,
+)
 from asyncrl.transport.sockets import ServerSocket
 from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec, WeightManifest
 
@@ -323,6 +331,34 @@ def test_weights_that_all_change_stay_dense_and_take_no_third_buffer():
         assert world.ended[-1].encode_ms == 0.0
         world.step()  # and as soon as it pays:
         assert world.publish() == ["delta"]
+    finally:
+        world.close()
+
+
+def test_an_offer_is_repeated_until_the_desk_answers_and_when_its_answer_shows_that_it_did_not_come(monkeypatch):
+    monkeypatch.setattr("asyncrl.learner.publisher.IDLE_WAIT_S", 0.1)
+    world = World()
+
+    def offered():
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (frames := world.socket.poll(0.05)):
+            assert time.monotonic() < deadline
+        world._peer = frames[0][0]
+        return {decode(frame, max_bytes=MAX_BYTES).version for _, frame in frames}
+
+    def answer(version):
+        world.socket.send(world._peer, encode(SnapshotWanted(version, []), max_bytes=MAX_BYTES))
+
+    try:
+        world.publisher.publish(0)
+        assert [offered() for _ in range(3)] == [{0}] * 3
+        answer(0)
+        world.publisher.publish(1)
+        while offered() == {0}:
+            pass
+        assert not world.socket.poll(0.5), "heard: it does not repeat by itself any more"
+        answer(0)
+        assert offered() == {1}
     finally:
         world.close()
 
