@@ -186,6 +186,7 @@ def make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Intak
         # Generators are back within a second and bring what they have of the version reached before; the trainer that
         # trains up to it again takes longer to start.
         newest_version=newest_version,
+        proven_before=newest_version if run_epoch > 1 else -1,
     )
     return intake, version, evals_done
 

@@ -64,6 +64,8 @@ class Intake:
     on_eval: Callable[[Group], None] = _nobody
     on_cancel: Callable[[LeaseRecord], None] = _nobody
     newest_version: int = 0  # no token can be newer
+    proven_before: int = -1  # up to this one, versions were proven to an earlier learner of the run
+    _proven: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     _pending: list[_Pending] = field(default_factory=list)
     _sampling: DynamicSampling | None = field(init=False, default=None)
     _said_that_all_is_equal: bool = field(init=False, default=False)
@@ -87,6 +89,7 @@ class Intake:
         try:
             group = result_to_group(message)
             self._check(group)
+            self._check_proofs(group, session)
         except ProtocolError as error:
             self._fail_lease(message, "invalid", now)
             return self._refuse(session, message.seq, "invalid", str(error), now)
@@ -147,6 +150,20 @@ class Intake:
             if item.evaluated is not None:
                 self.on_eval(item.evaluated)
         return list({item.session.generator_id: item.session for item in pending}.values())
+
+    def note_proof(self, generator_id: str, incarnation: int, version: int) -> None:
+        """This generator proved `version` here: from now on it may bring tokens of it."""
+        self._proven.setdefault((generator_id, incarnation), set()).add(version)
+
+    def _check_proofs(self, group: Group, session: DeskSession) -> None:
+        """Raises ProtocolError unless the generator proved every version that it says its tokens are of."""
+        proven = self._proven.get((session.generator_id, session.incarnation), set())
+        versions = {span.version for rollout in group.rollouts for span in rollout.version_spans}
+        if unproven := sorted(v for v in versions - proven if v > self.proven_before):
+            raise ProtocolError(
+                f"{group.key} has tokens of versions {unproven}, which {session.generator_id} (incarnation "
+                f"{session.incarnation}) never proved; proven are {sorted(proven)[-5:]} (the newest five)"
+            )
 
     def _check(self, group: Group) -> None:
         """Raises ProtocolError unless the group fits what was leased."""

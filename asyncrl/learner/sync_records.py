@@ -104,6 +104,7 @@ class Committed:
     """`name` proved `version`. Times in milliseconds; the canary's log-prob differences are absolute, in nats."""
 
     name: str
+    incarnation: int
     version: int
     attempt: int
     total_ms: float

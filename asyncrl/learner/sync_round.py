@@ -276,7 +276,14 @@ class SyncRound:
         log.debug("%s (incarnation %d) committed version %d", member.name, receiver.incarnation, version)
         total_ms = (now - self._started) * 1e3
         committed = Committed(
-            member.name, version, self.attempt, total_ms, canary_max_diff, canary_mean_diff, member.timings_ms
+            member.name,
+            receiver.incarnation,
+            version,
+            self.attempt,
+            total_ms,
+            canary_max_diff,
+            canary_mean_diff,
+            member.timings_ms,
         )
         self._committed.append(committed)
         self._emit(committed)

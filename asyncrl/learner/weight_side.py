@@ -71,6 +71,7 @@ class WeightSide:
                 case ToGenerator(name, message):
                     self._generators.send(name, message)
                 case Committed():
+                    self._intake.note_proof(output.name, output.incarnation, output.version)
                     self._evaluator.version_proven(output.version, now)
                     if not self._proven_once:
                         self._proven_once = True

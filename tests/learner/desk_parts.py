@@ -91,6 +91,7 @@ class Parts:
     def connect(self, name: str = "g1", now: float = 0.0) -> DeskSession:
         admission = self.sessions.hello(name.encode(), hello(name), version=0, now=now)
         assert admission.session is not None
+        self.intake.note_proof(name, 1, 0)
         return admission.session
 
     def deliver(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> messages.Message | None:

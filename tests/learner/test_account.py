@@ -89,7 +89,7 @@ def test_reward_parts_are_split_from_the_trainers_figures():
 
 
 def committed(name="g", version=3, *, mean=1e-7, largest=1e-6, **timings_ms):
-    return Committed(name, version, 0, 100.0, largest, mean, timings_ms)
+    return Committed(name, 1, version, 0, 100.0, largest, mean, timings_ms)
 
 
 def ended(*members, version=3, failed=(), num_bytes=1000, **figures):

@@ -163,6 +163,29 @@ def test_a_group_that_does_not_fit_is_refused_for_good_and_its_prompt_leased_aga
     assert (again.key.ordinal, again.key.attempt) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("proof", "taken"),
+    [(("g1", 1, 2), True), (("g1", 1, 1), False), (("g1", 2, 2), False), (("g2", 1, 2), False), (None, False)],
+    ids=["its own", "of another version", "of another incarnation", "of another generator", "none"],
+)
+def test_tokens_are_taken_of_versions_alone_that_this_generator_proved_to_this_learner(parts, session, proof, taken):
+    parts.intake.newest_version = 2
+    if proof:
+        parts.intake.note_proof(*proof)
+    lease(parts, 1)
+    answer = parts.deliver(session, train_group(0, version=2), seq=1)
+    assert (answer is None) == taken
+    if not taken:
+        assert isinstance(answer, Nack) and "versions [2], which g1 (incarnation 1) never proved" in answer.reason
+
+
+def test_what_was_proven_to_an_earlier_learner_of_the_run_is_taken(parts, session):
+    parts.intake.newest_version, parts.intake.proven_before = 3, 2
+    lease(parts, 2)
+    assert parts.deliver(session, train_group(0, version=2), seq=1) is None
+    assert isinstance(parts.deliver(session, train_group(1, version=3), seq=2), Nack)
+
+
 def test_groups_that_were_never_leased_are_refused(parts, session):
     beyond_the_run, not_granted = train_group(10), train_group(3)
     for seq, group in enumerate((beyond_the_run, not_granted), start=1):
@@ -225,6 +248,7 @@ def test_evaluated_groups_reach_the_evaluation_once_durable_and_never_the_buffer
 
 def test_an_evaluated_group_with_tokens_of_another_version_is_refused(parts, session):
     parts.intake.newest_version = 5
+    parts.intake.note_proof("g1", 1, 1)
     parts.leases.start_eval(0, 3, 60.0, 0.0)
     parts.leases.grant("g1", 0, 1, 0, 0.0)
     answer = parts.deliver(session, eval_group(0, prompt=40, version=1), seq=1)
@@ -357,6 +381,7 @@ def test_a_task_whose_rewards_are_always_equal_is_said_once_and_trained_on(filte
             (record,) = filtering.leases.grant("g1", version, 1, version, now)
             seq += 1
             filtering.intake.newest_version = version
+            filtering.intake.note_proof("g1", 1, version)
             filtering.deliver(session, flat_group(record.key.ordinal, version=version), seq)
             filtering.intake.sync()
         assert filtering.leases.num_filtered == limit * (version + 1)

@@ -164,7 +164,7 @@ class Planner(RuleBasedStateMachine):
                     self.to_publisher(message)
                 case ToGenerator(name, message) if isinstance(message, (SyncOffer, SyncSwap)):
                     self.orders.append((name, self.incarnations[name], message))
-                case Committed(name, version):
+                case Committed(name, _, version):
                     for phase in ("stage", "swap"):
                         assert (name, self.incarnations[name], version, phase) in self.honest, "committed unproven"
                 case RoundEnded():
