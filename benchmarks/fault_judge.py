@@ -70,7 +70,8 @@ class Seen:
 
     def standstill_s(self, since: float) -> float:
         """The longest time without a step, from `since` to the last step that is waited for, or else to `until`."""
-        later = [at for at, _ in self.steps if self.back_at is not None and at > self.back_at]
+        back_at = self.back_at  # looked for once: runs of hours have many events
+        later = [at for at, _ in self.steps if back_at is not None and at > back_at]
         end = later[MIN_STEPS - 1] if len(later) >= MIN_STEPS else self.until
         ends = [since, *(at for at, _ in self.steps if since < at < end), end]
         return max(after - before for before, after in pairwise(ends))
