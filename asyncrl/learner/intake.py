@@ -88,6 +88,11 @@ class Intake:
             return self._repeated(session, message.seq, offer)
         try:
             group = result_to_group(message)
+            if self._is_late_eval(group.key):
+                # Not wrong: the learner that wanted it was restarted, or the evaluation was given up.
+                log.debug("%s: %s belongs to no current evaluation", session.generator_id, group.key)
+                self._seen(session, message.seq, now)
+                return None
             self._check(group)
             self._check_proofs(group, session)
         except ProtocolError as error:
@@ -165,16 +170,20 @@ class Intake:
                 f"{session.incarnation}) never proved; proven are {sorted(proven)[-5:]} (the newest five)"
             )
 
+    def _is_late_eval(self, key: LeaseKey) -> bool:
+        evaluation = self.leases.evaluation
+        if key.kind is not LeaseKind.EVAL:
+            return False
+        return evaluation is None or not 0 <= evaluation.prompt_index(key.ordinal) < evaluation.num_prompts
+
     def _check(self, group: Group) -> None:
         """Raises ProtocolError unless the group fits what was leased."""
         kind, ordinal, _ = group.key
         sampling = self.config.sampling
         pinned = None
         if kind is LeaseKind.EVAL:
-            evaluation = self.leases.evaluation
-            if evaluation is None or not 0 <= evaluation.prompt_index(ordinal) < evaluation.num_prompts:
-                raise ProtocolError(f"{group.key} belongs to no current evaluation")
-            num_rollouts, pinned = 1, evaluation.version
+            assert self.leases.evaluation is not None, "late results of evaluations are left out before"
+            num_rollouts, pinned = 1, self.leases.evaluation.version
         else:
             if not self.leases.in_range(ordinal):
                 raise ProtocolError(f"ordinal {ordinal} is outside of this run")

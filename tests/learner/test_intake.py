@@ -255,8 +255,19 @@ def test_an_evaluated_group_with_tokens_of_another_version_is_refused(parts, ses
     assert isinstance(answer, Nack)
 
 
-def test_an_evaluated_group_of_an_evaluation_that_is_over_is_refused(parts, session):
-    assert isinstance(parts.deliver(session, eval_group(7, prompt=40), seq=1), Nack)
+def test_an_evaluated_group_of_an_evaluation_that_is_over_is_acknowledged_and_counts_for_nothing(
+    parts, session, caplog
+):
+    """A restarted learner begins its evaluation anew: what comes late of the old one is no fault of anybody."""
+    evaluated = []
+    parts.intake.on_eval = evaluated.append
+    assert parts.deliver(session, eval_group(7, prompt=40), seq=1) is None
+    parts.leases.start_eval(0, 3, 60.0, 0.0)
+    assert parts.deliver(session, eval_group(7, prompt=40), seq=2) is None
+    assert parts.intake.sync() == [session]
+    assert parts.sessions.ack(session).acked_seq == 2
+    assert evaluated == [] and parts.intake.account.results_refused == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_what_is_over_the_credit_is_ignored_and_comes_again(tmp_path):
