@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_weight_plane import MAX_BYTES, World
 
-from asyncrl.learner.sync import WANTED_REPEAT_S, SyncPlanner
+from asyncrl.learner.sync import WANTED_REPEAT_S
 from asyncrl.transport import limits
 from asyncrl.transport.messages import SyncOffer, SyncSwap
 from asyncrl.transport.sockets import ServerSocket
@@ -32,13 +31,7 @@ class StoppableWorld(World):
         self.process = subprocess.Popen(
             [sys.executable, str(script), self.socket.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=1e-6, cell_size=8)
-        self.replies = queue.Queue()
-        self.receivers = {}
-        self.ended, self.failed = [], []
-        self.before_offer = lambda: None
-        self._peer = None
-        self._version = -1
+        self.begin(TIMEOUT_S, cell_size=8)
 
     def publish(self, timeout_s=START_S):
         """The next version, until all hold it."""

@@ -100,6 +100,10 @@ class World:
             backend="gloo",
         )
         self.publisher.start()
+        self.begin(timeout_s, cell_size)
+
+    def begin(self, timeout_s, cell_size):
+        """The desk's end, without receivers."""
         self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=timeout_s, tolerance=1e-6, cell_size=cell_size)
         self.replies = queue.Queue()
         self.receivers = {}
