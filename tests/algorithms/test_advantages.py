@@ -17,6 +17,8 @@ from asyncrl.algorithms.advantages import (
 )
 from asyncrl.errors import NonFiniteError, ShapeError
 
+pytestmark = pytest.mark.numeric
+
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)

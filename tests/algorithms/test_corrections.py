@@ -20,6 +20,8 @@ from asyncrl.algorithms.corrections import (
 )
 from asyncrl.errors import ShapeError
 
+pytestmark = pytest.mark.numeric
+
 
 def test_three_tokens_by_hand():
     # rho = (0.5, 1, 4), cap 2.

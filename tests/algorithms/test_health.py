@@ -11,6 +11,8 @@ from asyncrl.algorithms.health import AGE_BUCKETS, age_buckets, health_metrics, 
 from asyncrl.algorithms.losses import merge_sums, sums_to_floats
 from asyncrl.errors import ShapeError
 
+pytestmark = pytest.mark.numeric
+
 
 def sums_of(tokens):
     """Sums of (log-ratio, age, clipped, masked) tuples, in float64."""

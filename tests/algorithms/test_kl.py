@@ -8,6 +8,8 @@ import torch
 from asyncrl.algorithms.kl import KL_ESTIMATORS, adapted_kl_coef, kl_estimate
 from asyncrl.errors import ConfigError, NonFiniteError, ShapeError
 
+pytestmark = pytest.mark.numeric
+
 LOGPROBS = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
 REFERENCE = torch.tensor([-1.0, -2.0, 0.0], dtype=torch.float64)
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from asyncrl.algorithms.losses import AGGREGATIONS, aggregate_loss, merge_sums, ratio_sums, sums_to_floats
 from asyncrl.errors import ConfigError, ShapeError
 
+pytestmark = pytest.mark.numeric
+
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)

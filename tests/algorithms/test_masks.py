@@ -11,6 +11,8 @@ from asyncrl.algorithms.masks import band_mask, opsm_mask, second_moment_mask, s
 from asyncrl.algorithms.policy_losses import reinforce_loss
 from asyncrl.errors import ShapeError
 
+pytestmark = pytest.mark.numeric
+
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
@@ -23,7 +25,8 @@ def test_the_band_of_three_tokens_by_hand():
 
 
 def test_both_ends_belong_to_the_band():
-    assert band_mask(torch.tensor([0.5, 5.0]).log(), 0.5, 5.0).all()
+    # Logarithms by one route: float32 kernels may round log(5) to either side.
+    assert band_mask(torch.tensor([math.log(0.5), math.log(5.0)]), 0.5, 5.0).all()
 
 
 def test_a_band_from_zero_has_no_lower_end_but_keeps_no_infinity():

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from asyncrl.algorithms.layout import pad_sequences, sequence_lengths, unpad_sequences
 from asyncrl.errors import ShapeError
 
+pytestmark = pytest.mark.numeric
+
 
 def test_three_tokens_by_hand():
     padded, mask = pad_sequences(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))

@@ -12,6 +12,8 @@ from asyncrl.algorithms.losses import AGGREGATIONS, aggregate_loss
 from asyncrl.algorithms.policy_losses import cispo_loss, gspo_loss, ppo_clip_loss, reinforce_loss, topr_loss
 from asyncrl.errors import ConfigError, ShapeError
 
+pytestmark = pytest.mark.numeric
+
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from asyncrl.algorithms.sequences import require_same_shape, sequence_means, sequence_sums
 from asyncrl.errors import ShapeError
 
+pytestmark = pytest.mark.numeric
+
 
 def test_three_tokens_by_hand():
     values, index = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1])

@@ -111,6 +111,7 @@ def test_the_task_came_from_a_module_of_the_user(run):
 def test_the_exported_model_is_the_policy_of_the_last_checkpoint(run, tied_model_dir: Path):
     """Loaded by transformers alone, and compared with the trainer's own weights."""
     import torch
+    from tolerances import assert_near
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asyncrl.config.loading import load_config
@@ -127,7 +128,7 @@ def test_the_exported_model_is_the_policy_of_the_last_checkpoint(run, tied_model
     assert AutoTokenizer.from_pretrained(run.run_dir / "export").eos_token == "<end>"
     sequence = list(range(2, 60))
     ours = trainer.policy.score([sequence])[0]
-    np.testing.assert_allclose(_logprobs(model, sequence), ours, atol=1e-5)
+    assert_near(_logprobs(model, sequence), ours)
     initial = AutoModelForCausalLM.from_pretrained(tied_model_dir, dtype=torch.float32).eval()
     assert np.abs(_logprobs(initial, sequence) - ours).max() > 1e-3
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from daemons import START_S, STEP_S, Run
 from letters_task import Letters
+from tolerances import slack
 from transformers import AutoModelForCausalLM
 
 from asyncrl.learner.generator_side import ORDINAL_SEED_STRIDE, RUN_SEED_STRIDE
@@ -91,9 +92,10 @@ def test_the_same_completions_were_sampled(run, plain):
     assert len(set(plain["reward_mean"])) == STEPS
 
 
-def test_losses_are_the_same_to_1e_6(run, plain):
+def test_losses_are_the_same_up_to_rounding(run, plain):
     assert np.abs(plain["loss"]).max() > 1e-3
-    np.testing.assert_allclose(recorded(run, "loss"), plain["loss"], atol=1e-6)
+    rounding = slack(1.0, steps=32)  # the terms, ratio times advantage, are about 1
+    np.testing.assert_allclose(recorded(run, "loss"), plain["loss"], rtol=0, atol=rounding)
 
 
 def test_gradient_norms_are_the_same(run, plain):

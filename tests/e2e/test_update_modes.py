@@ -42,6 +42,7 @@ def test_a_run_that_trains_a_part_is_proven_at_every_sync_sends_that_part_alone_
     make_run, tied_model_dir, name
 ):
     import torch
+    from tolerances import assert_near
 
     from asyncrl.learner.model import Policy
 
@@ -63,7 +64,7 @@ def test_a_run_that_trains_a_part_is_proven_at_every_sync_sends_that_part_alone_
     sequence = [list(range(2, 60))]
     ours = policy.score(sequence)[0]
     exported = Policy.load(str(run.run_dir / "export")).score(sequence)[0]
-    np.testing.assert_allclose(exported, ours, atol=1e-5, rtol=0)
+    assert_near(exported, ours)
     initial = Policy.load(str(tied_model_dir))
     assert np.abs(initial.score(sequence)[0] - ours).max() > 1e-3
     frozen = dict(initial.named_sync_parameters())

@@ -59,7 +59,8 @@ def test_scores_are_those_of_the_model_whatever_they_were_padded_with(url, folde
 def test_one_text_is_a_list_of_one_and_a_single_score_is_activated_by_a_sigmoid(url, folder):
     ((expected,),) = scores_by_transformers(folder, TEXTS[:1])
     for body in ({"use_activation": True}, {}):
-        assert rows(classify(url, input=TEXTS[0], **body)) == [[pytest.approx(1 / (1 + math.exp(-expected)), abs=1e-5)]]
+        share = pytest.approx(1 / (1 + math.exp(-expected)), abs=1e-4 / 4)  # no sigmoid is steeper
+        assert rows(classify(url, input=TEXTS[0], **body)) == [[share]]
 
 
 def test_messages_are_scored_in_the_models_own_chat_template(url, folder):

@@ -42,7 +42,7 @@ class Bench:
         root = threading.Thread(target=quietly, args=(self.group.join,), daemon=True)
         root.start()
         self.receiver.begin_join(self.group.spec.for_rank(1))
-        assert time.monotonic() - started < 0.5, "the engine waits for this call"
+        assert time.monotonic() - started < 0.9 * TIMEOUT_S, "the engine waits for this call"
         job = self.wait()
         root.join()
         return job, time.monotonic() - started
@@ -72,7 +72,7 @@ class Bench:
     def leave(self):
         started = time.monotonic()
         self.receiver.leave()
-        assert time.monotonic() - started < 0.3, "the engine waits for this call"
+        assert time.monotonic() - started < 0.9 * TIMEOUT_S, "the engine waits for this call"
         quietly(self.group.close)
 
     def assert_the_next_sync_works(self):

@@ -7,10 +7,13 @@ import pytest
 import torch
 from test_updates import SEQUENCES, UPDATES, lora, policy_with, trainer_with
 from tiny import random_groups, tiny_policy
+from tolerances import STEPS, assert_near
 
 from asyncrl.learner.canary import SnapshotScorer
 from asyncrl.learner.updates import merged_state, named_parameters
 from asyncrl.transport.weight_layout import SnapshotBuffer
+
+pytestmark = pytest.mark.numeric
 
 MODES = UPDATES | {"lora, merged": lora(lora_sync="merged")}
 
@@ -39,10 +42,10 @@ def plain_copy(policy, *, tied, rounded):
     return copy
 
 
-def assert_close(ours, theirs, tolerance):
+def assert_close(ours, theirs, steps=STEPS):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == np.float32
-        np.testing.assert_allclose(mine, other, atol=tolerance, rtol=0)
+        assert_near(mine, other, steps=steps)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -56,8 +59,8 @@ def test_a_snapshot_is_scored_as_it_was_whatever_training_does_to_the_policy_sin
     after, expected_after = snapshot_of(policy), policy.score(SEQUENCES)
     assert np.abs(expected[0] - expected_after[0]).max() > 1e-2, "the two are to be told apart"
     for _ in range(2):
-        assert_close(scorer(SEQUENCES, before), expected, 1e-5)
-        assert_close(scorer(SEQUENCES, after), expected_after, 1e-5)
+        assert_close(scorer(SEQUENCES, before), expected)
+        assert_close(scorer(SEQUENCES, after), expected_after)
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if name != "lora"])  # adapters are merged by nobody there
@@ -68,7 +71,7 @@ def test_what_travels_in_bfloat16_is_scored_with_the_weights_that_travelled(mode
     scorer, buffer = SnapshotScorer(policy), snapshot_of(policy, torch.bfloat16)
     expected = plain_copy(policy, tied=True, rounded=True).score(SEQUENCES)
     move(policy, 2)
-    assert_close(scorer(SEQUENCES, buffer), expected, 1e-6)
+    assert_close(scorer(SEQUENCES, buffer), expected, steps=8)
 
 
 def test_adapters_in_bfloat16_are_scored_as_the_rounded_adapters():
@@ -81,7 +84,7 @@ def test_adapters_in_bfloat16_are_scored_as_the_rounded_adapters():
             parameter.copy_(parameter.bfloat16())
     expected = policy.score(SEQUENCES)
     move(policy, 2)
-    assert_close(scorer(SEQUENCES, buffer), expected, 1e-6)
+    assert_close(scorer(SEQUENCES, buffer), expected, steps=8)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -93,7 +96,7 @@ def test_the_policy_keeps_its_parameters_and_what_of_them_is_trained(mode):
     after = [(name, id(p), p.requires_grad, p) for name, p in named_parameters(policy.model)]
     assert [row[:3] for row in before] == [row[:3] for row in after]
     assert all(torch.equal(old[3], new[3]) for old, new in zip(before, after, strict=True))
-    assert_close(policy.score(SEQUENCES), scores, 0.0)
+    assert_close(policy.score(SEQUENCES), scores, steps=0)
 
 
 def test_a_scorer_has_no_memory_of_its_own_for_what_is_published():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
+from tolerances import near, slack
 
 from asyncrl.config.loading import load_config
 from asyncrl.config.methods import METHODS
@@ -14,6 +15,8 @@ from asyncrl.learner.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.learner.critic import Critic, load_critic
 from asyncrl.learner.model import Policy
 from asyncrl.learner.optimizer_step import PolicyTrainer
+
+pytestmark = pytest.mark.numeric
 
 VERSION = 3
 MAX_NEW_TOKENS = 16
@@ -91,14 +94,6 @@ def whitened(values):
     return (np.asarray(values) - np.mean(values)) / (np.std(values, ddof=1) + 1e-6)
 
 
-def token_mean(losses, tokens):
-    return sum(losses) / len(tokens)
-
-
-def sequence_mean_of_sums(losses, tokens):
-    return sum(losses) / len({token.sequence for token in tokens})
-
-
 def clipped(ratio, advantage, low, high, cap=None):
     """PPO's clip; above the cap the value is the cap and the gradient stays."""
     if cap is not None and float(ratio.detach()) > cap:
@@ -106,12 +101,13 @@ def clipped(ratio, advantage, low, high, cap=None):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
-def assert_same_step(trainer, groups, expected):
-    """The trainer's loss and gradient norm are those of `expected`."""
+def assert_same_step(trainer, groups, losses, count):
+    """The trainer's loss and gradient norm are those of the sum of `losses` over `count`."""
+    expected, scale = sum(losses) / count, sum(abs(float(loss.detach())) for loss in losses) / count
     gradients = torch.autograd.grad(expected, trainer.policy.trainable_parameters())
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     metrics = trainer.step(groups).metrics
-    assert metrics["loss"] == pytest.approx(float(expected.detach()), abs=2e-6)
+    assert metrics["loss"] == near(float(expected.detach()), scale)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     return metrics
 
@@ -121,7 +117,7 @@ def test_dr_grpo_neither_divides_by_std_nor_by_lengths():
     advantages = [[reward - np.mean(row) for reward in row] for row in rewards_of(groups)]
     tokens = tokens_of(trainer.policy, groups, advantages)
     losses = [clipped(token.ratio, token.advantage, 0.2, 0.28, cap=2.0) for token in tokens]
-    assert_same_step(trainer, groups, sum(losses) / (12 * MAX_NEW_TOKENS))
+    assert_same_step(trainer, groups, losses, 12 * MAX_NEW_TOKENS)
 
 
 def test_rloo_compares_with_the_mean_of_the_others():
@@ -129,7 +125,7 @@ def test_rloo_compares_with_the_mean_of_the_others():
     advantages = [[r - (sum(row) - r) / (len(row) - 1) for r in row] for row in rewards_of(groups)]
     tokens = tokens_of(trainer.policy, groups, advantages)
     losses = [-min(token.rho, 1.3) * token.advantage * token.logprob for token in tokens]
-    metrics = assert_same_step(trainer, groups, sequence_mean_of_sums(losses, tokens))
+    metrics = assert_same_step(trainer, groups, losses, 12)
     assert 0 < metrics["cap_fraction"] < 1
 
 
@@ -141,14 +137,14 @@ def test_reinforce_pp_whitens_over_the_batch(name):
         rows = [[reward - np.mean(row) for reward in row] for row in rows]
     tokens = tokens_of(trainer.policy, groups, whitened(np.concatenate(rows)).reshape(3, 4))
     losses = [clipped(token.ratio, token.advantage, 0.2, 0.2, cap=2.0) for token in tokens]
-    assert_same_step(trainer, groups, token_mean(losses, tokens))
+    assert_same_step(trainer, groups, losses, len(tokens))
 
 
 def test_remax_compares_with_the_greedy_completion_and_refuses_a_group_without_one():
     trainer, groups = make_trainer("remax"), old_groups()
     tokens = tokens_of(trainer.policy, groups, [[reward - 0.25 for reward in row] for row in rewards_of(groups)])
     losses = [-min(token.rho, 2.0) * token.advantage * token.logprob for token in tokens]
-    assert_same_step(trainer, groups, sequence_mean_of_sums(losses, tokens))
+    assert_same_step(trainer, groups, losses, 12)
     groups[1].baseline_reward = None
     with pytest.raises(ShapeError, match="no greedy completion"):
         trainer.step(groups)
@@ -157,12 +153,12 @@ def test_remax_compares_with_the_greedy_completion_and_refuses_a_group_without_o
 def test_gspo_has_one_ratio_per_sequence():
     trainer, groups = make_trainer("gspo", "algorithm.clip_low=0.02", "algorithm.clip_high=0.04"), old_groups()
     tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
-    total = 0.0
+    losses = []
     for sequence in range(12):
         own = [token for token in tokens if token.sequence == sequence]
         ratio = (sum(token.log_ratio for token in own) / len(own)).exp()
-        total = total + clipped(ratio, own[0].advantage, 0.02, 0.04, cap=2.0)
-    metrics = assert_same_step(trainer, groups, total / 12)
+        losses.append(clipped(ratio, own[0].advantage, 0.02, 0.04, cap=2.0))
+    metrics = assert_same_step(trainer, groups, losses, 12)
     assert 0 < metrics["clip_fraction"] < 1
 
 
@@ -170,14 +166,14 @@ def test_cispo_keeps_every_tokens_gradient_under_a_bounded_weight():
     trainer, groups = make_trainer("cispo", "algorithm.clip_high=0.2"), old_groups()
     tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
     losses = [-min(token.rho, 1.2) * token.advantage * token.logprob for token in tokens]
-    assert_same_step(trainer, groups, token_mean(losses, tokens))
+    assert_same_step(trainer, groups, losses, len(tokens))
 
 
 def test_topr_tapers_bad_completions_only():
     trainer, groups = make_trainer("topr"), old_groups()
     tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
     losses = [-(1 if t.advantage > 0 else min(t.rho, 1.0)) * t.advantage * t.logprob for t in tokens]
-    assert_same_step(trainer, groups, token_mean(losses, tokens))
+    assert_same_step(trainer, groups, losses, len(tokens))
 
 
 @pytest.mark.parametrize("name", ["decoupled", "a3po"])
@@ -190,7 +186,7 @@ def test_decoupled_ppo_clips_around_the_proximal_policy_and_weights_the_way_to_i
         proximal = token.behaviour + share * (float(token.logprob.detach()) - token.behaviour)
         weight = min(math.exp(proximal - token.behaviour), 1.2)
         losses.append(weight * clipped((token.logprob - proximal).exp(), token.advantage, 0.01, 0.2))
-    assert_same_step(trainer, groups, token_mean(losses, tokens))
+    assert_same_step(trainer, groups, losses, len(tokens))
 
 
 def test_m2po_leaves_out_the_largest_log_ratios_of_the_whole_batch():
@@ -201,7 +197,7 @@ def test_m2po_leaves_out_the_largest_log_ratios_of_the_whole_batch():
     bound = squares[max(kept) - 1]
     stays = [math.log(token.rho) ** 2 <= bound + 1e-9 for token in tokens]
     losses = [-min(t.rho, 10.0) * t.advantage * t.logprob for t, stay in zip(tokens, stays, strict=True) if stay]
-    metrics = assert_same_step(trainer, groups, token_mean(losses, tokens))
+    metrics = assert_same_step(trainer, groups, losses, len(tokens))
     assert metrics["micro_batches"] > 1
     assert metrics["masked_share"] == pytest.approx(1 - sum(stays) / len(stays)) and 0 < metrics["masked_share"] < 1
 
@@ -215,7 +211,7 @@ def test_masks_and_the_narrowing_with_age_act_token_by_token():
         room = 1 / math.sqrt(1 + token.age)
         inside = 0.8 <= token.rho <= 1.25
         losses.append(inside * clipped(token.ratio, token.advantage, 0.2 * room, 0.28 * room, cap=2.0))
-    metrics = assert_same_step(trainer, groups, token_mean(losses, tokens))
+    metrics = assert_same_step(trainer, groups, losses, len(tokens))
     assert 0 < metrics["masked_share"] < 1
 
 
@@ -224,7 +220,7 @@ def test_sequence_truncation_weights_whole_completions():
     tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
     rho = {s: math.prod(token.rho for token in tokens if token.sequence == s) for s in range(12)}
     losses = [-min(rho[token.sequence], 2.0) * token.advantage * token.logprob for token in tokens]
-    assert_same_step(trainer, groups, token_mean(losses, tokens))
+    assert_same_step(trainer, groups, losses, len(tokens))
 
 
 def test_kl_in_the_reward_lowers_the_reward_of_completions_that_left_the_reference():
@@ -242,7 +238,7 @@ def test_kl_in_the_reward_lowers_the_reward_of_completions_that_left_the_referen
     for index, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         rollout.reward += 0.3 * kl[index]
     losses = [clipped(token.ratio, token.advantage, 0.2, 0.28, cap=2.0) for token in tokens]
-    assert_same_step(trainer, groups, token_mean(losses, tokens))
+    assert_same_step(trainer, groups, losses, len(tokens))
 
 
 def test_an_adaptive_kl_coefficient_rises_above_its_target_and_survives_a_checkpoint():
@@ -308,7 +304,7 @@ def test_ppo_with_a_critic_equals_the_slow_loop(kind):
     value_loss = 0.5 * (torch.cat(values) - torch.tensor(targets)).square().mean()
     gradients = torch.autograd.grad(value_loss, list(critic.parameters()), allow_unused=True)
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
-    metrics = assert_same_step(trainer, groups, token_mean(losses, tokens))
+    metrics = assert_same_step(trainer, groups, losses, len(tokens))
     assert metrics["critic_grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert metrics["value_loss"] == pytest.approx(float(value_loss.detach()), rel=1e-4)
     residual, spread = np.var(np.array(targets) - torch.cat(values).detach().numpy()), np.var(targets)
@@ -420,7 +416,7 @@ def test_any_cut_into_micro_batches_makes_the_same_step(name):
     whole, parts = results
     assert parts["micro_batches"] > whole["micro_batches"]
     for key in whole.keys() - {"micro_batches", "padded_tokens"}:
-        assert parts[key] == pytest.approx(whole[key], rel=1e-3, abs=1e-5), key
+        assert parts[key] == pytest.approx(whole[key], rel=1e-3, abs=slack(1.0)), key
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_optimizer_step import make_trainer
 from tiny import random_groups, save_tiny_model, tiny_model, tiny_policy
+from tolerances import assert_near
 
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import CheckpointError, ConfigError
@@ -16,6 +17,8 @@ from asyncrl.learner.model import AdaptersOff, Policy, load_policy
 from asyncrl.learner.updates import apply_update, frozen_digests, merged_state, named_parameters, plain_name
 from asyncrl.replay.packing import pack_groups
 from asyncrl.transport.weight_layout import ALIGNMENT, SnapshotBuffer
+
+pytestmark = pytest.mark.numeric
 
 SEQUENCES = [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
 Q1 = "model.layers.1.self_attn.q_proj.weight"
@@ -266,7 +269,7 @@ def test_merged_snapshots_hold_the_weights_plus_scaled_b_times_a_and_follow_trai
             a, b = trained[f"{stem}.lora_A.weight"].double(), trained[f"{stem}.lora_B.weight"].double()
             expected = before[name].double() + 6.0 / 4 * b @ a
             assert (b @ a).abs().max() > 1e-3
-            torch.testing.assert_close(view.double(), expected, atol=1e-6, rtol=0)
+            assert_near(view, expected, steps=16)
         trainer.step(random_groups(3, 4, seed=7))
         buffer.snapshot()
 
@@ -375,7 +378,7 @@ def test_the_export_is_a_plain_model_with_the_policys_log_probs(tmp_path, name, 
     assert json.loads((tmp_path / "export" / "config.json").read_text()) == original
     initial = Policy.load(str(folder)).score(SEQUENCES)
     for ours, theirs, old in zip(scores, Policy(model).score(SEQUENCES), initial, strict=True):
-        np.testing.assert_allclose(theirs, ours, atol=1e-5, rtol=0)
+        assert_near(theirs, ours)
         assert np.abs(ours - old).max() > 1e-3
 
 

@@ -16,6 +16,8 @@ from asyncrl.transport.weight_delta import MAX_SHARE, Places, apply_delta, delta
 from asyncrl.transport.weight_group import SnapshotBuffer, WeightManifest, digest, digest_buckets, plan_buckets
 from asyncrl.transport.weight_layout import DeltaInfo
 
+pytestmark = pytest.mark.numeric
+
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from asyncrl.transport.weight_layout import SnapshotBuffer
 from asyncrl.transport.weight_patch import AdaptedWeight
+
+pytestmark = pytest.mark.numeric
 
 
 def parameters():
