@@ -48,7 +48,7 @@ class Critic(nn.Module):
         return self.trunk is None
 
     def values(self, batch: MicroBatch, actor_hidden: Tensor | None = None) -> Tensor:
-        """Value of the state before each completion token, float32 [N]; carries the gradient.
+        """Value of the state before each completion token, [N], float32 as the head is; carries the gradient.
 
         actor_hidden [N, H] from `Policy.hidden`, needed by a shared trunk only.
         """
@@ -59,4 +59,4 @@ class Critic(nn.Module):
             device = self.head.weight.device
             with compute_dtype(self.dtype_name, device):
                 hidden = completion_hidden(self.trunk, batch, device)
-        return self.head(hidden.float()).squeeze(-1)
+        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
