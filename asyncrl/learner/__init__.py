@@ -1,1 +1,0 @@
-"""The learner daemon: the desk process, which owns sockets and rollouts, and the trainer, which owns the model."""

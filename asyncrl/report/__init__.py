@@ -1,0 +1,1 @@
+"""What a run came to: its records read back, the summary, the picture."""

@@ -1,0 +1,1 @@
+"""Rewards: named parts, and the workers that compute them."""

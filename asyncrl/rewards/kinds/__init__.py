@@ -1,0 +1,1 @@
+"""The kinds of reward parts that a configuration can name."""

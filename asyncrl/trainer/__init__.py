@@ -1,0 +1,1 @@
+"""The learner's processes that train: one rank each."""

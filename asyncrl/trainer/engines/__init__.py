@@ -1,0 +1,1 @@
+"""Model engines: how the policy is held, run and updated."""

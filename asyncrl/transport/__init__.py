@@ -1,1 +1,0 @@
-"""How the two daemons talk: messages, sessions and sockets for rollouts, process groups for weights."""

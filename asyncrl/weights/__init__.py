@@ -1,0 +1,1 @@
+"""How a policy version travels from the trainer into the rollout engines, and what proves that it arrived."""

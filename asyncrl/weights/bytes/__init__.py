@@ -1,0 +1,1 @@
+"""What is sent of a policy version: layout, digests, deltas."""

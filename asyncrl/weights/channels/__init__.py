@@ -1,0 +1,1 @@
+"""How the bytes of a policy version move: one class for each transport."""

@@ -1,0 +1,1 @@
+"""Faults: runs that are disturbed on purpose, and the judges of what became of them."""

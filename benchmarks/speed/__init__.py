@@ -1,0 +1,1 @@
+"""Speed: each figure beside a floor or a peer in the same run."""

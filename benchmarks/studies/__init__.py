@@ -1,0 +1,1 @@
+"""Studies of learning: methods, policy ages, critics, over several seeds."""
