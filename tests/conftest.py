@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from asyncrl.processes import shorten_name_lookups
+from asyncrl.host.processes import shorten_name_lookups
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 shorten_name_lookups()
@@ -104,7 +104,7 @@ class EngineUnderTest:
 
     async def open_group(self, version: int, timeout_s: float = 20.0) -> Any:
         """A weight group with the learner's end in this process and the engine's workers as its other members."""
-        from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+        from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
 
         spec = WeightGroupSpec("127.0.0.1", 0, f"test/{version}", 0, 1 + self.num_workers, "gloo", timeout_s)
         group = WeightGroup.host(spec)
@@ -118,7 +118,7 @@ class EngineUnderTest:
 
         `tamper` may change the manifest on its way.
         """
-        from asyncrl.transport.weight_group import SnapshotBuffer
+        from asyncrl.weights.channels.channel import SnapshotBuffer
 
         version, self.next_version = self.next_version, self.next_version + 1
         if buffer is None:
@@ -149,7 +149,7 @@ class EngineUnderTest:
 
     async def generate(self, prompt: list[int], **changes: Any) -> Any:
         """Completions of one prompt."""
-        from asyncrl.generator.engine import GenerationRequest
+        from asyncrl.generator.engines.base import GenerationRequest
 
         self.notes["requests"] = self.notes.get("requests", 0) + 1
         values = {"num_rollouts": 2, "max_new_tokens": 8, "temperature": 1.0, "seeds": None} | changes
@@ -179,8 +179,8 @@ def start_engine(model_dir: Path, log_path: Path, *, tensor_parallel_size: int =
     import torch
     from transformers import AutoModelForCausalLM
 
-    from asyncrl.generator.vllm_engine import VLLMEngine
-    from asyncrl.generator.vllm_options import EngineOptions
+    from asyncrl.generator.engines.vllm.engine import VLLMEngine
+    from asyncrl.generator.engines.vllm.options import EngineOptions
 
     runner = asyncio.Runner()
     options = EngineOptions(

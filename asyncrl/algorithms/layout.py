@@ -1,6 +1,6 @@
 """Two layouts of completion tokens: flat [N], one sequence after the other, and padded [B, T].
 
-Losses are sums over tokens and take them flat, as `replay.packing` lays them out. Recursions over time (GAE,
+Losses are sums over tokens and take them flat, as `trainer.packing` lays them out. Recursions over time (GAE,
 V-trace) run over all sequences at once and take them padded.
 """
 

@@ -1,6 +1,6 @@
 """Per-token losses become one number for the global batch; sums of micro-batches become those of the batch.
 
-Completion tokens come flat, [N], as `replay.packing` lays them out: there is no padding here and so no mask.
+Completion tokens come flat, [N], as `trainer.packing` lays them out: there is no padding here and so no mask.
 `policy_losses` makes the losses. `Sums` are detached tensors that add up over micro-batches (`merge_sums`)
 and ranks; they leave the device once per step (`sums_to_floats`).
 """

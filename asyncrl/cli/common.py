@@ -17,7 +17,7 @@ from asyncrl import __version__
 from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, sections
 from asyncrl.errors import AsyncRLError
-from asyncrl.processes import shorten_name_lookups
+from asyncrl.host.processes import shorten_name_lookups
 
 EXIT_CODES = {
     0: "done: the run is over, or it was stopped by SIGTERM or SIGINT and put its affairs in order",
@@ -81,7 +81,7 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
         return 2
     # Imported here: reading YAML costs more than all of --help.
     from asyncrl.cli.reward_checks import check_rewards
-    from asyncrl.config.host import check_host
+    from asyncrl.config.host_checks import check_host
     from asyncrl.config.loading import load_config
 
     config = load_config(arguments.config, arguments.overrides)

@@ -7,12 +7,12 @@ import shutil
 import socket
 from pathlib import Path
 
-from asyncrl.addresses import split_address
 from asyncrl.config import Config
 from asyncrl.config.checks import largest_group_bytes, on_loopback
-from asyncrl.config.host import has_gpu, weight_backend
+from asyncrl.config.host_checks import has_gpu, weight_backend
 from asyncrl.config.loading import to_yaml
-from asyncrl.model_files import ModelFiles, find_model
+from asyncrl.host.addresses import split_address
+from asyncrl.host.model_folder import ModelFiles, find_model
 
 MASTER_BYTES = 4  # float32
 ADAM_BYTES = 8  # two float32 moments

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start(config: Config) -> int:
     # Torch and zmq come in only here, after everything the user wrote has been checked.
-    from asyncrl.learner.daemon import run_learner
+    from asyncrl.desk.daemon import run_learner
 
     return run_learner(config)
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 from asyncrl.config import Config
 from asyncrl.config.checks import raise_all
+from asyncrl.rewards.parts import check_reward_parts, make_parts, prepare_parts
 from asyncrl.tasks.base import load_task
-from asyncrl.tasks.parts import check_reward_parts, make_parts, prepare_parts
 
 
 def check_rewards(config: Config, role: str) -> None:

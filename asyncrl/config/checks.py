@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from asyncrl.addresses import ip_address, is_loopback, is_wildcard, split_address
 from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, shown, value_of
 from asyncrl.config.method_checks import METHOD_RULES
 from asyncrl.errors import ConfigError
+from asyncrl.host.addresses import ip_address, is_loopback, is_wildcard, split_address
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -10,7 +10,7 @@ from pathlib import Path
 from asyncrl.config import Config
 from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
 from asyncrl.config.keys import value_of
-from asyncrl.model_files import ModelFiles, find_model
+from asyncrl.host.model_folder import ModelFiles, find_model
 
 
 def check_host(config: Config, role: str) -> ModelFiles:

@@ -28,7 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dapo": {"clip_low": 0.2, "clip_high": 0.28, "dynamic_sampling": True},
     # Zheng et al. 2025: one ratio per sequence. The paper clips at 3e-4 / 4e-4, which silences most old rollouts; PPO's
     # 0.2 lets single tokens run away under the mean of their sequence. To see it (accuracy 0.47 and 0.62 of two seeds,
-    # with these 0.95): benchmarks.method_matrix --methods gspo --set algorithm.clip_low=0.2 algorithm.clip_high=0.28
+    # with these 0.95): python -m benchmarks.studies.method_matrix --methods gspo \
+    #     --set algorithm.clip_low=0.2 algorithm.clip_high=0.28
     "gspo": {"loss": "gspo", "clip_low": 0.02, "clip_high": 0.03, "aggregation": "seq-mean-token-mean"},
     # MiniMax 2025 (MiniMax-M1): the clipped ratio is a weight, every token keeps its gradient.
     "cispo": {"loss": "cispo", "clip_high": 4.0},

@@ -69,7 +69,7 @@ class RewardConfig:
     """What the reward is made of, besides what the task returns: the sum of named parts, each with its weight."""
 
     parts: dict[str, Any] = key(
-        {}, "Further parts by name, each a mapping with its kind and arguments; asyncrl.tasks.parts documents them."
+        {}, "Further parts by name, each a mapping with its kind and arguments; asyncrl.rewards.parts documents them."
     )
     weights: dict[str, Any] = key({}, "Weight of a part, the task's own included; 1 where none is given.")
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from asyncrl.replay.journal import Journal
-from asyncrl.replay.records import StoredGroup
+from asyncrl.link.messages import Batch
 from asyncrl.replay.recovery import ReplayStep
-from asyncrl.transport.messages import Batch
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import StoredGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from asyncrl.learner.sync_records import Committed, RoundEnded
+from asyncrl.link.messages import Beat, StepDone
 from asyncrl.metrics import StepMetrics, SyncMetrics
+from asyncrl.metrics.types import AGE_PART, REWARD_PART
 from asyncrl.replay.buffer import ReplayBuffer
-from asyncrl.transport.messages import Beat, StepDone
-
-REWARD_PART = "reward_part/"  # begins the name of a reward part's mean among the trainer's figures
-AGE_PART = "age/"  # begins age/BUCKET/NAME, a figure over the tokens of one bucket of policy ages
+from asyncrl.weights.plan.records import Committed, RoundEnded
 
 
 @dataclass(slots=True)

@@ -20,33 +20,34 @@ import msgpack
 from omegaconf import OmegaConf
 
 from asyncrl.config import Config
+from asyncrl.desk.batches import BatchDealer
+from asyncrl.desk.counters import Account
+from asyncrl.desk.desk import Desk
+from asyncrl.desk.evaluation import Evaluator
+from asyncrl.desk.generators import GeneratorSide
+from asyncrl.desk.intake import Intake
+from asyncrl.desk.ranks import TrainerSide
+from asyncrl.desk.trainer_process import TrainerProcess
+from asyncrl.desk.versions import WeightSide
 from asyncrl.errors import ConfigError
-from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
-from asyncrl.learner.account import Account
-from asyncrl.learner.batches import BatchDealer
-from asyncrl.learner.checkpoint_files import find_latest, load_desk_state
-from asyncrl.learner.desk import Desk
-from asyncrl.learner.evaluation import Evaluator
-from asyncrl.learner.generator_side import GeneratorSide
-from asyncrl.learner.intake import Intake
-from asyncrl.learner.sync import SyncPlanner
-from asyncrl.learner.trainer_process import TrainerProcess
-from asyncrl.learner.trainer_side import TrainerSide
-from asyncrl.learner.weight_side import WeightSide
-from asyncrl.metrics import METRICS_FILE, Metrics, read_records, report
-from asyncrl.processes import StopSignal, pin_to
+from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.processes import StopSignal, pin_to
+from asyncrl.link.addresses import ipc_address
+from asyncrl.link.curve_keys import server_auth
+from asyncrl.link.session import DeskSessions, Expected
+from asyncrl.link.sockets import ServerSocket
+from asyncrl.metrics import METRICS_FILE, Metrics, read_records
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.journal import Journal, next_run_epoch
-from asyncrl.replay.leases import LeaseDesk
+from asyncrl.replay.lease_book import LeaseDesk
 from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
+from asyncrl.report import summary
+from asyncrl.storage.checkpoint_files import find_latest, load_desk_state
+from asyncrl.storage.journal import Journal, next_run_epoch
 from asyncrl.tasks.base import load_task
 from asyncrl.tasks.prompts import PromptSource, load_tokenizer
-from asyncrl.transport.addresses import ipc_address
-from asyncrl.transport.keys import server_auth
-from asyncrl.transport.session import DeskSessions, Expected
-from asyncrl.transport.sockets import ServerSocket
+from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)
 
@@ -293,5 +294,5 @@ def _last_logged_version(run_dir: Path) -> int:
 
 def _report(run_dir: Path) -> None:
     """summary.json, the picture, and the last lines on the terminal."""
-    report.write_summary(run_dir)
-    report.print_summary(run_dir, report.draw(run_dir))
+    summary.write_summary(run_dir)
+    summary.print_summary(run_dir, summary.draw(run_dir))

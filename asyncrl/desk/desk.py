@@ -23,19 +23,19 @@ import time
 from collections.abc import Callable
 
 from asyncrl.config import Config
+from asyncrl.desk.evaluation import Evaluator
+from asyncrl.desk.generators import GeneratorSide
+from asyncrl.desk.intake import Intake
+from asyncrl.desk.ranks import TrainerSide
+from asyncrl.desk.trainer_process import TrainerProcess
+from asyncrl.desk.versions import WeightSide
 from asyncrl.errors import FrameError, JournalError, ProtocolError, TooManyFailures
-from asyncrl.learner.evaluation import Evaluator
-from asyncrl.learner.generator_side import GeneratorSide
-from asyncrl.learner.intake import Intake
-from asyncrl.learner.trainer_process import TrainerProcess
-from asyncrl.learner.trainer_side import TrainerSide
-from asyncrl.learner.weight_side import WeightSide
-from asyncrl.processes import StopSignal
-from asyncrl.replay.journal import run_epoch_of
-from asyncrl.transport import messages
-from asyncrl.transport.codec import body_of, decode
-from asyncrl.transport.messages import Message
-from asyncrl.transport.sockets import ServerSocket, SocketPoller
+from asyncrl.host.processes import StopSignal
+from asyncrl.link import messages
+from asyncrl.link.codec import body_of, decode
+from asyncrl.link.messages import Message
+from asyncrl.link.sockets import ServerSocket, SocketPoller
+from asyncrl.storage.journal import run_epoch_of
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from asyncrl.config import Config
 from asyncrl.metrics import EvalMetrics, Metrics
-from asyncrl.replay.leases import LeaseDesk
+from asyncrl.replay.lease_book import LeaseDesk
 from asyncrl.types import Group
 
 log = logging.getLogger(__name__)

@@ -6,17 +6,17 @@ import logging
 from typing import Any
 
 from asyncrl.config import Config
+from asyncrl.desk.intake import Intake
 from asyncrl.errors import ProtocolError
-from asyncrl.learner.intake import Intake
-from asyncrl.learner.sync import SyncPlanner
+from asyncrl.link import messages
+from asyncrl.link.codec import encode
+from asyncrl.link.messages import Message
+from asyncrl.link.rollouts import lease_to_grant
+from asyncrl.link.session import DeskSession, DeskSessions, Liveness
+from asyncrl.link.sockets import ServerSocket
 from asyncrl.replay.lease_records import LeaseRecord
-from asyncrl.transport import messages
-from asyncrl.transport.codec import encode
-from asyncrl.transport.groups import lease_to_grant
-from asyncrl.transport.messages import Message
-from asyncrl.transport.session import DeskSession, DeskSessions, Liveness
-from asyncrl.transport.sockets import ServerSocket
 from asyncrl.types import Lease, LeaseKey, LeaseKind
+from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)
 

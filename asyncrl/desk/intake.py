@@ -15,18 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asyncrl.config import Config
+from asyncrl.desk.counters import Account
 from asyncrl.errors import ProtocolError
-from asyncrl.learner.account import Account
+from asyncrl.link.messages import FAILURE_REASONS, GroupResult, LeaseFailed, Message
+from asyncrl.link.rollouts import result_to_group, validate_group
+from asyncrl.link.session import DeskSession, DeskSessions, Offer
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
-from asyncrl.replay.journal import Journal
+from asyncrl.replay.lease_book import LeaseDesk
 from asyncrl.replay.lease_records import LeaseRecord, Verdict
-from asyncrl.replay.leases import LeaseDesk
-from asyncrl.replay.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
 from asyncrl.tasks.prompts import Prompt, PromptSource
-from asyncrl.transport.groups import result_to_group, validate_group
-from asyncrl.transport.messages import FAILURE_REASONS, GroupResult, LeaseFailed, Message
-from asyncrl.transport.session import DeskSession, DeskSessions, Offer
 from asyncrl.types import Group, LeaseKey, LeaseKind
 
 log = logging.getLogger(__name__)

@@ -10,19 +10,19 @@ from typing import Any
 
 import msgpack
 
-from asyncrl.learner.account import Account
-from asyncrl.learner.batches import BatchDealer, DecidedStep
-from asyncrl.learner.checkpoint_files import oldest_version
-from asyncrl.learner.intake import Intake
+from asyncrl.desk.batches import BatchDealer, DecidedStep
+from asyncrl.desk.counters import Account
+from asyncrl.desk.intake import Intake
+from asyncrl.link import messages
+from asyncrl.link.codec import encode
+from asyncrl.link.messages import Message
+from asyncrl.link.session import DeskSession
+from asyncrl.link.sockets import ServerSocket
 from asyncrl.metrics import Metrics
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.records import GroupsDropped, StepTaken, StoredGroup
 from asyncrl.replay.recovery import replay_plan
-from asyncrl.transport import messages
-from asyncrl.transport.codec import encode
-from asyncrl.transport.messages import Message
-from asyncrl.transport.session import DeskSession
-from asyncrl.transport.sockets import ServerSocket
+from asyncrl.storage.checkpoint_files import oldest_version
+from asyncrl.storage.records import GroupsDropped, StepTaken, StoredGroup
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from asyncrl.errors import CheckpointError, ConfigError, TrainerFailed
-from asyncrl.processes import die_with_parent, nccl_environment
+from asyncrl.host.processes import die_with_parent, nccl_environment
+from asyncrl.link.trainer_link import LAST_WORDS
 
 log = logging.getLogger(__name__)
 
-LAST_WORDS = "cannot train: "  # begins what a trainer prints when starting it again would change nothing
 RESTART_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 32.0
 KILL_TIMEOUT_S = 10.0  # a process in a system call that hangs does not end before the call does
@@ -62,7 +62,7 @@ class TrainerProcess:
         command = [sys.executable, "-m"]
         if self.num_ranks > 1:
             command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.num_ranks}", "-m"]
-        command += ["asyncrl.learner.trainer", str(self.config_file), self.desk_address]
+        command += ["asyncrl.trainer.rank", str(self.config_file), self.desk_address]
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
             # Idle OpenMP threads that spin would starve the desk and a generator on the same host.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from asyncrl.learner.evaluation import Evaluator
-from asyncrl.learner.generator_side import GeneratorSide
-from asyncrl.learner.intake import Intake
-from asyncrl.learner.sync import SyncPlanner
-from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.desk.evaluation import Evaluator
+from asyncrl.desk.generators import GeneratorSide
+from asyncrl.desk.intake import Intake
+from asyncrl.link import messages
+from asyncrl.link.codec import encode
+from asyncrl.link.sockets import ServerSocket
 from asyncrl.metrics import Metrics
-from asyncrl.transport import messages
-from asyncrl.transport.codec import encode
-from asyncrl.transport.sockets import ServerSocket
+from asyncrl.weights.plan.planner import SyncPlanner
+from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 
 log = logging.getLogger(__name__)
 

@@ -31,27 +31,27 @@ from typing import Any
 import numpy as np
 
 from asyncrl.config import Config
-from asyncrl.config.host import has_gpu
+from asyncrl.config.host_checks import has_gpu
 from asyncrl.errors import PeerUnreachable, ProtocolError, Refused
-from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
-from asyncrl.generator.engine import RolloutEngine
-from asyncrl.generator.engine_watch import watch_engine
+from asyncrl.generator.engines.base import RolloutEngine
+from asyncrl.generator.engines.vllm.engine import VLLMEngine
+from asyncrl.generator.engines.vllm.options import EngineOptions
+from asyncrl.generator.engines.watch import watch_engine
 from asyncrl.generator.identity import Identity, claim_identity
-from asyncrl.generator.rewards import RewardPool
-from asyncrl.generator.rollout import LeaseFailure, LeaseRunner, no_text
-from asyncrl.generator.vllm_engine import VLLMEngine
-from asyncrl.generator.vllm_options import EngineOptions
-from asyncrl.generator.weight_sync import WeightSync
-from asyncrl.processes import StopSignal, pin_to
-from asyncrl.tasks.parts import make_parts
+from asyncrl.generator.lease_runner import LeaseFailure, LeaseRunner, no_text
+from asyncrl.generator.weight_phases import WeightSync
+from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.processes import StopSignal, pin_to
+from asyncrl.link import messages
+from asyncrl.link.codec import decode, encode
+from asyncrl.link.curve_keys import client_auth
+from asyncrl.link.messages import Message
+from asyncrl.link.rollouts import grant_to_lease, group_to_result
+from asyncrl.link.session import GeneratorSession, GeneratorState
+from asyncrl.link.sockets import AsyncClientSocket
+from asyncrl.rewards.parts import make_parts
+from asyncrl.rewards.pool import RewardPool
 from asyncrl.tasks.prompts import load_tokenizer
-from asyncrl.transport import messages
-from asyncrl.transport.codec import decode, encode
-from asyncrl.transport.groups import grant_to_lease, group_to_result
-from asyncrl.transport.keys import client_auth
-from asyncrl.transport.messages import Message
-from asyncrl.transport.session import GeneratorSession, GeneratorState
-from asyncrl.transport.sockets import AsyncClientSocket
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
 
 log = logging.getLogger(__name__)

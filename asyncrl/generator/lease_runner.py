@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from asyncrl.errors import EngineError, NonFiniteError
-from asyncrl.generator.engine import Completion, GenerationRequest, RolloutEngine, nothing
-from asyncrl.generator.rewards import RewardOutcome, RewardPool
-from asyncrl.generator.weight_sync import WeightSync
+from asyncrl.generator.engines.base import Completion, GenerationRequest, RolloutEngine, nothing
+from asyncrl.generator.weight_phases import WeightSync
+from asyncrl.rewards.pool import RewardOutcome, RewardPool
 from asyncrl.types import FinishReason, Group, Lease, LeaseKey, LeaseKind, Rollout
 
 MIN_SHARE = 0.5  # a training group is worth sending when at least this share of its rollouts was scored
@@ -20,7 +20,7 @@ MIN_SHARE = 0.5  # a training group is worth sending when at least this share of
 
 @dataclass(frozen=True, slots=True)
 class LeaseFailure:
-    """A lease that ended without a group. `reason` is one of transport.messages.FAILURE_REASONS."""
+    """A lease that ended without a group. `reason` is one of link.messages.FAILURE_REASONS."""
 
     reason: str
     detail: str

@@ -1,8 +1,9 @@
 """The generator's part in a weight sync: stage while generating, swap, show the canary, wait for the commit.
 
-The learner drives (`learner.sync`); this side answers each phase and keeps one promise: **no token leaves before the
-version it was sampled under is proven.** After the swap the engine goes on decoding, so a group may be complete before
-the commit arrives. `wait_proven` holds it back until then; if the version is tainted instead, the group is lost work.
+The learner drives (`weights.plan.planner`); this side answers each phase and keeps one promise: **no token leaves
+before the version it was sampled under is proven.** After the swap the engine goes on decoding, so a group may be
+complete before the commit arrives. `wait_proven` holds it back until then; if the version is tainted instead, the
+group is lost work.
 
 Versions stay proven for the life of the process: a group begun under version 3 and finished under 5 needs both. A
 number may come again, after a taint or from a learner that resumed; the proof of its new weights says nothing about
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from asyncrl.errors import AsyncRLError, EngineError
-from asyncrl.generator.engine import RolloutEngine
-from asyncrl.transport.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.generator.engines.base import RolloutEngine
+from asyncrl.link.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class WeightSync:
 
     async def _stage(self, offer: SyncOffer) -> None:
         # Not at the top: it brings torch, which the daemon must not wait for before it says hello.
-        from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+        from asyncrl.weights.channels.channel import WeightGroupSpec, WeightManifest
 
         if offer is not self._wanted:
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import ModelError
-from asyncrl.model_files import find_model
+from asyncrl.host.model_folder import find_model
 
 # Differ between two copies of one model without changing what it computes.
 VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})

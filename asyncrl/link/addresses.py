@@ -9,8 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncrl.addresses import is_loopback, is_wildcard
 from asyncrl.errors import BindError
+from asyncrl.host.addresses import is_loopback, is_wildcard
 
 IPC_PATH_BYTES = 107  # sun_path on Linux, less its final NUL
 

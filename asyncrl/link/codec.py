@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import msgpack
 
 from asyncrl.errors import FrameError
-from asyncrl.transport.field_checks import Mismatch, Plan, PlannedField, plan_of, shown
-from asyncrl.transport.messages import Message, message_types
-from asyncrl.transport.skeleton import check_skeleton
+from asyncrl.link.body_limits import check_skeleton
+from asyncrl.link.field_checks import Mismatch, Plan, PlannedField, plan_of, shown
+from asyncrl.link.messages import Message, message_types
 
 HEADER_BYTES = 32
 

@@ -1,4 +1,4 @@
-"""CURVE keys: making, reading and checking them. Run `python -m asyncrl.transport.keys DIR` to make a set.
+"""CURVE keys: making, reading and checking them. Run `python -m asyncrl.link.curve_keys DIR` to make a set.
 
 A key file holds one key in Z85 (40 characters). Secret keys are readable by their owner only. The allow-list
 holds the public keys of the generators, one per line, each with an optional name after a space; lines that start
@@ -20,7 +20,7 @@ from zmq.utils import z85
 from asyncrl.config import TransportConfig
 from asyncrl.errors import ConfigError
 
-_MAKE = "make keys with `python -m asyncrl.transport.keys DIR`"
+_MAKE = "make keys with `python -m asyncrl.link.curve_keys DIR`"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _key(text: str, path: str) -> bytes:
 def main() -> None:
     """Makes the keys of one learner and its generators."""
     parser = argparse.ArgumentParser(
-        prog="python -m asyncrl.transport.keys",
+        prog="python -m asyncrl.link.curve_keys",
         description="Make CURVE keys for one learner and its generators. Existing keys are never overwritten.",
     )
     parser.add_argument("directory", type=Path, help="folder for the keys, made if missing")

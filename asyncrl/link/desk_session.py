@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from asyncrl.transport import limits
-from asyncrl.transport.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refused, Welcome
+from asyncrl.link import limits
+from asyncrl.link.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refused, Welcome
 
 
 class Offer(StrEnum):

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from asyncrl.transport.messages import Message
+from asyncrl.link.messages import Message
 
 
 class Mismatch(Exception):

@@ -13,8 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 from asyncrl.errors import ProtocolError
-from asyncrl.transport import codec, limits
-from asyncrl.transport.messages import Ack, GroupResult, Hello, LeaseFailed, Message, Nack, Refused, Welcome
+from asyncrl.link import codec, limits
+from asyncrl.link.messages import Ack, GroupResult, Hello, LeaseFailed, Message, Nack, Refused, Welcome
 
 Result = GroupResult | LeaseFailed
 

@@ -1,7 +1,7 @@
 """What crosses a process boundary, grouped by direction.
 
 Two links use these messages. The *rollout link* (generator DEALER to desk ROUTER, possibly between hosts) and the
-*trainer link* (trainer ranks to desk on the same host). Each message is one frame (`transport.codec`). Fields are only
+*trainer link* (trainer ranks to desk on the same host). Each message is one frame (`link.codec`). Fields are only
 ever added at the end with a default. Counters are cumulative, so a lost message is repaired by the next of its kind.
 
 Durations are seconds relative to receipt: clocks of two hosts are never compared.
@@ -94,7 +94,7 @@ class GroupResult(Message):
     ordinal: int
     attempt: int
     prompt: bytes  # int32 [P]
-    rollouts: list[dict[str, Any]]  # see transport.groups: tokens, logprobs, spans, finish, reward, parts
+    rollouts: list[dict[str, Any]]  # see link.rollouts: tokens, logprobs, spans, finish, reward, parts
     baseline_reward: float | None = None  # of the greedy completion, where the lease asked for one
 
 
@@ -211,8 +211,8 @@ class SyncOffer(Message):
     run_epoch: int
     version: int
     attempt: int
-    group: dict[str, Any]  # transport.weight_group.WeightGroupSpec for this generator's first worker
-    manifest: dict[str, Any]  # transport.weight_group.WeightManifest
+    group: dict[str, Any]  # weights.channels.channel.WeightGroupSpec for this generator's first worker
+    manifest: dict[str, Any]  # weights.channels.channel.WeightManifest
     timeout_s: float
 
 
@@ -304,7 +304,7 @@ class SnapshotReady(Message):
     canary: list[bytes]  # int32 token ids
     canary_logprobs: list[bytes]  # float32, the learner's own
     snapshot_ms: float
-    delta: dict[str, Any] | None = None  # transport.weight_layout.DeltaInfo: what can be sent instead of everything
+    delta: dict[str, Any] | None = None  # weights.bytes.layout.DeltaInfo: what can be sent instead of everything
 
 
 @message(44)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from asyncrl.errors import ProtocolError
-from asyncrl.transport.messages import GroupResult, LeaseGrant
+from asyncrl.link.messages import GroupResult, LeaseGrant
 from asyncrl.types import (
     LOGPROB_DTYPE,
     TOKEN_DTYPE,

@@ -12,8 +12,8 @@ Both ends are state machines without sockets or clocks: daemons, simulation and 
 
 from __future__ import annotations
 
-from asyncrl.transport.desk_session import Admission, DeskSession, DeskSessions, Expected, Liveness, Offer
-from asyncrl.transport.generator_session import GeneratorSession, GeneratorState
+from asyncrl.link.desk_session import Admission, DeskSession, DeskSessions, Expected, Liveness, Offer
+from asyncrl.link.generator_session import GeneratorSession, GeneratorState
 
 __all__ = [
     "Admission",

@@ -11,8 +11,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from asyncrl.errors import BindError
-from asyncrl.transport import limits
-from asyncrl.transport.addresses import Address
+from asyncrl.link import limits
+from asyncrl.link.addresses import Address
 
 HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL

@@ -19,10 +19,10 @@ import zmq.asyncio
 from zmq.auth.thread import ThreadAuthenticator
 
 from asyncrl.errors import BindError, ConfigError
-from asyncrl.transport import limits
-from asyncrl.transport.addresses import parse_address
-from asyncrl.transport.keys import ClientAuth, ServerAuth, public_key, read_allowed_keys
-from asyncrl.transport.links import CLIENT_EVENTS, HANDSHAKE_FAILURES, LinkMonitor, bind, set_options
+from asyncrl.link import limits
+from asyncrl.link.addresses import parse_address
+from asyncrl.link.curve_keys import ClientAuth, ServerAuth, public_key, read_allowed_keys
+from asyncrl.link.socket_options import CLIENT_EVENTS, HANDSHAKE_FAILURES, LinkMonitor, bind, set_options
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ServerSocket:
             raise BindError(
                 f"{address} can be reached from other hosts and no keys are configured: set "
                 "transport.server_key_file and transport.allowed_keys_file "
-                "(python -m asyncrl.transport.keys DIR makes them), or listen on 127.0.0.1"
+                "(python -m asyncrl.link.curve_keys DIR makes them), or listen on 127.0.0.1"
             )
         self.max_frame_bytes = max_frame_bytes
         self.malformed_messages = 0  # not one frame each

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 
-from asyncrl.transport.codec import decode, encode
-from asyncrl.transport.messages import Message
-from asyncrl.transport.sockets import ClientSocket, SocketPoller
+from asyncrl.link.codec import decode, encode
+from asyncrl.link.messages import Message
+from asyncrl.link.sockets import ClientSocket, SocketPoller
 
 MAX_FRAME_BYTES = 2**31 - 1  # a batch may be large, and this link never leaves the host
 SEND_TIMEOUT_S = 30.0
+LAST_WORDS = "cannot train: "  # begins what a trainer prints when starting it again would change nothing
 
 
 class TrainerLink:

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
+# Prefixes in the flat figures of a trainer's StepDone.
+REWARD_PART = "reward_part/"  # reward_part/NAME: the mean of one reward part
+AGE_PART = "age/"  # age/BUCKET/NAME: a figure over the tokens of one bucket of policy ages
+
 
 def metric(unit: str, sentence: str, default: Any = MISSING) -> Any:
     """Declares one figure: its unit, and the sentence that says how it is computed."""

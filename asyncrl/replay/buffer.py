@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.replay.lengths import LengthHistogram
 from asyncrl.replay.pacing import Pacing
-from asyncrl.replay.records import StoredGroup
+from asyncrl.storage.records import StoredGroup
 
 
 class ReplayBuffer:

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.journal_reader import JournalReader, Location
-from asyncrl.replay.records import (
+from asyncrl.storage.journal_reader import JournalReader, Location
+from asyncrl.storage.records import (
     GroupFiltered,
     GroupsDropped,
     MessageSeen,

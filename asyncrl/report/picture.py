@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from asyncrl.metrics.alarms import RULES
-from asyncrl.metrics.records import Record, RunRecords, alarm_steps, by_age, values
+from asyncrl.report.run_records import Record, RunRecords, alarm_steps, by_age, values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

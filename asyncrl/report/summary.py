@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, picture and last lines; `python -m asyncrl.metrics.report RUN_DIR` repeats it.
+"""The end of a run: summary.json, picture and last lines; `python -m asyncrl.report.summary RUN_DIR` repeats it.
 
 Everything is worked out from metrics.jsonl.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import AsyncRLError, UserError
-from asyncrl.metrics.picture import draw
-from asyncrl.metrics.records import Record, RunRecords, alarm_steps, by_age, mean, middle, total, values
 from asyncrl.metrics.sinks import clock_time
+from asyncrl.report.picture import draw
+from asyncrl.report.run_records import Record, RunRecords, alarm_steps, by_age, mean, middle, total, values
 
 SUMMARY_FILE = "summary.json"
 
@@ -170,7 +170,7 @@ def print_summary(run_dir: str | Path, picture: Path | None = None) -> None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        remedy = f"`python -m asyncrl.metrics.report {run_dir}` makes it"
+        remedy = f"`python -m asyncrl.report.summary {run_dir}` makes it"
         raise UserError(f"{path}: there is no such file; {remedy}") from None
     print("\n".join(summary_lines(summary, run_dir, picture)), flush=True)
 
@@ -184,16 +184,16 @@ def _shown(value: float | None, form: str = ".3f") -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m asyncrl.metrics.report RUN_DIR`; exit code 2 when that is no run."""
+    """`python -m asyncrl.report.summary RUN_DIR`; exit code 2 when that is no run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m asyncrl.metrics.report RUN_DIR", file=sys.stderr)
+        print("usage: python -m asyncrl.report.summary RUN_DIR", file=sys.stderr)
         return 2
     try:
         write_summary(arguments[0])
         print_summary(arguments[0], draw(arguments[0]))
     except AsyncRLError as error:
-        print(f"asyncrl.metrics.report: {error}", file=sys.stderr)
+        print(f"asyncrl.report.summary: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -58,7 +58,7 @@ class Part:
 
 
 class Endpoint(Protocol):
-    """Where a remote part asks (`tasks.http_endpoint`)."""
+    """Where a remote part asks (`rewards.http_endpoint`)."""
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
         """The answer, decoded. Raises RewardError; ServerUnavailable or DeadlineExceeded when none came."""

@@ -15,9 +15,9 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from asyncrl.addresses import is_loopback
 from asyncrl.errors import DeadlineExceeded, RewardError
-from asyncrl.tasks.part_base import ServerUnavailable
+from asyncrl.host.addresses import is_loopback
+from asyncrl.rewards.base import ServerUnavailable
 
 if TYPE_CHECKING:
     import httpx

@@ -1,4 +1,4 @@
-"""A reward model behind HTTP: `python -m asyncrl.generator.reward_server FOLDER [--port N]`, on 127.0.0.1 only.
+"""A reward model behind HTTP: `python -m asyncrl.rewards.model_server FOLDER [--port N]`, on 127.0.0.1 only.
 
 It answers the `/classify` of vLLM 0.32 with a Hugging Face sequence-classification model:
 
@@ -7,7 +7,7 @@ It answers the `/classify` of vLLM 0.32 with a Hugging Face sequence-classificat
     GET /health      200 while scoring moves on, 503 when a text has waited for too long
 
 Texts are never cut: one that is too long is the client's error. Requests that come together are scored together; the
-generator that starts a server (`generator.reward_models`) hands it a socket that listens already, and is told by a line
+generator that starts a server (`rewards.servers`) hands it a socket that listens already, and is told by a line
 on stdout that the model is loaded.
 """
 
@@ -27,7 +27,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from asyncrl.processes import die_with_parent
+from asyncrl.host.processes import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     """Serves until it is ended; with --fd it also ends with the process that started it."""
-    parser = argparse.ArgumentParser(prog="python -m asyncrl.generator.reward_server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m asyncrl.rewards.model_server", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="of a Hugging Face sequence-classification model")
     parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1; default: a free one, which is printed")

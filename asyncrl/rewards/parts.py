@@ -31,13 +31,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError
+from asyncrl.rewards.base import Part, RemotePart, Sample, arguments_of, wrong_type
+from asyncrl.rewards.http_endpoint import HttpEndpoint, LoopThread
+from asyncrl.rewards.kinds.judge import Judge
+from asyncrl.rewards.kinds.local import Format, Length, Overlong, Rule
+from asyncrl.rewards.kinds.math_answer import MathAnswer
+from asyncrl.rewards.kinds.reward_model import RewardModel
 from asyncrl.tasks.base import Task, checked_reward
-from asyncrl.tasks.http_endpoint import HttpEndpoint, LoopThread
-from asyncrl.tasks.judge import Judge
-from asyncrl.tasks.local_parts import Format, Length, Overlong, Rule
-from asyncrl.tasks.math_answer import MathAnswer
-from asyncrl.tasks.part_base import Part, RemotePart, Sample, arguments_of, wrong_type
-from asyncrl.tasks.reward_model import RewardModel
 
 KINDS: dict[str, type[Part]] = {
     kind.kind: kind for kind in (Judge, RewardModel, MathAnswer, Overlong, Length, Format, Rule)

@@ -20,11 +20,11 @@ from typing import Any
 import msgpack
 
 from asyncrl.errors import DeadlineExceeded, ProtocolError, RewardError, TaskError
-from asyncrl.generator.reward_gate import ServerGate
-from asyncrl.generator.reward_models import RewardModels
-from asyncrl.generator.reward_worker import LENGTH
-from asyncrl.processes import END_TIMEOUT_S, kill_group
-from asyncrl.tasks.parts import weighted_sum
+from asyncrl.host.processes import END_TIMEOUT_S, kill_group
+from asyncrl.rewards.gate import ServerGate
+from asyncrl.rewards.parts import weighted_sum
+from asyncrl.rewards.servers import RewardModels
+from asyncrl.rewards.worker import LENGTH
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class RewardPool:
     """Scores completions with the task at `task_path` in `workers` processes, one job per process at a time.
 
     timeout_s is the deadline of each single completion. memory_bytes limits the address space of each worker.
-    parts and weights are further parts of the reward and what each part counts (asyncrl.tasks.parts); servers of reward
-    models that are given by their folder live as long as the pool.
+    parts and weights are further parts of the reward and what each part counts (`rewards.parts`); servers of
+    reward models that are given by their folder live as long as the pool.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class _Worker:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "asyncrl.generator.reward_worker",
+                "asyncrl.rewards.worker",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_environment(),

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from asyncrl.errors import DeadlineExceeded, ModelError
-from asyncrl.generator.reward_server import READY
-from asyncrl.processes import kill_group
-from asyncrl.tasks.parts import make_parts
-from asyncrl.tasks.reward_model import RewardModel
+from asyncrl.host.processes import kill_group
+from asyncrl.rewards.kinds.reward_model import RewardModel
+from asyncrl.rewards.model_server import READY
+from asyncrl.rewards.parts import make_parts
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class RewardModelServer:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "asyncrl.generator.reward_server",
+                "asyncrl.rewards.model_server",
                 self._part.path,
                 *(f"--{name}={value}" for name, value in options.items()),
                 stdin=asyncio.subprocess.DEVNULL,

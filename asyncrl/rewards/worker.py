@@ -26,9 +26,9 @@ from typing import Any
 import msgpack
 
 from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError, UserError
+from asyncrl.rewards.base import Sample, ServerUnavailable
+from asyncrl.rewards.parts import RewardParts, make_parts, prepare_parts
 from asyncrl.tasks.base import load_task
-from asyncrl.tasks.part_base import Sample, ServerUnavailable
-from asyncrl.tasks.parts import RewardParts, make_parts, prepare_parts
 
 LENGTH = struct.Struct("<I")
 MAX_DETAIL = 500

@@ -1,6 +1,6 @@
 """The rollout journal: an append-only log on disk. A rollout is acknowledged only after `sync` returned.
 
-Layout: numbered segment files of about 64 MiB in one folder, laid out as `replay.segment` says.
+Layout: numbered segment files of about 64 MiB in one folder, laid out as `storage.segment` says.
 
 The order that makes "an acknowledged rollout is never lost, and none is trained twice" true:
 
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asyncrl.errors import JournalError
-from asyncrl.replay.disk import lock_folder, make_folder, sync_folder, write_all
-from asyncrl.replay.journal_reader import JournalReader, Location, segment_path
-from asyncrl.replay.records import GroupsDropped, Record, StepTaken, StoredGroup
-from asyncrl.replay.segment import HEADER_BYTES, encode, new_header, read_salt, scan
+from asyncrl.storage.disk import lock_folder, make_folder, sync_folder, write_all
+from asyncrl.storage.journal_reader import JournalReader, Location, segment_path
+from asyncrl.storage.records import GroupsDropped, Record, StepTaken, StoredGroup
+from asyncrl.storage.segment import HEADER_BYTES, encode, new_header, read_salt, scan
 
 SYNC_AFTER_S = 0.020
 SYNC_AFTER_BYTES = 8 * 2**20

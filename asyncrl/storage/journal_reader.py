@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asyncrl.errors import JournalError
-from asyncrl.replay.records import Record
-from asyncrl.replay.segment import FRAME_BYTES, HEADER_BYTES, payload_bytes, read_salt, scan, whole_record
+from asyncrl.storage.records import Record
+from asyncrl.storage.segment import FRAME_BYTES, HEADER_BYTES, payload_bytes, read_salt, scan, whole_record
 
 
 class Location(NamedTuple):

@@ -1,7 +1,7 @@
 """What the journal holds: one class per kind of record, each with its own bytes.
 
 A record's payload is msgpack; a group's is a length-prefixed msgpack header followed by its frame body,
-untouched. Frame and checksum belong to `replay.segment`.
+untouched. Frame and checksum belong to `storage.segment`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 
 from asyncrl.errors import JournalError
-from asyncrl.replay.records import Record, decode
+from asyncrl.storage.records import Record, decode
 
 MAGIC = b"asyncrl journal 1\n"
 HEADER_BYTES = len(MAGIC) + 4

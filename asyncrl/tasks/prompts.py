@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asyncrl.errors import ModelError, TaskError
-from asyncrl.model_files import find_model
+from asyncrl.host.model_folder import find_model
 from asyncrl.tasks.base import Example, Task
 from asyncrl.tasks.shuffle import shuffled_index
 from asyncrl.types import TOKEN_DTYPE

@@ -29,9 +29,9 @@ from asyncrl.algorithms.masks import second_moment_mask
 from asyncrl.algorithms.value_targets import gae, importance_weighted_gae, token_rewards, vtrace
 from asyncrl.config import AlgorithmConfig, Config
 from asyncrl.errors import ShapeError
-from asyncrl.learner.critic import Critic
-from asyncrl.learner.model import Policy, to_device
-from asyncrl.replay.packing import MicroBatch, check_group, pack_groups
+from asyncrl.trainer.critic import Critic
+from asyncrl.trainer.engines.policy import Policy, to_device
+from asyncrl.trainer.packing import MicroBatch, check_group, pack_groups
 from asyncrl.types import Group
 
 # Up to this many inputs, one row with a full attention mask beats one row per completion on a CPU (measured

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from asyncrl.learner.model import Policy
-from asyncrl.learner.updates import named_parameters
-from asyncrl.transport.weight_layout import SnapshotBuffer
+from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.engines.trainable import named_parameters
+from asyncrl.weights.bytes.layout import SnapshotBuffer
 
 
 class SnapshotScorer:

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asyncrl.errors import CheckpointError
-from asyncrl.learner.checkpoint_files import (
+from asyncrl.storage.checkpoint_files import (
     Manifest,
     find_latest,
     load_desk_state,
     write_checkpoint,
     write_folder_atomically,
 )
-from asyncrl.learner.model import Policy
-from asyncrl.learner.optimizer_step import PolicyTrainer
-from asyncrl.learner.updates import describe_update, merged_state
+from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.engines.trainable import describe_update, merged_state
+from asyncrl.trainer.step import PolicyTrainer
 
 WEIGHTS = "weights.safetensors"
 CRITIC_WEIGHTS = "critic.safetensors"

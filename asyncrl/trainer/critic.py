@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from asyncrl.config import Config
-from asyncrl.learner.model import Policy, completion_hidden, compute_dtype, load_float32
-from asyncrl.model_files import find_model
-from asyncrl.replay.packing import MicroBatch
+from asyncrl.host.model_folder import find_model
+from asyncrl.trainer.engines.policy import Policy, completion_hidden, compute_dtype, load_float32
+from asyncrl.trainer.packing import MicroBatch
 
 
 def load_critic(config: Config, policy: Policy) -> Critic | None:

@@ -30,7 +30,7 @@ from asyncrl.algorithms.policy_losses import (
     topr_loss,
 )
 from asyncrl.config import Config
-from asyncrl.learner.preparation import Prepared
+from asyncrl.trainer.batch import Prepared
 
 
 class ActorLosses(NamedTuple):

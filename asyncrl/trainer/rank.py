@@ -2,7 +2,7 @@
 
     asks for the batch of version v → step → version v+1 → snapshot for the publisher → checkpoint if told → asks again
 
-Started by the desk (`learner.trainer_process`) as ``python -m asyncrl.learner.trainer CONFIG DESK_ADDRESS``. The desk
+Started by the desk (`desk.trainer_process`) as ``python -m asyncrl.trainer.rank CONFIG DESK_ADDRESS``. The desk
 may restart it at any time: it comes back with the newest checkpoint and is given the steps after it from the journal.
 """
 
@@ -18,21 +18,12 @@ from pathlib import Path
 import torch
 
 from asyncrl.config import Config
-from asyncrl.config.host import weight_backend
+from asyncrl.config.host_checks import weight_backend
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, CheckpointError, UserError
-from asyncrl.learner.account import REWARD_PART
-from asyncrl.learner.canary import SnapshotScorer
-from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
-from asyncrl.learner.critic import load_critic
-from asyncrl.learner.model import load_policy
-from asyncrl.learner.optimizer_step import PolicyTrainer
-from asyncrl.learner.publisher import Publisher
-from asyncrl.learner.trainer_process import LAST_WORDS
-from asyncrl.processes import die_with_parent, leave, pin_to
-from asyncrl.transport.codec import decode_body
-from asyncrl.transport.groups import result_to_group
-from asyncrl.transport.messages import (
+from asyncrl.host.processes import die_with_parent, leave, pin_to
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import (
     Batch,
     BatchRequest,
     CheckpointDone,
@@ -43,9 +34,17 @@ from asyncrl.transport.messages import (
     TrainerStop,
     TrainerWelcome,
 )
-from asyncrl.transport.trainer_link import TrainerLink
-from asyncrl.transport.weight_group import SnapshotBuffer
+from asyncrl.link.rollouts import result_to_group
+from asyncrl.link.trainer_link import LAST_WORDS, TrainerLink
+from asyncrl.metrics.types import REWARD_PART
+from asyncrl.trainer.canary import SnapshotScorer
+from asyncrl.trainer.checkpoint import export_model, load_checkpoint, save_checkpoint
+from asyncrl.trainer.critic import load_critic
+from asyncrl.trainer.engines.policy import load_policy
+from asyncrl.trainer.step import PolicyTrainer
 from asyncrl.types import FinishReason, Group
+from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.publisher import Publisher
 
 log = logging.getLogger(__name__)
 

@@ -20,18 +20,18 @@ from asyncrl.algorithms.losses import Sums, aggregate_loss, merge_sums
 from asyncrl.algorithms.value_targets import value_loss
 from asyncrl.config import Config
 from asyncrl.errors import NonFiniteError
-from asyncrl.learner.critic import Critic
-from asyncrl.learner.model import Policy
-from asyncrl.learner.objective import ActorObjective
-from asyncrl.learner.preparation import MiniBatch, Preparation, Prepared, PreparedBatch
-from asyncrl.learner.step_metrics import batch_metrics, token_metrics
-from asyncrl.replay.packing import sorted_groups
+from asyncrl.trainer.batch import MiniBatch, Preparation, Prepared, PreparedBatch
+from asyncrl.trainer.critic import Critic
+from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.objective import ActorObjective
+from asyncrl.trainer.packing import sorted_groups
+from asyncrl.trainer.step_metrics import batch_metrics, token_metrics
 from asyncrl.types import Group
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step measured; the names are those of `learner.step_metrics`."""
+    """What one step measured; the names are those of `trainer.step_metrics`."""
 
     version: int  # the version that now exists
     metrics: dict[str, float]

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from asyncrl.errors import ModelError, ProtocolError
-from asyncrl.model_files import find_model
-from asyncrl.transport.weight_layout import WeightManifest, digest
-from asyncrl.transport.weight_patch import LORA_A, LORA_B, WEIGHT, Patch, fold_adapter
+from asyncrl.host.model_folder import find_model
+from asyncrl.weights.bytes.layout import WeightManifest, digest
+from asyncrl.weights.bytes.patch import LORA_A, LORA_B, WEIGHT, Patch, fold_adapter
 
 log = logging.getLogger("vllm.asyncrl")
 

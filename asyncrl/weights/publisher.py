@@ -29,8 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from asyncrl.errors import AsyncRLError
-from asyncrl.learner.group_sender import GroupSender, Sent
-from asyncrl.transport.messages import (
+from asyncrl.link.messages import (
     Broadcast,
     BroadcastDone,
     CloseGroup,
@@ -40,10 +39,11 @@ from asyncrl.transport.messages import (
     SnapshotReady,
     SnapshotWanted,
 )
-from asyncrl.transport.trainer_link import TrainerLink
-from asyncrl.transport.weight_delta import Delta, delta_pays, encode_delta
-from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from asyncrl.link.trainer_link import TrainerLink
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
+from asyncrl.weights.bytes.delta import Delta, delta_pays, encode_delta
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from asyncrl.weights.sender import GroupSender, Sent
 
 log = logging.getLogger(__name__)
 

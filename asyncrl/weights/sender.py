@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from asyncrl.errors import AsyncRLError
-from asyncrl.transport.messages import Broadcast
-from asyncrl.transport.weight_group import WeightGroup
+from asyncrl.link.messages import Broadcast
+from asyncrl.weights.channels.channel import WeightGroup
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_delta import apply_delta
-from asyncrl.transport.weight_group import WeightGroup, WeightLayout, WeightManifest, digest
+from asyncrl.weights.bytes.delta import apply_delta
+from asyncrl.weights.channels.channel import WeightGroup, WeightLayout, WeightManifest, digest
 
 
 @dataclass(frozen=True, slots=True)

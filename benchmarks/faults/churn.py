@@ -40,9 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.config.loading import load_config
-from benchmarks import common, studies
-from benchmarks.async_vs_sync import ROOT, make_base_model
-from benchmarks.churn_account import (
+from benchmarks import common
+from benchmarks.faults.churn_account import (
     Offer,
     Rates,
     check_journal,
@@ -51,8 +50,10 @@ from benchmarks.churn_account import (
     ready_spans,
     tokens_between,
 )
-from benchmarks.churn_observer import Trace
-from benchmarks.churn_run import PHASES, Disturber, Interrupt, calm_run, disturbed_run
+from benchmarks.faults.churn_observer import Trace
+from benchmarks.faults.churn_run import PHASES, Disturber, Interrupt, calm_run, disturbed_run
+from benchmarks.studies import shared
+from benchmarks.studies.async_vs_sync import ROOT, make_base_model
 
 GRACE_S = 2.0  # beyond weights.timeout_s, as in the fault matrix
 LEAST_THROUGHPUT = 0.9
@@ -121,7 +122,7 @@ def main() -> int:
         print(note)
     print(f"written to {path}")
     if churn.steps:
-        from benchmarks.churn_picture import draw
+        from benchmarks.faults.churn_picture import draw
 
         print(f"picture in {draw(record, path.with_suffix('.png'))}")
     return 0 if all(bar["passed"] for bar in record["bars"].values()) else 1
@@ -336,7 +337,7 @@ def table(record: dict[str, Any]) -> str:
         "tokens, of allowed": f"{record['throughput'].get('tokens')} of {record['throughput'].get('allowed_tokens')}",
     }
     rows = [[name, str(value), "", ""] for name, value in figures.items()]
-    return "\n" + studies.table(["", "measured", "bar", ""], [*lines, *rows]) + "\n"
+    return "\n" + shared.table(["", "measured", "bar", ""], [*lines, *rows]) + "\n"
 
 
 def _verdict(bar: dict[str, Any]) -> str:
@@ -376,7 +377,7 @@ def _write(options: argparse.Namespace, record: dict[str, Any], interrupt: Inter
     text = json.dumps(content, indent=1).removesuffix("\n}") + f',\n "timeline": {{\n{body}\n }}\n}}\n'
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"churn{'.quick' if options.quick else ''}.json"
-    path.write_text(studies.without_folders(text, options))
+    path.write_text(shared.without_folders(text, options))
     return path
 
 

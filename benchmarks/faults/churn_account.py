@@ -10,12 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from asyncrl.replay.journal_reader import JournalReader
-from asyncrl.replay.records import GroupFiltered, PromptGivenUp, StepTaken, StoredGroup
-from asyncrl.transport.codec import decode_body
-from asyncrl.transport.groups import result_to_group
-from asyncrl.transport.messages import GroupResult
-from benchmarks.commits import Commits, why_unproven
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import result_to_group
+from asyncrl.storage.journal_reader import JournalReader
+from asyncrl.storage.records import GroupFiltered, PromptGivenUp, StepTaken, StoredGroup
+from benchmarks.faults.commits import Commits, why_unproven
 
 STARTING, READY, STOPPED, LEAVING, OUT, DOWN = "starting", "ready", "stopped", "leaving", "out", "down"
 WINDOWS = 40  # of a reward curve

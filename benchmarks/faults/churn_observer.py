@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.churn_account import DOWN, LEAVING, OUT, READY, STARTING, STOPPED, Offer
-from benchmarks.commits import Commit, CommitLog
-from benchmarks.fleet import LEARNER, Fleet, FleetError, marked_processes
+from benchmarks.faults.churn_account import DOWN, LEAVING, OUT, READY, STARTING, STOPPED, Offer
+from benchmarks.faults.commits import Commit, CommitLog
+from benchmarks.faults.fleet import LEARNER, Fleet, FleetError, marked_processes
 
 GENERATORS = ("g0", "g1", "g2")
 TICK_S = 0.1
@@ -58,7 +58,7 @@ class Trace:
     events: list[tuple[float, str, str, float | None]] = field(default_factory=list)  # (t, kind, generator, seconds)
     steps: list[dict[str, Any]] = field(default_factory=list)
     syncs: list[dict[str, Any]] = field(default_factory=list)
-    commits: dict[Commit, int] = field(default_factory=dict)  # of the learner, see `benchmarks.commits`
+    commits: dict[Commit, int] = field(default_factory=dict)  # of the learner, see `benchmarks.faults.commits`
     own_ends: list[str] = field(default_factory=list)  # generators that ended though nobody had asked them to
     starts_s: list[float] = field(default_factory=list)  # from the command to the first proven version
     waits_s: list[float] = field(default_factory=list)  # from an engine that is up to a proven version, or to its end

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.churn_account import DOWN, LEAVING, OUT, READY, STARTING, STOPPED, windows
+from benchmarks.faults.churn_account import DOWN, LEAVING, OUT, READY, STARTING, STOPPED, windows
 
 STATE_COLORS = {
     STARTING: "#bbbbbb",

@@ -9,9 +9,9 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.churn_account import DOWN, OUT, READY, STARTING
-from benchmarks.churn_observer import GENERATORS, Observer, Trace
-from benchmarks.fleet import Fleet, FleetError
+from benchmarks.faults.churn_account import DOWN, OUT, READY, STARTING
+from benchmarks.faults.churn_observer import GENERATORS, Observer, Trace
+from benchmarks.faults.fleet import Fleet, FleetError
 
 START_TIMEOUT_S = 300.0
 PHASES = ("one", "one, a second starts", "two, a third starts", "three")

@@ -8,14 +8,14 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from asyncrl.transport.limits import DEAD_S
-from benchmarks.commits import Commits, why_unproven
+from asyncrl.link.limits import DEAD_S
+from benchmarks.faults.commits import Commits, why_unproven
 
 SLACK_S = 2.0  # the bar: survivors commit within the deadline and this
 MIN_STEPS = 2  # while the sick one is out for STEPS_S, and again once it is back
 STEPS_S = DEAD_S + 5.0  # so long it is watched; leases of a silent generator have gone back by then
 
-Event = dict[str, Any]  # {"event", "at", ...}, see `benchmarks.faulty_generator`
+Event = dict[str, Any]  # {"event", "at", ...}, see `benchmarks.faults.faulty_generator`
 Key = tuple[int, int]  # (ordinal, attempt) of a group
 
 

@@ -1,7 +1,7 @@
 """Every fault in every phase of a weight sync, with one generator and with three: what becomes of the run.
 
-The real commands; one of the generators is sabotaged (`benchmarks.faulty_generator`), once per cell, in a fleet that
-lives on from cell to cell. A cell has passed when
+The real commands; one of the generators is sabotaged (`benchmarks.faults.faulty_generator`), once per cell, in a fleet
+that lives on from cell to cell. A cell has passed when
 
 - the sick generator did not commit the version in that sync, and the learner left it out of it;
 - each survivor committed that version, or a newer one that took its place, within the deadline + 2 s of the fault;
@@ -64,15 +64,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncrl.replay.journal_reader import JournalReader
-from asyncrl.replay.records import StepTaken, StoredGroup
-from asyncrl.transport.codec import decode_body
-from asyncrl.transport.groups import result_to_group
-from asyncrl.transport.messages import GroupResult
-from benchmarks import common, studies
-from benchmarks.async_vs_sync import ROOT, make_base_model
-from benchmarks.commits import CommitLog
-from benchmarks.fault_judge import (
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import result_to_group
+from asyncrl.storage.journal_reader import JournalReader
+from asyncrl.storage.records import StepTaken, StoredGroup
+from benchmarks import common
+from benchmarks.faults.commits import CommitLog
+from benchmarks.faults.fault_judge import (
     MIN_STEPS,
     SLACK_S,
     STEPS_S,
@@ -83,7 +82,9 @@ from benchmarks.fault_judge import (
     survivor_delays,
     tainted,
 )
-from benchmarks.fleet import LEARNER, POLL_S, Fleet, FleetError, Tail
+from benchmarks.faults.fleet import LEARNER, POLL_S, Fleet, FleetError, Tail
+from benchmarks.studies import shared
+from benchmarks.studies.async_vs_sync import ROOT, make_base_model
 
 FAULTS = ("kill", "stop", "corrupt", "drop", "digest", "canary")
 PHASES = ("OFFER", "STAGE", "VERIFY", "SWAP", "CANARY", "COMMIT")
@@ -161,7 +162,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, metavar="PHASE", help="of %(default)s")
     parser.add_argument("--generators", nargs="+", type=int, default=GENERATORS, help="how many (default %(default)s)")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
-    parser.add_argument("--model", type=Path, default=studies.MODEL, help="base model, made if missing")
+    parser.add_argument("--model", type=Path, default=shared.MODEL, help="base model, made if missing")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further configuration keys")
     parser.add_argument("--folder", help="keep logs, journal and events there (default: a temporary one)")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the JSON file")
@@ -187,7 +188,7 @@ class Matrix:
             folder,
             options.config,
             [f"model.path={options.model.resolve()}", *SETTINGS, *options.set],
-            generator_command=[sys.executable, "-m", "benchmarks.faulty_generator"],
+            generator_command=[sys.executable, "-m", "benchmarks.faults.faulty_generator"],
             environment={"ASYNCRL_FAULTS": str(self._faults)},
         )
         self._files: dict[str, Tail] = {}
@@ -426,7 +427,7 @@ def tables(outcomes: list[Outcome]) -> str:
         found = {(o.cell.fault, o.cell.phase): o for o in outcomes if o.cell.generators == count}
         rows = [[fault, *(_shown(found.get((fault, phase))) for phase in PHASES)] for fault in FAULTS]
         what = "s until the survivors had the version / until the sick one was back" if count > 1 else "s until back"
-        parts.append(f"{count} generator{'s' if count > 1 else ''} ({what})\n\n{studies.table(['', *PHASES], rows)}")
+        parts.append(f"{count} generator{'s' if count > 1 else ''} ({what})\n\n{shared.table(['', *PHASES], rows)}")
     return "\n\n".join(parts)
 
 

@@ -1,14 +1,14 @@
 """asyncrl-generator with a saboteur inside: the real daemon and engine, to which one ordered fault at a time happens.
 
-    python -m benchmarks.faulty_generator CONFIG [KEY=VALUE ...]      as a member of a `fleet.Fleet`
+    python -m benchmarks.faults.faulty_generator CONFIG [KEY=VALUE ...]      as a member of a `fleet.Fleet`
 
 The folder named by the environment variable ASYNCRL_FAULTS holds, for each generator:
 
 - NAME.order.json, written by the driver: {"id", "fault", "phase"}. Carried out once, at the next sync that reaches it.
 - NAME.events.jsonl, written here: what happened when (time.monotonic(), one clock for all processes of a machine).
 
-What a fault is in which phase is told in `benchmarks.fault_matrix`. This module does what happens in the daemon;
-`benchmarks.faulty_worker` what happens where weights arrive, in the engine's process.
+What a fault is in which phase is told in `benchmarks.faults.fault_matrix`. This module does what happens in the daemon;
+`benchmarks.faults.faulty_worker` what happens where weights arrive, in the engine's process.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import numpy as np
 
 from asyncrl.cli.generator import main as generator_main
 from asyncrl.generator import daemon
-from asyncrl.generator.rollout import LeaseRunner
-from asyncrl.generator.weight_sync import WeightSync
-from asyncrl.transport.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.generator.lease_runner import LeaseRunner
+from asyncrl.generator.weight_phases import WeightSync
+from asyncrl.link.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
 from asyncrl.types import LOGPROB_DTYPE, Group, Lease
-from benchmarks.fleet import own_mark, signal_marked
+from benchmarks.faults.fleet import own_mark, signal_marked
 
 FOLDER = "ASYNCRL_FAULTS"
-WORKER = "benchmarks.faulty_worker.FaultyWorker"
+WORKER = "benchmarks.faults.faulty_worker.FaultyWorker"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 OFF = 1e-3  # nats; the canary's tolerance in float32 is 1e-4
 REPLIED_LOGPROBS = ("OFFER", "STAGE", "VERIFY", "CANARY", "COMMIT")  # phases whose `canary` fault is in the answer
@@ -250,9 +250,9 @@ class FaultyEngineProcess(daemon.VLLMEngine):
     """The engine with the other half of the saboteur in its workers."""
 
     def _build(self) -> Any:
-        from asyncrl.generator import weights  # brings vllm, as the method itself does
+        from asyncrl.generator.engines.vllm import plugin  # brings vllm, as the method itself does
 
-        weights.EXTENSION = WORKER
+        plugin.EXTENSION = WORKER
         return super()._build()
 
 

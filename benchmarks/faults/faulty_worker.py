@@ -1,4 +1,4 @@
-"""The half of the saboteur that sits where weights arrive: vLLM's worker. See `benchmarks.faulty_generator`."""
+"""The half of the saboteur that sits where weights arrive: vLLM's worker. See `benchmarks.faults.faulty_generator`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from asyncrl.generator import staging, weights
-from asyncrl.generator.weights import WeightWorkerExtension
-from benchmarks.faulty_generator import Saboteur
+from asyncrl.generator.engines.vllm import plugin
+from asyncrl.generator.engines.vllm.plugin import WeightWorkerExtension
+from asyncrl.weights import staging
+from benchmarks.faults.faulty_generator import Saboteur
 
 CORRUPTED = "norm.weight"  # the last of them is the model's own, which every token goes through
 EXPONENT_BIT = 1  # of the highest byte of a little-endian float: 1.0 becomes 0.25
@@ -70,7 +71,7 @@ def digest(bucket: torch.Tensor) -> int:
     return _receiving.digest(bucket)
 
 
-weights.receive, staging.digest = receive, digest  # type: ignore[assignment]
+plugin.receive, staging.digest = receive, digest  # type: ignore[assignment]
 
 
 class FaultyWorker(WeightWorkerExtension):

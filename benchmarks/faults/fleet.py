@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import yaml
 
 from asyncrl.metrics import METRICS_FILE
-from benchmarks.async_vs_sync import COMMANDS, ROOT, free_port
+from benchmarks.studies.async_vs_sync import COMMANDS, ROOT, free_port
 
 MARK = "ASYNCRL_FLEET_MEMBER"  # environment variable: <fleet>/<member>/<its how manieth start>
 LEARNER = "learner"

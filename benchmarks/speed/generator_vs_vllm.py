@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-from benchmarks.learner_peer import FIRST_TOKEN, PROMPT_TOKENS
-from benchmarks.models import SIZES, make_model
-from benchmarks.rig import GROUP_SIZE, Rig, generator
+from benchmarks.speed.learner_peer import FIRST_TOKEN, PROMPT_TOKENS
+from benchmarks.speed.models import SIZES, make_model
+from benchmarks.speed.rig import GROUP_SIZE, Rig, generator
 
 BAR = ">= 0.90, aim 0.97"
 LENGTHS = ("fixed", "geometric")

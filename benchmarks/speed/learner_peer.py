@@ -3,8 +3,9 @@
 No trainer, but its publisher. No journal: a result counts as durable once it is checked, and is acknowledged as late as
 after a journal's sync. No pacing: there is a lease whenever there is room.
 
-A process of its own on the learner's CPU: ``python -m benchmarks.learner_peer CONFIG CPU``. It takes one JSON command
-per line on stdin and answers with one JSON line on stdout. `LearnerPeer` is the other end, in the generator's process.
+A process of its own on the learner's CPU: ``python -m benchmarks.speed.learner_peer CONFIG CPU``. It takes one JSON
+command per line on stdin and answers with one JSON line on stdout. `LearnerPeer` is the other end, in the generator's
+process.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ import numpy as np
 
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
+from asyncrl.desk.daemon import make_sessions
 from asyncrl.errors import AsyncRLError
-from asyncrl.learner.daemon import make_sessions
-from asyncrl.learner.sync_round import canary_differences
-from asyncrl.replay.journal import SYNC_AFTER_S
-from asyncrl.transport import messages
-from asyncrl.transport.codec import body_of, decode, encode
-from asyncrl.transport.groups import lease_to_grant, result_to_group, validate_group
-from asyncrl.transport.messages import Message
-from asyncrl.transport.session import DeskSession, Offer
-from asyncrl.transport.sockets import ServerSocket, SocketPoller
-from asyncrl.transport.weight_rendezvous import WeightGroupSpec
+from asyncrl.link import messages
+from asyncrl.link.codec import body_of, decode, encode
+from asyncrl.link.messages import Message
+from asyncrl.link.rollouts import lease_to_grant, result_to_group, validate_group
+from asyncrl.link.session import DeskSession, Offer
+from asyncrl.link.sockets import ServerSocket, SocketPoller
+from asyncrl.storage.journal import SYNC_AFTER_S
 from asyncrl.types import TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
+from asyncrl.weights.channels.rendezvous import WeightGroupSpec
+from asyncrl.weights.plan.round import canary_differences
 
 _M = TypeVar("_M", bound=Message)
 
@@ -348,10 +349,10 @@ class WeightSide:
     def __init__(self, config: Config, address: str) -> None:
         import torch
 
-        from asyncrl.learner.canary import SnapshotScorer
-        from asyncrl.learner.model import Policy
-        from asyncrl.learner.publisher import Publisher
-        from asyncrl.transport.weight_group import SnapshotBuffer
+        from asyncrl.trainer.canary import SnapshotScorer
+        from asyncrl.trainer.engines.policy import Policy
+        from asyncrl.weights.channels.channel import SnapshotBuffer
+        from asyncrl.weights.publisher import Publisher
 
         torch.set_num_threads(1)
         policy = Policy.load(config.model.path, dtype=config.model.dtype)
@@ -385,9 +386,9 @@ class LearnerPeer:
     async def start(cls, config_file: Path, cpu: int) -> LearnerPeer:
         """Returns when it listens at `address`."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "benchmarks.learner_peer", str(config_file), str(cpu),
+            sys.executable, "-m", "benchmarks.speed.learner_peer", str(config_file), str(cpu),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
         )  # fmt: skip
         peer = cls(process)
         peer.address = (await peer._read("start"))["address"]
@@ -415,7 +416,7 @@ class LearnerPeer:
 
 
 def main() -> None:
-    from asyncrl.processes import die_with_parent
+    from asyncrl.host.processes import die_with_parent
     from benchmarks.common import pin
 
     die_with_parent()

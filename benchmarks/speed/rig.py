@@ -12,7 +12,7 @@ from pathlib import Path
 from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.generator.daemon import GeneratorDaemon, build_generator
 from asyncrl.generator.identity import claim_identity
-from benchmarks.learner_peer import PROMPT_TOKENS, LearnerPeer
+from benchmarks.speed.learner_peer import PROMPT_TOKENS, LearnerPeer
 
 GROUP_SIZE = 8
 STOP_TIMEOUT_S = 30.0

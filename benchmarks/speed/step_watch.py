@@ -12,9 +12,9 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from asyncrl.generator.weights import WeightWorkerExtension
+from asyncrl.generator.engines.vllm.plugin import WeightWorkerExtension
 
-EXTENSION = "benchmarks.step_watch.StepWatchExtension"
+EXTENSION = "benchmarks.speed.step_watch.StepWatchExtension"
 
 
 @dataclass(slots=True)

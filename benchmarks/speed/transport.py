@@ -23,15 +23,15 @@ import msgpack
 import numpy as np
 import zmq
 
-from asyncrl.processes import die_with_parent
-from asyncrl.replay.journal import Journal
-from asyncrl.replay.records import StoredGroup
-from asyncrl.transport.addresses import parse_address
-from asyncrl.transport.codec import decode, encode, encode_body
-from asyncrl.transport.groups import group_to_result, result_to_group, validate_group
-from asyncrl.transport.links import set_options
-from asyncrl.transport.messages import GroupResult
-from asyncrl.transport.sockets import ClientSocket, ServerSocket
+from asyncrl.host.processes import die_with_parent
+from asyncrl.link.addresses import parse_address
+from asyncrl.link.codec import decode, encode, encode_body
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import group_to_result, result_to_group, validate_group
+from asyncrl.link.socket_options import set_options
+from asyncrl.link.sockets import ClientSocket, ServerSocket
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import StoredGroup
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 from benchmarks import common
 
@@ -184,7 +184,7 @@ def _frames_per_s(side: str, frame: bytes, options: Any) -> float:
             return 1
 
     arguments = [side, address, str(len(frame)), str(options.generator_cpu)]
-    sender = subprocess.Popen([sys.executable, "-m", "benchmarks.transport", "--sender", *arguments])
+    sender = subprocess.Popen([sys.executable, "-m", "benchmarks.speed.transport", "--sender", *arguments])
     try:
         return _count_frames(receive, options.seconds)
     finally:

@@ -30,7 +30,7 @@ from benchmarks import common
 if TYPE_CHECKING:  # --help should not wait for torch
     import torch
 
-    from asyncrl.transport.weight_group import SnapshotBuffer
+    from asyncrl.weights.channels.channel import SnapshotBuffer
 
 LEARNING_RATE = 1e-6
 DRIVES = ("text", "noise")
@@ -76,7 +76,7 @@ def measure(drive: str, options: argparse.Namespace) -> Figures:
     """One step and one sync per pair."""
     import torch
 
-    from asyncrl.transport.weight_group import SnapshotBuffer
+    from asyncrl.weights.channels.channel import SnapshotBuffer
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -101,8 +101,8 @@ def sync(old: SnapshotBuffer, new: SnapshotBuffer, received: torch.Tensor, versi
     """Brings `received` from the bytes of `old` to those of `new` and notes what it took."""
     import torch
 
-    from asyncrl.transport.weight_delta import apply_delta, encode_delta
-    from asyncrl.transport.weight_group import digest_buckets
+    from asyncrl.weights.bytes.delta import apply_delta, encode_delta
+    from asyncrl.weights.channels.channel import digest_buckets
 
     layout = new.layout
     with _timed(figures.encode_ms):

@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from asyncrl.processes import die_with_parent
+from asyncrl.host.processes import die_with_parent
 from benchmarks import common
-from benchmarks.models import SIZES, make_model
-from benchmarks.rig import Rig, generator
+from benchmarks.speed.models import SIZES, make_model
+from benchmarks.speed.rig import Rig, generator
 
 SEQUENCES = 64
 MAX_NEW_TOKENS = 256
@@ -76,10 +76,10 @@ async def measure(
     size: str, folder: Path, options: Any, report: common.Report
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], list[dict[str, float]]]:
     """Syncs, vLLM's reloads and bare broadcasts in turn; their durations."""
-    from asyncrl.generator import weights
-    from benchmarks.step_watch import EXTENSION
+    from asyncrl.generator.engines.vllm import plugin
+    from benchmarks.speed.step_watch import EXTENSION
 
-    weights.EXTENSION = EXTENSION
+    plugin.EXTENSION = EXTENSION
     model = make_model(folder / "model", size)
     syncs, raws, reloads = [], [], []
     async with generator(
@@ -169,8 +169,8 @@ async def start_receiver(rig: Rig, num_bytes: float) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # A child of the worker: what gets a CPU is decided per session too, and both receivers must have the same share.
-    command = [sys.executable, "-m", "benchmarks.weight_sync", "--receiver", str(port), str(int(num_bytes))]
-    folder = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-m", "benchmarks.speed.weight_sync", "--receiver", str(port), str(int(num_bytes))]
+    folder = str(Path(__file__).parents[2])
     await rig.daemon.engine._rpc("bench_start_child", RPC_TIMEOUT_S, command, folder)
     await rig.peer.ask("raw_join", port=port)
 

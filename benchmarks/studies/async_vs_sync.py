@@ -25,7 +25,7 @@ from asyncrl.config.loading import load_config
 from asyncrl.metrics import METRICS_FILE, read_records
 from benchmarks import common
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMANDS = Path(sys.executable).parent
 STOP_TIMEOUT_S = 30.0
 RUN_TIMEOUT_S = 1800.0

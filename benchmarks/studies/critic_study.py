@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import studies
-from benchmarks.staleness_study import SETTINGS, delayed_job
-from benchmarks.studies import Job, JobLog
+from benchmarks.studies import shared
+from benchmarks.studies.shared import Job, JobLog
+from benchmarks.studies.staleness_study import SETTINGS, delayed_job
 
 AGES = (0, 8, 16)
 COMPARED_FROM = 8
@@ -28,15 +28,15 @@ FRESH, OWN, ACCURACY = "explained variance", "against its own targets", "accurac
 
 
 def main() -> int:
-    parser = studies.arguments(__doc__ or "", "critic_study", steps=160)
+    parser = shared.arguments(__doc__ or "", "critic_study", steps=160)
     parser.add_argument("--ages", type=int, nargs="+", default=list(AGES), help="in steps (default %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further configuration keys")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.ages = 6, [0, 8]
-    studies.settle(options)
-    run = studies.run_in_workers
-    return studies.carry_out(options, make_jobs(options), run, partial(report, options))
+    shared.settle(options)
+    run = shared.run_in_workers
+    return shared.carry_out(options, make_jobs(options), run, partial(report, options))
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
@@ -73,22 +73,22 @@ def figures_of(jobs: list[Job], log: JobLog) -> Figures:
 def report(options: argparse.Namespace, jobs: list[Job], log: JobLog) -> None:
     """Table and verdict on stdout, JSON and PNG in the folder of results."""
     figures, ages = figures_of(jobs, log), sorted(options.ages)
-    notes = [*verdict(figures, ages), *studies.notes(options, jobs, log)]
+    notes = [*verdict(figures, ages), *shared.notes(options, jobs, log)]
     print("\nMean ± std over seeds:\n")
     rows = [
-        [targets, str(age), *(studies.mean_std(figures[targets, age][name]) for name in (FRESH, OWN, ACCURACY))]
+        [targets, str(age), *(shared.mean_std(figures[targets, age][name]) for name in (FRESH, OWN, ACCURACY))]
         for age in ages
         for targets in TARGETS
         if (targets, age) in figures
     ]
-    print(studies.table(["targets", "age", FRESH, OWN, ACCURACY], rows))
+    print(shared.table(["targets", "age", FRESH, OWN, ACCURACY], rows))
     print()
     for note in notes:
         print(note)
     summary = [{"targets": targets, "age": age, **one} for (targets, age), one in figures.items()]
     record = {"settings": [*SETTINGS, *CRITIC], "summary": summary, "notes": notes}
-    studies.write(options, record, jobs, log)
-    print(f"written to {draw(figures, ages, jobs, log, options.results / (studies.file_stem(options) + '.png'))}")
+    shared.write(options, record, jobs, log)
+    print(f"written to {draw(figures, ages, jobs, log, options.results / (shared.file_stem(options) + '.png'))}")
 
 
 def verdict(figures: Figures, ages: list[int]) -> list[str]:
@@ -104,8 +104,8 @@ def verdict(figures: Figures, ages: list[int]) -> list[str]:
                 parts.append(f"{name} was not measured")
                 ahead.append(False)
                 continue
-            difference = studies.mean(ours) - studies.mean(plain)
-            spread = max(studies.std(ours), studies.std(plain))
+            difference = shared.mean(ours) - shared.mean(plain)
+            spread = max(shared.std(ours), shared.std(plain))
             ahead.append(difference > 0)
             size = "more" if abs(difference) > spread else "no more"
             parts.append(f"{name} {difference:+.3f} ({size} than the larger std, {spread:.3f})")
@@ -130,9 +130,9 @@ def draw(figures: Figures, ages: list[int], jobs: list[Job], log: JobLog, path: 
             measured = [(place, values) for place, values in enumerate(by_age) if values]
             axis.bar(
                 [place + 0.25 * (number - 1) for place, _ in measured],
-                [studies.mean(values) for _, values in measured],
+                [shared.mean(values) for _, values in measured],
                 0.23,
-                yerr=[studies.std(values) for _, values in measured],
+                yerr=[shared.std(values) for _, values in measured],
                 color=colors[targets],
                 capsize=3,
                 label=targets,

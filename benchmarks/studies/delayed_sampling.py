@@ -25,14 +25,15 @@ from torch import Tensor
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.errors import NonFiniteError
-from asyncrl.learner.critic import load_critic
-from asyncrl.learner.model import Policy, load_policy
-from asyncrl.learner.optimizer_step import PolicyTrainer
-from asyncrl.replay.packing import pack_groups
 from asyncrl.tasks.base import Task, checked_reward, load_task
 from asyncrl.tasks.prompts import Prompt, PromptSource, load_tokenizer
+from asyncrl.trainer.critic import load_critic
+from asyncrl.trainer.engines.policy import Policy, load_policy
+from asyncrl.trainer.packing import pack_groups
+from asyncrl.trainer.step import PolicyTrainer
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
-from benchmarks import common, studies
+from benchmarks import common
+from benchmarks.studies import shared
 
 Weights = dict[str, Tensor]
 FRESH_ORDINAL = 10**9  # prompts for measurements: a seeded shuffle far behind what any run trains on
@@ -226,7 +227,7 @@ def make_trainer(config: Config) -> PolicyTrainer:
     return PolicyTrainer(policy, config, critic=load_critic(config, policy))
 
 
-def run_job(job: studies.Job) -> dict[str, Any]:
+def run_job(job: shared.Job) -> dict[str, Any]:
     """One run. job: overrides (of the configuration), age, seed, steps, eval_every, eval_prompts.
 
     A gradient that is not finite ends the run where it stands: `diverged_at` is that version, and the curves and
@@ -251,14 +252,14 @@ def run_job(job: studies.Job) -> dict[str, Any]:
     last = evals[1:][-LAST_EVALS:]
     explained = [one["explained_variance"] for one in last if "explained_variance" in one]
     return {
-        "accuracy": studies.mean([one["accuracy"] for one in last]),
-        **({"fresh_explained_variance": studies.mean(explained)} if explained else {}),
+        "accuracy": shared.mean([one["accuracy"] for one in last]),
+        **({"fresh_explained_variance": shared.mean(explained)} if explained else {}),
         "diverged_at": diverged_at,
         "evals": evals,
-        "last_half": studies.means_of([_only(FIGURES, one) for one in metrics[len(metrics) // 2 :]]),
+        "last_half": shared.means_of([_only(FIGURES, one) for one in metrics[len(metrics) // 2 :]]),
         "curve_every": every,
         "curves": {
-            name: studies.thinned([one[name] for one in metrics], every)
+            name: shared.thinned([one[name] for one in metrics], every)
             for name in CURVES
             if metrics and all(name in one for one in metrics)
         },
@@ -278,12 +279,12 @@ def _only(names: Sequence[str], metrics: dict[str, float]) -> dict[str, float]:
 
 def main() -> int:
     if len(sys.argv) != 2 or not sys.argv[1].isdigit():
-        print("a worker of the studies: python -m benchmarks.delayed_sampling CPU < JOBS", file=sys.stderr)
+        print("a worker of the studies: python -m benchmarks.studies.delayed_sampling CPU < JOBS", file=sys.stderr)
         return 2
     common.pin(int(sys.argv[1]))
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    studies.serve(run_job)
+    shared.serve(run_job)
     return 0
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.metrics import METRICS_FILE, read_records
-from benchmarks import common, studies
-from benchmarks.async_vs_sync import STOP_TIMEOUT_S, command, free_port, tail
-from benchmarks.studies import Job, JobLog
+from benchmarks import common
+from benchmarks.studies import shared
+from benchmarks.studies.async_vs_sync import STOP_TIMEOUT_S, command, free_port, tail
+from benchmarks.studies.shared import Job, JobLog
 
 METHODS = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "dapo", "gspo", "cispo", "decoupled", "m2po", "ppo")
 BAR = 0.85
@@ -51,8 +52,8 @@ FROM_SUMMARY = (
 
 
 def main() -> int:
-    parser = studies.arguments(__doc__ or "", "method_matrix", steps=60)
-    parser.add_argument("--config", type=Path, default=studies.ROOT / "configs" / "quickstart.yaml")
+    parser = shared.arguments(__doc__ or "", "method_matrix", steps=60)
+    parser.add_argument("--config", type=Path, default=shared.ROOT / "configs" / "quickstart.yaml")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="of %(default)s")
     parser.add_argument("--bar", type=float, default=BAR, help="accuracy that passes (default %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further configuration keys")
@@ -60,9 +61,9 @@ def main() -> int:
     if options.quick:
         options.steps, options.methods = 4, ["grpo", "ppo"]
         options.set = ["learner.groups_per_step=4", "eval.prompts=8", *options.set]
-    studies.settle(options)
-    run = partial(studies.run_in_turn, run=run_job)
-    return studies.carry_out(options, make_jobs(options), run, partial(report, options))
+    shared.settle(options)
+    run = partial(shared.run_in_turn, run=run_job)
+    return shared.carry_out(options, make_jobs(options), run, partial(report, options))
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
@@ -129,7 +130,7 @@ def _result(run_dir: Path, steps: int) -> dict[str, Any]:
         "accuracy": summary["eval_last"],
         **{name: summary[name] for name in FROM_SUMMARY if summary.get(name) is not None},
         "curve_every": CURVE_EVERY,
-        "reward_curve": studies.thinned([record["reward_mean"] for record in taken], CURVE_EVERY),
+        "reward_curve": shared.thinned([record["reward_mean"] for record in taken], CURVE_EVERY),
     }
 
 
@@ -139,7 +140,7 @@ def _result(run_dir: Path, steps: int) -> dict[str, Any]:
 def report(options: argparse.Namespace, jobs: list[Job], log: JobLog) -> None:
     """The table on stdout, everything measured in the JSON file."""
     rows = [row for method in options.methods if (row := summary_of(method, options.bar, jobs, log)) is not None]
-    notes = [*verdict(rows, options.bar), *studies.notes(options, jobs, log)]
+    notes = [*verdict(rows, options.bar), *shared.notes(options, jobs, log)]
     print("\nMean ± std over seeds:\n")
     header = [
         "algorithm.name",
@@ -153,20 +154,20 @@ def report(options: argparse.Namespace, jobs: list[Job], log: JobLog) -> None:
     lines = [
         [
             row["method"],
-            f"{studies.mean(row['eval_first']):.3f}",
-            studies.mean_std(row["accuracy"]),
+            f"{shared.mean(row['eval_first']):.3f}",
+            shared.mean_std(row["accuracy"]),
             f"{min(row['accuracy']):.3f}",
             "yes" if row["passed"] else "NO",
-            f"{studies.mean(row['policy_age_mean']):.2f}",
-            f"{studies.mean(row['total_s']):.0f}",
+            f"{shared.mean(row['policy_age_mean']):.2f}",
+            f"{shared.mean(row['total_s']):.0f}",
         ]
         for row in rows
     ]
-    print(studies.table(header, lines))
+    print(shared.table(header, lines))
     print()
     for note in notes:
         print(note)
-    studies.write(options, {"settings": list(SETTINGS), "bar": options.bar, "summary": rows, "notes": notes}, jobs, log)
+    shared.write(options, {"settings": list(SETTINGS), "bar": options.bar, "summary": rows, "notes": notes}, jobs, log)
 
 
 def summary_of(method: str, bar: float, jobs: list[Job], log: JobLog) -> dict[str, Any] | None:
@@ -176,7 +177,7 @@ def summary_of(method: str, bar: float, jobs: list[Job], log: JobLog) -> dict[st
         return None
     names = ("accuracy", "eval_first", "policy_age_mean", "total_s")
     row: dict[str, Any] = {"method": method, **{name: [one[name] for one in results] for name in names}}
-    return row | {"passed": studies.mean(row["accuracy"]) >= bar}
+    return row | {"passed": shared.mean(row["accuracy"]) >= bar}
 
 
 def verdict(rows: list[dict[str, Any]], bar: float) -> list[str]:

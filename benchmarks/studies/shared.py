@@ -24,9 +24,9 @@ from typing import Any
 
 from benchmarks import common
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "runs" / "models" / "arithmetic"
-WORKER = "benchmarks.delayed_sampling"
+WORKER = "benchmarks.studies.delayed_sampling"
 JOB_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 30.0
 MIN_SEEDS = 3

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import studies
-from benchmarks.studies import Job, JobLog
+from benchmarks.studies import shared
+from benchmarks.studies.shared import Job, JobLog
 
 AGES = (0, 4, 16, 64)
 FLAT_TO = 16
@@ -48,7 +48,7 @@ BEST_FROM_AGE = 16
 
 
 def main() -> int:
-    parser = studies.arguments(__doc__ or "", "staleness_study", steps=160)
+    parser = shared.arguments(__doc__ or "", "staleness_study", steps=160)
     parser.add_argument("--ages", type=int, nargs="+", default=list(AGES), help="in steps (default %(default)s)")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)}"
@@ -57,9 +57,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.steps, options.ages, options.methods = 6, [0, 2], ["no correction", "TIS", "ours: cap by age"]
-    studies.settle(options)
-    run = studies.run_in_workers
-    return studies.carry_out(options, make_jobs(options), run, partial(report, options))
+    shared.settle(options)
+    run = shared.run_in_workers
+    return shared.carry_out(options, make_jobs(options), run, partial(report, options))
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
@@ -113,8 +113,8 @@ class Outcome:
         fresh = self.accuracies(method, 0)
         if not fresh or to_age not in ages or not all(self.accuracies(method, age) for age in ages):
             return None
-        least = studies.mean(fresh) - studies.std(fresh)
-        return all(studies.mean(self.accuracies(method, age)) >= least for age in ages)
+        least = shared.mean(fresh) - shared.std(fresh)
+        return all(shared.mean(self.accuracies(method, age)) >= least for age in ages)
 
     def best_of_ours(self) -> str | None:
         """The candidate with the highest mean accuracy over the ages from 16 on."""
@@ -122,14 +122,14 @@ class Outcome:
         ours = [name for name in self.methods if name.startswith(OURS)]
         measured = [name for name in ours if all(self.accuracies(name, age) for age in ages)]
         return max(
-            measured, key=lambda name: sum(studies.mean(self.accuracies(name, age)) for age in ages), default=None
+            measured, key=lambda name: sum(shared.mean(self.accuracies(name, age)) for age in ages), default=None
         )
 
 
 def report(options: argparse.Namespace, jobs: list[Job], log: JobLog) -> None:
     """Table and verdict on stdout, JSON and PNG in the folder of results."""
     outcome = Outcome(options, jobs, log)
-    notes = [*verdict(outcome), *studies.notes(options, jobs, log)]
+    notes = [*verdict(outcome), *shared.notes(options, jobs, log)]
     print("\nHeld-out accuracy at the end, mean ± std over seeds, by policy age:\n")
     print(accuracy_table(outcome))
     print("\nSecond half of the runs, means over seeds: ESS share / clipped / masked tokens:\n")
@@ -140,8 +140,8 @@ def report(options: argparse.Namespace, jobs: list[Job], log: JobLog) -> None:
     summary = {
         method: {
             str(age): {
-                "accuracy_mean": studies.mean(outcome.accuracies(method, age)),
-                "accuracy_std": studies.std(outcome.accuracies(method, age)),
+                "accuracy_mean": shared.mean(outcome.accuracies(method, age)),
+                "accuracy_std": shared.std(outcome.accuracies(method, age)),
                 "seeds": len(outcome.accuracies(method, age)),
             }
             for age in outcome.ages
@@ -157,8 +157,8 @@ def report(options: argparse.Namespace, jobs: list[Job], log: JobLog) -> None:
         "best_of_ours": outcome.best_of_ours(),
         "notes": notes,
     }
-    studies.write(options, record, jobs, log)
-    print(f"written to {draw(outcome, options.results / (studies.file_stem(options) + '.png'))}")
+    shared.write(options, record, jobs, log)
+    print(f"written to {draw(outcome, options.results / (shared.file_stem(options) + '.png'))}")
 
 
 def accuracy_table(outcome: Outcome) -> str:
@@ -167,21 +167,21 @@ def accuracy_table(outcome: Outcome) -> str:
     rows = [
         [
             method,
-            *(studies.mean_std(outcome.accuracies(method, age)) for age in outcome.ages),
+            *(shared.mean_std(outcome.accuracies(method, age)) for age in outcome.ages),
             words[outcome.is_flat(method, FLAT_TO)],
         ]
         for method in outcome.methods
     ]
-    return studies.table(header, rows)
+    return shared.table(header, rows)
 
 
 def health_table(outcome: Outcome) -> str:
     def cell(method: str, age: int) -> str:
         values = [outcome.figures(method, age, name) for name in ("ess_share", "clip_fraction", "masked_share")]
-        return " / ".join(f"{studies.mean(one):.2f}" if one else "-" for one in values)
+        return " / ".join(f"{shared.mean(one):.2f}" if one else "-" for one in values)
 
     rows = [[method, *(cell(method, age) for age in outcome.ages)] for method in outcome.methods]
-    return studies.table(["", *(f"age {age}" for age in outcome.ages)], rows)
+    return shared.table(["", *(f"age {age}" for age in outcome.ages)], rows)
 
 
 def verdict(outcome: Outcome) -> list[str]:
@@ -193,13 +193,13 @@ def verdict(outcome: Outcome) -> list[str]:
             continue
         fresh = outcome.accuracies(method, 0)
         changes = [
-            f"{studies.mean(outcome.accuracies(method, age)) - studies.mean(fresh):+.3f} at {age}"
+            f"{shared.mean(outcome.accuracies(method, age)) - shared.mean(fresh):+.3f} at {age}"
             for age in outcome.ages
             if age and outcome.accuracies(method, age)
         ]
         sentences.append(
             f"{method}: {'flat' if flat else 'NOT flat'} to age {FLAT_TO}; against its own age 0 "
-            f"(std {studies.std(fresh):.3f}) {', '.join(changes)}"
+            f"(std {shared.std(fresh):.3f}) {', '.join(changes)}"
         )
     best = outcome.best_of_ours()
     if best is not None:
@@ -227,7 +227,7 @@ def draw(outcome: Outcome, path: Path) -> Path:
         _against_age(accuracy, outcome, method, number, colors[method])
         shares = [outcome.figures(method, age, "ess_share") for age in outcome.ages]
         places = [place for place, share in enumerate(shares) if share]
-        means = [studies.mean(shares[place]) for place in places]
+        means = [shared.mean(shares[place]) for place in places]
         ess.plot(places, means, _style(method), color=colors[method], label=method)
     for axis, label in ((accuracy, "held-out accuracy at the end"), (ess, "effective sample size / tokens")):
         axis.set_xticks(range(len(outcome.ages)), [str(age) for age in outcome.ages])
@@ -263,8 +263,8 @@ def _against_age(axis: Any, outcome: Outcome, method: str, number: int, color: A
     values = [outcome.accuracies(method, outcome.ages[place]) for place in places]
     axis.errorbar(
         [place + shift for place in places],
-        [studies.mean(one) for one in values],
-        [studies.std(one) for one in values],
+        [shared.mean(one) for one in values],
+        [shared.std(one) for one in values],
         fmt=_style(method),
         color=color,
         capsize=2,
@@ -282,9 +282,9 @@ def _reward_curve(axis: Any, outcome: Outcome, method: str, age: int, color: Any
     # A run that diverged is shorter; it counts as long as it lasted.
     at = [[curve[place] for curve in curves if place < len(curve)] for place in range(max(map(len, curves)))]
     steps = [found[0]["curve_every"] * (place + 0.5) for place in range(len(at))]
-    means = [studies.mean(values) for values in at]
-    low = [mean - studies.std(values) for mean, values in zip(means, at, strict=True)]
-    high = [mean + studies.std(values) for mean, values in zip(means, at, strict=True)]
+    means = [shared.mean(values) for values in at]
+    low = [mean - shared.std(values) for mean, values in zip(means, at, strict=True)]
+    high = [mean + shared.std(values) for mean, values in zip(means, at, strict=True)]
     axis.plot(steps, means, "--" if method.startswith(OURS) else "-", color=color, linewidth=1.3)
     axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
     axis.set_ylim(0, 1)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_near
 
 from asyncrl.algorithms.logprobs import chunked_logprobs, require_finite
 from asyncrl.errors import NonFiniteError, ShapeError
+from tests.tolerances import assert_near
 
 pytestmark = pytest.mark.numeric
 

@@ -20,8 +20,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peer_functions import PEERS, Config, areal_functions, trl_functions, verl_functions
-from tolerances import slack
 
 from asyncrl.algorithms import advantages as adv
 from asyncrl.algorithms.corrections import (
@@ -36,6 +34,8 @@ from asyncrl.algorithms.losses import AGGREGATIONS, aggregate_loss
 from asyncrl.algorithms.masks import band_mask, opsm_mask, second_moment_mask, sequence_band_mask
 from asyncrl.algorithms.policy_losses import cispo_loss, gspo_loss, ppo_clip_loss, reinforce_loss
 from asyncrl.algorithms.value_targets import gae, value_loss
+from tests.peer_functions import PEERS, Config, areal_functions, trl_functions, verl_functions
+from tests.tolerances import slack
 
 pytestmark = [
     pytest.mark.numeric,

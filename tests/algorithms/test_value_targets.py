@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import slack
 
 from asyncrl.algorithms.losses import merge_sums
 from asyncrl.algorithms.value_targets import (
@@ -19,6 +18,7 @@ from asyncrl.algorithms.value_targets import (
     vtrace,
 )
 from asyncrl.errors import ConfigError, NonFiniteError, ShapeError
+from tests.tolerances import slack
 
 pytestmark = pytest.mark.numeric
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
-from scripts import run_script
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
 
 from benchmarks import common
+from tests.benchmarks.scripts import run_script
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = ("transport", "generator_vs_vllm", "weight_sync", "weight_delta", "async_vs_sync")
+SPEED = ("transport", "generator_vs_vllm", "weight_sync", "weight_delta")
+SCRIPTS = (*(f"speed.{name}" for name in SPEED), "studies.async_vs_sync")
 
 
 @pytest.mark.slow
@@ -24,11 +22,11 @@ SCRIPTS = ("transport", "generator_vs_vllm", "weight_sync", "weight_delta", "asy
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_quick_mode_ends_well_and_writes_its_figures(script, tied_model_dir, tmp_path):
     arguments = ["--quick", "--results", str(tmp_path)]
-    if script == "async_vs_sync":
+    if script == "studies.async_vs_sync":
         arguments += ["--model", str(tied_model_dir)]
     done = run_script(script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / f"{script}.quick.json").read_text())
+    record = json.loads((tmp_path / f"{script.rpartition('.')[2]}.quick.json").read_text())
     assert record["rows"] and record["machine"]["cpus"] == os.cpu_count()
     compared = [row for row in record["rows"] if "ratios" in row]
     assert compared, "a benchmark without a reference"

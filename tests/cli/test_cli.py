@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from model_folders import make_model_folder
 
 from asyncrl import errors
 from asyncrl.cli.common import EXIT_CODES, command, help_text
@@ -16,7 +15,8 @@ from asyncrl.cli.dry_run import describe, generator_memory, learner_memory
 from asyncrl.config.checks import largest_group_bytes
 from asyncrl.config.keys import keys
 from asyncrl.config.loading import load_config
-from asyncrl.model_files import find_model
+from asyncrl.host.model_folder import find_model
+from tests.model_folders import make_model_folder
 
 ROLES = ["learner", "generator"]
 HEAVY = ("torch", "vllm", "zmq", "transformers", "omegaconf", "numpy", "wandb", "matplotlib", "rich")

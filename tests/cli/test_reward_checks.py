@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from model_folders import make_model_folder
 
 from asyncrl.cli.common import command
+from tests.model_folders import make_model_folder
 
 ROLES = ["learner", "generator"]
 OVERLONG = {"kind": "overlong", "max_tokens": 8, "margin": 4}

@@ -77,7 +77,7 @@ def test_mistakes_end_with_code_2_and_leave_no_folder(tmp_path, arguments, says,
 def test_the_gsm8k_model_loads_everywhere_and_keeps_text_whole(tmp_path, word_problems):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from asyncrl.model_files import find_model
+    from asyncrl.host.model_folder import find_model
     from asyncrl.tasks.prompts import load_tokenizer
 
     folder = tmp_path / "model"

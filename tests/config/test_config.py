@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_folders import make_model_folder
 from omegaconf import DictConfig, ListConfig
 
-from asyncrl.addresses import is_loopback, is_wildcard, split_address
 from asyncrl.config import Config
 from asyncrl.config.checks import RULES, check, check_values, largest_group_bytes
-from asyncrl.config.host import check_host, weight_backend
+from asyncrl.config.host_checks import check_host, weight_backend
 from asyncrl.config.keys import keys, sections, value_of
 from asyncrl.config.loading import load_config, nearest_key, to_yaml
 from asyncrl.errors import ConfigError, ModelError
-from asyncrl.transport.messages import GroupResult
+from asyncrl.host.addresses import is_loopback, is_wildcard, split_address
+from asyncrl.link.messages import GroupResult
+from tests.model_folders import make_model_folder
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 GIVEN = ["model.path=m"]

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from asyncrl.config import Config
-from asyncrl.learner.account import Account
-from asyncrl.learner.intake import Intake
+from asyncrl.desk.counters import Account
+from asyncrl.desk.intake import Intake
+from asyncrl.link import messages
+from asyncrl.link.codec import encode_body
+from asyncrl.link.rollouts import group_to_result
+from asyncrl.link.session import DeskSession, DeskSessions, Expected
 from asyncrl.replay.buffer import ReplayBuffer
-from asyncrl.replay.journal import Journal
-from asyncrl.replay.leases import LeaseDesk
+from asyncrl.replay.lease_book import LeaseDesk
 from asyncrl.replay.pacing import Pacing
-from asyncrl.replay.records import StoredGroup
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import StoredGroup
 from asyncrl.tasks.prompts import Prompt
-from asyncrl.transport import messages
-from asyncrl.transport.codec import encode_body
-from asyncrl.transport.groups import group_to_result
-from asyncrl.transport.session import DeskSession, DeskSessions, Expected
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 VOCAB = 50

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from desk_parts import stored_group
 
-from asyncrl.learner.batches import BatchDealer, DecidedStep, _shards
+from asyncrl.desk.batches import BatchDealer, DecidedStep, _shards
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.journal import Journal
-from asyncrl.replay.records import StepTaken
 from asyncrl.replay.recovery import replay_plan
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import StepTaken
+from tests.desk.desk_parts import stored_group
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from desk_parts import beat
 
-from asyncrl.learner.account import Account
-from asyncrl.learner.sync_records import Committed, RoundEnded
+from asyncrl.desk.counters import Account
+from asyncrl.link.messages import StepDone
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.pacing import Pacing
-from asyncrl.transport.messages import StepDone
+from asyncrl.weights.plan.records import Committed, RoundEnded
+from tests.desk.desk_parts import beat
 
 
 def step(account: Account, version: int = 1, **metrics: float):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from desk_parts import hello, small_config, stored_group, train_group
-
-from asyncrl.learner.daemon import make_intake
-from asyncrl.replay.journal import Journal
-from asyncrl.replay.records import StepTaken
-from asyncrl.transport.codec import encode_body
-from asyncrl.transport.groups import group_to_result
+from asyncrl.desk.daemon import make_intake
+from asyncrl.link.codec import encode_body
+from asyncrl.link.rollouts import group_to_result
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import StepTaken
+from tests.desk.desk_parts import hello, small_config, stored_group, train_group
 
 
 def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_trainer_is_not_up_yet(

@@ -8,19 +8,20 @@ import subprocess
 import sys
 
 import pytest
-from desk_parts import MEBIBYTE, hello, make_parts, small_config
 
+from asyncrl.desk.batches import BatchDealer
+from asyncrl.desk.desk import FINAL_EVALUATION_LEASES, SIGNAL_STOP_TIMEOUT_S, Desk
+from asyncrl.desk.evaluation import Evaluator
+from asyncrl.desk.generators import GeneratorSide
+from asyncrl.desk.ranks import TrainerSide
+from asyncrl.desk.trainer_process import TrainerProcess
+from asyncrl.desk.versions import WeightSide
 from asyncrl.errors import CheckpointError, JournalError, TrainerFailed
-from asyncrl.learner.batches import BatchDealer
-from asyncrl.learner.desk import FINAL_EVALUATION_LEASES, SIGNAL_STOP_TIMEOUT_S, Desk
-from asyncrl.learner.evaluation import Evaluator
-from asyncrl.learner.generator_side import GeneratorSide
-from asyncrl.learner.sync import SyncPlanner
-from asyncrl.learner.trainer_process import LAST_WORDS, TrainerProcess
-from asyncrl.learner.trainer_side import TrainerSide
-from asyncrl.learner.weight_side import WeightSide
-from asyncrl.transport import messages
-from asyncrl.transport.sockets import ServerSocket
+from asyncrl.link import messages
+from asyncrl.link.sockets import ServerSocket
+from asyncrl.link.trainer_link import LAST_WORDS
+from asyncrl.weights.plan.planner import SyncPlanner
+from tests.desk.desk_parts import MEBIBYTE, hello, make_parts, small_config
 
 STEPS = 5
 LEASE_TIMEOUT_S = 60.0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from desk_parts import eval_group, make_parts, small_config
 
-from asyncrl.learner.evaluation import Evaluation, Evaluator, evaluation_due
+from asyncrl.desk.evaluation import Evaluation, Evaluator, evaluation_due
+from tests.desk.desk_parts import eval_group, make_parts, small_config
 
 PROMPTS = 3
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from desk_parts import MEBIBYTE, beat, hello, make_parts, small_config
 
-from asyncrl.learner.generator_side import ORDINAL_SEED_STRIDE, GeneratorSide
-from asyncrl.learner.sync import SyncPlanner
-from asyncrl.transport import limits, messages
-from asyncrl.transport.codec import decode
+from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, GeneratorSide
+from asyncrl.link import limits, messages
+from asyncrl.link.codec import decode
 from asyncrl.types import LeaseKey, LeaseKind
+from asyncrl.weights.plan.planner import SyncPlanner
+from tests.desk.desk_parts import MEBIBYTE, beat, hello, make_parts, small_config
 
 
 class Wire:

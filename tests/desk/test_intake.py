@@ -6,18 +6,18 @@ import math
 
 import numpy as np
 import pytest
-from desk_parts import eval_group, flat_group, make_parts, make_rollout, small_config, train_group
 
 from asyncrl.errors import JournalError
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import Ack, GroupResult, LeaseFailed, Nack
+from asyncrl.link.rollouts import result_to_group
 from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.journal import SYNC_AFTER_S
-from asyncrl.replay.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
 from asyncrl.replay.recovery import replay_plan
-from asyncrl.transport.codec import decode_body
-from asyncrl.transport.groups import result_to_group
-from asyncrl.transport.messages import Ack, GroupResult, LeaseFailed, Nack
+from asyncrl.storage.journal import SYNC_AFTER_S
+from asyncrl.storage.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
 from asyncrl.types import LeaseKey, LeaseKind, VersionSpan
+from tests.desk.desk_parts import eval_group, flat_group, make_parts, make_rollout, small_config, train_group
 
 
 @pytest.fixture

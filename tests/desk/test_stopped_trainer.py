@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_weight_plane import MAX_BYTES, World
 
-from asyncrl.learner.sync import WANTED_REPEAT_S
-from asyncrl.transport import limits
-from asyncrl.transport.messages import SyncOffer, SyncSwap
-from asyncrl.transport.sockets import ServerSocket
+from asyncrl.link import limits
+from asyncrl.link.messages import SyncOffer, SyncSwap
+from asyncrl.link.sockets import ServerSocket
+from asyncrl.weights.plan.planner import WANTED_REPEAT_S
+from tests.weights.test_publisher import MAX_BYTES, World
 
 TIMEOUT_S = 3.0
 LINK_TIMEOUT_S = (limits.HEARTBEAT_MS + limits.HEARTBEAT_TIMEOUT_MS) / 1e3
@@ -27,7 +27,7 @@ class StoppableWorld(World):
 
     def __init__(self):
         self.socket = ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MAX_BYTES)
-        script = Path(__file__).with_name("publisher_process.py")
+        script = Path(__file__).parents[1] / "weights" / "publisher_process.py"
         self.process = subprocess.Popen(
             [sys.executable, str(script), self.socket.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

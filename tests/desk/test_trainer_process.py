@@ -13,18 +13,18 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_model
 
 from asyncrl.config.loading import load_config, to_yaml
+from asyncrl.desk.trainer_process import MAX_BACKOFF_S, RESTART_BACKOFF_S, TrainerProcess
 from asyncrl.errors import ConfigError, TrainerFailed
-from asyncrl.learner.trainer_process import MAX_BACKOFF_S, RESTART_BACKOFF_S, TrainerProcess
+from tests.trainer.tiny import save_tiny_model
 
 DEADLINE_S = 60.0
 
 DESK = """
 import sys, time
 from pathlib import Path
-from asyncrl.learner.trainer_process import TrainerProcess
+from asyncrl.desk.trainer_process import TrainerProcess
 folder = Path(sys.argv[1])
 trainer = TrainerProcess(folder / "missing", "ipc:///nowhere", folder / "log", num_ranks=1, threads=1, max_restarts=0)
 trainer.start()
@@ -35,7 +35,7 @@ time.sleep(60)
 BUSY_THREAD = """
 import threading, time
 import torch
-from asyncrl.processes import leave
+from asyncrl.host.processes import leave
 
 def work():
     while True:
@@ -178,7 +178,7 @@ def test_killing_a_trainer_that_is_gone_does_nothing(trainer):
 
 def test_a_trainer_that_ignores_its_kill_is_waited_for_with_a_deadline(trainer, monkeypatch, caplog):
     """As one does that sits in a system call which hangs; here it is not killed at all."""
-    monkeypatch.setattr("asyncrl.learner.trainer_process.KILL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("asyncrl.desk.trainer_process.KILL_TIMEOUT_S", 0.1)
     with monkeypatch.context() as patched:
         patched.setattr(os, "killpg", lambda *_: os.kill(trainer.pid, signal.SIGSTOP))
         trainer.kill()

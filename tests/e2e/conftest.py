@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from daemons import Run
+from tests.e2e.daemons import Run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import yaml
 
 from asyncrl.metrics import METRICS_FILE, read_records
-from asyncrl.replay.journal_reader import JournalReader
-from asyncrl.replay.records import GroupFiltered, PromptGivenUp, Record, StepTaken, StoredGroup
+from asyncrl.storage.journal_reader import JournalReader
+from asyncrl.storage.records import GroupFiltered, PromptGivenUp, Record, StepTaken, StoredGroup
 
 HERE = Path(__file__).parent
 COMMANDS = Path(sys.executable).parent

@@ -13,7 +13,16 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from daemons import START_S, STEP_S, Daemon, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
+
+from tests.e2e.daemons import (
+    START_S,
+    STEP_S,
+    Daemon,
+    Run,
+    check_every_ordinal_once,
+    check_results_have_no_gap,
+    wait_until,
+)
 
 STEPS = 30
 
@@ -69,7 +78,7 @@ def story(module_run: Run) -> Story:
 
 
 def trainer_pid(run: Run) -> int:
-    (pid,) = (pid for pid, line in run.processes().items() if "asyncrl.learner.trainer" in line)
+    (pid,) = (pid for pid, line in run.processes().items() if "asyncrl.trainer.rank" in line)
     return pid
 
 
@@ -120,7 +129,7 @@ def test_a_second_generator_takes_the_place_of_a_killed_one(story):
 
 def test_no_acknowledged_result_is_lost(story):
     """Everything the first desk had acknowledged is in the journal that the second one left."""
-    from asyncrl.replay.records import StoredGroup
+    from asyncrl.storage.records import StoredGroup
 
     stored = [record for record in story.run.journal() if isinstance(record, StoredGroup)]
     assert sum(len(record.num_tokens) for record in stored) >= story.acked_before_the_desk_died > 0

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
-from letters_task import LEAST_REWARD
 
-from asyncrl.replay.records import GroupFiltered, StepTaken, StoredGroup
-from asyncrl.transport.codec import decode_body
-from asyncrl.transport.groups import result_to_group
-from asyncrl.transport.messages import GroupResult
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import result_to_group
+from asyncrl.storage.records import GroupFiltered, StepTaken, StoredGroup
 from asyncrl.types import Group
+from tests.e2e.daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
+from tests.e2e.letters_task import LEAST_REWARD
 
 STEPS = 12
 FLAT_EVERY = 3

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from daemons import START_S, STEP_S, wait_until
+
+from tests.e2e.daemons import START_S, STEP_S, wait_until
 
 pytestmark = pytest.mark.slow
 

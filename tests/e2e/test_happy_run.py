@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
 
-from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records, report
-from asyncrl.metrics.picture import PICTURE_FILE
+from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records
 from asyncrl.metrics.types import DERIVED
+from asyncrl.report.picture import PICTURE_FILE
+from asyncrl.report.summary import SUMMARY_FILE, write_summary
+from tests.e2e.daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
 
 STEPS = 8
 SUMMARY_KEYS = [
@@ -35,7 +36,7 @@ def run(module_run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def summary(run: Run) -> dict:
-    return report.write_summary(run.run_dir)
+    return write_summary(run.run_dir)
 
 
 def test_both_commands_end_with_exit_code_0_by_themselves(run):
@@ -53,7 +54,7 @@ def test_no_process_is_left_behind(run):
 
 
 def test_the_summary_holds_everything_and_nothing_is_missing_a_measurement(run, summary):
-    assert (run.run_dir / report.SUMMARY_FILE).is_file()
+    assert (run.run_dir / SUMMARY_FILE).is_file()
     assert {key: summary[key] for key in SUMMARY_KEYS if summary.get(key) is None} == {}
     assert summary["steps"] == STEPS
 
@@ -111,13 +112,13 @@ def test_the_task_came_from_a_module_of_the_user(run):
 def test_the_exported_model_is_the_policy_of_the_last_checkpoint(run, tied_model_dir: Path):
     """Loaded by transformers alone, and compared with the trainer's own weights."""
     import torch
-    from tolerances import assert_near
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asyncrl.config.loading import load_config
-    from asyncrl.learner.checkpoint import load_checkpoint
-    from asyncrl.learner.model import load_policy
-    from asyncrl.learner.optimizer_step import PolicyTrainer
+    from asyncrl.trainer.checkpoint import load_checkpoint
+    from asyncrl.trainer.engines.policy import load_policy
+    from asyncrl.trainer.step import PolicyTrainer
+    from tests.tolerances import assert_near
 
     config = load_config(run.run_dir / "config.yaml")
     trainer = PolicyTrainer(load_policy(config.model, torch.device("cpu")), config)

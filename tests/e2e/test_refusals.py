@@ -15,11 +15,11 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from daemons import STEP_S, Run, free_port, wait_until
 
-from asyncrl.transport.codec import HEADER_BYTES, encode
-from asyncrl.transport.messages import PROTOCOL_VERSION, Beat, Hello
-from asyncrl.transport.sockets import ClientSocket
+from asyncrl.link.codec import HEADER_BYTES, encode
+from asyncrl.link.messages import PROTOCOL_VERSION, Beat, Hello
+from asyncrl.link.sockets import ClientSocket
+from tests.e2e.daemons import STEP_S, Run, free_port, wait_until
 
 MEBIBYTE = 2**20
 
@@ -51,7 +51,7 @@ def refused(run: Run, *overrides: str) -> str:
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(served, other_model):
-    from asyncrl.fingerprints import tokenizer_fingerprint
+    from asyncrl.host.fingerprints import tokenizer_fingerprint
 
     file = other_model / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -65,7 +65,7 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(served, other_model
 
 
 def test_another_architecture_is_refused_with_both_fingerprints(served, other_model):
-    from asyncrl.fingerprints import model_folder_fingerprint
+    from asyncrl.host.fingerprints import model_folder_fingerprint
 
     file = other_model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-4}))
@@ -189,7 +189,7 @@ def test_a_second_generator_of_the_same_id_is_refused(make_run):
 
 
 def hello(name: str, run: Run) -> bytes:
-    from asyncrl.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+    from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 
     model = run.config["model"]["path"]
     message = Hello(

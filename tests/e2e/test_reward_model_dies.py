@@ -8,15 +8,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from daemons import START_S, Run, check_every_ordinal_once, wait_until
-from reward_model_folders import make_tiny_reward_model, scores_by_transformers
 from transformers import AutoTokenizer
 
-from asyncrl.replay.records import StoredGroup
-from asyncrl.transport.codec import decode_body
-from asyncrl.transport.groups import result_to_group
-from asyncrl.transport.messages import GroupResult
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import result_to_group
+from asyncrl.storage.records import StoredGroup
 from asyncrl.types import Group
+from tests.e2e.daemons import START_S, Run, check_every_ordinal_once, wait_until
+from tests.reward_model_folders import make_tiny_reward_model, scores_by_transformers
 
 pytestmark = pytest.mark.slow
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from daemons import START_S, Daemon, Run, check_results_have_no_gap, steps_in, wait_until
-from letters_task import LEAST_REWARD, NOT_A_NUMBER, RAISES
 
-from asyncrl.replay.records import StoredGroup
-from asyncrl.transport.codec import decode_body
-from asyncrl.transport.groups import result_to_group
-from asyncrl.transport.messages import GroupResult
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import result_to_group
+from asyncrl.storage.records import StoredGroup
+from tests.e2e.daemons import START_S, Daemon, Run, check_results_have_no_gap, steps_in, wait_until
+from tests.e2e.letters_task import LEAST_REWARD, NOT_A_NUMBER, RAISES
 
 DRAIN_LIMIT_S = 10.0
 

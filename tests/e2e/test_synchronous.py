@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from daemons import START_S, STEP_S, Run
-from letters_task import Letters
-from tolerances import slack
 from transformers import AutoModelForCausalLM
 
-from asyncrl.learner.generator_side import ORDINAL_SEED_STRIDE, RUN_SEED_STRIDE
+from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, RUN_SEED_STRIDE
 from asyncrl.tasks.prompts import load_tokenizer
+from tests.e2e.daemons import START_S, STEP_S, Run
+from tests.e2e.letters_task import Letters
+from tests.tolerances import slack
 
 STEPS, GROUPS, ROLLOUTS, MAX_NEW = 5, 4, 4, 12
 SEED, LR, CLIP_LOW, CLIP_HIGH, CAP, GRAD_CLIP = 7, 5e-4, 0.2, 0.28, 2.0, 1.0

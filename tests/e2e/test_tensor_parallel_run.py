@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from daemons import START_S, STEP_S, Run, check_results_have_no_gap, wait_until
 
-from asyncrl.replay.records import StoredGroup
+from asyncrl.storage.records import StoredGroup
+from tests.e2e.daemons import START_S, STEP_S, Run, check_results_have_no_gap, wait_until
 
 pytestmark = pytest.mark.slow
 

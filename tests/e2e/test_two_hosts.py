@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from daemons import START_S, STEP_S, Run, free_port
+
+from tests.e2e.daemons import START_S, STEP_S, Run, free_port
 
 pytestmark = pytest.mark.netns
 
@@ -54,7 +55,7 @@ def story(hosts: dict[str, str], module_run: Run) -> tuple[Run, set[str]]:
     The generator has a run folder of its own, as on another host.
     """
     keys = module_run.folder / "keys"
-    subprocess.run([sys.executable, "-m", "asyncrl.transport.keys", str(keys)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "asyncrl.link.curve_keys", str(keys)], check=True, timeout=60)
     module_run.configure(
         run={"steps": STEPS},
         transport={"address": f"tcp://{LEARNER}:{free_port()}"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from daemons import START_S, STEP_S, Run, check_every_ordinal_once
+
+from tests.e2e.daemons import START_S, STEP_S, Run, check_every_ordinal_once
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +28,9 @@ def trained_policy(run: Run):
     import torch
 
     from asyncrl.config.loading import load_config
-    from asyncrl.learner.checkpoint import load_checkpoint
-    from asyncrl.learner.model import load_policy
-    from asyncrl.learner.optimizer_step import PolicyTrainer
+    from asyncrl.trainer.checkpoint import load_checkpoint
+    from asyncrl.trainer.engines.policy import load_policy
+    from asyncrl.trainer.step import PolicyTrainer
 
     config = load_config(run.run_dir / "config.yaml")
     policy = load_policy(config.model, torch.device("cpu"), update=config.update, with_reference=True)
@@ -42,9 +43,9 @@ def test_a_run_that_trains_a_part_is_proven_at_every_sync_sends_that_part_alone_
     make_run, tied_model_dir, name
 ):
     import torch
-    from tolerances import assert_near
 
-    from asyncrl.learner.model import Policy
+    from asyncrl.trainer.engines.policy import Policy
+    from tests.tolerances import assert_near
 
     run = make_run().configure(update=UPDATES[name], algorithm={"kl_coef": 0.01}, learner={"lr": 1e-2})
     run.configure(run={"steps": 4})

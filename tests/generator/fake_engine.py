@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from asyncrl.errors import EngineError
-from asyncrl.generator.engine import Completion, StageReport, SwapReport
+from asyncrl.generator.engines.base import Completion, StageReport, SwapReport
 from asyncrl.types import FinishReason, VersionSpan
 
 

@@ -7,15 +7,15 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from fake_engine import FakeEngine, completion, dead
 
 from asyncrl.errors import EngineError, NonFiniteError
-from asyncrl.generator.rewards import RewardOutcome
-from asyncrl.generator.rollout import LeaseFailure, LeaseRunner
-from asyncrl.generator.weight_sync import WeightSync
-from asyncrl.transport.messages import FAILURE_REASONS, SyncAbort, SyncCommit, SyncOffer, SyncSwap
-from asyncrl.transport.weight_group import SnapshotBuffer
+from asyncrl.generator.lease_runner import LeaseFailure, LeaseRunner
+from asyncrl.generator.weight_phases import WeightSync
+from asyncrl.link.messages import FAILURE_REASONS, SyncAbort, SyncCommit, SyncOffer, SyncSwap
+from asyncrl.rewards.pool import RewardOutcome
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
+from asyncrl.weights.channels.channel import SnapshotBuffer
+from tests.generator.fake_engine import FakeEngine, completion, dead
 
 GOOD = RewardOutcome({"exact": 1.0, "format": 0.5})
 HUNG = RewardOutcome(None, "reward_timeout", "no reward within 1 s")

@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from fake_engine import FakeEngine, dead
 
 from asyncrl.errors import EngineError, WeightGroupError
-from asyncrl.generator.weight_sync import WeightSync
-from asyncrl.transport.messages import SyncAbort, SyncCommit, SyncOffer, SyncSwap
-from asyncrl.transport.weight_group import SnapshotBuffer
+from asyncrl.generator.weight_phases import WeightSync
+from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncSwap
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
+from asyncrl.weights.channels.channel import SnapshotBuffer
+from tests.generator.fake_engine import FakeEngine, dead
 
 TIMEOUT_S = 5.0
 

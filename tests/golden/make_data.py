@@ -17,10 +17,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import product
-import test_dry_run
-import test_steps
-from stored import DATA, DRY_RUN, JOURNAL, OLD_RUN, copy_of, read_json, write_arrays, write_json
+from tests.golden import product, test_dry_run, test_steps
+from tests.golden.stored import DATA, DRY_RUN, JOURNAL, OLD_RUN, copy_of, read_json, write_arrays, write_json
 
 FIRST_VERSION = 3
 METRICS = (
@@ -84,7 +82,7 @@ def make_frames():
     for name, value in (("frames.json", {}), ("records.json", {"records": {}, "segments": {}})):
         if not (DATA / name).exists():
             write_json(name, value)
-    from test_frames import MESSAGES, RECORD_OF_KIND, SALT, known_salt
+    from tests.golden.test_frames import MESSAGES, RECORD_OF_KIND, SALT, known_salt
 
     write_json("frames.json", {str(code): product.encode_message(one).hex() for code, one in sorted(MESSAGES.items())})
     with tempfile.TemporaryDirectory() as parent, pytest.MonkeyPatch.context() as monkeypatch:

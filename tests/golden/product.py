@@ -16,28 +16,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_model import fill, float64_qwen2, qwen2
 
 from asyncrl.cli import dry_run
 from asyncrl.cli.common import command
-from asyncrl.config import host
+from asyncrl.config import host_checks
 from asyncrl.config.loading import load_config
-from asyncrl.learner.checkpoint import load_checkpoint, save_checkpoint
-from asyncrl.learner.checkpoint_files import read_manifest
-from asyncrl.learner.critic import Critic
-from asyncrl.learner.model import Policy
-from asyncrl.learner.optimizer_step import PolicyTrainer
-from asyncrl.learner.updates import apply_update
-from asyncrl.replay import records, segment
+from asyncrl.link import codec, messages
+from asyncrl.link.rollouts import group_to_result, result_to_group
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.journal import Journal, next_run_epoch, run_epoch_of
 from asyncrl.replay.recovery import replay_plan
-from asyncrl.transport import codec, messages
-from asyncrl.transport.groups import group_to_result, result_to_group
-from asyncrl.transport.weight_group import WeightLayout, WeightManifest
-from asyncrl.transport.weight_layout import DeltaInfo, TensorEntry
-from asyncrl.transport.weight_patch import Patch
+from asyncrl.storage import records, segment
+from asyncrl.storage.checkpoint_files import read_manifest
+from asyncrl.storage.journal import Journal, next_run_epoch, run_epoch_of
+from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.critic import Critic
+from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.engines.trainable import apply_update
+from asyncrl.trainer.step import PolicyTrainer
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
+from asyncrl.weights.bytes.layout import DeltaInfo, TensorEntry
+from asyncrl.weights.bytes.patch import Patch
+from asyncrl.weights.channels.channel import WeightLayout, WeightManifest
+from tests.golden.float64_model import fill, float64_qwen2, qwen2
 
 MAX_FRAME_BYTES = 2**20
 
@@ -452,5 +452,5 @@ def run_dry(role: str, arguments: list[str]) -> tuple[int, str]:
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
     """Makes the commands believe that this machine has a GPU, or none."""
-    for module in (host, dry_run):
+    for module in (host_checks, dry_run):
         monkeypatch.setattr(module, "has_gpu", lambda: present)

@@ -6,10 +6,11 @@ Data: make_data.py.
 import os
 import re
 
-import product
 import pytest
-from model_folders import make_model_folder
-from stored import DRY_RUN, ROOT
+
+from tests.golden import product
+from tests.golden.stored import DRY_RUN, ROOT
+from tests.model_folders import make_model_folder
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 ROLES = ["generator", "learner"]

@@ -5,9 +5,10 @@ What two releases send each other and find on each other's disks. Data: make_dat
 
 import os
 
-import product
 import pytest
-from stored import read_json
+
+from tests.golden import product
+from tests.golden.stored import read_json
 
 SALT = 0x01020304
 FRAMES = read_json("frames.json")

@@ -4,9 +4,10 @@ Data: make_data.py, once; what it wrote then must stay readable.
 """
 
 import numpy as np
-import product
 import pytest
-from stored import OLD_RUN, copy_of, read_arrays, read_json
+
+from tests.golden import product
+from tests.golden.stored import OLD_RUN, copy_of, read_arrays, read_json
 
 EXPECTED = read_json("old_run.json")
 

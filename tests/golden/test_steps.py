@@ -6,9 +6,10 @@ Float64 and a tolerance, not bits: kernels differ from CPU to CPU in the last pl
 import json
 
 import numpy as np
-import product
 import pytest
-from stored import JOURNAL, copy_of, read_arrays, read_json
+
+from tests.golden import product
+from tests.golden.stored import JOURNAL, copy_of, read_arrays, read_json
 
 pytestmark = pytest.mark.numeric
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from asyncrl.errors import ModelError
-from asyncrl.fingerprints import model_fingerprint, model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.fingerprints import model_fingerprint, model_folder_fingerprint, tokenizer_fingerprint
 
 CONFIG = {"model_type": "qwen2", "hidden_size": 16, "dtype": "float32", "transformers_version": "5.19.0"}
 

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from asyncrl.transport import codec
-from asyncrl.transport.messages import Beat, Hello
-from asyncrl.transport.session import DeskSessions, Expected, Offer
-from asyncrl.transport.sockets import ServerSocket
+from asyncrl.link import codec
+from asyncrl.link.messages import Beat, Hello
+from asyncrl.link.session import DeskSessions, Expected, Offer
+from asyncrl.link.sockets import ServerSocket
 
 MAX_BYTES = 1 << 20
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 
-from asyncrl.transport import codec, limits
-from asyncrl.transport.messages import PROTOCOL_VERSION, Beat, Hello, LeaseFailed, Message
-from asyncrl.transport.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Offer
+from asyncrl.link import codec, limits
+from asyncrl.link.messages import PROTOCOL_VERSION, Beat, Hello, LeaseFailed, Message
+from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Offer
 
 MAX_BYTES = 1 << 16
 CREDIT_BYTES = 200

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 
 from asyncrl.errors import FrameError
-from asyncrl.transport import codec
-from asyncrl.transport.messages import (
+from asyncrl.link import codec
+from asyncrl.link.body_limits import BASE_OBJECTS, MAX_DEPTH, check_skeleton
+from asyncrl.link.messages import (
     Ack,
     Batch,
     Beat,
@@ -28,7 +29,6 @@ from asyncrl.transport.messages import (
     SyncReply,
     message_types,
 )
-from asyncrl.transport.skeleton import BASE_OBJECTS, MAX_DEPTH, check_skeleton
 
 MAX_BYTES = 64 * 2**20
 TYPES = sorted(message_types().values(), key=lambda cls: cls.wire_code)

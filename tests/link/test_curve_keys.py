@@ -10,7 +10,7 @@ import pytest
 
 from asyncrl.config import TransportConfig
 from asyncrl.errors import ConfigError
-from asyncrl.transport.keys import client_auth, make_key_pair, public_key, read_allowed_keys, server_auth
+from asyncrl.link.curve_keys import client_auth, make_key_pair, public_key, read_allowed_keys, server_auth
 
 
 @pytest.fixture
@@ -71,9 +71,7 @@ def test_half_of_the_clients_files_is_an_error(keys, option):
     ],
 )
 def test_a_missing_file_is_named_with_the_remedy(keys, load, option):
-    with pytest.raises(
-        ConfigError, match=rf"transport.{option} .*gone cannot be read: No such file.*asyncrl.transport"
-    ):
+    with pytest.raises(ConfigError, match=rf"transport.{option} .*gone cannot be read: No such file.*asyncrl.link"):
         load(config(keys, **{option: "gone"}))
 
 
@@ -111,7 +109,7 @@ def test_keys_are_never_overwritten(keys):
 
 
 def test_the_command_makes_a_working_set_and_says_how_to_use_it(tmp_path):
-    command = [sys.executable, "-m", "asyncrl.transport.keys", str(tmp_path / "keys"), "one", "two"]
+    command = [sys.executable, "-m", "asyncrl.link.curve_keys", str(tmp_path / "keys"), "one", "two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     options = TransportConfig(

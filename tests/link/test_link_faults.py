@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos_proxy import ChaosProxy
-from test_session import beat, desk, failed, generator
 
-from asyncrl.transport import codec, limits
-from asyncrl.transport.addresses import parse_address
-from asyncrl.transport.messages import Beat, Hello, Refused
-from asyncrl.transport.session import DeskSessions, GeneratorSession, Offer
-from asyncrl.transport.sockets import ClientSocket, ServerSocket
+from asyncrl.link import codec, limits
+from asyncrl.link.addresses import parse_address
+from asyncrl.link.messages import Beat, Hello, Refused
+from asyncrl.link.session import DeskSessions, GeneratorSession, Offer
+from asyncrl.link.sockets import ClientSocket, ServerSocket
+from tests.link.chaos_proxy import ChaosProxy
+from tests.link.test_session import beat, desk, failed, generator
 
 MAX_BYTES = 1 << 20
 DESK_SCRIPT = Path(__file__).with_name("killable_desk.py")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from asyncrl.errors import ProtocolError
-from asyncrl.transport import codec
-from asyncrl.transport.groups import (
+from asyncrl.link import codec
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import (
     grant_to_lease,
     group_to_result,
     lease_key,
@@ -19,7 +20,6 @@ from asyncrl.transport.groups import (
     result_to_group,
     validate_group,
 )
-from asyncrl.transport.messages import GroupResult
 from asyncrl.types import FinishReason, Group, Lease, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 MAX_BYTES = 1 << 20

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from asyncrl.errors import FrameError, ProtocolError
-from asyncrl.transport import codec, limits
-from asyncrl.transport.messages import (
+from asyncrl.link import codec, limits
+from asyncrl.link.messages import (
     PROTOCOL_VERSION,
     Ack,
     Beat,
@@ -21,7 +21,7 @@ from asyncrl.transport.messages import (
     Stop,
     Welcome,
 )
-from asyncrl.transport.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Liveness, Offer
+from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Liveness, Offer
 
 MAX_BYTES = 1 << 20
 EXPECTED = Expected("model-1", "tokenizer-1", "tasks:Task")

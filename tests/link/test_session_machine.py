@@ -10,9 +10,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from session_world import Desk, World, refused_by_rule, simulate
 
 from asyncrl.errors import ProtocolError
+from tests.link.session_world import Desk, World, refused_by_rule, simulate
 
 
 class Link(RuleBasedStateMachine):

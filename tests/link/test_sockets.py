@@ -13,11 +13,11 @@ import pytest
 import zmq
 
 from asyncrl.errors import BindError, ConfigError, FrameError
-from asyncrl.transport import codec, limits
-from asyncrl.transport.addresses import IPC_PATH_BYTES, ipc_address, parse_address
-from asyncrl.transport.keys import ClientAuth, ServerAuth
-from asyncrl.transport.messages import Bye
-from asyncrl.transport.sockets import AsyncClientSocket, ClientSocket, ServerSocket, SocketPoller
+from asyncrl.link import codec, limits
+from asyncrl.link.addresses import IPC_PATH_BYTES, ipc_address, parse_address
+from asyncrl.link.curve_keys import ClientAuth, ServerAuth
+from asyncrl.link.messages import Bye
+from asyncrl.link.sockets import AsyncClientSocket, ClientSocket, ServerSocket, SocketPoller
 
 MAX_BYTES = 1 << 20
 ANY_PORT = "tcp://127.0.0.1:*"

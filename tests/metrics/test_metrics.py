@@ -173,7 +173,7 @@ def test_a_process_killed_while_writing_leaves_a_file_that_goes_on(tmp_path):
     path = tmp_path / "m.jsonl"
     script = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from test_metrics import step\n"
+        "from tests.metrics.test_metrics import step\n"
         "from asyncrl.metrics.sinks import JsonlSink\n"
         "from pathlib import Path\n"
         "sink = JsonlSink(Path(sys.argv[1]))\n"
@@ -183,7 +183,7 @@ def test_a_process_killed_while_writing_leaves_a_file_that_goes_on(tmp_path):
         "    sink.write(step(version))\n"
         "    print(version, flush=True)\n"
     )
-    command = [sys.executable, "-c", script, str(path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", script, str(path), str(Path(__file__).parents[2])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         while int(writer.stdout.readline()) < 50:
             pass

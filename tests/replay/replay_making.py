@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncrl.replay.records import StoredGroup
+from asyncrl.storage.records import StoredGroup
 
 
 def make_group(ordinal, *, version=0, attempt=0, issued=None, num_tokens=(4, 5), body=b"", seq=None):

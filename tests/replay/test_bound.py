@@ -17,17 +17,17 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_making import make_group
 
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP, DynamicSampling
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.journal_reader import Entry, Location
+from asyncrl.replay.lease_book import LeaseDesk
 from asyncrl.replay.lease_records import Verdict
-from asyncrl.replay.leases import LeaseDesk
 from asyncrl.replay.pacing import Pacing
-from asyncrl.replay.records import GroupFiltered, GroupsDropped, PromptGivenUp, StepTaken
 from asyncrl.replay.recovery import replay_plan
+from asyncrl.storage.journal_reader import Entry, Location
+from asyncrl.storage.records import GroupFiltered, GroupsDropped, PromptGivenUp, StepTaken
+from tests.replay.replay_making import make_group
 
 LEASE_TIMEOUT_S = 10.0
 FAILURES = ("returned", "reward_error", "engine", "tainted")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from replay_making import make_group
 
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.replay.lengths import LengthHistogram
 from asyncrl.replay.pacing import Pacing
 from asyncrl.types import LeaseKey, LeaseKind
+from tests.replay.replay_making import make_group
 
 
 def make_buffer(groups_per_step, max_age, over_age="drop"):

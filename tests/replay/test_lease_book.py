@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncrl.replay.frontier import Frontier
+from asyncrl.replay.lease_book import MAX_ATTEMPTS, MAX_BLAMED_FAILURES, LeaseDesk
 from asyncrl.replay.lease_records import Verdict
-from asyncrl.replay.leases import MAX_ATTEMPTS, MAX_BLAMED_FAILURES, LeaseDesk
 from asyncrl.replay.pacing import Pacing
 from asyncrl.types import LeaseKey, LeaseKind
 

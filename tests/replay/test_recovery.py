@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from replay_making import make_group
 
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.journal import Journal
-from asyncrl.replay.records import GroupFiltered, GroupsDropped, MessageSeen, PromptGivenUp, StepTaken
 from asyncrl.replay.recovery import replay_plan
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import GroupFiltered, GroupsDropped, MessageSeen, PromptGivenUp, StepTaken
+from tests.replay.replay_making import make_group
 
 
 def plan_for(folder, records, version, settled=(), damage=()):

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from asyncrl.errors import UserError
 from asyncrl.metrics import METRICS_FILE, EvalMetrics, StepMetrics, SyncMetrics
-from asyncrl.metrics.picture import PICTURE_FILE, draw, shade_alarms
-from asyncrl.metrics.records import RunRecords
-from asyncrl.metrics.report import SUMMARY_FILE, main, print_summary, summary_lines, write_summary
 from asyncrl.metrics.sinks import JsonlSink
+from asyncrl.report.picture import PICTURE_FILE, draw, shade_alarms
+from asyncrl.report.run_records import RunRecords
+from asyncrl.report.summary import SUMMARY_FILE, main, print_summary, summary_lines, write_summary
 
 PROMISED = [
     "reward_first",
@@ -281,7 +281,7 @@ def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whol
 
 
 def test_last_lines_before_there_is_a_summary_are_refused(whole_run):
-    with pytest.raises(UserError, match=r"summary\.json: there is no such file; `python -m asyncrl.metrics.report"):
+    with pytest.raises(UserError, match=r"summary\.json: there is no such file; `python -m asyncrl.report.summary"):
         print_summary(whole_run)
 
 
@@ -295,13 +295,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b"]])
 def test_wrong_arguments_get_the_usage(arguments, capsys):
     assert main(arguments) == 2
-    assert "usage: python -m asyncrl.metrics.report RUN_DIR" in capsys.readouterr().err
+    assert "usage: python -m asyncrl.report.summary RUN_DIR" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module_without_torch_or_a_display(whole_run):
     script = (
         "import runpy, sys; sys.argv = ['report', sys.argv[1]]\n"
-        "try: runpy.run_module('asyncrl.metrics.report', run_name='__main__')\n"
+        "try: runpy.run_module('asyncrl.report.summary', run_name='__main__')\n"
         "except SystemExit as end: sys.exit(end.code or ('torch' in sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, whole_run], capture_output=True, text=True, timeout=60, env={})

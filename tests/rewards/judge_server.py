@@ -10,9 +10,9 @@ import sys
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script
 
-from http_servers import CUT, HANG, AnsweringServer, Answers, chat_answer
+from tests.http_servers import CUT, HANG, AnsweringServer, Answers, chat_answer
 
 DIES = "DIES"
 SAID = {

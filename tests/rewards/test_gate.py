@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from asyncrl.generator import reward_gate
-from asyncrl.generator.reward_gate import ServerGate
+from asyncrl.rewards import gate
+from asyncrl.rewards.gate import ServerGate
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(reward_gate, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(reward_gate, "MAX_PAUSE_S", 0.2)
+    monkeypatch.setattr(gate, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(gate, "MAX_PAUSE_S", 0.2)
 
 
 async def job(gate, up):

@@ -5,10 +5,10 @@ import socket
 import time
 
 import pytest
-from http_servers import CUT, HANG, RESET, TRICKLE, AnsweringServer, Answers
 
 from asyncrl.errors import DeadlineExceeded, RewardError
-from asyncrl.tasks.http_endpoint import HttpEndpoint
+from asyncrl.rewards.http_endpoint import HttpEndpoint
+from tests.http_servers import CUT, HANG, RESET, TRICKLE, AnsweringServer, Answers
 
 SETTINGS = {"timeout_s": 5.0, "retries": 2, "concurrency": 4}
 OK = {"ok": True}

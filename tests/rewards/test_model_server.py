@@ -11,12 +11,12 @@ import sys
 
 import httpx
 import pytest
-from reward_model_folders import MAX_LENGTH, make_tiny_reward_model, scores_by_transformers
 
 from asyncrl.errors import ModelError
-from asyncrl.generator import reward_models
-from asyncrl.generator.reward_models import RewardModels
-from asyncrl.generator.reward_server import MAX_BODY_BYTES, Scorer
+from asyncrl.rewards import servers
+from asyncrl.rewards.model_server import MAX_BODY_BYTES, Scorer
+from asyncrl.rewards.servers import RewardModels
+from tests.reward_model_folders import MAX_LENGTH, make_tiny_reward_model, scores_by_transformers
 
 TEXTS = ["47+58=105", "x", "a much longer text, which needs padding beside it", "47+58=104"]
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(folder):
     """A server started by hand."""
-    command = [sys.executable, "-m", "asyncrl.generator.reward_server", str(folder), "--batch-size=3"]
+    command = [sys.executable, "-m", "asyncrl.rewards.model_server", str(folder), "--batch-size=3"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip()
@@ -154,8 +154,8 @@ def test_parts_given_by_folder_get_an_address_and_others_stay_as_they_are(folder
 
 
 def test_a_server_that_is_killed_or_no_longer_answers_comes_back_at_the_same_address(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_models, "PROBE_EVERY_S", 0.5)
-    monkeypatch.setattr(reward_models, "PROBE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(servers, "PROBE_EVERY_S", 0.5)
+    monkeypatch.setattr(servers, "PROBE_TIMEOUT_S", 2.0)
 
     async def work(models):
         (server,) = models._servers
@@ -186,7 +186,7 @@ def test_a_model_that_cannot_be_loaded_is_said_at_the_start_with_its_reason(tmp_
 def test_servers_die_with_a_killed_daemon(folder):
     program = f"""
 import asyncio
-from asyncrl.generator.reward_models import RewardModels
+from asyncrl.rewards.servers import RewardModels
 
 async def main():
     models = RewardModels({{"rm": {{"kind": "reward_model", "path": {str(folder)!r}}}}})

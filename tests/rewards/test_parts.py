@@ -6,12 +6,11 @@ import threading
 
 import pytest
 import yaml
-from http_servers import AnsweringServer, Answers, chat_answer
 
 from asyncrl.errors import ConfigError, RewardError
-from asyncrl.tasks import parts
-from asyncrl.tasks.part_base import Sample
-from asyncrl.tasks.parts import (
+from asyncrl.rewards import parts
+from asyncrl.rewards.base import Sample
+from asyncrl.rewards.parts import (
     KINDS,
     MAX_PARTS,
     RewardParts,
@@ -20,6 +19,7 @@ from asyncrl.tasks.parts import (
     prepare_parts,
     weighted_sum,
 )
+from tests.http_servers import AnsweringServer, Answers, chat_answer
 
 JUDGE = {"kind": "judge", "url": "http://127.0.0.1:8000/v1", "model": "m"}
 OVERLONG = {"kind": "overlong", "max_tokens": 10, "margin": 4}

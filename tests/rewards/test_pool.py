@@ -11,7 +11,7 @@ import time
 import pytest
 
 from asyncrl.errors import RewardError, TaskError
-from asyncrl.generator.rewards import RewardPool
+from asyncrl.rewards.pool import RewardPool
 
 TIMEOUT_S = 1.0
 
@@ -326,7 +326,7 @@ def test_a_task_that_cannot_be_made_is_reported_at_start(unruly, path, args, say
 def test_workers_die_with_a_killed_daemon_even_in_the_middle_of_a_reward(unruly):
     program = """
         import asyncio
-        from asyncrl.generator.rewards import RewardPool
+        from asyncrl.rewards.pool import RewardPool
 
         async def main():
             pool = RewardPool("unruly:Unruly", {"notes": "notes"}, 1, 600.0)

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from judge_server import DIES, SAID
-from reward_model_folders import make_tiny_reward_model, scores_by_transformers
 
 from asyncrl.errors import TaskError
-from asyncrl.generator import reward_gate
-from asyncrl.generator.rewards import RewardPool
+from asyncrl.rewards import gate
+from asyncrl.rewards.pool import RewardPool
+from tests.reward_model_folders import make_tiny_reward_model, scores_by_transformers
+from tests.rewards.judge_server import DIES, SAID
 
 JUDGE_SERVER = Path(__file__).parent / "judge_server.py"
 ARITHMETIC = "asyncrl.tasks.arithmetic:Arithmetic"
@@ -51,7 +51,7 @@ def judge():
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(reward_gate, "MAX_PAUSE_S", 0.5)
+    monkeypatch.setattr(gate, "MAX_PAUSE_S", 0.5)
 
 
 def with_pool(work, parts, weights=None, *, workers=1, timeout_s=60.0, **settings):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from reward_model_folders import MAX_LENGTH, make_tiny_reward_model, scores_by_transformers
 
-from asyncrl.generator.rewards import RewardPool
+from asyncrl.rewards.pool import RewardPool
+from tests.reward_model_folders import MAX_LENGTH, make_tiny_reward_model, scores_by_transformers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

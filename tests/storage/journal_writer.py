@@ -10,9 +10,8 @@ import random
 import sys
 from pathlib import Path
 
-from replay_making import make_group
-
-from asyncrl.replay.journal import Journal
+from asyncrl.storage.journal import Journal
+from tests.replay.replay_making import make_group
 
 
 def main(folder: str, seed: int) -> None:

@@ -11,12 +11,11 @@ import zlib
 from pathlib import Path
 
 import pytest
-from replay_making import make_group
 
 from asyncrl.errors import JournalError
-from asyncrl.replay import journal as journal_module
-from asyncrl.replay.journal import SYNC_AFTER_BYTES, SYNC_AFTER_S, Journal, next_run_epoch, run_epoch_of
-from asyncrl.replay.records import (
+from asyncrl.storage import journal as journal_module
+from asyncrl.storage.journal import SYNC_AFTER_BYTES, SYNC_AFTER_S, Journal, next_run_epoch, run_epoch_of
+from asyncrl.storage.records import (
     GroupFiltered,
     GroupsDropped,
     MessageSeen,
@@ -24,7 +23,8 @@ from asyncrl.replay.records import (
     StepTaken,
     StoredGroup,
 )
-from asyncrl.replay.segment import FRAME_BYTES, HEADER_BYTES, encode, read_salt
+from asyncrl.storage.segment import FRAME_BYTES, HEADER_BYTES, encode, read_salt
+from tests.replay.replay_making import make_group
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

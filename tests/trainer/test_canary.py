@@ -5,13 +5,13 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_updates import SEQUENCES, UPDATES, lora, policy_with, trainer_with
-from tiny import random_groups, tiny_policy
-from tolerances import STEPS, assert_near
 
-from asyncrl.learner.canary import SnapshotScorer
-from asyncrl.learner.updates import merged_state, named_parameters
-from asyncrl.transport.weight_layout import SnapshotBuffer
+from asyncrl.trainer.canary import SnapshotScorer
+from asyncrl.trainer.engines.trainable import merged_state, named_parameters
+from asyncrl.weights.bytes.layout import SnapshotBuffer
+from tests.tolerances import STEPS, assert_near
+from tests.trainer.engines.test_trainable import SEQUENCES, UPDATES, lora, policy_with, trainer_with
+from tests.trainer.tiny import random_groups, tiny_policy
 
 pytestmark = pytest.mark.numeric
 

@@ -14,14 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_optimizer_step import make_trainer, weights_of
-from tiny import random_groups, save_tiny_model, tiny_policy
-from tolerances import assert_near
 
 from asyncrl.errors import CheckpointError
-from asyncrl.learner import checkpoint_files
-from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
-from asyncrl.learner.checkpoint_files import (
+from asyncrl.storage import checkpoint_files
+from asyncrl.storage.checkpoint_files import (
     LATEST,
     MANIFEST,
     find_latest,
@@ -29,7 +25,11 @@ from asyncrl.learner.checkpoint_files import (
     read_manifest,
     write_checkpoint,
 )
-from asyncrl.learner.model import Policy
+from asyncrl.trainer.checkpoint import export_model, load_checkpoint, save_checkpoint
+from asyncrl.trainer.engines.policy import Policy
+from tests.tolerances import assert_near
+from tests.trainer.test_step import make_trainer, weights_of
+from tests.trainer.tiny import random_groups, save_tiny_model, tiny_policy
 
 pytestmark = pytest.mark.numeric
 
@@ -223,10 +223,10 @@ import resource, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import torch
-from test_optimizer_step import make_trainer
-from tiny import random_groups
+from tests.trainer.test_step import make_trainer
+from tests.trainer.tiny import random_groups
 from asyncrl.errors import CheckpointError
-from asyncrl.learner.checkpoint import save_checkpoint, load_checkpoint
+from asyncrl.trainer.checkpoint import save_checkpoint, load_checkpoint
 
 torch.set_num_threads(1)
 root, trainer = Path(sys.argv[1]), make_trainer()
@@ -249,9 +249,9 @@ print("then:", save_checkpoint(root, trainer, run_epoch=1).name)
 
 def test_files_cut_short_by_the_system_leave_the_older_checkpoint(tmp_path):
     """A real limit on file size: torch.save and safetensors meet it in the middle of a write."""
-    here = str(Path(__file__).parent)
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "root"), here, str(Path(here).parent)],
+        [sys.executable, "-c", LIMITED, str(tmp_path / "root"), root],
         capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -372,7 +372,7 @@ def test_the_desk_reads_checkpoints_without_torch(tmp_path):
     save(tmp_path, 3)
     code = (
         "import sys; from pathlib import Path\n"
-        "from asyncrl.learner.checkpoint_files import find_latest, load_desk_state\n"
+        "from asyncrl.storage.checkpoint_files import find_latest, load_desk_state\n"
         f"assert load_desk_state(find_latest(Path({str(tmp_path)!r}))) == b'desk 3'\n"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )

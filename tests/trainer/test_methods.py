@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
-from tolerances import near, slack
 
 from asyncrl.config.loading import load_config
 from asyncrl.config.methods import METHODS
 from asyncrl.errors import CheckpointError, ModelError, ShapeError
-from asyncrl.learner.checkpoint import load_checkpoint, save_checkpoint
-from asyncrl.learner.critic import Critic, load_critic
-from asyncrl.learner.model import Policy
-from asyncrl.learner.optimizer_step import PolicyTrainer
+from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.critic import Critic, load_critic
+from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.step import PolicyTrainer
+from tests.tolerances import near, slack
+from tests.trainer.tiny import make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
 
 pytestmark = pytest.mark.numeric
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import NonFiniteError, ProtocolError, ShapeError
-from asyncrl.replay.packing import pack_groups, sorted_groups
+from asyncrl.trainer.packing import pack_groups, sorted_groups
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 
@@ -202,7 +202,7 @@ def test_packing_needs_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, asyncrl.replay.packing; sys.exit('torch' in sys.modules)"
+    code = "import sys, asyncrl.trainer.packing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import make_group, make_rollout, random_groups, tiny_policy
-from tolerances import near, slack
 
 from asyncrl.config import Config
 from asyncrl.errors import NonFiniteError, ProtocolError
-from asyncrl.learner.optimizer_step import PolicyTrainer, warmed_up_lr
+from asyncrl.trainer.step import PolicyTrainer, warmed_up_lr
+from tests.tolerances import near, slack
+from tests.trainer.tiny import make_group, make_rollout, random_groups, tiny_policy
 
 pytestmark = pytest.mark.numeric
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from asyncrl.learner.model import Policy
+from asyncrl.trainer.engines.policy import Policy
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 VOCAB = 23

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from asyncrl.transport.weight_delta import encode_delta
-from asyncrl.transport.weight_group import SnapshotBuffer
+from asyncrl.weights.bytes.delta import encode_delta
+from asyncrl.weights.channels.channel import SnapshotBuffer
 
 
 class DeltaBuffer:

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import torch
 
-from asyncrl.learner.publisher import Publisher
-from asyncrl.transport.weight_group import SnapshotBuffer
+from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.publisher import Publisher
 
 
 def main(address: str) -> None:

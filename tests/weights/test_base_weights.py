@@ -8,15 +8,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from tolerances import assert_near
 
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ProtocolError
-from asyncrl.generator.base_weights import BaseWeights, complete_names
-from asyncrl.learner.model import load_policy
-from asyncrl.learner.updates import merged_state
-from asyncrl.transport.weight_layout import SnapshotBuffer, WeightManifest
-from asyncrl.transport.weight_patch import fold_adapter
+from asyncrl.trainer.engines.policy import load_policy
+from asyncrl.trainer.engines.trainable import merged_state
+from asyncrl.weights.base_weights import BaseWeights, complete_names
+from asyncrl.weights.bytes.layout import SnapshotBuffer, WeightManifest
+from asyncrl.weights.bytes.patch import fold_adapter
+from tests.tolerances import assert_near
 
 pytestmark = pytest.mark.numeric
 

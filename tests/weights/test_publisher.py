@@ -15,14 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from asyncrl.desk.counters import Account
 from asyncrl.errors import AsyncRLError
-from asyncrl.generator.staging import receive
-from asyncrl.learner.account import Account
-from asyncrl.learner.publisher import Publisher
-from asyncrl.learner.sync import SyncPlanner
-from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
-from asyncrl.transport.codec import decode, encode
-from asyncrl.transport.messages import (
+from asyncrl.link.codec import decode, encode
+from asyncrl.link.messages import (
     BroadcastDone,
     GroupReady,
     SnapshotReady,
@@ -31,8 +27,12 @@ from asyncrl.transport.messages import (
     SyncReply,
     SyncSwap,
 )
-from asyncrl.transport.sockets import ServerSocket
-from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec, WeightManifest
+from asyncrl.link.sockets import ServerSocket
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec, WeightManifest
+from asyncrl.weights.plan.planner import SyncPlanner
+from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.weights.publisher import Publisher
+from asyncrl.weights.staging import receive
 
 MAX_BYTES = 1 << 24
 TIMEOUT_S = 20.0
@@ -340,7 +340,7 @@ def test_weights_that_all_change_stay_dense_and_take_no_third_buffer():
 
 
 def test_an_offer_is_repeated_until_the_desk_answers_and_when_its_answer_shows_that_it_did_not_come(monkeypatch):
-    monkeypatch.setattr("asyncrl.learner.publisher.IDLE_WAIT_S", 0.1)
+    monkeypatch.setattr("asyncrl.weights.publisher.IDLE_WAIT_S", 0.1)
     world = World()
 
     def offered():

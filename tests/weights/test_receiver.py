@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from asyncrl.generator.base_weights import BaseWeights
-from asyncrl.transport.weight_delta import encode_delta
-from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from asyncrl.weights.base_weights import BaseWeights
+from asyncrl.weights.bytes.delta import encode_delta
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
 
 TIMEOUT_S = 20.0
 
@@ -19,7 +19,7 @@ class Bench:
     """A receiver, and the learner's end of its group."""
 
     def __init__(self):
-        from asyncrl.generator.weights import WeightReceiver  # brings vLLM
+        from asyncrl.generator.engines.vllm.plugin import WeightReceiver  # brings vLLM
 
         device = torch.device("cpu")
         self.receiver = WeightReceiver(device, BaseWeights("/nowhere", device), lambda manifest, tensors: None)
@@ -121,7 +121,7 @@ def test_a_stage_tells_what_its_parts_took(bench):
 
 
 def test_what_workers_took_is_that_of_the_slowest_part_by_part():
-    from asyncrl.generator.vllm_engine import _slowest_ms
+    from asyncrl.generator.engines.vllm.engine import _slowest_ms
 
     jobs = [
         {"elapsed_ms": 9.0, "timings_ms": {"receive_ms": 2.0, "verify_ms": 7.0}},

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.generator.base_weights import BaseWeights
-from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "transport"))
-from hanging_transport import hanging
+from asyncrl.weights.base_weights import BaseWeights
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from tests.weights.channels.hanging_transport import hanging
 
 TIMEOUT_S = 1.0
 LATE_S = 2.0  # the slack of a group, and a busy machine
@@ -26,7 +22,7 @@ class Bench:
     """A receiver, and the learner's ends of its groups."""
 
     def __init__(self):
-        from asyncrl.generator.weights import WeightReceiver  # brings vLLM
+        from asyncrl.generator.engines.vllm.plugin import WeightReceiver  # brings vLLM
 
         device = torch.device("cpu")
         self.receiver = WeightReceiver(device, BaseWeights("/nowhere", device), lambda manifest, tensors: None)

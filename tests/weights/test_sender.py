@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.learner.group_sender import GroupSender, Sent
-from asyncrl.transport.messages import Broadcast
+from asyncrl.link.messages import Broadcast
+from asyncrl.weights.sender import GroupSender, Sent
 
 TIMEOUT_S = 10.0
 PARTS = [torch.zeros(10, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)]

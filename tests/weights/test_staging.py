@@ -11,16 +11,16 @@ import sys
 import pytest
 import torch
 
-from asyncrl.transport.weight_delta import encode_delta
-from asyncrl.transport.weight_group import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from asyncrl.weights.bytes.delta import encode_delta
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
 
 TIMEOUT_S = 20.0
 
 WORKER = """
 import json, sys, torch
 from asyncrl.errors import AsyncRLError
-from asyncrl.generator.staging import receive
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, WeightManifest
+from asyncrl.weights.staging import receive
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, WeightManifest
 group, held = WeightGroup(WeightGroupSpec.from_dict(json.loads(sys.argv[1]))), None
 group.join()
 print("joined", flush=True)

@@ -1,7 +1,7 @@
 """What the generator needs from a rollout engine, and the records that pass between them.
 
 An engine holds one copy of the policy. It samples completions, scores given sequences, and takes new weights
-while it samples. vLLM is one implementation (`generator.vllm_engine`); nothing here imports it.
+while it samples. vLLM is one implementation (`generator.engines.vllm.engine`); nothing here imports it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from asyncrl.types import FinishReason, VersionSpan
 
 if TYPE_CHECKING:
-    from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+    from asyncrl.weights.channels.channel import WeightGroupSpec, WeightManifest
 
 
 def nothing() -> None:

@@ -6,8 +6,8 @@ import asyncio
 from typing import NoReturn
 
 from asyncrl.errors import DeadlineExceeded
-from asyncrl.generator.engine import RolloutEngine
-from asyncrl.generator.weight_sync import WeightSync
+from asyncrl.generator.engines.base import RolloutEngine
+from asyncrl.generator.weight_phases import WeightSync
 
 PROBE_EVERY_S = 10.0  # an engine that finished nothing for this long is probed
 PROBE_TIMEOUT_S = 5.0

@@ -10,8 +10,8 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from asyncrl.errors import ConfigError, RewardError, TaskError
+from asyncrl.rewards.base import Part, Sample
 from asyncrl.tasks.base import find_function
-from asyncrl.tasks.part_base import Part, Sample
 from asyncrl.tasks.shaping import has_form, length_penalty, overlong_penalty
 
 

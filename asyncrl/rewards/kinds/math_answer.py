@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from asyncrl.errors import ConfigError, RewardError
-from asyncrl.tasks.part_base import Part, Sample
+from asyncrl.rewards.base import Part, Sample
 
 
 @dataclass(frozen=True)

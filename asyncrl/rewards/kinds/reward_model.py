@@ -1,7 +1,7 @@
 """Reward part: the score of a reward model (sequence classification), asked of a server.
 
 The server is vLLM with a classification or reward model (`/classify`, or `/score` for one that compares two texts), or
-`asyncrl.generator.reward_server`, which speaks the same `/classify`; with `path` instead of `url`, every generator
+`asyncrl.rewards.model_server`, which speaks the same `/classify`; with `path` instead of `url`, every generator
 starts one of its own.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from asyncrl.errors import ConfigError, RewardError
-from asyncrl.tasks.part_base import Endpoint, RemotePart, Sample, check_template, fill
+from asyncrl.rewards.base import Endpoint, RemotePart, Sample, check_template, fill
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from asyncrl.algorithms.logprobs import chunked_logprobs
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ShapeError
-from asyncrl.fingerprints import model_fingerprint
-from asyncrl.learner.updates import (
+from asyncrl.host.fingerprints import model_fingerprint
+from asyncrl.host.model_folder import find_model
+from asyncrl.trainer.engines.trainable import (
     adapters_off,
     apply_update,
     frozen_copy,
@@ -30,9 +31,8 @@ from asyncrl.learner.updates import (
     sync_source,
     tensors_of,
 )
-from asyncrl.model_files import find_model
-from asyncrl.replay.packing import MicroBatch
-from asyncrl.transport.weight_patch import SyncSource
+from asyncrl.trainer.packing import MicroBatch
+from asyncrl.weights.bytes.patch import SyncSource
 
 HEAD_TOLERANCE = 1e-3
 

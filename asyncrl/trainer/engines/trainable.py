@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from asyncrl.config.schema import UpdateConfig
 from asyncrl.errors import ConfigError
-from asyncrl.transport.weight_layout import digest
-from asyncrl.transport.weight_patch import LORA_A, LORA_B, WEIGHT, AdaptedWeight, Patch, SyncSource
+from asyncrl.weights.bytes.layout import digest
+from asyncrl.weights.bytes.patch import LORA_A, LORA_B, WEIGHT, AdaptedWeight, Patch, SyncSource
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from asyncrl.errors import ProtocolError, ShapeError
-from asyncrl.transport.weight_memory import shared_buffer
-from asyncrl.transport.weight_patch import AdaptedWeight, Patch
+from asyncrl.weights.bytes.memory import shared_buffer
+from asyncrl.weights.bytes.patch import AdaptedWeight, Patch
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from asyncrl.transport.weight_rendezvous import WeightGroupSpec
+from asyncrl.weights.channels.rendezvous import WeightGroupSpec
 
 
 class Transport(Protocol):

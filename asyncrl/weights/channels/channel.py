@@ -13,9 +13,7 @@ from dataclasses import replace
 import torch
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_collectives import GlooTransport, NcclTransport
-from asyncrl.transport.weight_ipc import IpcTransport
-from asyncrl.transport.weight_layout import (
+from asyncrl.weights.bytes.layout import (
     SnapshotBuffer,
     WeightLayout,
     WeightManifest,
@@ -24,8 +22,10 @@ from asyncrl.transport.weight_layout import (
     plan_buckets,
     snapshot,
 )
-from asyncrl.transport.weight_rendezvous import CLOSE_TIMEOUT_S, SLACK_S, WeightGroupSpec, WeightStore, within
-from asyncrl.transport.weight_transport import Transport
+from asyncrl.weights.channels.base import Transport
+from asyncrl.weights.channels.collectives import GlooTransport, NcclTransport
+from asyncrl.weights.channels.ipc import IpcTransport
+from asyncrl.weights.channels.rendezvous import CLOSE_TIMEOUT_S, SLACK_S, WeightGroupSpec, WeightStore, within
 
 __all__ = [  # the weight plane's transport, under one name
     "SnapshotBuffer",

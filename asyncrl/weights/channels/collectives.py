@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_rendezvous import POLL_S, WeightGroupSpec, connect_store, local_address_towards
+from asyncrl.weights.channels.rendezvous import POLL_S, WeightGroupSpec, connect_store, local_address_towards
 
 NCCL_POLL_S = 0.001
 # What torch takes for the timeout of every NCCL work and of an abort. Our deadlines come first and know what to do; at
@@ -109,7 +109,7 @@ class NcclTransport(_Collective):
 
     Nothing of torch's own watches over such a group, so that a lost generator ends neither the learner nor, through
     the state that all groups of a process share, a vLLM worker: the deadlines are those of `_wait` and `WeightGroup`.
-    `asyncrl.processes.nccl_environment` bounds what torch waits for inside of a call.
+    `asyncrl.host.processes.nccl_environment` bounds what torch waits for inside of a call.
     """
 
     def __init__(self, spec: WeightGroupSpec, device: torch.device, aborted: threading.Event) -> None:

@@ -22,8 +22,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from asyncrl.learner.cells import plan_cells
-from asyncrl.learner.sync_records import (
+from asyncrl.link.messages import (
+    BroadcastDone,
+    CloseGroup,
+    GroupReady,
+    SnapshotReady,
+    SnapshotWanted,
+    SyncCommit,
+    SyncReply,
+)
+from asyncrl.weights.plan.cells import plan_cells
+from asyncrl.weights.plan.records import (
     Cell,
     OpenedGroup,
     Output,
@@ -33,16 +42,7 @@ from asyncrl.learner.sync_records import (
     ToGenerator,
     ToPublisher,
 )
-from asyncrl.learner.sync_round import SyncRound
-from asyncrl.transport.messages import (
-    BroadcastDone,
-    CloseGroup,
-    GroupReady,
-    SnapshotReady,
-    SnapshotWanted,
-    SyncCommit,
-    SyncReply,
-)
+from asyncrl.weights.plan.round import SyncRound
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,19 @@ from typing import Any
 
 import numpy as np
 
-from asyncrl.learner.sync_records import (
+from asyncrl.link.messages import (
+    Broadcast,
+    BroadcastDone,
+    OpenGroup,
+    SnapshotReady,
+    SyncAbort,
+    SyncCommit,
+    SyncOffer,
+    SyncReply,
+    SyncSwap,
+)
+from asyncrl.types import LOGPROB_DTYPE
+from asyncrl.weights.plan.records import (
     Committed,
     Member,
     OpenedGroup,
@@ -41,18 +53,6 @@ from asyncrl.learner.sync_records import (
     ToGenerator,
     ToPublisher,
 )
-from asyncrl.transport.messages import (
-    Broadcast,
-    BroadcastDone,
-    OpenGroup,
-    SnapshotReady,
-    SyncAbort,
-    SyncCommit,
-    SyncOffer,
-    SyncReply,
-    SyncSwap,
-)
-from asyncrl.types import LOGPROB_DTYPE
 
 log = logging.getLogger(__name__)
 

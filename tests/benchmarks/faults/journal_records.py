@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncrl.replay.journal import Journal
-from asyncrl.replay.records import StepTaken, StoredGroup
-from asyncrl.transport.codec import encode_body
-from asyncrl.transport.groups import group_to_result
+from asyncrl.link.codec import encode_body
+from asyncrl.link.rollouts import group_to_result
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import StepTaken, StoredGroup
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from journal_records import stored, write_journal
-from scripts import run_script
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
-
-from asyncrl.replay.records import StepTaken, StoredGroup
-from benchmarks.churn_account import (
+from asyncrl.storage.records import StepTaken, StoredGroup
+from benchmarks.faults.churn_account import (
     DOWN,
     LEAVING,
     OUT,
@@ -30,9 +25,11 @@ from benchmarks.churn_account import (
     ready_spans,
     tokens_between,
 )
-from benchmarks.churn_picture import draw
-from benchmarks.churn_run import Disturber
-from benchmarks.commits import Commit
+from benchmarks.faults.churn_picture import draw
+from benchmarks.faults.churn_run import Disturber
+from benchmarks.faults.commits import Commit
+from tests.benchmarks.faults.journal_records import stored, write_journal
+from tests.benchmarks.scripts import run_script
 
 # -- hangs
 
@@ -183,7 +180,7 @@ def test_events_repeat_with_their_seed_and_fit_the_state_of_whom_they_meet():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_short_churn_ends_well_and_writes_what_it_saw(tmp_path):
-    done = run_script("churn", "--quick", "--results", str(tmp_path), "--minutes", "1", timeout_s=1400)
+    done = run_script("faults.churn", "--quick", "--results", str(tmp_path), "--minutes", "1", timeout_s=1400)
     record = json.loads((tmp_path / "churn.quick.json").read_text())
     assert record["bars"]["learner restarts"]["passed"] and record["bars"]["journal"]["passed"], (
         done.stdout + done.stderr
@@ -197,6 +194,6 @@ def test_a_short_churn_ends_well_and_writes_what_it_saw(tmp_path):
 
 
 def test_help_says_what_the_bars_are():
-    done = run_script("churn", "--help")
+    done = run_script("faults.churn", "--help")
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("--minutes", "--quick", "at least 0.9", "schedstat"))

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from journal_records import stored, write_journal
-from scripts import run_script
 
-from asyncrl.learner.sync import COMMIT_REPEAT_S
-from asyncrl.replay.records import StepTaken
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
-
-from benchmarks.commits import CommitLog
-from benchmarks.fault_judge import Seen, TrainedGroup, complaints, survivor_delays, tainted
-from benchmarks.fault_matrix import Cell, Matrix, Outcome, main, read_training
-from benchmarks.fleet import FleetError
+from asyncrl.storage.records import StepTaken
+from asyncrl.weights.plan.planner import COMMIT_REPEAT_S
+from benchmarks.faults.commits import CommitLog
+from benchmarks.faults.fault_judge import Seen, TrainedGroup, complaints, survivor_delays, tainted
+from benchmarks.faults.fault_matrix import Cell, Matrix, Outcome, main, read_training
+from benchmarks.faults.fleet import FleetError
+from tests.benchmarks.faults.journal_records import stored, write_journal
+from tests.benchmarks.scripts import run_script
 
 DEADLINE_S = 5.0
 FAULT_AT = 100.0
@@ -249,8 +245,8 @@ def test_a_run_that_is_broken_off_writes_what_there_is_and_has_not_passed(matrix
         return Outcome(cell, [], version=7, back_s=1.0)
 
     monkeypatch.setattr(matrix, "_cell", run_cell)
-    monkeypatch.setattr("benchmarks.fault_matrix.Matrix", lambda *_: matrix)
-    monkeypatch.setattr("benchmarks.fault_matrix.make_base_model", lambda _: None)
+    monkeypatch.setattr("benchmarks.faults.fault_matrix.Matrix", lambda *_: matrix)
+    monkeypatch.setattr("benchmarks.faults.fault_matrix.make_base_model", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["fault_matrix", "--quick", "--results", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
         main()
@@ -265,14 +261,14 @@ def test_what_was_trained_on_is_blamed_on_the_cell_before_it_and_on_all_where_it
     matrix._judge_training()
     assert [len(outcome.complaints) for outcome in matrix.outcomes] == [1, 0, 0]
     assert matrix._blame(8) is matrix._blame(11) is matrix.outcomes[1]
-    monkeypatch.setattr("benchmarks.fault_matrix.read_training", lambda _: 1 / 0)
+    monkeypatch.setattr("benchmarks.faults.fault_matrix.read_training", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         matrix._judge_training()
     assert all("what was trained on is not known" in str(outcome.complaints) for outcome in matrix.outcomes)
 
 
 def test_help_tells_what_the_faults_are():
-    done = run_script("fault_matrix", "--help")
+    done = run_script("faults.fault_matrix", "--help")
     assert done.returncode == 0, done.stderr
     assert "kill, stop" in done.stdout and "the deadline + 2 s + a step" in done.stdout
 
@@ -280,7 +276,7 @@ def test_help_tells_what_the_faults_are():
 @pytest.mark.slow
 @pytest.mark.timeout(650)
 def test_a_few_real_cells_pass(tied_model_dir, tmp_path):
-    done = run_script("fault_matrix", "--quick", "--model", str(tied_model_dir), "--results", str(tmp_path))
+    done = run_script("faults.fault_matrix", "--quick", "--model", str(tied_model_dir), "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "fault_matrix.quick.json").read_text())
     assert record["passed"] == record["cells"] == len(record["outcomes"]) == 4
@@ -293,7 +289,7 @@ def test_a_few_real_cells_pass(tied_model_dir, tmp_path):
 def test_a_lost_commit_is_said_again_when_no_newer_version_can_come(tied_model_dir, tmp_path):
     cells = ["--faults", "drop", "--phases", "COMMIT", "--generators", "1", "--set", "staleness.max_age=0"]
     folders = ["--model", str(tied_model_dir), "--results", str(tmp_path), "--folder", str(tmp_path / "run")]
-    done = run_script("fault_matrix", *cells, *folders)
+    done = run_script("faults.fault_matrix", *cells, *folders)
     assert done.returncode == 0, done.stdout + done.stderr
     events = [json.loads(line) for line in (tmp_path / "run" / "faults" / "g0.events.jsonl").read_text().splitlines()]
     fault = next(index for index, event in enumerate(events) if event["event"] == "fault")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
-
-from benchmarks import studies
+from benchmarks.studies import shared
 
 
-def run(job: studies.Job) -> dict:
+def run(job: shared.Job) -> dict:
     if job["fate"] == "dies":
         os._exit(9)
     if job["fate"] == "raises":
@@ -21,4 +17,4 @@ def run(job: studies.Job) -> dict:
 
 
 if __name__ == "__main__":
-    studies.serve(run)
+    shared.serve(run)

@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import run_script
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # benchmarks are not installed
+from benchmarks.studies import critic_study, method_matrix, shared, staleness_study
+from tests.benchmarks.scripts import run_script
 
-from benchmarks import critic_study, method_matrix, staleness_study, studies
-
-ROOT = Path(__file__).parent.parent.parent
-WORKER = "tests.benchmarks.sample_worker"
+ROOT = Path(__file__).parents[3]
+WORKER = "tests.benchmarks.studies.sample_worker"
 SCRIPTS = ("staleness_study", "critic_study", "method_matrix")
 
 
-def job(seed: int, fate: str = "ends well") -> studies.Job:
+def job(seed: int, fate: str = "ends well") -> shared.Job:
     return {"method": "sample", "age": 0, "seed": seed, "fate": fate}
 
 
@@ -29,43 +26,43 @@ def job(seed: int, fate: str = "ends well") -> studies.Job:
 
 
 def test_a_study_started_again_runs_only_what_is_missing(tmp_path, capsys):
-    studies.run_in_turn([job(1)], studies.JobLog(tmp_path), lambda one: {"accuracy": 0.5})
+    shared.run_in_turn([job(1)], shared.JobLog(tmp_path), lambda one: {"accuracy": 0.5})
     ran = []
-    log = studies.JobLog(tmp_path)
-    studies.run_in_turn([job(1), job(2)], log, lambda one: ran.append(one) or {"accuracy": 0.7})
+    log = shared.JobLog(tmp_path)
+    shared.run_in_turn([job(1), job(2)], log, lambda one: ran.append(one) or {"accuracy": 0.7})
     assert ran == [job(2)]
     assert [log.result_of(job(seed))["accuracy"] for seed in (1, 2)] == [0.5, 0.7]
     assert "2 runs, 1 of them done before" in capsys.readouterr().out
 
 
 def test_a_job_with_other_settings_is_another_job(tmp_path):
-    log = studies.JobLog(tmp_path)
-    studies.run_in_turn([job(1)], log, lambda one: {"accuracy": 0.5})
+    log = shared.JobLog(tmp_path)
+    shared.run_in_turn([job(1)], log, lambda one: {"accuracy": 0.5})
     assert log.result_of({**job(1), "steps": 3}) is None
 
 
 def test_a_line_cut_short_by_a_crash_costs_its_job_only(tmp_path):
-    studies.run_in_turn([job(1)], studies.JobLog(tmp_path), lambda one: {"accuracy": 0.5})
+    shared.run_in_turn([job(1)], shared.JobLog(tmp_path), lambda one: {"accuracy": 0.5})
     with (tmp_path / "jobs.jsonl").open("a") as file:
         file.write('{"job": {"method": "samp')
-    studies.run_in_turn([job(2)], studies.JobLog(tmp_path), lambda one: {"accuracy": 0.7})
-    log = studies.JobLog(tmp_path)
+    shared.run_in_turn([job(2)], shared.JobLog(tmp_path), lambda one: {"accuracy": 0.7})
+    log = shared.JobLog(tmp_path)
     assert [log.result_of(job(seed))["accuracy"] for seed in (1, 2)] == [0.5, 0.7]
 
 
 def test_jobs_that_fail_or_kill_their_worker_are_written_down_and_the_others_run(tmp_path):
     jobs = [job(1), job(2, "raises"), job(3, "dies"), job(4), job(5)]
-    log = studies.JobLog(tmp_path)
-    studies.run_in_workers(jobs, log, WORKER)
+    log = shared.JobLog(tmp_path)
+    shared.run_in_workers(jobs, log, WORKER)
     assert [log.result_of(one)["accuracy"] for one in (jobs[0], jobs[3], jobs[4])] == [0.1, 0.4, 0.5]
     assert "ValueError: as asked" in log.error_of(jobs[1])
     assert "the worker ended in the middle" in log.error_of(jobs[2])
-    assert len(studies.JobLog(tmp_path).records) == len(jobs)
+    assert len(shared.JobLog(tmp_path).records) == len(jobs)
 
 
 def test_workers_end_with_the_study(tmp_path):
-    log = studies.JobLog(tmp_path)
-    studies.run_in_workers([job(1), job(2)], log, WORKER)
+    log = shared.JobLog(tmp_path)
+    shared.run_in_workers([job(1), job(2)], log, WORKER)
     for one in (job(1), job(2)):
         with pytest.raises(ProcessLookupError):
             os.kill(log.result_of(one)["pid"], 0)
@@ -75,16 +72,16 @@ def test_workers_end_with_the_study(tmp_path):
 
 
 def test_curves_are_means_of_equal_stretches():
-    assert studies.thinned([1.0, 3.0, 5.0, 7.0, 10.0], 2) == [2.0, 6.0, 10.0]
+    assert shared.thinned([1.0, 3.0, 5.0, 7.0, 10.0], 2) == [2.0, 6.0, 10.0]
 
 
 def test_spread_is_the_sample_standard_deviation():
-    assert studies.std([1.0, 2.0, 3.0]) == pytest.approx(1.0)
-    assert studies.std([4.0]) == 0.0
+    assert shared.std([1.0, 2.0, 3.0]) == pytest.approx(1.0)
+    assert shared.std([4.0]) == 0.0
 
 
 def outcome_of(accuracies: dict[tuple[str, int], list[float]], tmp_path: Path) -> staleness_study.Outcome:
-    jobs, log = [], studies.JobLog(tmp_path)
+    jobs, log = [], shared.JobLog(tmp_path)
     for (method, age), values in accuracies.items():
         for seed, value in enumerate(values):
             jobs.append({"method": method, "age": age, "seed": seed})
@@ -145,7 +142,7 @@ def test_a_method_passes_by_its_mean_and_its_least_seed_is_told():
 @pytest.fixture(scope="module")
 def training(tied_model_dir):
     from asyncrl.config.loading import load_config
-    from benchmarks.delayed_sampling import DelayedTraining
+    from benchmarks.studies.delayed_sampling import DelayedTraining
 
     overrides = [
         f"model.path={tied_model_dir}", "model.max_length=32", "sampling.group_size=4", "sampling.max_new_tokens=8",
@@ -222,19 +219,19 @@ def test_a_greedy_completion_is_the_likeliest_token_each_time(training):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_quick_mode_ends_well_and_a_second_start_has_nothing_to_do(script, tied_model_dir, tmp_path):
     arguments = ["--quick", "--results", str(tmp_path), "--out", str(tmp_path / "runs"), "--model", str(tied_model_dir)]
-    done = run_script(script, *arguments)
+    done = run_script(f"studies.{script}", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / f"{script}.quick.json").read_text())
     assert record["runs"] and all("accuracy" in run["result"] for run in record["runs"])
     assert any("--quick" in note for note in record["notes"])
     assert (tmp_path / f"{script}.quick.png").exists() == (script != "method_matrix")
-    again = run_script(script, *arguments)
+    again = run_script(f"studies.{script}", *arguments)
     count = len(record["runs"])
     assert again.returncode == 0 and f"{count} runs, {count} of them done before" in again.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_option(script):
-    done = run_script(script, "--help")
+    done = run_script(f"studies.{script}", "--help")
     assert done.returncode == 0, done.stderr
     assert all(option in done.stdout for option in ("--quick", "--seeds", "--steps", "--out", "--results"))

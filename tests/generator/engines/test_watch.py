@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from asyncrl.errors import DeadlineExceeded, EngineError
-from asyncrl.generator import engine_watch
+from asyncrl.generator.engines import watch as engine_watch
 
 
 class Engine:

@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from http_servers import chat_answer
 
 from asyncrl.errors import RewardError
-from asyncrl.tasks.judge import Judge, score_in
-from asyncrl.tasks.part_base import Sample
+from asyncrl.rewards.base import Sample
+from asyncrl.rewards.kinds.judge import Judge, score_in
+from tests.http_servers import chat_answer
 
 SAMPLE = Sample("It is {answer}, score: 10", {"answer": "42"}, prompt="What is 6x7?", num_tokens=5)
 

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
-from tolerances import assert_near, near
 
 from asyncrl.config import ModelConfig
 from asyncrl.errors import ModelError, ShapeError
-from asyncrl.learner.model import Policy, load_policy, shared_prompt_mask
-from asyncrl.replay.packing import pack_groups
+from asyncrl.trainer.engines.policy import Policy, load_policy, shared_prompt_mask
+from asyncrl.trainer.packing import pack_groups
+from tests.tolerances import assert_near, near
+from tests.trainer.tiny import VOCAB, make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
 
 pytestmark = pytest.mark.numeric
 

@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_optimizer_step import make_trainer
-from tiny import random_groups, save_tiny_model, tiny_model, tiny_policy
-from tolerances import assert_near
 
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import CheckpointError, ConfigError
-from asyncrl.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
-from asyncrl.learner.model import AdaptersOff, Policy, load_policy
-from asyncrl.learner.updates import apply_update, frozen_digests, merged_state, named_parameters, plain_name
-from asyncrl.replay.packing import pack_groups
-from asyncrl.transport.weight_layout import ALIGNMENT, SnapshotBuffer
+from asyncrl.trainer.checkpoint import export_model, load_checkpoint, save_checkpoint
+from asyncrl.trainer.engines.policy import AdaptersOff, Policy, load_policy
+from asyncrl.trainer.engines.trainable import apply_update, frozen_digests, merged_state, named_parameters, plain_name
+from asyncrl.trainer.packing import pack_groups
+from asyncrl.weights.bytes.layout import ALIGNMENT, SnapshotBuffer
+from tests.tolerances import assert_near
+from tests.trainer.test_step import make_trainer
+from tests.trainer.tiny import random_groups, save_tiny_model, tiny_model, tiny_policy
 
 pytestmark = pytest.mark.numeric
 
@@ -340,7 +340,7 @@ def test_a_checkpoint_is_refused_beside_other_frozen_weights(tmp_path):
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_is_one_of_a_full_update(tmp_path):
-    from asyncrl.learner.checkpoint_files import read_manifest, write_checkpoint
+    from asyncrl.storage.checkpoint_files import read_manifest, write_checkpoint
 
     trainer = trainer_with(UpdateConfig(), steps=1)
     path = save_checkpoint(tmp_path, trainer, run_epoch=1)

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import ProtocolError, ShapeError, WeightGroupError
-from asyncrl.transport.weight_delta import MAX_SHARE, Places, apply_delta, delta_pays, encode_delta
-from asyncrl.transport.weight_group import SnapshotBuffer, WeightManifest, digest, digest_buckets, plan_buckets
-from asyncrl.transport.weight_layout import DeltaInfo
+from asyncrl.weights.bytes.delta import MAX_SHARE, Places, apply_delta, delta_pays, encode_delta
+from asyncrl.weights.bytes.layout import DeltaInfo
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightManifest, digest, digest_buckets, plan_buckets
 
 pytestmark = pytest.mark.numeric
 

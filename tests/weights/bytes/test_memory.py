@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_group import SnapshotBuffer
-from asyncrl.transport.weight_memory import Opened, handle_of, place, shared_buffer
+from asyncrl.weights.bytes.memory import Opened, handle_of, place, shared_buffer
+from asyncrl.weights.channels.channel import SnapshotBuffer
 
 CPU = torch.device("cpu")
 FAR = 1e12  # a deadline that never comes
 
 OWNER = """
 import json, sys, time, torch
-from asyncrl.transport.weight_memory import handle_of, shared_buffer
+from asyncrl.weights.bytes.memory import handle_of, shared_buffer
 buffer = shared_buffer(50_000, "cpu")
 buffer.copy_((torch.arange(50_000) % 251).to(torch.uint8))
 print(json.dumps(handle_of(buffer)[0]), flush=True)
@@ -139,7 +139,7 @@ def test_dropped_buffers_give_their_descriptors_and_memory_back():
 
 
 def test_a_place_is_the_same_for_a_process_beside_this_one():
-    code = "import json, torch\nfrom asyncrl.transport.weight_memory import place\n"
+    code = "import json, torch\nfrom asyncrl.weights.bytes.memory import place\n"
     code += "print(json.dumps(place(torch.device('cpu'))))"
     beside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(beside.stdout) == place(CPU)

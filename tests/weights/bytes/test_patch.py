@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgpack
 import pytest
 import torch
-from tolerances import assert_near
 
 from asyncrl.errors import ProtocolError
-from asyncrl.transport.weight_layout import SnapshotBuffer, WeightManifest
-from asyncrl.transport.weight_patch import AdaptedWeight, Patch, fold_adapter
+from asyncrl.weights.bytes.layout import SnapshotBuffer, WeightManifest
+from asyncrl.weights.bytes.patch import AdaptedWeight, Patch, fold_adapter
+from tests.tolerances import assert_near
 
 pytestmark = pytest.mark.numeric
 

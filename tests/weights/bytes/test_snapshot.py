@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asyncrl.transport.weight_layout import SnapshotBuffer
-from asyncrl.transport.weight_patch import AdaptedWeight
+from asyncrl.weights.bytes.layout import SnapshotBuffer
+from asyncrl.weights.bytes.patch import AdaptedWeight
 
 pytestmark = pytest.mark.numeric
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from asyncrl.transport import weight_group
-from asyncrl.transport.weight_collectives import GlooTransport
+from asyncrl.weights.channels import channel
+from asyncrl.weights.channels.collectives import GlooTransport
 
 GARBAGE = 0xEE
 
@@ -70,8 +70,8 @@ def hanging(close_timeout_s: float = 0.5) -> Iterator[Hangs]:
     """Groups of the backend "hanging" exist inside; at the end all that still hangs is let go."""
     hangs = Hangs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(weight_group.TRANSPORTS, "hanging", hanging_transport(hangs))
-        patch.setattr(weight_group, "CLOSE_TIMEOUT_S", close_timeout_s)
+        patch.setitem(channel.TRANSPORTS, "hanging", hanging_transport(hangs))
+        patch.setattr(channel, "CLOSE_TIMEOUT_S", close_timeout_s)
         try:
             yield hangs
         finally:

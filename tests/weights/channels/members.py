@@ -15,7 +15,7 @@ MEMBER = """
 import json, os, signal, sys, time
 import torch
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, digest
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, digest
 
 def say(**values):
     print(json.dumps(values), flush=True)

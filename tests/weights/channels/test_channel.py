@@ -18,12 +18,11 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from group_members import in_threads, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import BindError, ProtocolError, ShapeError, WeightGroupError
-from asyncrl.transport.weight_group import (
+from asyncrl.weights.channels.channel import (
     SnapshotBuffer,
     WeightGroup,
     WeightGroupSpec,
@@ -33,6 +32,7 @@ from asyncrl.transport.weight_group import (
     digest,
     plan_buckets,
 )
+from tests.weights.channels.members import in_threads, pair
 
 SPEC = WeightGroupSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", 10.0)
 
@@ -156,7 +156,7 @@ def test_a_manifest_that_does_not_fit_together_is_refused(damage):
 
 
 def test_a_snapshot_of_other_tensors_is_refused():
-    from asyncrl.transport.weight_group import snapshot
+    from asyncrl.weights.channels.channel import snapshot
 
     named = tied_parameters()
     layout = plan_buckets(named, 128)
@@ -309,7 +309,7 @@ def test_nccl_without_a_gpu_is_refused_at_once():
 MEMBER = """
 import json, os, signal, sys, time, torch
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
 spec, timeout_s = json.loads(sys.argv[1]), float(sys.argv[2])
 faults = json.loads(sys.argv[3])
 group = WeightGroup(WeightGroupSpec.from_dict(spec))

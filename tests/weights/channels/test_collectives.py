@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from group_members import in_threads, pair
 
 import asyncrl
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_collectives import AHEAD
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.collectives import AHEAD
+from tests.weights.channels.members import in_threads, pair
 
 PACKAGE = Path(asyncrl.__file__).parent
 OWN_OBJECTS = {"Store", "PrefixStore", "TCPStore", "ProcessGroupGloo", "ProcessGroupNCCL", "BroadcastOptions"}
@@ -45,15 +45,15 @@ def test_the_search_finds_calls_under_every_name():
         assert "broadcast" in distributed_names(ast.parse(text)), text
 
 
-@pytest.mark.parametrize("area", ["transport", "generator", "learner"])
+@pytest.mark.parametrize("area", ["weights", "generator", "trainer"])
 def test_only_bare_groups_and_stores_are_used_and_no_function_of_the_default_group(area):
     used = {}
     for path in sorted((PACKAGE / area).rglob("*.py")):
         if names := distributed_names(ast.parse(path.read_text())) - OWN_OBJECTS:
             used[path.name] = names
     assert used == {}
-    assert area != "transport" or "ProcessGroupGloo" in distributed_names(
-        ast.parse((PACKAGE / "transport" / "weight_collectives.py").read_text())
+    assert area != "weights" or "ProcessGroupGloo" in distributed_names(
+        ast.parse((PACKAGE / "weights" / "channels" / "collectives.py").read_text())
     )
 
 

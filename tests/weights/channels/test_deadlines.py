@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from group_members import in_threads, pair
-from hanging_transport import hanging
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
-from asyncrl.transport.weight_rendezvous import SLACK_S, within
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.rendezvous import SLACK_S, within
+from tests.weights.channels.hanging_transport import hanging
+from tests.weights.channels.members import in_threads, pair
 
 SPEC = WeightGroupSpec("127.0.0.1", 0, "hang/1", 0, 2, "hanging", 20.0)
 NUM_BYTES = 4096

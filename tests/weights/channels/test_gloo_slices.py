@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport.weight_collectives import GlooTransport
-from asyncrl.transport.weight_group import WeightGroupSpec
+from asyncrl.weights.channels.channel import WeightGroupSpec
+from asyncrl.weights.channels.collectives import GlooTransport
 
 SPEC = WeightGroupSpec("127.0.0.1", 1, "slices", 0, 2, "gloo", 5.0)
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from group_members import in_threads, members_of, pair
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport import weight_ipc
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, digest
-from asyncrl.transport.weight_memory import shared_buffer
+from asyncrl.weights.bytes.memory import shared_buffer
+from asyncrl.weights.channels import ipc
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, digest
+from tests.weights.channels.members import in_threads, members_of, pair
 
 SPEC = WeightGroupSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
 NUM_BYTES = 100_000
@@ -112,8 +112,8 @@ def test_a_receiver_that_stands_still_costs_one_deadline_and_fails_when_it_wakes
 
 SENDER = """
 import json, os, signal, sys, torch
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
-from asyncrl.transport.weight_memory import shared_buffer
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.weights.bytes.memory import shared_buffer
 flat = shared_buffer(100_000, "cpu").fill_(7)
 group = WeightGroup.host(WeightGroupSpec.from_dict(json.loads(sys.argv[1])))
 print(group.store_port, flush=True)
@@ -241,13 +241,13 @@ def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
     ],
 )
 def test_members_that_cannot_share_memory_are_told_why_at_once_on_both_sides(monkeypatch, key, words):
-    real, put, numbers = weight_ipc.place, weight_ipc.IpcTransport._put, itertools.count()
-    monkeypatch.setattr(weight_ipc, "place", lambda device: real(device) | {key: next(numbers)})
+    real, put, numbers = ipc.place, ipc.IpcTransport._put, itertools.count()
+    monkeypatch.setattr(ipc, "place", lambda device: real(device) | {key: next(numbers)})
 
     def put_elsewhere(transport, name, value):
         put(transport, name, value | {"pid": NO_PID} if name == "learner" else value)
 
-    monkeypatch.setattr(weight_ipc.IpcTransport, "_put", put_elsewhere)
+    monkeypatch.setattr(ipc.IpcTransport, "_put", put_elsewhere)
     root = WeightGroup.host(SPEC)
     member = WeightGroup(root.spec.for_rank(1))
     started = time.monotonic()
@@ -321,5 +321,5 @@ def test_a_process_that_ended_before_the_group_was_formed_is_found_out():
     process = subprocess.Popen(["true"])
     process.wait()
     with pytest.raises(WeightGroupError, match=f"process {process.pid} ended while the group was formed"):
-        weight_ipc._Process(process.pid)
-    assert not weight_ipc._Process(os.getpid()).ended
+        ipc._Process(process.pid)
+    assert not ipc._Process(os.getpid()).ended

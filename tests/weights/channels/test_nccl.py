@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from asyncrl.errors import WeightGroupError
-from asyncrl.transport import weight_collectives, weight_group
-from asyncrl.transport.weight_collectives import NcclTransport
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels import channel, collectives
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.collectives import NcclTransport
 
 SPEC = WeightGroupSpec("127.0.0.1", 0, "nccl/1", 0, 2, "nccl", 20.0)
 SWITCH = "TORCH_NCCL_BLOCKING_WAIT"
@@ -89,8 +89,8 @@ class OnCpu(NcclTransport):
 def nccl(monkeypatch):
     nccl = Nccl()
     monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
-    monkeypatch.setitem(weight_group.TRANSPORTS, "nccl", OnCpu)
-    monkeypatch.setattr(weight_collectives, "_side_stream", lambda device: nullcontext())
+    monkeypatch.setitem(channel.TRANSPORTS, "nccl", OnCpu)
+    monkeypatch.setattr(collectives, "_side_stream", lambda device: nullcontext())
     monkeypatch.delenv(SWITCH, raising=False)
     return nccl
 

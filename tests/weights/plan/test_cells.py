@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncrl.learner.cells import plan_cells
+from asyncrl.weights.plan.cells import plan_cells
 
 
 def test_the_smallest_cell_takes_newcomers_first():

@@ -3,10 +3,7 @@
 import numpy as np
 import pytest
 
-from asyncrl.learner.sync import CELL_GRACE_S, COMMIT_REPEAT_S, MAX_CATCH_UPS, REOPEN_S, WANTED_REPEAT_S, SyncPlanner
-from asyncrl.learner.sync_records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
-from asyncrl.learner.sync_round import GRACE_S, MAX_ERRORS, MAX_TAINTS, PENALTY_S
-from asyncrl.transport.messages import (
+from asyncrl.link.messages import (
     Broadcast,
     BroadcastDone,
     CloseGroup,
@@ -20,6 +17,16 @@ from asyncrl.transport.messages import (
     SyncReply,
     SyncSwap,
 )
+from asyncrl.weights.plan.planner import (
+    CELL_GRACE_S,
+    COMMIT_REPEAT_S,
+    MAX_CATCH_UPS,
+    REOPEN_S,
+    WANTED_REPEAT_S,
+    SyncPlanner,
+)
+from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.weights.plan.round import GRACE_S, MAX_ERRORS, MAX_TAINTS, PENALTY_S
 
 TIMEOUT_S = 10.0
 DIGESTS = [11, 22]

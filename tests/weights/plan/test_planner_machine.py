@@ -7,10 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from asyncrl.learner.sync import SyncPlanner
-from asyncrl.learner.sync_records import Committed, RoundEnded, ToGenerator, ToPublisher
-from asyncrl.learner.sync_round import GRACE_S, MAX_PENALTY_S
-from asyncrl.transport.messages import (
+from asyncrl.link.messages import (
     Broadcast,
     BroadcastDone,
     CloseGroup,
@@ -22,6 +19,9 @@ from asyncrl.transport.messages import (
     SyncReply,
     SyncSwap,
 )
+from asyncrl.weights.plan.planner import SyncPlanner
+from asyncrl.weights.plan.records import Committed, RoundEnded, ToGenerator, ToPublisher
+from asyncrl.weights.plan.round import GRACE_S, MAX_PENALTY_S
 
 NAMES = tuple("abcde")
 TIMEOUT_S = 10.0

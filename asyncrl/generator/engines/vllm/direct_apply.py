@@ -26,8 +26,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asyncrl.transport.weight_layout import WeightManifest, digest
-from asyncrl.transport.weight_patch import LORA_A, WEIGHT
+from asyncrl.weights.bytes.layout import WeightManifest, digest
+from asyncrl.weights.bytes.patch import LORA_A, WEIGHT
 
 log = logging.getLogger("vllm.asyncrl")
 _T = TypeVar("_T")

@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from asyncrl.errors import AsyncRLError, DeadlineExceeded, EngineError, WeightGroupError
-from asyncrl.generator.engine import Completion, GenerationRequest, StageReport, SwapReport
-from asyncrl.generator.vllm_options import (
+from asyncrl.generator.engines.base import Completion, GenerationRequest, StageReport, SwapReport
+from asyncrl.generator.engines.vllm.options import (
     SPARE_SEQUENCES,
     EngineOptions,
     engine_arguments,
     prepare_environment,
     stop_token_ids,
 )
-from asyncrl.generator.vllm_outputs import completion_from, scores_from
+from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from
 
 if TYPE_CHECKING:
-    from asyncrl.transport.weight_group import WeightGroupSpec, WeightManifest
+    from asyncrl.weights.channels.channel import WeightGroupSpec, WeightManifest
 
 _T = TypeVar("_T")
 
@@ -129,7 +129,7 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        from asyncrl.generator.weights import BACKEND, EXTENSION
+        from asyncrl.generator.engines.vllm.plugin import BACKEND, EXTENSION
 
         self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
         self._dead_error, self._request_errors = EngineDeadError, (VLLMClientError, EngineGenerateError)

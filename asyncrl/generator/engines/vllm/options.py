@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncrl.errors import ModelError
-from asyncrl.processes import nccl_environment
+from asyncrl.host.processes import nccl_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asyncrl.errors import EngineError, NonFiniteError
-from asyncrl.generator.engine import Completion
+from asyncrl.generator.engines.base import Completion
 from asyncrl.types import FinishReason, VersionSpan
 
 if TYPE_CHECKING:

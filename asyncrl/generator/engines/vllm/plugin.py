@@ -28,16 +28,16 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from asyncrl.errors import EngineError, WeightGroupError
-from asyncrl.generator.base_weights import BaseWeights, complete_names
-from asyncrl.generator.direct_apply import DirectApply, Prepared
-from asyncrl.generator.staging import Staged, receive
-from asyncrl.generator.vllm_options import follow_parent
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec, WeightManifest
+from asyncrl.generator.engines.vllm.direct_apply import DirectApply, Prepared
+from asyncrl.generator.engines.vllm.options import follow_parent
+from asyncrl.weights.base_weights import BaseWeights, complete_names
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, WeightManifest
+from asyncrl.weights.staging import Staged, receive
 
 log = logging.getLogger("vllm.asyncrl")  # below vLLM's logger, which its processes have configured
 
 BACKEND = "asyncrl"
-EXTENSION = "asyncrl.generator.weights.WeightWorkerExtension"
+EXTENSION = "asyncrl.generator.engines.vllm.plugin.WeightWorkerExtension"
 
 
 def register() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from asyncrl.generator import weights
-from asyncrl.generator.weights import WeightWorkerExtension
-from asyncrl.transport.weight_group import WeightGroup
+from asyncrl.generator.engines.vllm import plugin
+from asyncrl.generator.engines.vllm.plugin import WeightWorkerExtension
+from asyncrl.weights.channels.channel import WeightGroup
 
 
 class OddWorkerExtension(WeightWorkerExtension):
@@ -24,13 +24,13 @@ class OddWorkerExtension(WeightWorkerExtension):
 
     def odd_break_next_finish(self) -> None:
         """The next reload breaks off when its layers are put back."""
-        finalize = weights.finalize_layerwise_reload
+        finalize = plugin.finalize_layerwise_reload
 
         def broken(*args):
-            weights.finalize_layerwise_reload = finalize
+            plugin.finalize_layerwise_reload = finalize
             raise MemoryError("no memory for a padded layer")
 
-        weights.finalize_layerwise_reload = broken
+        plugin.finalize_layerwise_reload = broken
 
     def odd_refuse_next_stage(self, rank: int) -> None:
         """Worker `rank` cannot begin the next stage."""

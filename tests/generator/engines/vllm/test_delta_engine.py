@@ -9,7 +9,7 @@ import pytest
 
 from asyncrl.errors import AsyncRLError
 from tests.conftest import reference_logprobs
-from tests.generator.delta_buffer import DeltaBuffer, change_some
+from tests.weights.delta_buffer import DeltaBuffer, change_some
 
 PROMPT = list(range(10, 40))
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from asyncrl.errors import EngineError
-from asyncrl.transport.weight_layout import TensorEntry, WeightLayout, WeightManifest
-from asyncrl.transport.weight_patch import Patch
+from asyncrl.generator.engines.vllm import plugin
+from asyncrl.weights.bytes.layout import TensorEntry, WeightLayout, WeightManifest
+from asyncrl.weights.bytes.patch import Patch
 from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
 
 HIDDEN = 32
@@ -111,7 +112,7 @@ class Worker:
     def __init__(self, model):
         from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-        from asyncrl.generator.direct_apply import DirectApply
+        from asyncrl.generator.engines.vllm.direct_apply import DirectApply
 
         self.model = model
         record_metadata_for_reloading(model)
@@ -179,7 +180,7 @@ def test_what_did_not_change_is_not_copied_again():
 
 
 def test_names_are_unchanged_when_both_manifests_leave_them_alone():
-    from asyncrl.generator.direct_apply import unchanged_names
+    from asyncrl.generator.engines.vllm.direct_apply import unchanged_names
 
     def manifest(base, tied=(), carried=()):
         named = {name: torch.zeros(1) for name in carried}
@@ -337,7 +338,7 @@ def test_after_a_failure_nothing_prepared_is_used_until_a_reload_proved_the_plan
 @pytest.fixture
 def odd_engine(tied_model_dir, tmp_path, monkeypatch):
     """An engine of its own whose worker can be told to fail."""
-    monkeypatch.setattr("asyncrl.generator.weights.EXTENSION", "tests.generator.odd_worker.OddWorkerExtension")
+    monkeypatch.setattr(plugin, "EXTENSION", "tests.generator.engines.vllm.odd_worker.OddWorkerExtension")
     under_test = start_engine(tied_model_dir, tmp_path / "vllm.log")
     under_test.notes["log"] = tmp_path / "vllm.log"
     yield under_test

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from asyncrl.errors import DeadlineExceeded, EngineError, NonFiniteError, WeightGroupError
-from asyncrl.transport.weight_group import WeightGroupSpec
+from asyncrl.weights.channels.channel import WeightGroupSpec
 from tests.conftest import END_TOKEN, MAX_LENGTH, VOCAB_SIZE, randomize, reference_logprobs
 
 TOLERANCE = 1e-4  # float32 on both sides
@@ -312,7 +312,7 @@ def test_weights_that_give_nan_are_an_error_and_not_a_number(engine):
 
 SENDER = """
 import json, os, signal, sys, torch
-from asyncrl.transport.weight_group import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
 group = WeightGroup.host(WeightGroupSpec.from_dict(json.loads(sys.argv[1])))
 print(group.store_port, flush=True)
 group.join()
@@ -331,7 +331,7 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
     async def receive():
         import torch
 
-        from asyncrl.transport.weight_group import SnapshotBuffer
+        from asyncrl.weights.channels.channel import SnapshotBuffer
 
         port = int(await asyncio.to_thread(sender.stdout.readline))
         buffer = SnapshotBuffer([("a", torch.zeros(65536))], bucket_bytes=65536)
@@ -375,7 +375,7 @@ def policy_with(model_dir, update):
     import torch
 
     from asyncrl.config import ModelConfig
-    from asyncrl.learner.model import load_policy
+    from asyncrl.trainer.engines.policy import load_policy
 
     return load_policy(ModelConfig(path=str(model_dir)), torch.device("cpu"), update=update)
 
@@ -391,7 +391,7 @@ def train_at_random(policy, seed):
 
 
 def buffer_of(policy):
-    from asyncrl.transport.weight_group import SnapshotBuffer
+    from asyncrl.weights.channels.channel import SnapshotBuffer
 
     source = policy.sync_source()
     return SnapshotBuffer(source.named, 8192, adapted=source.adapted, patch=source.patch)
@@ -567,7 +567,7 @@ def test_a_process_of_the_engine_does_not_outlive_its_parent(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import multiprocessing, time\n"
-        "from asyncrl.generator.vllm_options import follow_parent\n"
+        "from asyncrl.generator.engines.vllm.options import follow_parent\n"
         "def child():\n"
         "    follow_parent()\n"
         "    print('ready', flush=True)\n"

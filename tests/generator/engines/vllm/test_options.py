@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from asyncrl.generator.vllm_options import EngineOptions, prepare_environment, worker_cpus
+from asyncrl.generator.engines.vllm.options import EngineOptions, prepare_environment, worker_cpus
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from asyncrl.errors import EngineError, WeightGroupError
+from asyncrl.generator.engines.vllm import plugin
 from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
-from tests.generator.delta_buffer import DeltaBuffer, change_some
+from tests.weights.delta_buffer import DeltaBuffer, change_some
 
 TOLERANCE = 1e-4  # float32 on both sides
 PROMPT = [5, 9, 33, 71, 12, 64]
@@ -19,7 +20,7 @@ PROMPT = [5, 9, 33, 71, 12, 64]
 def two_workers(tied_model_dir, tmp_path_factory):
     """One engine for all tests of this module; its workers can be told to fail."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("asyncrl.generator.weights.EXTENSION", "tests.generator.odd_worker.OddWorkerExtension")
+        patch.setattr(plugin, "EXTENSION", "tests.generator.engines.vllm.odd_worker.OddWorkerExtension")
         under_test = start_engine(tied_model_dir, tmp_path_factory.mktemp("tp") / "vllm.log", tensor_parallel_size=2)
     under_test.run(under_test.sync())
     under_test.notes["first_apply"] = under_test.notes["swap"].apply
@@ -52,7 +53,7 @@ def test_every_sync_reaches_both_workers_the_first_by_a_reload_and_the_next_in_p
 
 
 def test_both_workers_report_their_own_digests(two_workers):
-    from asyncrl.transport.weight_group import SnapshotBuffer
+    from asyncrl.weights.channels.channel import SnapshotBuffer
 
     engine = two_workers
     buffer = SnapshotBuffer(engine.model.named_parameters(remove_duplicate=False), 64 * 1024)
