@@ -71,7 +71,7 @@ class EngineError(AsyncRLError):
     exit_code = 5
 
 
-class WeightGroupError(AsyncRLError):
+class ChannelError(AsyncRLError):
     """A collective of the weight plane failed, or a member vanished in it."""
 
 

@@ -103,13 +103,13 @@ class EngineUnderTest:
         return self.runner.run(work)
 
     async def open_group(self, version: int, timeout_s: float = 20.0) -> Any:
-        """A weight group with the learner's end in this process and the engine's workers as its other members."""
-        from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+        """A weight channel with the learner's end in this process and the engine's workers as its other members."""
+        from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
 
-        spec = WeightGroupSpec("127.0.0.1", 0, f"test/{version}", 0, 1 + self.num_workers, "gloo", timeout_s)
-        group = WeightGroup.host(spec)
+        spec = ChannelSpec("127.0.0.1", 0, f"test/{version}", 0, 1 + self.num_workers, "gloo", timeout_s)
+        group = WeightChannel.host(spec)
         root = asyncio.create_task(asyncio.to_thread(group.join))
-        await self.engine.join_weight_group(group.spec.for_rank(1), timeout_s)
+        await self.engine.join_channel(group.spec.for_rank(1), timeout_s)
         await root
         return group
 
@@ -158,9 +158,9 @@ class EngineUnderTest:
 
 
 def _send(group: Any, buffer: Any) -> None:
-    from asyncrl.errors import WeightGroupError
+    from asyncrl.errors import ChannelError
 
-    with contextlib.suppress(WeightGroupError):  # the test looks at the receiving end
+    with contextlib.suppress(ChannelError):  # the test looks at the receiving end
         group.broadcast(list(buffer.buckets()), 20.0)
 
 

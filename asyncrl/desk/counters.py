@@ -30,7 +30,7 @@ class GeneratorTotals:
 
 
 @dataclass(slots=True)
-class Account:
+class Counters:
     """Cumulative counters of the run; `state` and `restore` carry them over a restart of the learner."""
 
     rollouts_acked: int = 0

@@ -21,14 +21,14 @@ from omegaconf import OmegaConf
 
 from asyncrl.config import Config
 from asyncrl.desk.batches import BatchDealer
-from asyncrl.desk.counters import Account
+from asyncrl.desk.counters import Counters
 from asyncrl.desk.desk import Desk
 from asyncrl.desk.evaluation import Evaluator
-from asyncrl.desk.generators import GeneratorSide
+from asyncrl.desk.generators import Generators
 from asyncrl.desk.intake import Intake
-from asyncrl.desk.ranks import TrainerSide
+from asyncrl.desk.ranks import Ranks
 from asyncrl.desk.trainer_process import TrainerProcess
-from asyncrl.desk.versions import WeightSide
+from asyncrl.desk.versions import Versions
 from asyncrl.errors import ConfigError
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.host.processes import StopSignal, pin_to
@@ -39,7 +39,7 @@ from asyncrl.link.sockets import ServerSocket
 from asyncrl.metrics import METRICS_FILE, Metrics, read_records
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.lease_book import LeaseDesk
+from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
 from asyncrl.report import summary
@@ -115,7 +115,7 @@ def _make_desk(
         tolerance=canary_tolerance(config),
         cell_size=config.weights.cell_size,
     )
-    generators = GeneratorSide(
+    generators = Generators(
         config, run_epoch=run_epoch, socket=rollout_socket, sessions=sessions, intake=intake, planner=planner
     )
     evaluator = Evaluator(config, len(intake.evals), leases, metrics, intake.sync, evals_done)
@@ -129,7 +129,7 @@ def _make_desk(
             "evals_done": sorted(evaluator.done),
         }
 
-    trainers = TrainerSide(
+    trainers = Ranks(
         run_epoch=run_epoch,
         version=version,
         socket=trainer_socket,
@@ -140,7 +140,7 @@ def _make_desk(
         desk_state=desk_state,
         checkpoints=Path(config.run.dir) / "checkpoints",
     )
-    weights = WeightSide(
+    weights = Versions(
         planner=planner,
         socket=trainer_socket,
         generators=generators,
@@ -167,9 +167,9 @@ def make_intake(config: Config, run_epoch: int, journal: Journal) -> tuple[Intak
     Returns the version of that checkpoint (0 without one) and the versions that were evaluated by then, too.
     """
     pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
-    leases = LeaseDesk(pacing, config.generator.lease_timeout_s, run_epoch)
+    leases = LeaseBook(pacing, config.generator.lease_timeout_s, run_epoch)
     buffer = ReplayBuffer(pacing, config.staleness.over_age)
-    account = Account()
+    account = Counters()
     sessions = make_sessions(config, run_epoch)
     version, newest_version, evals_done = _restore(config, journal, leases, buffer, account, sessions)
     task = load_task(config.task.path, config.task.args)
@@ -208,7 +208,7 @@ def make_sessions(config: Config, run_epoch: int) -> DeskSessions:
 
 
 def _restore(
-    config: Config, journal: Journal, leases: LeaseDesk, buffer: ReplayBuffer, account: Account, sessions: DeskSessions
+    config: Config, journal: Journal, leases: LeaseBook, buffer: ReplayBuffer, account: Counters, sessions: DeskSessions
 ) -> tuple[int, int, set[int]]:
     """Versions of the newest checkpoint and of the journal's end, and the evaluations; the parts continue there."""
     manifest = find_latest(Path(config.run.dir) / "checkpoints")

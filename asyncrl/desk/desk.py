@@ -4,13 +4,13 @@ One thread, one poll, no waits: every handler returns at once, every deadline is
 
     from            message                       who handles it, and what it does
     --------------  ----------------------------  ------------------------------------------------------------
-    generator       Hello, Beat, Bye              generator_side: admits, compares leases, acknowledges
+    generator       Hello, Beat, Bye              generators: admits, compares leases, acknowledges
                     GroupResult, LeaseFailed      intake: validate → journal → acknowledge → buffer
-                    SyncReply                     weight_side: the planner's next phase
-    trainer rank    TrainerHello                  trainer_side: from where to train again
-                    BatchRequest                  trainer_side: decides the batch, journals it, deals the shards
-                    StepDone, CheckpointDone      trainer_side: counts, trims the journal
-    publisher       SnapshotReady, GroupReady,    weight_side: the planner's next phase
+                    SyncReply                     versions: the planner's next phase
+    trainer rank    TrainerHello                  ranks: from where to train again
+                    BatchRequest                  ranks: decides the batch, journals it, deals the shards
+                    StepDone, CheckpointDone      ranks: counts, trims the journal
+    publisher       SnapshotReady, ChannelReady,    versions: the planner's next phase
                     BroadcastDone
 
 It survives the trainer: while that restarts, rollouts are still taken and acknowledged.
@@ -24,11 +24,11 @@ from collections.abc import Callable
 
 from asyncrl.config import Config
 from asyncrl.desk.evaluation import Evaluator
-from asyncrl.desk.generators import GeneratorSide
+from asyncrl.desk.generators import Generators
 from asyncrl.desk.intake import Intake
-from asyncrl.desk.ranks import TrainerSide
+from asyncrl.desk.ranks import Ranks
 from asyncrl.desk.trainer_process import TrainerProcess
-from asyncrl.desk.versions import WeightSide
+from asyncrl.desk.versions import Versions
 from asyncrl.errors import FrameError, JournalError, ProtocolError, TooManyFailures
 from asyncrl.host.processes import StopSignal
 from asyncrl.link import messages
@@ -56,7 +56,7 @@ FROM_TRAINER = frozenset(
         messages.StepDone,
         messages.CheckpointDone,
         messages.SnapshotReady,
-        messages.GroupReady,
+        messages.ChannelReady,
         messages.BroadcastDone,
     }
 )
@@ -79,9 +79,9 @@ class Desk:
         config: Config,
         *,
         intake: Intake,
-        generators: GeneratorSide,
-        trainers: TrainerSide,
-        weights: WeightSide,
+        generators: Generators,
+        trainers: Ranks,
+        weights: Versions,
         evaluator: Evaluator,
         trainer: TrainerProcess,
         stop: StopSignal,
@@ -190,7 +190,7 @@ class Desk:
                 self.trainers.checkpoint_done(message)
             case messages.SnapshotReady() if self.trainers.present:  # else its memory died with the trainer
                 self.weights.snapshot_ready(peer, message, now)
-            case messages.GroupReady():
+            case messages.ChannelReady():
                 self.weights.planner.group_ready(message, now)
             case messages.BroadcastDone():
                 self.weights.planner.broadcast_done(message, now)

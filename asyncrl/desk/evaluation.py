@@ -1,7 +1,7 @@
 """Greedy evaluation of one policy version on held-out prompts, carried by leases marked `eval`.
 
 Training does not stop for it: the generators that hold the version answer its leases between their training leases, and
-only their next weight swap waits (`LeaseDesk.eval_holders`). Every token of a result comes from the version it reports.
+only their next weight swap waits (`LeaseBook.eval_holders`). Every token of a result comes from the version it reports.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from asyncrl.config import Config
 from asyncrl.metrics import EvalMetrics, Metrics
-from asyncrl.replay.lease_book import LeaseDesk
+from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.types import Group
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Evaluator:
         self,
         config: Config,
         num_prompts: int,
-        leases: LeaseDesk,
+        leases: LeaseBook,
         metrics: Metrics,
         make_durable: Callable[[], object],
         done: set[int],

@@ -25,7 +25,7 @@ ORDINAL_SEED_STRIDE = 8191
 RUN_SEED_STRIDE = 1_000_003
 
 
-class GeneratorSide:
+class Generators:
     """All generators of the run. A generator is *admitted* from its hello until it leaves, dies or is replaced."""
 
     def __init__(

@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asyncrl.config import Config
-from asyncrl.desk.counters import Account
+from asyncrl.desk.counters import Counters
 from asyncrl.errors import ProtocolError
 from asyncrl.link.messages import FAILURE_REASONS, GroupResult, LeaseFailed, Message
 from asyncrl.link.rollouts import result_to_group, validate_group
 from asyncrl.link.session import DeskSession, DeskSessions, Offer
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
-from asyncrl.replay.lease_book import LeaseDesk
+from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.lease_records import LeaseRecord, Verdict
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
@@ -56,10 +56,10 @@ class Intake:
     vocab_size: int
     prompts: PromptSource
     evals: list[Prompt]
-    leases: LeaseDesk
+    leases: LeaseBook
     buffer: ReplayBuffer
     journal: Journal
-    account: Account
+    account: Counters
     sessions: DeskSessions
     on_eval: Callable[[Group], None] = _nobody
     on_cancel: Callable[[LeaseRecord], None] = _nobody

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 
 from asyncrl.desk.batches import BatchDealer, DecidedStep
-from asyncrl.desk.counters import Account
+from asyncrl.desk.counters import Counters
 from asyncrl.desk.intake import Intake
 from asyncrl.link import messages
 from asyncrl.link.codec import encode
@@ -27,7 +27,7 @@ from asyncrl.storage.records import GroupsDropped, StepTaken, StoredGroup
 log = logging.getLogger(__name__)
 
 
-class TrainerSide:
+class Ranks:
     """`version` is the newest policy version that exists; `desk_state` says what a checkpoint must hold of the desk."""
 
     def __init__(
@@ -48,7 +48,7 @@ class TrainerSide:
         self._run_epoch = run_epoch
         self._intake = intake
         self._journal = intake.journal
-        self._account: Account = intake.account
+        self._account: Counters = intake.account
         self._dealer = dealer
         self._metrics = metrics
         self._last_logged_version = last_logged_version

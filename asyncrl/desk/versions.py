@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from asyncrl.desk.evaluation import Evaluator
-from asyncrl.desk.generators import GeneratorSide
+from asyncrl.desk.generators import Generators
 from asyncrl.desk.intake import Intake
 from asyncrl.link import messages
 from asyncrl.link.codec import encode
@@ -18,7 +18,7 @@ from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGe
 log = logging.getLogger(__name__)
 
 
-class WeightSide:
+class Versions:
     """Between the planner, the publisher in the trainer, and the generators."""
 
     def __init__(
@@ -26,7 +26,7 @@ class WeightSide:
         *,
         planner: SyncPlanner,
         socket: ServerSocket,
-        generators: GeneratorSide,
+        generators: Generators,
         intake: Intake,
         evaluator: Evaluator,
         metrics: Metrics,

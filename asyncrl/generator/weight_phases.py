@@ -133,7 +133,7 @@ class WeightSync:
 
     async def _stage(self, offer: SyncOffer) -> None:
         # Not at the top: it brings torch, which the daemon must not wait for before it says hello.
-        from asyncrl.weights.channels.channel import WeightGroupSpec, WeightManifest
+        from asyncrl.weights.channels.channel import ChannelSpec, WeightManifest
 
         if offer is not self._wanted:
             return
@@ -143,10 +143,10 @@ class WeightSync:
         try:
             self._staging = asyncio.current_task()
             joined, self._group = self._group, None
-            spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
+            spec = ChannelSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
             if spec.prefix != joined:
-                await self._engine.leave_weight_group()
-                await self._engine.join_weight_group(spec, deadline - loop.time())
+                await self._engine.leave_channel()
+                await self._engine.join_channel(spec, deadline - loop.time())
             report = await self._engine.stage_weights(WeightManifest.from_dict(offer.manifest), deadline - loop.time())
         except (AsyncRLError, TimeoutError) as error:
             self._reply(offer, "stage", error=_text(error))

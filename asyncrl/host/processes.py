@@ -35,14 +35,14 @@ def pin_to(cpus: list[int], key: str) -> None:
 def shorten_name_lookups() -> None:
     """A name server that does not answer costs this process and its children 1 s where the C library allows 5.
 
-    torch's store asks for the name of the address at every connection (to log it), and a weight group makes several.
+    torch's store asks for the name of the address at every connection (to log it), and a weight channel makes several.
     Later attempts wait longer: 7 s in all. Has no effect after the first lookup; `RES_OPTIONS` of the user stands.
     """
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 
 def nccl_environment(timeout_s: float) -> dict[str, str]:
-    """What NCCL groups need to find when their process starts; `timeout_s` is that of the forming of a weight group.
+    """What NCCL groups need to find when their process starts; `timeout_s` is that of the forming of a weight channel.
 
     torch reads it at the first collective of a process and never again. The default, 30 minutes, is how long a call
     would hold on to a communicator whose members do not come, and an abort waits for that call. torch counts whole

@@ -211,7 +211,7 @@ class SyncOffer(Message):
     run_epoch: int
     version: int
     attempt: int
-    group: dict[str, Any]  # weights.channels.channel.WeightGroupSpec for this generator's first worker
+    group: dict[str, Any]  # weights.channels.channel.ChannelSpec for this generator's first worker
     manifest: dict[str, Any]  # weights.channels.channel.WeightManifest
     timeout_s: float
 
@@ -308,10 +308,10 @@ class SnapshotReady(Message):
 
 
 @message(44)
-class GroupReady(Message):
+class ChannelReady(Message):
     """The publisher hosts the store of a new process group at this address; members may join."""
 
-    group_epoch: int
+    channel_epoch: int
     host: str
     port: int
     error: str
@@ -325,7 +325,7 @@ class BroadcastDone(Message):
 
     version: int
     attempt: int
-    group_epoch: int
+    channel_epoch: int
     error: str
     transfer_ms: float
     num_bytes: int  # sent
@@ -367,13 +367,13 @@ class Batch(Message):
 
 
 @message(62)
-class OpenGroup(Message):
-    """Host the store of process group `group_epoch` for `world_size` ranks and answer GroupReady.
+class OpenChannel(Message):
+    """Host the store of process group `channel_epoch` for `world_size` ranks and answer ChannelReady.
 
     The snapshot offered last is kept for this group until its next broadcast has ended.
     """
 
-    group_epoch: int
+    channel_epoch: int
     prefix: str
     world_size: int
     timeout_s: float
@@ -381,14 +381,14 @@ class OpenGroup(Message):
 
 @message(63)
 class Broadcast(Message):
-    """Send the snapshot of `version` to group `group_epoch`, as soon as all of its ranks have joined.
+    """Send the snapshot of `version` to group `channel_epoch`, as soon as all of its ranks have joined.
 
     With a `base_version` only the difference to it is sent: every member has staged and verified that one.
     """
 
     version: int
     attempt: int
-    group_epoch: int
+    channel_epoch: int
     timeout_s: float
     base_version: int | None = None
 
@@ -410,11 +410,11 @@ class SnapshotWanted(Message):
     """
 
     version: int
-    open_groups: list[int] | None = None  # group epochs in use, all others are closed; None = nothing is said of them
+    open_channels: list[int] | None = None  # group epochs in use, all others are closed; None = nothing is said of them
 
 
 @message(66)
-class CloseGroup(Message):
+class CloseChannel(Message):
     """Nobody uses this group any more: leave it, and break off what is sent in it."""
 
-    group_epoch: int
+    channel_epoch: int

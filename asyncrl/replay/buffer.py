@@ -50,7 +50,7 @@ class ReplayBuffer:
     def add(self, group: StoredGroup) -> None:
         """Takes in an accepted group; ordinals are unique.
 
-        To be called in the turn of `LeaseDesk.accept`: between the two the group is counted nowhere, and a batch
+        To be called in the turn of `LeaseBook.accept`: between the two the group is counted nowhere, and a batch
         taken then could leave it behind. It need not be durable yet; the record of the step that trains it comes
         after its own in the journal, and is synced before the trainer sees the batch.
         """
@@ -76,7 +76,7 @@ class ReplayBuffer:
         return dropped
 
     def can_take(self, version: int, running_by_version: Mapping[int, int]) -> bool:
-        """Whether a batch may be taken at `version`; running_by_version is `LeaseDesk.running_by_version`."""
+        """Whether a batch may be taken at `version`; running_by_version is `LeaseBook.running_by_version`."""
         return self._num_missing() <= 0 and self._straggling(version, running_by_version) is None
 
     def take(self, version: int) -> list[StoredGroup]:
@@ -90,7 +90,7 @@ class ReplayBuffer:
         return batch
 
     def waiting_for(self, version: int, running: Sequence[LeaseRecord]) -> str:
-        """Why no batch can be taken, in words; empty when one can. `running` is `LeaseDesk.running()`."""
+        """Why no batch can be taken, in words; empty when one can. `running` is `LeaseBook.running()`."""
         size = self._pacing.groups_per_step
         if (missing := self._num_missing()) > 0:
             return (

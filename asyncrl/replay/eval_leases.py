@@ -40,7 +40,7 @@ class Evaluation:
 
 
 class EvalLeases:
-    """At most one evaluation at a time. See `LeaseDesk`, which owns this and passes everything through."""
+    """At most one evaluation at a time. See `LeaseBook`, which owns this and passes everything through."""
 
     def __init__(self, lease_timeout_s: float, run_epoch: int, next_ordinal: int, counters: Counter[str]) -> None:
         self._lease_timeout_s = lease_timeout_s

@@ -30,7 +30,7 @@ BACKOFF_S = 1.0  # after a failure that may be the prompt's doing; doubles
 RECONCILE_AFTER_S = 5.0  # a grant younger than this may still be on its way when the generator beats
 
 
-class LeaseDesk:
+class LeaseBook:
     """Grants, tracks and re-grants leases. Single-threaded; `now` is monotonic seconds.
 
     Every training ordinal is in exactly one place: not leased yet, waiting to be leased again, running,

@@ -1,7 +1,7 @@
 """What a restarted learner does, read from the newest checkpoint's state and the journal after it.
 
     journal = Journal.open(run_dir / "journal")
-    settled = Frontier.from_state(state["settled"])            # state: LeaseDesk.state() at the checkpoint
+    settled = Frontier.from_state(state["settled"])            # state: LeaseBook.state() at the checkpoint
     plan = replay_plan(checkpoint_version, settled, journal.read_all())
     desk.restore(state, plan.trained, [group.key for group in plan.buffered], plan.given_up, plan.filtered)
     for group in plan.buffered: buffer.add(group)

@@ -32,18 +32,18 @@ from asyncrl.errors import AsyncRLError
 from asyncrl.link.messages import (
     Broadcast,
     BroadcastDone,
-    CloseGroup,
-    GroupReady,
+    ChannelReady,
+    CloseChannel,
     Message,
-    OpenGroup,
+    OpenChannel,
     SnapshotReady,
     SnapshotWanted,
 )
 from asyncrl.link.trainer_link import TrainerLink
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncrl.weights.bytes.delta import Delta, delta_pays, encode_delta
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
-from asyncrl.weights.sender import GroupSender, Sent
+from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
+from asyncrl.weights.sender import ChannelSender, Sent
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Publisher(threading.Thread):
         self._score = score
         self._host = host
         self._backend = backend
-        self._senders: dict[int, GroupSender] = {}  # by group epoch
+        self._senders: dict[int, ChannelSender] = {}  # by group epoch
         self._kept: dict[int, _Slot] = {}  # what a group sends or will send, by group epoch
         self._sent: deque[Sent] = deque()  # reports of the senders' threads
         self._lock = threading.Lock()
@@ -126,8 +126,8 @@ class Publisher(threading.Thread):
                     self._offer_again(link)
                 while self._sent:
                     self._take_report(link, self._sent.popleft())
-            for group_epoch in list(self._senders):
-                self._close(group_epoch)
+            for channel_epoch in list(self._senders):
+                self._close(channel_epoch)
             link.close()
         except BaseException as error:
             self.crash = error
@@ -199,13 +199,13 @@ class Publisher(threading.Thread):
         match message:
             case SnapshotWanted():
                 self._want_newer(link, message)
-            case OpenGroup():
+            case OpenChannel():
                 link.send(self._open(message))
             case Broadcast():
                 if failure := self._send(message):
-                    self._take_report(link, Sent(message.group_epoch, message, failure, 0.0, 0))
-            case CloseGroup():
-                self._close(message.group_epoch)
+                    self._take_report(link, Sent(message.channel_epoch, message, failure, 0.0, 0))
+            case CloseChannel():
+                self._close(message.channel_epoch)
             case _:
                 log.warning("publisher got an unexpected %s", type(message).__name__)
 
@@ -214,12 +214,12 @@ class Publisher(threading.Thread):
             self._wanted = True
         elif self._last_offer is not None and wanted.version < self._last_offer.version:
             self._offer_again(link)
-        if wanted.open_groups is not None:
-            for group_epoch in self._senders.keys() - set(wanted.open_groups):
-                self._close(group_epoch)
+        if wanted.open_channels is not None:
+            for channel_epoch in self._senders.keys() - set(wanted.open_channels):
+                self._close(channel_epoch)
 
-    def _open(self, request: OpenGroup) -> GroupReady:
-        spec = WeightGroupSpec(
+    def _open(self, request: OpenChannel) -> ChannelReady:
+        spec = ChannelSpec(
             store_host=self._host,
             store_port=0,
             prefix=request.prefix,
@@ -229,23 +229,23 @@ class Publisher(threading.Thread):
             timeout_s=request.timeout_s,
         )
         try:
-            group = WeightGroup.host(spec, self._offered.buffer.flat.device)
+            group = WeightChannel.host(spec, self._offered.buffer.flat.device)
         except (AsyncRLError, OSError) as error:
-            return GroupReady(request.group_epoch, self._host, 0, str(error), self._backend)
-        self._keep(request.group_epoch)
-        sender = self._senders[request.group_epoch] = GroupSender(group, request.group_epoch, self._report)
+            return ChannelReady(request.channel_epoch, self._host, 0, str(error), self._backend)
+        self._keep(request.channel_epoch)
+        sender = self._senders[request.channel_epoch] = ChannelSender(group, request.channel_epoch, self._report)
         sender.start()
         version = self._offered.version
-        return GroupReady(request.group_epoch, self._host, group.store_port, "", self._backend, version)
+        return ChannelReady(request.channel_epoch, self._host, group.store_port, "", self._backend, version)
 
     def _send(self, request: Broadcast) -> str:
         """Hands the broadcast to its group's thread. Returns why that is impossible, if it is."""
-        sender = self._senders.get(request.group_epoch)
+        sender = self._senders.get(request.channel_epoch)
         if sender is None:
-            return f"group {request.group_epoch} is not open"
-        if request.group_epoch not in self._kept:
-            self._keep(request.group_epoch)
-        slot = self._kept[request.group_epoch]
+            return f"group {request.channel_epoch} is not open"
+        if request.channel_epoch not in self._kept:
+            self._keep(request.channel_epoch)
+        slot = self._kept[request.channel_epoch]
         if slot.version != request.version:
             return f"version {request.version} was replaced by {slot.version}"
         if request.base_version is None:
@@ -264,7 +264,7 @@ class Publisher(threading.Thread):
 
     def _take_report(self, link: TrainerLink, sent: Sent) -> None:
         """A broadcast ended, or a group was closed: its memory is free."""
-        slot = self._kept.pop(sent.group_epoch, None)
+        slot = self._kept.pop(sent.channel_epoch, None)
         if slot is not None:
             slot.readers -= 1
         order = sent.order
@@ -275,7 +275,7 @@ class Publisher(threading.Thread):
         done = BroadcastDone(
             order.version,
             order.attempt,
-            order.group_epoch,
+            order.channel_epoch,
             sent.error,
             sent.transfer_ms,
             sent.num_bytes,
@@ -284,11 +284,11 @@ class Publisher(threading.Thread):
         )
         link.send(done)
 
-    def _close(self, group_epoch: int) -> None:
-        if (sender := self._senders.pop(group_epoch, None)) is not None:
+    def _close(self, channel_epoch: int) -> None:
+        if (sender := self._senders.pop(channel_epoch, None)) is not None:
             sender.close()
 
-    def _keep(self, group_epoch: int) -> None:
+    def _keep(self, channel_epoch: int) -> None:
         """What is offered now stays until the group's broadcast has ended."""
-        self._kept[group_epoch] = self._offered
+        self._kept[channel_epoch] = self._offered
         self._offered.readers += 1

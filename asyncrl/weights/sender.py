@@ -1,4 +1,4 @@
-"""The sending end of one weight group, in a thread of its own: a group that stalls holds up no other one."""
+"""The sending end of one weight channel, in a thread of its own: a group that stalls holds up no other one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from asyncrl.errors import AsyncRLError
 from asyncrl.link.messages import Broadcast
-from asyncrl.weights.channels.channel import WeightGroup
+from asyncrl.weights.channels.channel import WeightChannel
 
 log = logging.getLogger(__name__)
 
@@ -22,23 +22,23 @@ log = logging.getLogger(__name__)
 class Sent:
     """How a broadcast ended: `error` is empty when every byte went out. Without an order: the group was closed."""
 
-    group_epoch: int
+    channel_epoch: int
     order: Broadcast | None = None
     error: str = ""
     transfer_ms: float = 0.0
     num_bytes: int = 0
 
 
-class GroupSender(threading.Thread):
+class ChannelSender(threading.Thread):
     """Broadcasts in one group, one after the other. `report` is called in this thread after each, and at the end.
 
     A group that failed is closed by then, so that nothing reads the memory that was sent any more.
     """
 
-    def __init__(self, group: WeightGroup, group_epoch: int, report: Callable[[Sent], None]) -> None:
-        super().__init__(name=f"weight group {group_epoch}", daemon=True)
+    def __init__(self, group: WeightChannel, channel_epoch: int, report: Callable[[Sent], None]) -> None:
+        super().__init__(name=f"weight channel {channel_epoch}", daemon=True)
         self.group = group
-        self.group_epoch = group_epoch
+        self.channel_epoch = channel_epoch
         self._report = report
         self._orders: queue.SimpleQueue[tuple[Broadcast, Sequence[torch.Tensor]] | None] = queue.SimpleQueue()
 
@@ -58,7 +58,7 @@ class GroupSender(threading.Thread):
                 self._carry_out(*item)
         finally:  # an error of our own ends this thread with its traceback; the memory must not stay taken for ever
             self._close_group()
-            self._report(Sent(self.group_epoch))
+            self._report(Sent(self.channel_epoch))
 
     def _carry_out(self, order: Broadcast, parts: Sequence[torch.Tensor]) -> None:
         """Sends and reports. Raises only what is an error of our own, and after the report: the desk waits for it."""
@@ -81,7 +81,7 @@ class GroupSender(threading.Thread):
         transfer_ms = (time.monotonic() - started) * 1e3
         if error:
             self._close_group()  # a collective that failed once cannot be trusted again
-        self._report(Sent(self.group_epoch, order, error, transfer_ms, num_bytes))
+        self._report(Sent(self.channel_epoch, order, error, transfer_ms, num_bytes))
         if unexpected is not None:
             raise unexpected
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.weights.bytes.delta import apply_delta
-from asyncrl.weights.channels.channel import WeightGroup, WeightLayout, WeightManifest, digest
+from asyncrl.weights.channels.channel import WeightChannel, WeightLayout, WeightManifest, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Staged:
 
 
 def receive(
-    group: WeightGroup,
+    group: WeightChannel,
     manifest: WeightManifest,
     held: Staged | None,
     device: torch.device,
@@ -48,7 +48,7 @@ def receive(
         on_received: is told the bytes of each part that has come, so that a failure can say how far it was.
 
     Raises:
-        WeightGroupError: the group failed; bytes were damaged; a delta starts from a version that is not held.
+        ChannelError: the group failed; bytes were damaged; a delta starts from a version that is not held.
         ProtocolError: a delta does not fit the layout.
     """
     deadline = time.monotonic() + timeout_s
@@ -80,12 +80,12 @@ def _timed(timings_ms: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _base_of(manifest: WeightManifest, held: Staged | None) -> torch.Tensor:
-    """The buffer that the delta of `manifest` changes. Raises WeightGroupError when it does not hold the base."""
+    """The buffer that the delta of `manifest` changes. Raises ChannelError when it does not hold the base."""
     delta = manifest.delta
     assert delta is not None
     if held is None or held.version != delta.base_version or held.layout != manifest.layout:
         holds = "nothing" if held is None else f"version {held.version}"
-        raise WeightGroupError(
+        raise ChannelError(
             f"version {manifest.version} comes as a delta to version {delta.base_version}, staging holds {holds}; "
             "it must be sent whole"
         )
@@ -97,7 +97,7 @@ def _verify(manifest: WeightManifest, buffer: torch.Tensor, digests: list[int]) 
         measured = digest(buffer[start:stop])
         digests.append(measured)
         if measured != expected:
-            raise WeightGroupError(
+            raise ChannelError(
                 f"bucket {index} of version {manifest.version}: digest {measured}, the manifest says {expected}; "
                 + _suspects(manifest)
             )

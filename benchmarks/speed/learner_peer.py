@@ -1,4 +1,4 @@
-"""The learner's end for benchmarks of the generator: real socket, sessions, messages and weight group.
+"""The learner's end for benchmarks of the generator: real socket, sessions, messages and weight channel.
 
 No trainer, but its publisher. No journal: a result counts as durable once it is checked, and is acknowledged as late as
 after a journal's sync. No pacing: there is a lease whenever there is room.
@@ -35,7 +35,7 @@ from asyncrl.link.session import DeskSession, Offer
 from asyncrl.link.sockets import ServerSocket, SocketPoller
 from asyncrl.storage.journal import SYNC_AFTER_S
 from asyncrl.types import TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
-from asyncrl.weights.channels.rendezvous import WeightGroupSpec
+from asyncrl.weights.channels.rendezvous import ChannelSpec
 from asyncrl.weights.plan.round import canary_differences
 
 _M = TypeVar("_M", bound=Message)
@@ -61,7 +61,7 @@ class Peer:
         self.socket = ServerSocket("tcp://127.0.0.1:0", max_frame_bytes=config.transport.max_frame_bytes)
         self.sessions = make_sessions(config, RUN_EPOCH)
         # Now: a long silence later would make the generator reconnect.
-        self.weights = WeightSide(config, self.socket.address)
+        self.weights = Versions(config, self.socket.address)
         self.session: DeskSession | None = None
         self.version = 0
         self.replies: list[messages.SyncReply] = []
@@ -219,7 +219,7 @@ class Peer:
 
     def _handle(self, peer: bytes, frame: bytes) -> None:
         message, now = decode(frame, max_bytes=self.socket.max_frame_bytes), time.monotonic()
-        if isinstance(message, messages.SnapshotReady | messages.GroupReady | messages.BroadcastDone):
+        if isinstance(message, messages.SnapshotReady | messages.ChannelReady | messages.BroadcastDone):
             self.publisher, self.published[type(message)] = peer, message
             return
         if isinstance(message, messages.Hello):
@@ -303,14 +303,14 @@ class Peer:
         self.socket.send(self.publisher, encode(message, max_bytes=self.socket.max_frame_bytes))
 
     def _group(self) -> dict[str, Any]:
-        """The generator's place in the weight group, which is opened when it is needed first."""
+        """The generator's place in the weight channel, which is opened when it is needed first."""
         if self.weights.place is None:
             timeout_s = self.config.weights.timeout_s
-            self._to_publisher(messages.OpenGroup(GROUP_EPOCH, "benchmark/1", 2, timeout_s))
-            ready = self._from_publisher(messages.GroupReady)
+            self._to_publisher(messages.OpenChannel(GROUP_EPOCH, "benchmark/1", 2, timeout_s))
+            ready = self._from_publisher(messages.ChannelReady)
             if ready.error:
                 raise AsyncRLError(ready.error)
-            spec = WeightGroupSpec(ready.host, ready.port, "benchmark/1", 1, 2, ready.backend, timeout_s)
+            spec = ChannelSpec(ready.host, ready.port, "benchmark/1", 1, 2, ready.backend, timeout_s)
             self.weights.place = {"group_epoch": GROUP_EPOCH, **spec.to_dict()}
         return self.weights.place
 
@@ -343,7 +343,7 @@ class Peer:
         print(json.dumps(answer), flush=True)
 
 
-class WeightSide:
+class Versions:
     """The trainer's part: a policy whose weights change, and the publisher."""
 
     def __init__(self, config: Config, address: str) -> None:
@@ -362,7 +362,7 @@ class WeightSide:
         canary = policy.sample_sequences(CANARY_SEQUENCES, CANARY_LENGTH, 0)
         self.publisher = Publisher(address, buffer, canary, SnapshotScorer(policy), host="127.0.0.1", backend="gloo")
         self.publisher.start()
-        self.place: dict[str, Any] | None = None  # of the generator in the weight group
+        self.place: dict[str, Any] | None = None  # of the generator in the weight channel
         self.noise = torch.Generator().manual_seed(0)
 
     def change(self) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from asyncrl.config import Config
-from asyncrl.desk.counters import Account
+from asyncrl.desk.counters import Counters
 from asyncrl.desk.intake import Intake
 from asyncrl.link import messages
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.link.session import DeskSession, DeskSessions, Expected
 from asyncrl.replay.buffer import ReplayBuffer
-from asyncrl.replay.lease_book import LeaseDesk
+from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.pacing import Pacing
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StoredGroup
@@ -82,7 +82,7 @@ class Parts:
     """An intake and what it is connected to."""
 
     config: Config
-    leases: LeaseDesk
+    leases: LeaseBook
     buffer: ReplayBuffer
     journal: Journal
     sessions: DeskSessions
@@ -103,7 +103,7 @@ class Parts:
 def make_parts(folder: Path, config: Config | None = None, run_epoch: int = 1) -> Parts:
     config = config or small_config()
     pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
-    leases = LeaseDesk(pacing, config.generator.lease_timeout_s, run_epoch)
+    leases = LeaseBook(pacing, config.generator.lease_timeout_s, run_epoch)
     buffer = ReplayBuffer(pacing, config.staleness.over_age)
     journal = Journal.open(folder / "journal")
     sessions = DeskSessions(
@@ -114,7 +114,7 @@ def make_parts(folder: Path, config: Config | None = None, run_epoch: int = 1) -
         max_frame_bytes=MEBIBYTE,
     )
     evals = [Prompt(np.array([40 + index], dtype=np.int32), {"index": -1}) for index in range(3)]
-    intake = Intake(config, VOCAB, Prompts(), evals, leases, buffer, journal, Account(), sessions)  # type: ignore[arg-type]
+    intake = Intake(config, VOCAB, Prompts(), evals, leases, buffer, journal, Counters(), sessions)  # type: ignore[arg-type]
     return Parts(config, leases, buffer, journal, sessions, intake)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncrl.desk.counters import Account
+from asyncrl.desk.counters import Counters
 from asyncrl.link.messages import StepDone
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.pacing import Pacing
@@ -12,14 +12,14 @@ from asyncrl.weights.plan.records import Committed, RoundEnded
 from tests.desk.desk_parts import beat
 
 
-def step(account: Account, version: int = 1, **metrics: float):
+def step(account: Counters, version: int = 1, **metrics: float):
     figures = {"reward_mean": 0.5, "reward_std": 0.1, "policy_age_mean": 0.0, "policy_age_max": 0.0} | metrics
     done = StepDone(version, figures, step_s=0.5, idle_s=9.0)
     return account.step_metrics(done, 2.0, ReplayBuffer(Pacing(2, 1, 5)), 1)
 
 
 def test_tokens_of_a_step_are_those_sampled_since_the_step_before():
-    account = Account()
+    account = Counters()
     account.beat("a", 1, beat(tokens_generated=0))
     account.beat("a", 1, beat(tokens_generated=100, busy_s=1.5, idle_s=0.5))
     first = step(account)
@@ -30,7 +30,7 @@ def test_tokens_of_a_step_are_those_sampled_since_the_step_before():
 
 
 def test_a_restarted_generator_counts_from_zero_and_nothing_is_lost_or_negative():
-    account = Account()
+    account = Counters()
     account.beat("a", 1, beat(tokens_generated=0))
     account.beat("a", 1, beat(tokens_generated=100))
     account.beat("a", 2, beat(tokens_generated=7))
@@ -38,14 +38,14 @@ def test_a_restarted_generator_counts_from_zero_and_nothing_is_lost_or_negative(
 
 
 def test_what_a_generator_did_before_this_learner_started_belongs_to_no_step():
-    account = Account()
+    account = Counters()
     account.beat("a", 1, beat(tokens_generated=1000))
     account.beat("a", 1, beat(tokens_generated=1010))
     assert step(account).tokens_generated == 10
 
 
 def test_acknowledged_dropped_and_failed_rollouts_are_increments_by_reason():
-    account = Account(rollouts_acked=8, rollouts_dropped=4)
+    account = Counters(rollouts_acked=8, rollouts_dropped=4)
     account.lease_failed("engine", 4)
     first = step(account)
     account.rollouts_acked = 20
@@ -58,9 +58,9 @@ def test_acknowledged_dropped_and_failed_rollouts_are_increments_by_reason():
 
 
 def test_filtered_groups_and_their_tokens_are_increments_and_a_share_of_what_was_sampled():
-    account = Account(groups_filtered=1, tokens_filtered=30)
+    account = Counters(groups_filtered=1, tokens_filtered=30)
     first = step(account, tokens_trained=90.0)
-    restored = Account()
+    restored = Counters()
     restored.restore(account.state())
     restored.groups_filtered, restored.tokens_filtered = 3, 80
     second = step(restored, 2, tokens_trained=50.0)
@@ -69,9 +69,9 @@ def test_filtered_groups_and_their_tokens_are_increments_and_a_share_of_what_was
 
 
 def test_a_restored_account_goes_on_where_the_checkpoint_was():
-    account = Account(rollouts_acked=8, rollouts_trained=6)
+    account = Counters(rollouts_acked=8, rollouts_trained=6)
     account.lease_failed("engine", 4)
-    restored = Account()
+    restored = Counters()
     restored.restore(account.state())
     restored.rollouts_acked += 3
     figures = step(restored)
@@ -79,11 +79,11 @@ def test_a_restored_account_goes_on_where_the_checkpoint_was():
 
 
 def test_idle_time_is_never_longer_than_the_step():
-    assert step(Account()).learner_idle_s == 2.0
+    assert step(Counters()).learner_idle_s == 2.0
 
 
 def test_reward_parts_are_split_from_the_trainers_figures():
-    figures = step(Account(), **{"reward_part/exact": 0.25, "reward_part/format": 0.5, "padded_tokens": 64.0})
+    figures = step(Counters(), **{"reward_part/exact": 0.25, "reward_part/format": 0.5, "padded_tokens": 64.0})
     assert figures.reward_parts == {"exact": 0.25, "format": 0.5}
     assert figures.extra == {"padded_tokens": 64.0}
 
@@ -101,7 +101,7 @@ def test_a_sync_reports_the_slowest_and_the_worst_canary_of_its_generators():
         committed("b", largest=2e-6, mean=4e-7, pause_ms=5.0, receive_ms=4.0, verify_ms=3.0, canary_ms=8.0),
         committed("a", largest=1e-6, mean=2e-7, pause_ms=9.0, receive_ms=2.0, verify_ms=7.0, stage_ms=11.0),
     )
-    figures = Account().sync_metrics(ended(*members, failed=("c",), snapshot_ms=1.5, retries=2, num_bytes=10_000_000))
+    figures = Counters().sync_metrics(ended(*members, failed=("c",), snapshot_ms=1.5, retries=2, num_bytes=10_000_000))
     assert (figures.pause_ms, figures.receive_ms, figures.verify_ms) == (9.0, 4.0, 7.0)
     assert (figures.stage_ms, figures.canary_ms, figures.snapshot_ms, figures.total_ms) == (11.0, 8.0, 1.5, 120.0)
     assert (figures.canary_max_abs_diff, figures.canary_mean_abs_diff) == (2e-6, pytest.approx(3e-7))
@@ -112,7 +112,7 @@ def test_a_sync_reports_the_slowest_and_the_worst_canary_of_its_generators():
 
 
 def test_a_sync_tells_what_was_sent():
-    account = Account()
+    account = Counters()
     dense = account.sync_metrics(ended(committed(), num_bytes=5000, dense_bytes=5000))
     delta = account.sync_metrics(ended(committed(), num_bytes=40, dense_bytes=5000, base_version=0, encode_ms=2.0))
     assert (dense.encoding, dense.num_bytes, dense.dense_bytes, dense.encode_ms) == ("dense", 5000, 5000, None)
@@ -131,15 +131,15 @@ def test_a_sync_tells_what_was_sent():
 )
 def test_a_sync_tells_whether_any_engine_had_to_reload(timings, apply):
     members = [committed(**{name: 1.0}) for name in timings]
-    assert Account().sync_metrics(ended(*members)).apply == apply
+    assert Counters().sync_metrics(ended(*members)).apply == apply
 
 
-def synced(account: Account, version: int, *means: float) -> None:
+def synced(account: Counters, version: int, *means: float) -> None:
     account.sync_metrics(ended(*(committed(f"g{i}", mean=mean) for i, mean in enumerate(means)), version=version))
 
 
 def test_the_gap_is_split_into_what_the_newest_sync_left_and_the_rest():
-    account = Account()
+    account = Counters()
     unsynced = step(account, logprob_gap=0.03)
     assert (unsynced.gap_engine, unsynced.gap_drift) == (None, None)
     synced(account, 1, 0.5)
@@ -151,20 +151,20 @@ def test_the_gap_is_split_into_what_the_newest_sync_left_and_the_rest():
 
 
 def test_a_gap_smaller_than_the_engines_is_no_negative_drift():
-    account = Account()
+    account = Counters()
     synced(account, 1, 0.02)
     assert step(account, logprob_gap=0.01).gap_drift == 0.0
 
 
 def test_figures_by_age_are_nested_by_bucket():
     named = {"age/2-3/ess_share": 0.5, "age/2-3/tokens": 64.0, "age/64+/tokens": 8.0, "masked_share": 0.1}
-    figures = step(Account(), **named)
+    figures = step(Counters(), **named)
     assert figures.age_health == {"2-3": {"ess_share": 0.5, "tokens": 64.0}, "64+": {"tokens": 8.0}}
     assert (figures.masked_share, figures.extra) == (0.1, {})
 
 
 def test_a_sync_that_nobody_committed_has_no_pause_and_no_canary():
-    figures = Account().sync_metrics(ended(failed=("g",), num_bytes=0))
+    figures = Counters().sync_metrics(ended(failed=("g",), num_bytes=0))
     assert (figures.pause_ms, figures.canary_max_abs_diff, figures.num_bytes) == (None, None, None)
     assert (figures.canary_mean_abs_diff, figures.transfer_gb_per_s, figures.encoding) == (None, None, None)
     assert figures.members == ["g"]

@@ -12,10 +12,10 @@ import pytest
 from asyncrl.desk.batches import BatchDealer
 from asyncrl.desk.desk import FINAL_EVALUATION_LEASES, SIGNAL_STOP_TIMEOUT_S, Desk
 from asyncrl.desk.evaluation import Evaluator
-from asyncrl.desk.generators import GeneratorSide
-from asyncrl.desk.ranks import TrainerSide
+from asyncrl.desk.generators import Generators
+from asyncrl.desk.ranks import Ranks
 from asyncrl.desk.trainer_process import TrainerProcess
-from asyncrl.desk.versions import WeightSide
+from asyncrl.desk.versions import Versions
 from asyncrl.errors import CheckpointError, JournalError, TrainerFailed
 from asyncrl.link import messages
 from asyncrl.link.sockets import ServerSocket
@@ -49,7 +49,7 @@ class World:
         intake, journal = self.parts.intake, self.parts.journal
         self.sockets = [ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MEBIBYTE) for _ in range(2)]
         planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=5.0, tolerance=1e-4, cell_size=8)
-        generators = GeneratorSide(
+        generators = Generators(
             config,
             run_epoch=1,
             socket=self.sockets[0],
@@ -58,7 +58,7 @@ class World:
             planner=planner,
         )
         self.evaluator = Evaluator(config, eval_prompts, self.parts.leases, Log(), intake.sync, set())
-        self.trainers = TrainerSide(
+        self.trainers = Ranks(
             run_epoch=1,
             version=0,
             socket=self.sockets[1],
@@ -69,7 +69,7 @@ class World:
             desk_state=dict,
             checkpoints=folder / "checkpoints",
         )
-        weights = WeightSide(
+        weights = Versions(
             planner=planner,
             socket=self.sockets[1],
             generators=generators,

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, GeneratorSide
+from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, Generators
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import decode
 from asyncrl.types import LeaseKey, LeaseKind
@@ -42,7 +42,7 @@ class World:
         self.parts = make_parts(folder, small_config(**changes))
         self.wire = Wire()
         self.planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=10.0, tolerance=1e-4, cell_size=8)
-        self.side = GeneratorSide(
+        self.side = Generators(
             self.parts.config,
             run_epoch=1,
             socket=self.wire,
@@ -280,7 +280,7 @@ def test_a_lease_that_nobody_wants_is_abandoned_and_one_of_an_earlier_learner_ad
     world = World(tmp_path)
     world.parts.journal.close()
     world.parts = make_parts(tmp_path / "second", small_config(), run_epoch=2)
-    world.side = GeneratorSide(
+    world.side = Generators(
         world.parts.config,
         run_epoch=2,
         socket=world.wire,

@@ -54,10 +54,10 @@ class FakeEngine:
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
-    async def join_weight_group(self, spec: Any, timeout_s: float) -> None:
+    async def join_channel(self, spec: Any, timeout_s: float) -> None:
         self._called("join", spec.prefix)
 
-    async def leave_weight_group(self) -> None:
+    async def leave_channel(self) -> None:
         self._called("leave")
 
     async def stage_weights(self, manifest: Any, timeout_s: float) -> StageReport:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncrl.errors import EngineError, WeightGroupError
+from asyncrl.errors import ChannelError, EngineError
 from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncSwap
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
@@ -109,9 +109,9 @@ def test_a_group_that_is_open_is_used_again():
 def test_after_a_failed_stage_the_group_is_joined_anew_and_the_held_version_stays():
     async def work(world):
         await world.load(1)
-        world.engine.fail["stage"] = WeightGroupError("rank 0 is gone")
+        world.engine.fail["stage"] = ChannelError("rank 0 is gone")
         reply = await world.handle(offer(2))
-        assert reply.error == "WeightGroupError: rank 0 is gone"
+        assert reply.error == "ChannelError: rank 0 is gone"
         assert world.sync.held_version == 1
         world.engine.fail.clear()
         world.engine.calls.clear()
@@ -293,7 +293,7 @@ def test_what_begins_to_sample_during_a_swap_may_have_old_weights_and_counts_as_
 def test_joining_and_staging_share_one_deadline():
     async def work(world):
         given = []
-        join, stage = world.engine.join_weight_group, world.engine.stage_weights
+        join, stage = world.engine.join_channel, world.engine.stage_weights
 
         async def slow_join(spec, timeout_s):
             given.append(timeout_s)
@@ -304,7 +304,7 @@ def test_joining_and_staging_share_one_deadline():
             given.append(timeout_s)
             return await stage(manifest, timeout_s)
 
-        world.engine.join_weight_group, world.engine.stage_weights = slow_join, noted_stage
+        world.engine.join_channel, world.engine.stage_weights = slow_join, noted_stage
         await world.handle(offer(1))
         assert given[0] <= TIMEOUT_S and given[1] <= given[0] - 0.05
 

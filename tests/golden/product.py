@@ -412,16 +412,16 @@ def example_messages() -> list[Any]:
         m.BatchRequest(1, 6),
         m.StepDone(7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, 0.25),
         m.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta.to_dict()),
-        m.GroupReady(4, "10.0.0.1", 40123, "address in use", "nccl", 6),
+        m.ChannelReady(4, "10.0.0.1", 40123, "address in use", "nccl", 6),
         m.BroadcastDone(7, 2, 4, "a peer vanished", 42.5, 640, 3072, 1.75),
         m.CheckpointDone(7, "runs/quickstart/checkpoints/step_7", "disk full", 1.5),
         m.TrainerWelcome(3, 6),
         m.Batch(6, 1, [codec.encode_body(result)], b"\x81\xa4next\x0d", True, True),
-        m.OpenGroup(4, "run/3/cell/2", 3, 30.0),
+        m.OpenChannel(4, "run/3/cell/2", 3, 30.0),
         m.Broadcast(7, 2, 4, 30.0, 6),
         m.TrainerStop(True, True, "all steps are trained"),
         m.SnapshotWanted(6, [3, 4]),
-        m.CloseGroup(3),
+        m.CloseChannel(3),
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP, DynamicSampling
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.lease_book import LeaseDesk
+from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.lease_records import Verdict
 from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import replay_plan
@@ -61,7 +61,7 @@ class Run:
         self.num_filtered = 0  # since the last step
         self.flat_trained = set()
         self.now, self.version, self.epoch = 0.0, 0, 1
-        self.desk = LeaseDesk(pacing, LEASE_TIMEOUT_S)
+        self.desk = LeaseBook(pacing, LEASE_TIMEOUT_S)
         self.buffer = ReplayBuffer(pacing)
         self.log = []
         self.checkpoint = (0, None)
@@ -177,7 +177,7 @@ class Run:
         self.epoch += 1
         accepted = [group.key for group in plan.buffered]
         filtered_before = self.desk.num_filtered
-        self.desk = LeaseDesk(self.pacing, LEASE_TIMEOUT_S, run_epoch=self.epoch)
+        self.desk = LeaseBook(self.pacing, LEASE_TIMEOUT_S, run_epoch=self.epoch)
         self.desk.restore(state, plan.trained, accepted, plan.given_up, plan.filtered)
         assert self.desk.num_filtered == filtered_before
         self.sampling, self.num_filtered = DynamicSampling(self.pacing.groups_per_step), 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncrl.replay.frontier import Frontier
-from asyncrl.replay.lease_book import MAX_ATTEMPTS, MAX_BLAMED_FAILURES, LeaseDesk
+from asyncrl.replay.lease_book import MAX_ATTEMPTS, MAX_BLAMED_FAILURES, LeaseBook
 from asyncrl.replay.lease_records import Verdict
 from asyncrl.replay.pacing import Pacing
 from asyncrl.types import LeaseKey, LeaseKind
@@ -18,7 +18,7 @@ FOREVER = float("inf")
 
 
 def make_desk(groups_per_step=2, max_age=1, steps=10, run_epoch=1):
-    return LeaseDesk(Pacing(groups_per_step, max_age, steps), lease_timeout_s=60.0, run_epoch=run_epoch)
+    return LeaseBook(Pacing(groups_per_step, max_age, steps), lease_timeout_s=60.0, run_epoch=run_epoch)
 
 
 def train_key(ordinal, attempt=0):
@@ -360,7 +360,7 @@ class DeskAgainstModel(RuleBasedStateMachine):
     @initialize(groups_per_step=st.integers(1, 3), max_age=st.integers(0, 2), steps=st.integers(1, 5))
     def start(self, groups_per_step, max_age, steps):
         self.pacing = Pacing(groups_per_step, max_age, steps)
-        self.desk = LeaseDesk(self.pacing, lease_timeout_s=10.0)
+        self.desk = LeaseBook(self.pacing, lease_timeout_s=10.0)
         self.now, self.version, self.epoch = 0.0, 0, 1
         self.place = []  # per ordinal: waiting | running | accepted | trained | given_up | filtered
         self.lease = {}  # ordinal -> running LeaseRecord
@@ -471,7 +471,7 @@ class DeskAgainstModel(RuleBasedStateMachine):
     def restart(self):
         state = msgpack.unpackb(msgpack.packb(self.desk.state()))
         self.epoch += 1
-        self.desk = LeaseDesk(self.pacing, lease_timeout_s=10.0, run_epoch=self.epoch)
+        self.desk = LeaseBook(self.pacing, lease_timeout_s=10.0, run_epoch=self.epoch)
         accepted = [self.winner[n] for n, place in enumerate(self.place) if place == "accepted"]
         self.desk.restore(state, [], accepted, [], [])
         for ordinal in range(len(self.place)):

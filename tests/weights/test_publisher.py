@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from asyncrl.desk.counters import Account
+from asyncrl.desk.counters import Counters
 from asyncrl.errors import AsyncRLError
 from asyncrl.link.codec import decode, encode
 from asyncrl.link.messages import (
     BroadcastDone,
-    GroupReady,
+    ChannelReady,
     SnapshotReady,
     SnapshotWanted,
     SyncOffer,
@@ -28,7 +28,7 @@ from asyncrl.link.messages import (
     SyncSwap,
 )
 from asyncrl.link.sockets import ServerSocket
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec, WeightManifest
+from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel, WeightManifest
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 from asyncrl.weights.publisher import Publisher
@@ -65,12 +65,12 @@ class Receiver:
     def _stage(self, offer):
         manifest = WeightManifest.from_dict(offer.manifest)
         self.encodings.append("dense" if manifest.delta is None else "delta")
-        spec = WeightGroupSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
+        spec = ChannelSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
         held, self.held, digests, error = self.held, None, [], ""
         try:
             if self._group is None or self._group.spec.prefix != spec.prefix:
                 self.close()
-                self._group = WeightGroup(spec)
+                self._group = WeightChannel(spec)
                 self._group.join()
             self.held = receive(self._group, manifest, held, torch.device("cpu"), offer.timeout_s, digests)
         except AsyncRLError as failure:
@@ -168,7 +168,7 @@ class World:
                 case SnapshotReady():
                     self.before_offer()
                     self.planner.snapshot_ready(message, now)
-                case GroupReady():
+                case ChannelReady():
                     self.planner.group_ready(message, now)
                 case BroadcastDone():
                     self.planner.broadcast_done(message, now)
@@ -212,7 +212,7 @@ def test_the_first_version_is_dense_and_what_changes_little_is_a_delta(world):
         assert world.publish() == ["delta"]
         ended = world.ended[-1]
         assert ended.num_bytes < 0.05 * ended.dense_bytes and ended.encode_ms > 0
-    figures = [Account().sync_metrics(ended) for ended in world.ended]
+    figures = [Counters().sync_metrics(ended) for ended in world.ended]
     assert [sync.encoding for sync in figures] == ["dense", *["delta"] * 3]
     assert [sync.encode_ms is None for sync in figures] == [True, *[False] * 3]
     assert figures[0].num_bytes == figures[0].dense_bytes == figures[-1].dense_bytes > figures[-1].num_bytes
@@ -383,7 +383,7 @@ def test_a_member_that_is_deaf_stalls_its_cell_alone_and_its_memory_stays_until_
             world.publish_to("a")
         took_s = time.monotonic() - started
         assert took_s < 6.0, "one grace of cells at most, not b's deadline"
-        assert not world.failed and [c.group_epoch for c in world.planner.rounds.values()] == [2]
+        assert not world.failed and [c.channel_epoch for c in world.planner.rounds.values()] == [2]
         assert len(world.publisher._slots) == 3, "b's version is kept beside the newest and the next"
         assert [slot.version for slot in world.publisher._slots if slot.readers] == [1]
         world.wait(lambda: world.failed)

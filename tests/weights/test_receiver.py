@@ -10,7 +10,7 @@ import torch
 
 from asyncrl.weights.base_weights import BaseWeights
 from asyncrl.weights.bytes.delta import encode_delta
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
 
 TIMEOUT_S = 20.0
 
@@ -32,7 +32,7 @@ class Bench:
     def join(self):
         self.close()
         self.epochs += 1
-        self.group = WeightGroup.host(WeightGroupSpec("127.0.0.1", 0, f"epoch/{self.epochs}", 0, 2, "gloo", TIMEOUT_S))
+        self.group = WeightChannel.host(ChannelSpec("127.0.0.1", 0, f"epoch/{self.epochs}", 0, 2, "gloo", TIMEOUT_S))
         self.receiver.begin_join(self.group.spec.for_rank(1))
         self.group.join()
         assert self.wait().error == ""

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.weights.base_weights import BaseWeights
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
 from tests.weights.channels.hanging_transport import hanging
 
 TIMEOUT_S = 1.0
@@ -33,8 +33,8 @@ class Bench:
     def join(self):
         """Both sides try; the receiver's job and how long it took to end."""
         self.version += 1
-        spec = WeightGroupSpec("127.0.0.1", 0, f"hang/{self.version}", 0, 2, "hanging", TIMEOUT_S)
-        self.group, started = WeightGroup.host(spec), time.monotonic()
+        spec = ChannelSpec("127.0.0.1", 0, f"hang/{self.version}", 0, 2, "hanging", TIMEOUT_S)
+        self.group, started = WeightChannel.host(spec), time.monotonic()
         root = threading.Thread(target=quietly, args=(self.group.join,), daemon=True)
         root.start()
         self.receiver.begin_join(self.group.spec.for_rank(1))
@@ -83,7 +83,7 @@ class Bench:
 
 
 def quietly(call):
-    with contextlib.suppress(WeightGroupError):  # the test looks at the receiver
+    with contextlib.suppress(ChannelError):  # the test looks at the receiver
         call()
 
 
@@ -104,7 +104,7 @@ def bench(hangs):
 def test_a_form_that_hangs_costs_one_deadline_and_the_next_group_works(bench, hangs, rank):
     hangs.places = {("form", rank)}
     job, elapsed_s = bench.join()
-    assert "forming weight group 'hang/1' as rank 1" in job.error and elapsed_s < TIMEOUT_S + LATE_S
+    assert "forming weight channel 'hang/1' as rank 1" in job.error and elapsed_s < TIMEOUT_S + LATE_S
     hangs.places = set()
     bench.leave()
     bench.assert_the_next_sync_works()
@@ -117,7 +117,7 @@ def test_a_broadcast_that_hangs_costs_one_deadline_and_what_is_abandoned_spoils_
     assert bench.join()[0].error == ""
     hangs.places = {("broadcast", rank)}
     job, elapsed_s = bench.stage()
-    assert "broadcast of 20032 bytes in weight group 'hang/2'" in job.error and elapsed_s < TIMEOUT_S + LATE_S
+    assert "broadcast of 20032 bytes in weight channel 'hang/2'" in job.error and elapsed_s < TIMEOUT_S + LATE_S
     assert bench.receiver.staged is None
     hangs.places = set()
     bench.leave()

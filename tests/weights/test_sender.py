@@ -1,4 +1,4 @@
-"""The thread that sends in one weight group: how each end of it is reported."""
+"""The thread that sends in one weight channel: how each end of it is reported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import queue
 import pytest
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.link.messages import Broadcast
-from asyncrl.weights.sender import GroupSender, Sent
+from asyncrl.weights.sender import ChannelSender, Sent
 
 TIMEOUT_S = 10.0
 PARTS = [torch.zeros(10, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)]
@@ -39,13 +39,13 @@ class Group:
 
 def start(group):
     reports = queue.Queue()
-    sender = GroupSender(group, 7, reports.put)
+    sender = ChannelSender(group, 7, reports.put)
     sender.start()
     return sender, lambda: reports.get(timeout=TIMEOUT_S)
 
 
 def order(attempt=0):
-    return Broadcast(version=3, attempt=attempt, group_epoch=7, timeout_s=TIMEOUT_S)
+    return Broadcast(version=3, attempt=attempt, channel_epoch=7, timeout_s=TIMEOUT_S)
 
 
 def test_broadcasts_follow_each_other_until_the_group_is_closed():
@@ -60,7 +60,7 @@ def test_broadcasts_follow_each_other_until_the_group_is_closed():
 
 
 def test_a_group_that_failed_is_closed_before_it_is_reported_and_how_far_it_was_is_told():
-    group = Group(WeightGroupError("worker 2 is gone"))
+    group = Group(ChannelError("worker 2 is gone"))
     sender, report = start(group)
     sender.send(order(), PARTS)
     assert report().error == "worker 2 is gone (10 of 15 bytes were sent)" and group.closed == 1

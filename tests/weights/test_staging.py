@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asyncrl.weights.bytes.delta import encode_delta
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
 
 TIMEOUT_S = 20.0
 
@@ -20,8 +20,8 @@ WORKER = """
 import json, sys, torch
 from asyncrl.errors import AsyncRLError
 from asyncrl.weights.staging import receive
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, WeightManifest
-group, held = WeightGroup(WeightGroupSpec.from_dict(json.loads(sys.argv[1]))), None
+from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec, WeightManifest
+group, held = WeightChannel(ChannelSpec.from_dict(json.loads(sys.argv[1]))), None
 group.join()
 print("joined", flush=True)
 for line in sys.stdin:
@@ -55,8 +55,8 @@ class Bench:
         ]
         self.buffer = SnapshotBuffer(self.named, 1024)
         self.base = None
-        spec = WeightGroupSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", TIMEOUT_S)
-        self.group = WeightGroup.host(spec)
+        spec = ChannelSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", TIMEOUT_S)
+        self.group = WeightChannel.host(spec)
         command = [sys.executable, "-c", WORKER, json.dumps(self.group.spec.for_rank(1).to_dict())]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.worker = subprocess.Popen(

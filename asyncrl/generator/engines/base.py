@@ -15,7 +15,7 @@ import numpy as np
 from asyncrl.types import FinishReason, VersionSpan
 
 if TYPE_CHECKING:
-    from asyncrl.weights.channels.channel import WeightGroupSpec, WeightManifest
+    from asyncrl.weights.channels.channel import ChannelSpec, WeightManifest
 
 
 def nothing() -> None:
@@ -155,11 +155,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    async def join_weight_group(self, spec: WeightGroupSpec, timeout_s: float) -> None:
-        """Connect all workers to a weight group; `spec.rank` is the first worker's. Generation goes on.
+    async def join_channel(self, spec: ChannelSpec, timeout_s: float) -> None:
+        """Connect all workers to a weight channel; `spec.rank` is the first worker's. Generation goes on.
 
         Raises:
-            WeightGroupError, DeadlineExceeded, EngineError.
+            ChannelError, DeadlineExceeded, EngineError.
         """
         ...
 
@@ -169,7 +169,7 @@ class RolloutEngine(Protocol):
         After a failure nothing is staged and the group is left; the weights in use are untouched.
 
         Raises:
-            WeightGroupError: a member vanished, or a digest is not that of the manifest.
+            ChannelError: a member vanished, or a digest is not that of the manifest.
             DeadlineExceeded, EngineError.
         """
         ...
@@ -190,8 +190,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    async def leave_weight_group(self) -> None:
-        """Disconnect all workers from their weight group and drop what is staged. Without one: nothing."""
+    async def leave_channel(self) -> None:
+        """Disconnect all workers from their weight channel and drop what is staged. Without one: nothing."""
         ...
 
     async def close(self) -> None:

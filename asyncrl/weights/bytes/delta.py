@@ -26,7 +26,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from asyncrl.errors import ProtocolError, ShapeError, WeightGroupError
+from asyncrl.errors import ChannelError, ProtocolError, ShapeError
 from asyncrl.weights.bytes.layout import DeltaInfo, WeightLayout, digest
 
 MAX_SHARE = 0.5  # of the dense bytes; a delta that saves less is not worth the work at both ends
@@ -115,13 +115,13 @@ def apply_delta(layout: WeightLayout, flat: torch.Tensor, info: DeltaInfo, paylo
     """Makes of the base version in `flat`, in place, the version that `payload` leads to.
 
     Raises:
-        WeightGroupError: the payload was damaged on the way; `flat` is as it was.
+        ChannelError: the payload was damaged on the way; `flat` is as it was.
         ProtocolError: the payload does not fit the layout; `flat` holds neither version now.
     """
     _check_buffers(layout, flat, flat)
     measured = digest(payload)
     if payload.numel() != info.num_bytes or measured != info.digest:
-        raise WeightGroupError(
+        raise ChannelError(
             f"delta from version {info.base_version}: {payload.numel()} bytes with digest {measured}, announced were "
             f"{info.num_bytes} with {info.digest}; the bytes were damaged on the way"
         )

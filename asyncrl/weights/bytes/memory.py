@@ -8,7 +8,7 @@ file of 80 kB in /dev/shm for it, which stays behind if that process is killed.
 
 Known, on GPUs: torch gives exported memory back only when every process that opened it has said that it let go. What a
 killed receiver had open therefore stays taken until the exporter ends, also after its buffer was dropped. For staging
-buffers, which live as long as the run, that costs nothing; a weight group's own buffer (`IpcTransport`) is lost.
+buffers, which live as long as the run, that costs nothing; a weight channel's own buffer (`IpcTransport`) is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 
 EVENT_POLL_S = 0.0005
 _MEMFD_NAME = "asyncrl-weights-"
@@ -82,7 +82,7 @@ class Opened:
     """Memory of another process, mapped read-only as far as the platform can. Mapped until it is dropped.
 
     Raises:
-        WeightGroupError: the handle leads to no memory, or to other memory than it was made for.
+        ChannelError: the handle leads to no memory, or to other memory than it was made for.
     """
 
     def __init__(self, handle: dict[str, Any], device: torch.device) -> None:
@@ -90,17 +90,17 @@ class Opened:
         try:
             self._memory: Any = _open_cuda(handle, device) if device.type == "cuda" else _open_memfd(handle)
         except (KeyError, TypeError, ValueError) as error:
-            raise WeightGroupError(f"handle of shared memory is malformed: {error!r}") from error
+            raise ChannelError(f"handle of shared memory is malformed: {error!r}") from error
 
     def copy(self, offset: int, destination: torch.Tensor, deadline: float) -> None:
         """Copy into `destination`, a flat uint8 tensor, from `offset` on.
 
         Raises:
-            WeightGroupError: the memory is smaller than that; `deadline` (monotonic) passed.
+            ChannelError: the memory is smaller than that; `deadline` (monotonic) passed.
         """
         stop = offset + destination.numel()
         if not 0 <= offset <= stop <= len(self._memory):
-            raise WeightGroupError(f"bytes {offset} to {stop} are not in shared memory of {len(self._memory)} bytes")
+            raise ChannelError(f"bytes {offset} to {stop} are not in shared memory of {len(self._memory)} bytes")
         if self._device.type == "cuda":
             _copy_cuda(self._memory[offset:stop], destination, deadline)
         else:
@@ -132,12 +132,12 @@ def _open_memfd(handle: dict[str, Any]) -> np.ndarray:
         try:
             # The number may have been given to another file since.
             if not os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{handle['name']}"):
-                raise WeightGroupError(f"{path} is no longer the memory {handle['name']}; its owner dropped it")
+                raise ChannelError(f"{path} is no longer the memory {handle['name']}; its owner dropped it")
             mapped = mmap.mmap(fd, int(handle["bytes"]), prot=mmap.PROT_READ)
         finally:
             os.close(fd)
     except OSError as error:
-        raise WeightGroupError(
+        raise ChannelError(
             f"shared memory {path} cannot be opened ({error}): run learner and generator as one user in one "
             "PID namespace, or set weights.backend=gloo"
         ) from error
@@ -186,10 +186,10 @@ def _copy_cuda(source: torch.Tensor, destination: torch.Tensor, deadline: float)
 
 
 def wait_event(event: Any, deadline: float) -> None:
-    """Raises WeightGroupError when a CUDA event has not come by `deadline`."""
+    """Raises ChannelError when a CUDA event has not come by `deadline`."""
     while not event.query():
         if time.monotonic() > deadline:
-            raise WeightGroupError("the GPU did not finish its work in time")
+            raise ChannelError("the GPU did not finish its work in time")
         time.sleep(EVENT_POLL_S)
 
 

@@ -1,4 +1,4 @@
-"""What a weight group needs of whatever moves its bytes. One class per backend implements it."""
+"""What a weight channel needs of whatever moves its bytes. One class per backend implements it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Protocol
 
 import torch
 
-from asyncrl.weights.channels.rendezvous import WeightGroupSpec
+from asyncrl.weights.channels.rendezvous import ChannelSpec
 
 
 class Transport(Protocol):
-    """One member's end of one weight group, for one life: form, broadcast any number of times, close.
+    """One member's end of one weight channel, for one life: form, broadcast any number of times, close.
 
-    `WeightGroup` is the only caller. It runs every method in a daemon thread of its own and abandons that thread when
+    `WeightChannel` is the only caller. It runs every method in a daemon thread of its own and abandons that thread when
     the deadline is over by a little, so a method may hang without harm. It should not: one that keeps its deadline can
     say who was missing. What an abandoned call still does must reach nothing but this object and the buffer it was
     given, which the caller throws away.
 
-    After a failure nothing but `abort` and `close` is called. Failures are raised as WeightGroupError, RuntimeError or
+    After a failure nothing but `abort` and `close` is called. Failures are raised as ChannelError, RuntimeError or
     OSError; the group adds what it was doing.
     """
 
     waiting_for: str  # what a call under way waits for: said in the message if it must be abandoned
 
-    def __init__(self, spec: WeightGroupSpec, device: torch.device, aborted: threading.Event) -> None:
+    def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:
         """Must not block. `aborted` is set by the group: calls under way should end soon.
 
         Raises:
-            WeightGroupError: this backend cannot work on `device`.
+            ChannelError: this backend cannot work on `device`.
         """
         ...
 

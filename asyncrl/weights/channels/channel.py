@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.weights.bytes.layout import (
     SnapshotBuffer,
     WeightLayout,
@@ -25,12 +25,12 @@ from asyncrl.weights.bytes.layout import (
 from asyncrl.weights.channels.base import Transport
 from asyncrl.weights.channels.collectives import GlooTransport, NcclTransport
 from asyncrl.weights.channels.ipc import IpcTransport
-from asyncrl.weights.channels.rendezvous import CLOSE_TIMEOUT_S, SLACK_S, WeightGroupSpec, WeightStore, within
+from asyncrl.weights.channels.rendezvous import CLOSE_TIMEOUT_S, SLACK_S, ChannelSpec, WeightStore, within
 
 __all__ = [  # the weight plane's transport, under one name
     "SnapshotBuffer",
-    "WeightGroup",
-    "WeightGroupSpec",
+    "WeightChannel",
+    "ChannelSpec",
     "WeightLayout",
     "WeightManifest",
     "WeightStore",
@@ -43,18 +43,18 @@ __all__ = [  # the weight plane's transport, under one name
 TRANSPORTS: dict[str, type[Transport]] = {"gloo": GlooTransport, "nccl": NcclTransport, "ipc": IpcTransport}
 
 
-class WeightGroup:
-    """One member of a weight group. Rank 0 sends, all others receive.
+class WeightChannel:
+    """One member of a weight channel. Rank 0 sends, all others receive.
 
-    Life: `WeightGroup.host(spec)` on rank 0, `WeightGroup(spec)` elsewhere; `join`; `broadcast` any number of
+    Life: `WeightChannel.host(spec)` on rank 0, `WeightChannel(spec)` elsewhere; `join`; `broadcast` any number of
     times; `close`. Calls come from one thread at a time, `abort` from any thread. After the first failure the
     group is dead: close it and form another. Every call ends at its deadline, whatever the transport does.
 
     Raises:
-        WeightGroupError: no such backend, or it cannot work on `device`.
+        ChannelError: no such backend, or it cannot work on `device`.
     """
 
-    def __init__(self, spec: WeightGroupSpec, device: torch.device | str = "cpu") -> None:
+    def __init__(self, spec: ChannelSpec, device: torch.device | str = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
         self._store: WeightStore | None = None
@@ -63,14 +63,14 @@ class WeightGroup:
         self._joined = False
         backend = TRANSPORTS.get(spec.backend)
         if backend is None:
-            raise WeightGroupError(f"{self._name}: backend {spec.backend!r} is none of {sorted(TRANSPORTS)}")
+            raise ChannelError(f"{self._name}: backend {spec.backend!r} is none of {sorted(TRANSPORTS)}")
         try:
             self._transport: Transport | None = backend(spec, self.device, self._aborted)
-        except WeightGroupError as error:
-            raise WeightGroupError(f"{self._name}: {error}") from None
+        except ChannelError as error:
+            raise ChannelError(f"{self._name}: {error}") from None
 
     @classmethod
-    def host(cls, spec: WeightGroupSpec, device: torch.device | str = "cpu") -> WeightGroup:
+    def host(cls, spec: ChannelSpec, device: torch.device | str = "cpu") -> WeightChannel:
         """Rank 0, with the store that the others will meet at; returns at once. Port 0 takes any free port.
 
         Raises:
@@ -80,7 +80,7 @@ class WeightGroup:
         store = WeightStore(spec.store_host, spec.store_port)
         try:
             group = cls(replace(spec, store_port=store.port), device)
-        except WeightGroupError:
+        except ChannelError:
             store.close()
             raise
         group._store = store
@@ -93,7 +93,7 @@ class WeightGroup:
 
     @property
     def _name(self) -> str:
-        return f"weight group {self.spec.prefix!r}"
+        return f"weight channel {self.spec.prefix!r}"
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait until all members are connected; at once when they already are.
@@ -102,7 +102,7 @@ class WeightGroup:
             timeout_s: None = `spec.timeout_s`.
 
         Raises:
-            WeightGroupError: not all members came in time, or `abort` was called.
+            ChannelError: not all members came in time, or `abort` was called.
         """
         if self._joined:
             return
@@ -129,15 +129,15 @@ class WeightGroup:
                 the broadcast was.
 
         Raises:
-            WeightGroupError: a member vanished, the deadline passed, or `abort` was called.
+            ChannelError: a member vanished, the deadline passed, or `abort` was called.
         """
         what = f"broadcast of {sum(part.nbytes for part in parts)} bytes in {self._name}"
         self._check_alive(what)
         if not self._joined:
-            raise WeightGroupError(f"{what}: the group was not joined")
+            raise ChannelError(f"{what}: the group was not joined")
         for part in parts:
             if part.device.type != self.device.type or not part.is_contiguous():
-                raise WeightGroupError(f"{what}: the buffer must be contiguous on {self.device}, is on {part.device}")
+                raise ChannelError(f"{what}: the buffer must be contiguous on {self.device}, is on {part.device}")
 
         def done(num_bytes: int) -> None:
             if self._broken is None:  # a call that was abandoned says nothing any more
@@ -149,7 +149,7 @@ class WeightGroup:
         """Make a `join` or `broadcast` under way in another thread fail. The group is dead; call `close` too.
 
         Raises:
-            WeightGroupError: the transport could not be aborted in time. Over NCCL replace the process: its CUDA
+            ChannelError: the transport could not be aborted in time. Over NCCL replace the process: its CUDA
                 context may be stuck.
         """
         self._aborted.set()
@@ -162,7 +162,7 @@ class WeightGroup:
         """Disconnect; members still at work see a lost peer. Idempotent.
 
         Raises:
-            WeightGroupError: the transport did not let go within its deadline.
+            ChannelError: the transport did not let go within its deadline.
         """
         self._aborted.set()
         self._broken = self._broken or "closed"
@@ -175,7 +175,7 @@ class WeightGroup:
 
     def _check_alive(self, what: str) -> None:
         if self._broken is not None:
-            raise WeightGroupError(f"{what}: the group is dead ({self._broken}); form a new one")
+            raise ChannelError(f"{what}: the group is dead ({self._broken}); form a new one")
 
     def _carry_out(self, what: str, timeout_s: float, work: Callable[[Transport], None]) -> None:
         """Work of the transport, which may hang for ever; after a failure the group is dead."""

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from asyncrl.errors import WeightGroupError
-from asyncrl.weights.channels.rendezvous import POLL_S, WeightGroupSpec, connect_store, local_address_towards
+from asyncrl.errors import ChannelError
+from asyncrl.weights.channels.rendezvous import POLL_S, ChannelSpec, connect_store, local_address_towards
 
 NCCL_POLL_S = 0.001
 # What torch takes for the timeout of every NCCL work and of an abort. Our deadlines come first and know what to do; at
@@ -33,7 +33,7 @@ AHEAD = 3
 class _Collective:
     """What both have: a process group that appears in `form` and is dropped in `close`."""
 
-    def __init__(self, spec: WeightGroupSpec, device: torch.device, aborted: threading.Event) -> None:
+    def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:
         self._spec = spec
         self._device = device
         self._aborted = aborted
@@ -61,14 +61,14 @@ class _Collective:
         on_part(num_bytes)
 
     def _wait(self, work: Any, deadline: float) -> None:
-        """Return when `work` is done. Raises WeightGroupError or RuntimeError when it failed or is late."""
+        """Return when `work` is done. Raises ChannelError or RuntimeError when it failed or is late."""
         raise NotImplementedError
 
     def _release(self, group: Any) -> None:
         """What must happen before a group is dropped."""
 
-    def _late(self) -> WeightGroupError:
-        return WeightGroupError("a member did not take part in time")
+    def _late(self) -> ChannelError:
+        return ChannelError("a member did not take part in time")
 
 
 class GlooTransport(_Collective):
@@ -98,7 +98,7 @@ class GlooTransport(_Collective):
                     work.wait()
                     return
             if self._aborted.is_set():
-                raise WeightGroupError("aborted")
+                raise ChannelError("aborted")
 
     def abort(self) -> None:
         """Nothing: a wait sees the event, and gloo's own part ends with the group."""
@@ -108,13 +108,13 @@ class NcclTransport(_Collective):
     """ProcessGroupNCCL with a non-blocking communicator: abort is safe on no other kind.
 
     Nothing of torch's own watches over such a group, so that a lost generator ends neither the learner nor, through
-    the state that all groups of a process share, a vLLM worker: the deadlines are those of `_wait` and `WeightGroup`.
+    the state that all groups of a process share, a vLLM worker: the deadlines are those of `_wait` and `WeightChannel`.
     `asyncrl.host.processes.nccl_environment` bounds what torch waits for inside of a call.
     """
 
-    def __init__(self, spec: WeightGroupSpec, device: torch.device, aborted: threading.Event) -> None:
+    def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:
         if device.type != "cuda":
-            raise WeightGroupError(f"nccl needs a cuda device, not {device}; use gloo")
+            raise ChannelError(f"nccl needs a cuda device, not {device}; use gloo")
         super().__init__(spec, device, aborted)
         self._parts: Sequence[torch.Tensor] = ()
 
@@ -128,7 +128,7 @@ class NcclTransport(_Collective):
             self._group = dist.ProcessGroupNCCL(store, self._spec.rank, self._spec.world_size, options)
         if self._aborted.is_set():
             self.close()  # the group's own `close` may have come before there was anything to let go of
-            raise WeightGroupError("aborted")
+            raise ChannelError("aborted")
         # The communicator connects in its first broadcast: that must count as forming, and end by this deadline.
         first = torch.zeros(1, dtype=torch.uint8, device=self._device)
         self.broadcast([first], deadline - time.monotonic(), lambda num_bytes: None)
@@ -141,7 +141,7 @@ class NcclTransport(_Collective):
     def _wait(self, work: Any, deadline: float) -> None:
         while not work.is_completed():
             if self._aborted.wait(NCCL_POLL_S):
-                raise WeightGroupError("aborted")
+                raise ChannelError("aborted")
             if time.monotonic() > deadline:
                 # NCCL has no timeout for a collective: it waits for the dead until `close` aborts the communicator.
                 raise self._late()

@@ -19,21 +19,21 @@ from typing import Any
 
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.weights.bytes.memory import Opened, handle_of, place, shared_buffer, wait_written
-from asyncrl.weights.channels.rendezvous import WeightGroupSpec, connect_store
+from asyncrl.weights.channels.rendezvous import ChannelSpec, connect_store
 
 POLL_FIRST_S, POLL_MAX_S = 0.0001, 0.005  # between questions to the store; its own wait logs a warning at every expiry
 
 
 class IpcTransport:
-    """One member's end. All calls run in threads that `WeightGroup` abandons if they overrun.
+    """One member's end. All calls run in threads that `WeightChannel` abandons if they overrun.
 
     Known: on a GPU a receiver that is killed costs the learner the group's own buffer, see `weight_memory`; that is up
     to twice the largest delta sent in the group, and nothing where only whole versions were sent.
     """
 
-    def __init__(self, spec: WeightGroupSpec, device: torch.device, aborted: threading.Event) -> None:
+    def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:
         self._spec = spec
         self._device = device
         self._aborted = aborted
@@ -62,7 +62,7 @@ class IpcTransport:
             refusal = _differences(learner["place"], mine)
             self._put(f"member/{self._spec.rank}", {"pid": os.getpid(), "error": refusal})
             if refusal:
-                raise WeightGroupError(refusal)
+                raise ChannelError(refusal)
             self._peers[0] = _Process(int(learner["pid"]))  # not before: elsewhere the number means another process
             self._take("formed", 0, deadline)
 
@@ -105,7 +105,7 @@ class IpcTransport:
         ready = self._take(f"ready/{number}", 0, deadline)
         try:
             if ready["bytes"] != flat.numel():
-                raise WeightGroupError(f"rank 0 sends {ready['bytes']} bytes, {flat.numel()} are expected")
+                raise ChannelError(f"rank 0 sends {ready['bytes']} bytes, {flat.numel()} are expected")
             self._open(ready["handle"]).copy(ready["offset"], flat, deadline)
             self._check(deadline, "the copy")
         except Exception as error:
@@ -137,7 +137,7 @@ class IpcTransport:
         """The value that `rank` puts under `key`.
 
         Raises:
-            WeightGroupError: it does not by `deadline`, its process ended, it reports an error, or the group was
+            ChannelError: it does not by `deadline`, its process ended, it reports an error, or the group was
                 aborted.
         """
         self.waiting_for = what = f"{key} of rank {rank}"
@@ -146,7 +146,7 @@ class IpcTransport:
             self._check(deadline, what)
             peer = self._peers.get(rank)
             if peer is not None and peer.ended:
-                raise WeightGroupError(f"rank {rank} (process {peer.pid}) ended before {key}")
+                raise ChannelError(f"rank {rank} (process {peer.pid}) ended before {key}")
             self._aborted.wait(pause_s)
             pause_s = min(1.5 * pause_s, POLL_MAX_S)
         value = json.loads(store.get(key))
@@ -154,14 +154,14 @@ class IpcTransport:
             store.delete_key(key)  # nobody else reads it, and the store would only ever grow
         self._check(deadline, what)  # the store may have stood still: what follows must not come late
         if value.get("error"):
-            raise WeightGroupError(f"rank {rank}: {value['error']}")
+            raise ChannelError(f"rank {rank}: {value['error']}")
         return value
 
     def _check(self, deadline: float, what: str) -> None:
         if self._aborted.is_set():
-            raise WeightGroupError("aborted")
+            raise ChannelError("aborted")
         if time.monotonic() > deadline:
-            raise WeightGroupError(f"{what} did not come in time")
+            raise ChannelError(f"{what} did not come in time")
 
 
 class _Process:
@@ -173,7 +173,7 @@ class _Process:
         try:
             self._fd = os.pidfd_open(pid)
         except ProcessLookupError:
-            raise WeightGroupError(f"process {pid} ended while the group was formed") from None
+            raise ChannelError(f"process {pid} ended while the group was formed") from None
         except OSError:
             return  # a sandbox without pidfds: the death of a member then costs the deadline, as a hang does
         self._poll.register(self._fd, select.POLLIN)

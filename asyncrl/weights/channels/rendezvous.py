@@ -1,4 +1,4 @@
-"""Where weight groups meet, and how calls into torch get a deadline.
+"""Where weight channels meet, and how calls into torch get a deadline.
 
 torch.distributed has no authentication: the store and the groups listen on one given (private) interface
 only. Calls into torch that have no deadline of their own, or are known to overrun it, run in a daemon thread
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from asyncrl.errors import BindError, ProtocolError, WeightGroupError
+from asyncrl.errors import BindError, ChannelError, ProtocolError
 
 _T = TypeVar("_T")
 
@@ -29,7 +29,7 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class WeightGroupSpec:
+class ChannelSpec:
     """Where a group meets. Rank 0 is the learner; a generator's tensor-parallel workers take consecutive
     ranks.
 
@@ -50,7 +50,7 @@ class WeightGroupSpec:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WeightGroupSpec:
+    def from_dict(cls, data: Mapping[str, Any]) -> ChannelSpec:
         """Read what a peer sent.
 
         Raises:
@@ -67,18 +67,18 @@ class WeightGroupSpec:
                 timeout_s=float(data["timeout_s"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"weight group spec is malformed: {error!r}") from error
+            raise ProtocolError(f"weight channel spec is malformed: {error!r}") from error
         if not 0 <= spec.rank < spec.world_size or not spec.timeout_s > 0:
-            raise ProtocolError(f"weight group spec is out of range: {spec}")
+            raise ProtocolError(f"weight channel spec is out of range: {spec}")
         return spec
 
-    def for_rank(self, rank: int) -> WeightGroupSpec:
+    def for_rank(self, rank: int) -> ChannelSpec:
         """The same group seen from another rank."""
         return replace(self, rank=rank)
 
 
 class WeightStore:
-    """The rendezvous of one weight group, held by its rank 0: a TCPStore server bound to one interface.
+    """The rendezvous of one weight channel, held by its rank 0: a TCPStore server bound to one interface.
 
     gloo and NCCL use it to form the group and for nothing else, and a formed group outlives it; over ipc every part is
     announced and acknowledged through it. It is not a sign of life.
@@ -124,7 +124,7 @@ class WeightStore:
         self._server = None
 
 
-def connect_store(spec: WeightGroupSpec, timeout_s: float) -> dist.Store:
+def connect_store(spec: ChannelSpec, timeout_s: float) -> dist.Store:
     """A connection of one's own to the group's store, its keys below the group's prefix.
 
     Every member, rank 0 too, has its own: a blocked call on a shared one blocks all others.
@@ -140,7 +140,7 @@ def connect_store(spec: WeightGroupSpec, timeout_s: float) -> dist.Store:
     return dist.PrefixStore(spec.prefix, client)
 
 
-def local_address_towards(spec: WeightGroupSpec) -> str:
+def local_address_towards(spec: ChannelSpec) -> str:
     """The address of this host from which the group's store is reached."""
     family, kind, proto, _, address = socket.getaddrinfo(spec.store_host, spec.store_port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, proto) as probe:
@@ -161,7 +161,7 @@ def within(
         waiting_for: what the call hangs in, asked when it is abandoned.
 
     Raises:
-        WeightGroupError: it failed, or it did not return within `timeout_s`.
+        ChannelError: it failed, or it did not return within `timeout_s`.
     """
     result: list[_T] = []
     failure: list[BaseException] = []
@@ -179,18 +179,18 @@ def within(
         remaining = started + timeout_s - time.monotonic()
         if remaining <= 0:
             waited = f", waiting for {waiting_for()}" if waiting_for else ""
-            raise WeightGroupError(f"{what}: no answer within {timeout_s:.3g} s{waited}; the call was abandoned")
+            raise ChannelError(f"{what}: no answer within {timeout_s:.3g} s{waited}; the call was abandoned")
         if cancelled is not None and cancelled.is_set():
-            raise WeightGroupError(f"{what}: aborted")
+            raise ChannelError(f"{what}: aborted")
         thread.join(min(remaining, POLL_S))
     if not failure:
         return result[0]
     error = failure.pop()
-    if isinstance(error, (RuntimeError, OSError, WeightGroupError)):
+    if isinstance(error, (RuntimeError, OSError, ChannelError)):
         elapsed_s = time.monotonic() - started
         # Without its frames: they hold the transport's objects, and a connection closes only when nothing holds it.
         cause = error.with_traceback(None)
-        raise WeightGroupError(f"{what} failed after {elapsed_s:.2f} s: {first_line(error)}") from cause
+        raise ChannelError(f"{what} failed after {elapsed_s:.2f} s: {first_line(error)}") from cause
     raise error
 
 

@@ -1,4 +1,4 @@
-"""Which generators share a weight group. Who is in one collective can stall the others: a cell bounds how many."""
+"""Which generators share a weight channel. Who is in one collective can stall the others: a cell bounds how many."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which generator holds which policy version, and how it gets the next one: decisions without sockets or clock.
 
-Every generator is a *receiver*. Receivers share weight groups in *cells* (at most `weights.cell_size` of them), and
+Every generator is a *receiver*. Receivers share weight channels in *cells* (at most `weights.cell_size` of them), and
 each cell takes a new snapshot in a *round* of its own (`sync_round`), so that a member that hangs can stall its cell
 and nobody else:
 
@@ -24,8 +24,8 @@ from collections.abc import Iterable
 
 from asyncrl.link.messages import (
     BroadcastDone,
-    CloseGroup,
-    GroupReady,
+    ChannelReady,
+    CloseChannel,
     SnapshotReady,
     SnapshotWanted,
     SyncCommit,
@@ -34,7 +34,7 @@ from asyncrl.link.messages import (
 from asyncrl.weights.plan.cells import plan_cells
 from asyncrl.weights.plan.records import (
     Cell,
-    OpenedGroup,
+    OpenedChannel,
     Output,
     Phase,
     Receiver,
@@ -66,7 +66,7 @@ class SyncPlanner:
         self.snapshot: SnapshotReady | None = None
         self.rounds: dict[int, SyncRound] = {}  # by group epoch
         self.cells: list[Cell] = []
-        self.group_epoch = 0
+        self.channel_epoch = 0
         self._attempts: dict[int, int] = {}
         self._wanted = True  # the publisher may replace the snapshot at any moment: nothing new begins on its memory
         self._wanted_said_at = 0.0
@@ -128,10 +128,10 @@ class SyncPlanner:
             current.abandon(now, "the trainer died")
         self._advance_rounds(now)
 
-    def group_ready(self, message: GroupReady, now: float) -> None:
-        current = self.rounds.get(message.group_epoch)
+    def group_ready(self, message: ChannelReady, now: float) -> None:
+        current = self.rounds.get(message.channel_epoch)
         if current is None or not current.opening:
-            self._emit(ToPublisher(CloseGroup(message.group_epoch)))  # too late
+            self._emit(ToPublisher(CloseChannel(message.channel_epoch)))  # too late
         elif message.error or self._is_unknown(message.version):
             self._paused_until = now + REOPEN_S
             why = message.error or f"its offer of version {message.version} got lost"
@@ -140,10 +140,10 @@ class SyncPlanner:
         else:
             incarnations = {name: member.receiver.incarnation for name, member in current.members.items()}
             address = (message.host, message.port, message.backend)
-            self._offer(current, OpenedGroup(message.group_epoch, address, incarnations), now)
+            self._offer(current, OpenedChannel(message.channel_epoch, address, incarnations), now)
 
     def broadcast_done(self, message: BroadcastDone, now: float) -> None:
-        if (current := self.rounds.get(message.group_epoch)) is not None:
+        if (current := self.rounds.get(message.channel_epoch)) is not None:
             current.broadcast_done(message, now)
             self._advance_rounds(now)
 
@@ -232,8 +232,8 @@ class SyncPlanner:
             self._offer(current, cell.group, now)
             return
         self._close_group(cell)
-        self.group_epoch += 1
-        self._new_round(self.group_epoch, members, now).open()
+        self.channel_epoch += 1
+        self._new_round(self.channel_epoch, members, now).open()
 
     def _start_catch_ups(self, now: float) -> None:
         """A round on a group of its own for everyone who has to prove itself, beside the cells."""
@@ -247,15 +247,17 @@ class SyncPlanner:
             if receiver.name in placed or not alone or receiver.excluded_until > now:
                 continue
             room -= 1
-            self.group_epoch += 1
-            self._new_round(self.group_epoch, [receiver], now, catch_up=True).open()
+            self.channel_epoch += 1
+            self._new_round(self.channel_epoch, [receiver], now, catch_up=True).open()
 
-    def _new_round(self, group_epoch: int, members: list[Receiver], now: float, *, catch_up: bool = False) -> SyncRound:
-        current = SyncRound(self.rules, group_epoch, members, self._emit, catch_up=catch_up, now=now)
-        self.rounds[group_epoch] = current
+    def _new_round(
+        self, channel_epoch: int, members: list[Receiver], now: float, *, catch_up: bool = False
+    ) -> SyncRound:
+        current = SyncRound(self.rules, channel_epoch, members, self._emit, catch_up=catch_up, now=now)
+        self.rounds[channel_epoch] = current
         return current
 
-    def _offer(self, current: SyncRound, group: OpenedGroup, now: float) -> None:
+    def _offer(self, current: SyncRound, group: OpenedChannel, now: float) -> None:
         """With the newest snapshot: it may have been replaced while the group opened, and nothing was said of it."""
         assert self.snapshot is not None
         version = self.snapshot.version
@@ -290,13 +292,13 @@ class SyncPlanner:
                 self._end(current, now)
 
     def _end(self, current: SyncRound, now: float) -> None:
-        del self.rounds[current.group_epoch]
+        del self.rounds[current.channel_epoch]
         self._emit(current.result(now))
         cell = None if current.catch_up else self._cell_of(current.members)
         if cell is not None:
             cell.group = current.group if current.held_by_all else None
         if cell is None or cell.group is None:
-            self._emit(ToPublisher(CloseGroup(current.group_epoch)))
+            self._emit(ToPublisher(CloseChannel(current.channel_epoch)))
         if cell is None:
             return
         committed = any(member.phase is Phase.COMMITTED for member in current.members.values())
@@ -321,7 +323,7 @@ class SyncPlanner:
 
     def _close_group(self, cell: Cell) -> None:
         if cell.group is not None:
-            self._emit(ToPublisher(CloseGroup(cell.group.epoch)))
+            self._emit(ToPublisher(CloseChannel(cell.group.epoch)))
             cell.group = None
 
     def _at_work(self, cell: Cell) -> bool:

@@ -62,8 +62,8 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenedGroup:
-    """A weight group whose store listens, and the generators that may use it."""
+class OpenedChannel:
+    """A weight channel whose store listens, and the generators that may use it."""
 
     epoch: int
     address: tuple[str, int, str]  # host, port, backend
@@ -72,10 +72,10 @@ class OpenedGroup:
 
 @dataclass(slots=True)
 class Cell:
-    """Generators that take new versions together, over one weight group."""
+    """Generators that take new versions together, over one weight channel."""
 
     names: list[str]
-    group: OpenedGroup | None = None  # kept from round to round while nothing changes and nothing fails
+    group: OpenedChannel | None = None  # kept from round to round while nothing changes and nothing fails
 
 
 @dataclass(frozen=True, slots=True)

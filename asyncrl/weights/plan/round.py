@@ -1,4 +1,4 @@
-"""One round of weight sync: one snapshot, one weight group, its members. A state machine without sockets or clock.
+"""One round of weight sync: one snapshot, one weight channel, its members. A state machine without sockets or clock.
 
     OPENING    the publisher hosts the store of a new group        (skipped while a cell stays as it is)
     STAGING    members join, receive every bucket into their own staging buffer, verify digests; generation goes on
@@ -31,7 +31,7 @@ import numpy as np
 from asyncrl.link.messages import (
     Broadcast,
     BroadcastDone,
-    OpenGroup,
+    OpenChannel,
     SnapshotReady,
     SyncAbort,
     SyncCommit,
@@ -43,7 +43,7 @@ from asyncrl.types import LOGPROB_DTYPE
 from asyncrl.weights.plan.records import (
     Committed,
     Member,
-    OpenedGroup,
+    OpenedChannel,
     Output,
     Phase,
     Receiver,
@@ -72,16 +72,16 @@ class SyncRound:
     def __init__(
         self,
         rules: SyncRules,
-        group_epoch: int,
+        channel_epoch: int,
         members: Sequence[Receiver],
         emit: Callable[[Output], None],
         *,
         catch_up: bool,
         now: float,
     ) -> None:
-        self.group_epoch = group_epoch
+        self.channel_epoch = channel_epoch
         self.catch_up = catch_up
-        self.group: OpenedGroup | None = None
+        self.group: OpenedChannel | None = None
         self.snapshot: SnapshotReady | None = None  # chosen when the group is open
         self.attempt = 0
         self.members: dict[str, Member] = {}
@@ -107,9 +107,9 @@ class SyncRound:
 
     def open(self) -> None:
         """Asks for a group of its own."""
-        self._emit(ToPublisher(OpenGroup(self.group_epoch, self._prefix(), self.world_size, self._rules.timeout_s)))
+        self._emit(ToPublisher(OpenChannel(self.channel_epoch, self._prefix(), self.world_size, self._rules.timeout_s)))
 
-    def offer(self, group: OpenedGroup, snapshot: SnapshotReady, attempt: int, now: float) -> None:
+    def offer(self, group: OpenedChannel, snapshot: SnapshotReady, attempt: int, now: float) -> None:
         """The group is open: members and publisher are told to transfer `snapshot`."""
         self.group, self.snapshot, self.attempt = group, snapshot, attempt
         rules, (host, port, backend) = self._rules, group.address
@@ -118,7 +118,7 @@ class SyncRound:
         for member in self._in(Phase.STAGING):
             member.asked_at, member.deadline = now, now + rules.timeout_s + GRACE_S
             place = {
-                "group_epoch": self.group_epoch,
+                "group_epoch": self.channel_epoch,
                 "store_host": host,
                 "store_port": port,
                 "prefix": self._prefix(),
@@ -128,12 +128,12 @@ class SyncRound:
             }
             offer = SyncOffer(rules.run_epoch, snapshot.version, attempt, place, manifest, rules.timeout_s)
             self._emit(ToGenerator(member.name, offer))
-        order = Broadcast(snapshot.version, attempt, self.group_epoch, rules.timeout_s, self._base_version)
+        order = Broadcast(snapshot.version, attempt, self.channel_epoch, rules.timeout_s, self._base_version)
         self._emit(ToPublisher(order))
 
     def abandon(self, now: float, reason: str) -> None:
         """Whoever has not staged gets nothing in this round, and is not to blame. Its group is closed when it ends."""
-        log.warning("weight sync in group %d given up: %s", self.group_epoch, reason)
+        log.warning("weight sync in group %d given up: %s", self.channel_epoch, reason)
         self.broken = self._broadcast_over = True
         for member in self._in(Phase.STAGING):
             self._fail(member, now, reason, blame=False)
@@ -294,7 +294,7 @@ class SyncRound:
         if not self._broadcast_over and now >= self._broadcast_deadline:
             self._broadcast_over = True
             why = f"the publisher did not say within {self._rules.timeout_s + GRACE_S:g} s how its broadcast ended"
-            log.warning("weight sync in group %d: %s", self.group_epoch, why)
+            log.warning("weight sync in group %d: %s", self.channel_epoch, why)
             self._break(now, why)
         for member in self._in(Phase.STAGING, Phase.SWAPPING):
             if now < member.deadline:
@@ -349,7 +349,7 @@ class SyncRound:
         return [member for member in self.members.values() if member.phase in phases]
 
     def _prefix(self) -> str:
-        return f"{self._rules.run_name}/{self._rules.run_epoch}/{self.group_epoch}"
+        return f"{self._rules.run_name}/{self._rules.run_epoch}/{self.channel_epoch}"
 
 
 def canary_differences(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[float, float]:

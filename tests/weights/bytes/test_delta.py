@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from asyncrl.errors import ProtocolError, ShapeError, WeightGroupError
+from asyncrl.errors import ChannelError, ProtocolError, ShapeError
 from asyncrl.weights.bytes.delta import MAX_SHARE, Places, apply_delta, delta_pays, encode_delta
 from asyncrl.weights.bytes.layout import DeltaInfo
 from asyncrl.weights.channels.channel import SnapshotBuffer, WeightManifest, digest, digest_buckets, plan_buckets
@@ -225,7 +225,7 @@ def test_a_damaged_delta_leaves_the_base_as_it_was(data):
     position = data.draw(st.integers(0, delta.info.num_bytes * 8 - 1))
     delta.payload[position // 8] ^= 1 << position % 8
     before = old.clone()
-    with pytest.raises(WeightGroupError, match="damaged on the way"):
+    with pytest.raises(ChannelError, match="damaged on the way"):
         apply_delta(layout, old, delta.info, delta.payload)
     assert torch.equal(old, before)
 

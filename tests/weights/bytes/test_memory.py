@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.weights.bytes.memory import Opened, handle_of, place, shared_buffer
 from asyncrl.weights.channels.channel import SnapshotBuffer
 
@@ -59,7 +59,7 @@ def test_another_process_reads_the_bytes_where_they_are(owner):
     opened.copy(777, copy, FAR)
     assert torch.equal(copy, expected(777, 1777))
     for offset in (-1, 49_001):
-        with pytest.raises(WeightGroupError, match="not in shared memory of 50000 bytes"):
+        with pytest.raises(ChannelError, match="not in shared memory of 50000 bytes"):
             opened.copy(offset, copy, FAR)
 
 
@@ -71,7 +71,7 @@ def test_what_is_mapped_outlives_its_owner_and_leaves_no_name_behind():
     opened.copy(0, copy, FAR)
     assert torch.equal(copy, expected(0, 50_000))
     assert not [name for name in {path.name for path in Path("/dev/shm").iterdir()} - before if "asyncrl" in name]
-    with pytest.raises(WeightGroupError, match="run learner and generator as one user in one PID namespace"):
+    with pytest.raises(ChannelError, match="run learner and generator as one user in one PID namespace"):
         Opened(handle, CPU)
 
 
@@ -84,18 +84,18 @@ def test_a_descriptor_that_became_another_file_is_not_taken_for_the_memory(owner
     (tmp_path / "file").write_bytes(b"x" * 50_000)
     with (tmp_path / "file").open("rb") as file:
         handle = owner[1] | {"pid": os.getpid(), "fd": file.fileno()}
-        with pytest.raises(WeightGroupError, match="its owner dropped it"):
+        with pytest.raises(ChannelError, match="its owner dropped it"):
             Opened(handle, CPU)
 
 
 @pytest.mark.parametrize("damage", [{"pid": None}, {"fd": "../../etc"}, {"bytes": "many"}])
 def test_a_handle_of_nonsense_is_refused(owner, damage):
-    with pytest.raises(WeightGroupError, match="malformed"):
+    with pytest.raises(ChannelError, match="malformed"):
         Opened(owner[1] | damage, CPU)
 
 
 def test_more_bytes_than_there_are_cannot_be_mapped(owner):
-    with pytest.raises(WeightGroupError):
+    with pytest.raises(ChannelError):
         Opened(owner[1] | {"bytes": 1 << 30}, CPU)
 
 

@@ -1,4 +1,4 @@
-"""Receivers of weight groups as processes of their own, which report every broadcast and can be told to fail."""
+"""Receivers of weight channels as processes of their own, which report every broadcast and can be told to fail."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 MEMBER = """
 import json, os, signal, sys, time
 import torch
-from asyncrl.errors import WeightGroupError
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, digest
+from asyncrl.errors import ChannelError
+from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec, digest
 
 def say(**values):
     print(json.dumps(values), flush=True)
@@ -24,7 +24,7 @@ spec, num_bytes, timeout_s, faults = [json.loads(argument) for argument in sys.a
 say(pid=os.getpid())
 started = time.monotonic()
 try:
-    group = WeightGroup(WeightGroupSpec.from_dict(spec))
+    group = WeightChannel(ChannelSpec.from_dict(spec))
     group.join()
     say(joined=True)
     flat = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -34,7 +34,7 @@ try:
         started = time.monotonic()
         group.broadcast([flat], timeout_s)
         say(bucket=bucket, digest=digest(flat))
-except WeightGroupError as error:
+except ChannelError as error:
     say(error=str(error), elapsed_s=time.monotonic() - started)
 group.close()
 """

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.errors import BindError, ProtocolError, ShapeError, WeightGroupError
+from asyncrl.errors import BindError, ChannelError, ProtocolError, ShapeError
 from asyncrl.weights.channels.channel import (
+    ChannelSpec,
     SnapshotBuffer,
-    WeightGroup,
-    WeightGroupSpec,
+    WeightChannel,
     WeightLayout,
     WeightManifest,
     WeightStore,
@@ -34,7 +34,7 @@ from asyncrl.weights.channels.channel import (
 )
 from tests.weights.channels.members import in_threads, pair
 
-SPEC = WeightGroupSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", 10.0)
+SPEC = ChannelSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", 10.0)
 
 
 def slow_digest(data: bytes) -> int:
@@ -180,14 +180,14 @@ def test_layout_survives_a_dict():
 
 
 def test_a_spec_survives_the_wire_and_nonsense_is_refused():
-    assert WeightGroupSpec.from_dict(msgpack.unpackb(msgpack.packb(SPEC.to_dict()))) == SPEC
+    assert ChannelSpec.from_dict(msgpack.unpackb(msgpack.packb(SPEC.to_dict()))) == SPEC
     for change in ({"rank": 2}, {"rank": -1}, {"timeout_s": 0.0}, {"timeout_s": None}):
         with pytest.raises(ProtocolError):
-            WeightGroupSpec.from_dict(SPEC.to_dict() | change)
+            ChannelSpec.from_dict(SPEC.to_dict() | change)
 
 
 def test_the_store_listens_on_the_given_address_only():
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     listening = [c for c in psutil.Process().net_connections("tcp") if c.laddr.port == group.store_port]
     assert [c.laddr.ip for c in listening if c.status == psutil.CONN_LISTEN] == ["127.0.0.1"]
     group.close()
@@ -197,7 +197,7 @@ def test_the_store_listens_on_the_given_address_only():
 
 def test_a_port_in_use_is_the_users_to_change():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BindError, match="free port"):
-        WeightGroup.host(dataclasses.replace(SPEC, store_port=taken.getsockname()[1]))
+        WeightChannel.host(dataclasses.replace(SPEC, store_port=taken.getsockname()[1]))
 
 
 def test_a_store_that_cannot_listen_or_does_not_start_leaves_no_socket_behind(monkeypatch):
@@ -227,7 +227,7 @@ def test_a_store_that_cannot_listen_or_does_not_start_leaves_no_socket_behind(mo
 
 
 def test_an_error_of_our_own_in_the_middle_of_a_broadcast_leaves_a_dead_group():
-    root, member = pair(SPEC, WeightGroup)
+    root, member = pair(SPEC, WeightChannel)
     sent, taken = torch.zeros(3, 10), torch.zeros(3, 10)
 
     def broken(num_bytes):
@@ -238,7 +238,7 @@ def test_an_error_of_our_own_in_the_middle_of_a_broadcast_leaves_a_dead_group():
             root.broadcast(list(sent), 10.0, broken)
 
     in_threads(send, lambda: member.broadcast([taken[0]], 10.0))
-    with pytest.raises(WeightGroupError, match=r"the group is dead \(a bug\)"):
+    with pytest.raises(ChannelError, match=r"the group is dead \(a bug\)"):
         root.broadcast([sent[0]], 10.0)
     for group in (member, root):  # the root still has two parts under way
         group.close()
@@ -246,8 +246,8 @@ def test_an_error_of_our_own_in_the_middle_of_a_broadcast_leaves_a_dead_group():
 
 def test_members_in_threads_receive_what_was_sent_and_groups_can_follow_each_other():
     for epoch in range(3):
-        root = WeightGroup.host(dataclasses.replace(SPEC, prefix=f"epoch/{epoch}", world_size=3))
-        members = [WeightGroup(root.spec.for_rank(rank)) for rank in (1, 2)]
+        root = WeightChannel.host(dataclasses.replace(SPEC, prefix=f"epoch/{epoch}", world_size=3))
+        members = [WeightChannel(root.spec.for_rank(rank)) for rank in (1, 2)]
         sent = torch.randint(0, 256, (5, 1000), dtype=torch.uint8)
         received = torch.zeros(2, 5, 1000, dtype=torch.uint8)
 
@@ -271,48 +271,48 @@ def test_members_in_threads_receive_what_was_sent_and_groups_can_follow_each_oth
         for member in [root, *members]:
             member.close()
             member.close()
-            with pytest.raises(WeightGroupError, match="dead"):
+            with pytest.raises(ChannelError, match="dead"):
                 member.broadcast([sent[0]], 1.0)
 
 
 def test_a_group_that_nobody_joins_fails_at_its_deadline():
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     started = time.monotonic()
-    with pytest.raises(WeightGroupError, match="forming weight group 'epoch/1' as rank 0 of 2"):
+    with pytest.raises(ChannelError, match="forming weight channel 'epoch/1' as rank 0 of 2"):
         group.join(1.0)
     assert 0.9 < time.monotonic() - started < 3.0
-    with pytest.raises(WeightGroupError, match="dead"):
+    with pytest.raises(ChannelError, match="dead"):
         group.join(1.0)
     group.close()
 
 
 def test_abort_from_another_thread_ends_a_wait():
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     threading.Timer(0.3, group.abort).start()
     started = time.monotonic()
-    with pytest.raises(WeightGroupError, match="aborted"):
+    with pytest.raises(ChannelError, match="aborted"):
         group.join(30.0)
     assert time.monotonic() - started < 2.0
     group.close()
 
 
 def test_a_backend_that_does_not_exist_is_refused_at_once():
-    with pytest.raises(WeightGroupError, match=r"'mpi' is none of \['gloo', 'ipc', 'nccl'\]"):
-        WeightGroup(dataclasses.replace(SPEC, backend="mpi"))
+    with pytest.raises(ChannelError, match=r"'mpi' is none of \['gloo', 'ipc', 'nccl'\]"):
+        WeightChannel(dataclasses.replace(SPEC, backend="mpi"))
 
 
 def test_nccl_without_a_gpu_is_refused_at_once():
-    with pytest.raises(WeightGroupError, match="needs a cuda device"):
-        WeightGroup(dataclasses.replace(SPEC, backend="nccl"))
+    with pytest.raises(ChannelError, match="needs a cuda device"):
+        WeightChannel(dataclasses.replace(SPEC, backend="nccl"))
 
 
 MEMBER = """
 import json, os, signal, sys, time, torch
-from asyncrl.errors import WeightGroupError
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.errors import ChannelError
+from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec
 spec, timeout_s = json.loads(sys.argv[1]), float(sys.argv[2])
 faults = json.loads(sys.argv[3])
-group = WeightGroup(WeightGroupSpec.from_dict(spec))
+group = WeightChannel(ChannelSpec.from_dict(spec))
 group.join()
 flat = torch.zeros(1 << 20, dtype=torch.uint8)
 for bucket in range(1000):
@@ -321,7 +321,7 @@ for bucket in range(1000):
     started = time.monotonic()
     try:
         group.broadcast([flat], timeout_s)
-    except WeightGroupError as error:
+    except ChannelError as error:
         print(json.dumps({"bucket": bucket, "elapsed_s": time.monotonic() - started}), flush=True)
         break
 """
@@ -330,7 +330,7 @@ for bucket in range(1000):
 @pytest.mark.parametrize(("fault", "limit_s"), [("SIGKILL", 1.0), ("SIGSTOP", 4.0)])
 def test_a_member_that_dies_or_hangs_ends_the_broadcast_for_all_in_time(fault, limit_s):
     timeout_s = 2.0
-    root = WeightGroup.host(dataclasses.replace(SPEC, world_size=3, timeout_s=30.0))
+    root = WeightChannel.host(dataclasses.replace(SPEC, world_size=3, timeout_s=30.0))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(rank, faults):
@@ -342,7 +342,7 @@ def test_a_member_that_dies_or_hangs_ends_the_broadcast_for_all_in_time(fault, l
     try:
         root.join()
         flat = torch.ones(1 << 20, dtype=torch.uint8)
-        with pytest.raises(WeightGroupError):
+        with pytest.raises(ChannelError):
             for _ in range(100):
                 started = time.monotonic()
                 root.broadcast([flat], timeout_s)

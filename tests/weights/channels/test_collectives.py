@@ -1,4 +1,4 @@
-"""Weight groups are process groups of their own: nothing of theirs goes through torch.distributed's default group."""
+"""Weight channels are process groups of their own: nothing of theirs goes through torch.distributed's default group."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import asyncrl
-from asyncrl.errors import WeightGroupError
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.errors import ChannelError
+from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
 from asyncrl.weights.channels.collectives import AHEAD
 from tests.weights.channels.members import in_threads, pair
 
@@ -70,7 +70,7 @@ def default_group():
 def test_a_weight_group_neither_uses_nor_needs_the_default_group(default_group, backend):
     known = dict(dist.distributed_c10d._world.pg_map)
     before = default_group._get_sequence_number_for_group()
-    root, member = pair(WeightGroupSpec("127.0.0.1", 0, "own/1", 0, 2, backend, 20.0), WeightGroup)
+    root, member = pair(ChannelSpec("127.0.0.1", 0, "own/1", 0, 2, backend, 20.0), WeightChannel)
     sent, taken = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
     in_threads(lambda: root.broadcast([sent], 10.0), lambda: member.broadcast([taken], 10.0))
     assert torch.equal(sent, taken)
@@ -90,7 +90,7 @@ def test_a_weight_group_neither_uses_nor_needs_the_default_group(default_group, 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 @pytest.mark.parametrize("num_parts", [0, 1, AHEAD, 2 * AHEAD + 1])
 def test_parts_of_any_number_and_size_arrive_in_order_and_each_is_told(backend, num_parts):
-    root, member = pair(WeightGroupSpec("127.0.0.1", 0, "parts/1", 0, 2, backend, 20.0), WeightGroup)
+    root, member = pair(ChannelSpec("127.0.0.1", 0, "parts/1", 0, 2, backend, 20.0), WeightChannel)
     sent = [torch.randint(0, 256, (1 + 70_000 * index,), dtype=torch.uint8) for index in range(num_parts)]
     taken = [torch.zeros_like(part) for part in sent]
     told = {0: [], 1: []}
@@ -105,7 +105,7 @@ def test_parts_of_any_number_and_size_arrive_in_order_and_each_is_told(backend, 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_a_broadcast_that_stops_in_the_middle_has_told_how_far_it_was(backend):
-    root, member = pair(WeightGroupSpec("127.0.0.1", 0, "parts/2", 0, 2, backend, 20.0), WeightGroup)
+    root, member = pair(ChannelSpec("127.0.0.1", 0, "parts/2", 0, 2, backend, 20.0), WeightChannel)
     parts = torch.ones(10, 100_000, dtype=torch.uint8)
     told, failures = {0: [], 1: []}, []
 
@@ -115,7 +115,7 @@ def test_a_broadcast_that_stops_in_the_middle_has_told_how_far_it_was(backend):
     def take():
         try:
             member.broadcast(list(torch.zeros_like(parts)), 1.0, told[1].append)
-        except WeightGroupError as failure:
+        except ChannelError as failure:
             failures.append(str(failure))
 
     in_threads(send, take)

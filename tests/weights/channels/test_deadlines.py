@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
-from asyncrl.errors import WeightGroupError
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.errors import ChannelError
+from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
 from asyncrl.weights.channels.rendezvous import SLACK_S, within
 from tests.weights.channels.hanging_transport import hanging
 from tests.weights.channels.members import in_threads, pair
 
-SPEC = WeightGroupSpec("127.0.0.1", 0, "hang/1", 0, 2, "hanging", 20.0)
+SPEC = ChannelSpec("127.0.0.1", 0, "hang/1", 0, 2, "hanging", 20.0)
 NUM_BYTES = 4096
 CLOSE_S = 0.5  # what `hanging` makes of CLOSE_TIMEOUT_S
 LATE_S = 1.0  # a busy machine
@@ -35,7 +35,7 @@ class Failing:
 
     def __call__(self):
         started = time.monotonic()
-        with pytest.raises(WeightGroupError) as failure:
+        with pytest.raises(ChannelError) as failure:
             self._call()
         self.elapsed_s, self.text = time.monotonic() - started, str(failure.value)
 
@@ -45,7 +45,7 @@ def buffer(value=0):
 
 
 def assert_bytes_arrive_in_a_new_group(number):
-    root, member = pair(dataclasses.replace(SPEC, prefix=f"hang/{number}"), WeightGroup)
+    root, member = pair(dataclasses.replace(SPEC, prefix=f"hang/{number}"), WeightChannel)
     sent, taken = buffer(number), buffer()
     in_threads(lambda: root.broadcast([sent], 10.0), lambda: member.broadcast([taken], 10.0))
     assert torch.equal(sent, taken)
@@ -56,13 +56,13 @@ def assert_bytes_arrive_in_a_new_group(number):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_forming_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
     hangs.places = {("form", rank)}
-    root = WeightGroup.host(SPEC)
-    member = WeightGroup(root.spec.for_rank(1))
+    root = WeightChannel.host(SPEC)
+    member = WeightChannel(root.spec.for_rank(1))
     calls = [Failing(lambda: root.join(1.0)), Failing(lambda: member.join(1.0))]
     in_threads(*calls)
     for call in calls:
         assert 0.9 < call.elapsed_s < 1.0 + SLACK_S + LATE_S
-        assert "forming weight group 'hang/1' as rank" in call.text
+        assert "forming weight channel 'hang/1' as rank" in call.text
     assert "no answer within 1.5 s, waiting for a form that never ends; the call was abandoned" in calls[rank].text
     root.close()
     member.close()
@@ -72,16 +72,16 @@ def test_forming_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_broadcast_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
-    root, member = pair(SPEC, WeightGroup)
+    root, member = pair(SPEC, WeightChannel)
     hangs.places = {("broadcast", rank)}
     calls = [Failing(lambda: root.broadcast([buffer(1)], 1.0)), Failing(lambda: member.broadcast([buffer()], 1.0))]
     in_threads(*calls)
     for call in calls:
         assert 0.9 < call.elapsed_s < 1.0 + SLACK_S + LATE_S
-        assert f"broadcast of {NUM_BYTES} bytes in weight group 'hang/1'" in call.text
+        assert f"broadcast of {NUM_BYTES} bytes in weight channel 'hang/1'" in call.text
     assert "waiting for a broadcast that never ends; the call was abandoned" in calls[rank].text
     for group in (root, member):
-        with pytest.raises(WeightGroupError, match="the group is dead"):
+        with pytest.raises(ChannelError, match="the group is dead"):
             group.broadcast([buffer()], 1.0)
         group.close()
     hangs.places = set()
@@ -91,12 +91,12 @@ def test_a_broadcast_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank
 @pytest.mark.parametrize("method", ["abort", "close"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_abort_and_close_end_and_name_what_they_waited_for(hangs, method, rank):
-    group = pair(SPEC, WeightGroup)[rank]
+    group = pair(SPEC, WeightChannel)[rank]
     hangs.places = {(method, rank)}
     call = Failing(getattr(group, method))
     in_threads(call)
     assert CLOSE_S - 0.1 < call.elapsed_s < CLOSE_S + LATE_S
-    assert f"weight group 'hang/1': no answer within {CLOSE_S} s, waiting for a {method} that never ends" in call.text
+    assert f"weight channel 'hang/1': no answer within {CLOSE_S} s, waiting for a {method} that never ends" in call.text
     hangs.places = set()
     group.close()  # after a close that hung there is nothing left to do
     assert_bytes_arrive_in_a_new_group(2)
@@ -104,7 +104,7 @@ def test_abort_and_close_end_and_name_what_they_waited_for(hangs, method, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_abort_reaches_a_call_that_hangs(hangs, rank):
-    group = pair(SPEC, WeightGroup)[rank]
+    group = pair(SPEC, WeightChannel)[rank]
     hangs.places = {("broadcast", rank)}
     call = Failing(lambda: group.broadcast([buffer()], 30.0))
     threading.Timer(0.2, group.abort).start()
@@ -114,7 +114,7 @@ def test_an_abort_reaches_a_call_that_hangs(hangs, rank):
 
 
 def test_what_was_abandoned_touches_nothing_of_a_later_group_when_it_goes_on(hangs):
-    root, member = pair(SPEC, WeightGroup)
+    root, member = pair(SPEC, WeightChannel)
     hangs.places = {("broadcast", 1)}
     old, sent = buffer(), buffer(5)
     in_threads(
@@ -125,7 +125,7 @@ def test_what_was_abandoned_touches_nothing_of_a_later_group_when_it_goes_on(han
     in_threads(Failing(root.close), Failing(member.close))
     hangs.places = set()
 
-    later, taken = pair(dataclasses.replace(SPEC, prefix="hang/2"), WeightGroup), buffer()
+    later, taken = pair(dataclasses.replace(SPEC, prefix="hang/2"), WeightChannel), buffer()
     in_threads(lambda: later[0].broadcast([sent], 10.0), lambda: later[1].broadcast([taken], 10.0))
     hangs.release()  # the abandoned broadcast overwrites its buffer, the abandoned closes close
     assert (old != 0).all() and (taken == 5).all() and (sent == 5).all()
@@ -152,7 +152,7 @@ def test_a_call_that_fails_keeps_nothing_of_what_it_worked_with_alive():
 
     gc.disable()
     try:
-        with pytest.raises(WeightGroupError, match=r"work failed after 0\.\d+ s: broken") as failure:
+        with pytest.raises(ChannelError, match=r"work failed after 0\.\d+ s: broken") as failure:
             within(5.0, "work", failing)
         assert failure.value.__cause__ is not None and alive[0]() is None
     finally:

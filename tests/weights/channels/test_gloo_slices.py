@@ -7,11 +7,11 @@ import threading
 import pytest
 import torch
 
-from asyncrl.errors import WeightGroupError
-from asyncrl.weights.channels.channel import WeightGroupSpec
+from asyncrl.errors import ChannelError
+from asyncrl.weights.channels.channel import ChannelSpec
 from asyncrl.weights.channels.collectives import GlooTransport
 
-SPEC = WeightGroupSpec("127.0.0.1", 1, "slices", 0, 2, "gloo", 5.0)
+SPEC = ChannelSpec("127.0.0.1", 1, "slices", 0, 2, "gloo", 5.0)
 
 
 class Work:
@@ -58,5 +58,5 @@ def test_a_transfer_that_failed_is_one_with_its_own_reason(slices):
 
 
 def test_a_transfer_that_never_ends_is_given_up_at_the_deadline():
-    with pytest.raises(WeightGroupError, match="did not take part"):
+    with pytest.raises(ChannelError, match="did not take part"):
         broadcast(Work(10**9), timeout_s=0.05)

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.weights.bytes.memory import shared_buffer
 from asyncrl.weights.channels import ipc
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, digest
+from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel, digest
 from tests.weights.channels.members import in_threads, members_of, pair
 
-SPEC = WeightGroupSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
+SPEC = ChannelSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
 NUM_BYTES = 100_000
 NO_PID = 2**22 + 1  # above the kernel's largest
 
@@ -43,7 +43,7 @@ def open_group():
 
     def make(num_receivers, **options):
         spec = dataclasses.replace(SPEC, prefix=f"ipc/{len(groups)}", world_size=1 + num_receivers)
-        groups.append(WeightGroup.host(spec))
+        groups.append(WeightChannel.host(spec))
         ours = members_of(groups[-1], **({"num_bytes": NUM_BYTES, "timeout_s": 20.0} | options))
         members.extend(ours)
         groups[-1].join()
@@ -61,7 +61,7 @@ def broadcast_until_it_fails(group, flat, timeout_s):
         started = time.monotonic()
         try:
             group.broadcast([flat], timeout_s)
-        except WeightGroupError as error:
+        except ChannelError as error:
             return str(error), time.monotonic() - started
     raise AssertionError("the group never failed")
 
@@ -112,10 +112,10 @@ def test_a_receiver_that_stands_still_costs_one_deadline_and_fails_when_it_wakes
 
 SENDER = """
 import json, os, signal, sys, torch
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec
 from asyncrl.weights.bytes.memory import shared_buffer
 flat = shared_buffer(100_000, "cpu").fill_(7)
-group = WeightGroup.host(WeightGroupSpec.from_dict(json.loads(sys.argv[1])))
+group = WeightChannel.host(ChannelSpec.from_dict(json.loads(sys.argv[1])))
 print(group.store_port, flush=True)
 group.join()
 group.broadcast([flat], 20.0)
@@ -130,13 +130,13 @@ def test_a_sender_that_dies_or_stands_still_ends_the_receivers_by_their_deadline
     sender = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         port = int(sender.stdout.readline())
-        member = WeightGroup(dataclasses.replace(SPEC, rank=1, store_port=port))
+        member = WeightChannel(dataclasses.replace(SPEC, rank=1, store_port=port))
         member.join()
         flat = torch.zeros(NUM_BYTES, dtype=torch.uint8)
         member.broadcast([flat], 20.0)
         assert (flat == 7).all()
         started = time.monotonic()
-        with pytest.raises(WeightGroupError, match="broadcast of 100000 bytes in weight group 'ipc/1'"):
+        with pytest.raises(ChannelError, match="broadcast of 100000 bytes in weight channel 'ipc/1'"):
             member.broadcast([flat], 2.0)
         assert time.monotonic() - started < 3.5
         member.close()
@@ -149,8 +149,8 @@ def test_a_sender_that_dies_or_stands_still_ends_the_receivers_by_their_deadline
 
 
 def test_a_sender_goes_on_only_when_everybody_took_the_bytes():
-    root = WeightGroup.host(dataclasses.replace(SPEC, world_size=3))
-    members = [WeightGroup(root.spec.for_rank(rank)) for rank in (1, 2)]
+    root = WeightChannel.host(dataclasses.replace(SPEC, world_size=3))
+    members = [WeightChannel(root.spec.for_rank(rank)) for rank in (1, 2)]
     in_threads(root.join, *(member.join for member in members))
     flat, copies = filled(1), torch.zeros(2, NUM_BYTES, dtype=torch.uint8)
     sent = threading.Event()
@@ -167,7 +167,7 @@ def test_a_sender_goes_on_only_when_everybody_took_the_bytes():
 
 def test_groups_send_at_the_same_time_out_of_one_buffer():
     buffer = filled(3, shared_buffer(NUM_BYTES, "cpu"))
-    pairs = [pair(dataclasses.replace(SPEC, prefix=f"cell/{i}"), WeightGroup) for i in range(3)]
+    pairs = [pair(dataclasses.replace(SPEC, prefix=f"cell/{i}"), WeightChannel) for i in range(3)]
     copies = torch.zeros(3, NUM_BYTES, dtype=torch.uint8)
 
     def run(group, flat):
@@ -183,7 +183,7 @@ def test_groups_send_at_the_same_time_out_of_one_buffer():
 
 
 def test_memory_is_mapped_once_and_the_store_does_not_grow():
-    root, member = pair(SPEC, WeightGroup)
+    root, member = pair(SPEC, WeightChannel)
     buffer, copy = shared_buffer(NUM_BYTES, "cpu"), torch.zeros(NUM_BYTES, dtype=torch.uint8)
     store, sizes = root._transport._store, []
     for round_number in range(6):
@@ -204,7 +204,7 @@ def test_memory_is_mapped_once_and_the_store_does_not_grow():
 
 
 def test_bytes_of_any_dtype_and_shape_arrive():
-    root, member = pair(SPEC, WeightGroup)
+    root, member = pair(SPEC, WeightChannel)
     sent = torch.randn(3, 50, dtype=torch.float64)
     for flat, copy in ((sent, torch.zeros_like(sent)), (sent.bfloat16(), torch.zeros(150, dtype=torch.bfloat16))):
         in_threads(lambda flat=flat: root.broadcast([flat], 20.0), lambda copy=copy: member.broadcast([copy], 20.0))
@@ -214,11 +214,11 @@ def test_bytes_of_any_dtype_and_shape_arrive():
 
 
 def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
-    root, member = pair(SPEC, WeightGroup)
+    root, member = pair(SPEC, WeightChannel)
     errors, started = [], time.monotonic()
 
     def failing(group, num_bytes):
-        with pytest.raises(WeightGroupError) as failure:
+        with pytest.raises(ChannelError) as failure:
             group.broadcast([torch.zeros(num_bytes, dtype=torch.uint8)], 30.0)
         errors.append(str(failure.value))
 
@@ -226,7 +226,7 @@ def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
     assert time.monotonic() - started < 5.0
     assert all("rank 0 sends 100 bytes, 90 are expected" in error for error in errors)
     for group in (root, member):
-        with pytest.raises(WeightGroupError, match="dead"):
+        with pytest.raises(ChannelError, match="dead"):
             group.broadcast([torch.zeros(100, dtype=torch.uint8)], 1.0)
         group.close()
 
@@ -248,12 +248,12 @@ def test_members_that_cannot_share_memory_are_told_why_at_once_on_both_sides(mon
         put(transport, name, value | {"pid": NO_PID} if name == "learner" else value)
 
     monkeypatch.setattr(ipc.IpcTransport, "_put", put_elsewhere)
-    root = WeightGroup.host(SPEC)
-    member = WeightGroup(root.spec.for_rank(1))
+    root = WeightChannel.host(SPEC)
+    member = WeightChannel(root.spec.for_rank(1))
     started = time.monotonic()
 
     def failing(group):
-        with pytest.raises(WeightGroupError, match=f"forming weight group 'ipc/1' as rank . of 2 .*{words}"):
+        with pytest.raises(ChannelError, match=f"forming weight channel 'ipc/1' as rank . of 2 .*{words}"):
             group.join()
 
     in_threads(lambda: failing(root), lambda: failing(member))
@@ -263,11 +263,11 @@ def test_members_that_cannot_share_memory_are_told_why_at_once_on_both_sides(mon
 
 
 def test_who_is_missing_is_named():
-    root = WeightGroup.host(dataclasses.replace(SPEC, world_size=3))
-    member = WeightGroup(root.spec.for_rank(1))
+    root = WeightChannel.host(dataclasses.replace(SPEC, world_size=3))
+    member = WeightChannel(root.spec.for_rank(1))
 
     def failing(group, missing):
-        with pytest.raises(WeightGroupError, match=f"{missing} did not come in time"):
+        with pytest.raises(ChannelError, match=f"{missing} did not come in time"):
             group.join(2.0)
 
     in_threads(lambda: failing(root, "member/2 of rank 2"), lambda: failing(member, "formed of rank 0"))
@@ -277,10 +277,10 @@ def test_who_is_missing_is_named():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_abort_ends_a_wait_on_either_side(rank):
-    both = pair(SPEC, WeightGroup)
+    both = pair(SPEC, WeightChannel)
     threading.Timer(0.2, both[rank].abort).start()
     started = time.monotonic()
-    with pytest.raises(WeightGroupError, match="aborted"):
+    with pytest.raises(ChannelError, match="aborted"):
         both[rank].broadcast([torch.zeros(10, dtype=torch.uint8)], 30.0)
     assert time.monotonic() - started < 2.0
     for group in both:
@@ -289,7 +289,7 @@ def test_an_abort_ends_a_wait_on_either_side(rank):
 
 def test_an_answer_of_the_store_that_comes_after_the_deadline_is_not_acted_on():
     """The learner stood still, and has long reused its buffer when the abandoned thread goes on."""
-    root, member = pair(SPEC, WeightGroup)
+    root, member = pair(SPEC, WeightChannel)
     answers, threads, real = threading.Event(), [], member._transport._store
 
     class LateStore:
@@ -302,10 +302,10 @@ def test_an_answer_of_the_store_that_comes_after_the_deadline_is_not_acted_on():
 
     member._transport._store = LateStore()
     sent, flat = filled(1), torch.zeros(NUM_BYTES, dtype=torch.uint8)
-    sender = threading.Thread(target=lambda: pytest.raises(WeightGroupError, root.broadcast, [sent], 20.0), daemon=True)
+    sender = threading.Thread(target=lambda: pytest.raises(ChannelError, root.broadcast, [sent], 20.0), daemon=True)
     sender.start()
     started = time.monotonic()
-    with pytest.raises(WeightGroupError, match="waiting for ready/0 of rank 0; the call was abandoned"):
+    with pytest.raises(ChannelError, match="waiting for ready/0 of rank 0; the call was abandoned"):
         member.broadcast([flat], 0.5)
     assert time.monotonic() - started < 2.0
     answers.set()
@@ -320,6 +320,6 @@ def test_an_answer_of_the_store_that_comes_after_the_deadline_is_not_acted_on():
 def test_a_process_that_ended_before_the_group_was_formed_is_found_out():
     process = subprocess.Popen(["true"])
     process.wait()
-    with pytest.raises(WeightGroupError, match=f"process {process.pid} ended while the group was formed"):
+    with pytest.raises(ChannelError, match=f"process {process.pid} ended while the group was formed"):
         ipc._Process(process.pid)
     assert not ipc._Process(os.getpid()).ended

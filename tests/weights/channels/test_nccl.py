@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from asyncrl.errors import WeightGroupError
+from asyncrl.errors import ChannelError
 from asyncrl.weights.channels import channel, collectives
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
+from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
 from asyncrl.weights.channels.collectives import NcclTransport
 
-SPEC = WeightGroupSpec("127.0.0.1", 0, "nccl/1", 0, 2, "nccl", 20.0)
+SPEC = ChannelSpec("127.0.0.1", 0, "nccl/1", 0, 2, "nccl", 20.0)
 SWITCH = "TORCH_NCCL_BLOCKING_WAIT"
 
 
@@ -96,9 +96,9 @@ def nccl(monkeypatch):
 
 
 def failing(call):
-    """The text of the WeightGroupError that `call` ends with, and the seconds it took."""
+    """The text of the ChannelError that `call` ends with, and the seconds it took."""
     started = time.monotonic()
-    with pytest.raises(WeightGroupError) as failure:
+    with pytest.raises(ChannelError) as failure:
         call()
     return str(failure.value), time.monotonic() - started
 
@@ -111,7 +111,7 @@ def until_aborted(nccl):
 
 
 def joined(nccl):
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     nccl.done.set()
     group.join()
     nccl.done.clear()
@@ -119,7 +119,7 @@ def joined(nccl):
 
 
 def test_a_group_is_formed_when_its_first_broadcast_is_done_and_has_no_watchdog(nccl):
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     joining = threading.Thread(target=group.join, daemon=True)
     joining.start()
     joining.join(0.3)
@@ -140,9 +140,9 @@ def test_a_group_is_formed_when_its_first_broadcast_is_done_and_has_no_watchdog(
 
 
 def test_a_member_that_does_not_come_ends_the_forming_at_its_deadline(nccl):
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     text, elapsed_s = failing(lambda: group.join(0.5))
-    assert "forming weight group 'nccl/1' as rank 0 of 2" in text and "did not take part in time" in text
+    assert "forming weight channel 'nccl/1' as rank 0 of 2" in text and "did not take part in time" in text
     assert 0.4 < elapsed_s < 2.0
     group.close()
     assert nccl.groups[0].aborts == 1 and not nccl.groups[0].works[0].waits
@@ -170,7 +170,7 @@ def test_an_error_of_nccl_is_one_of_the_group(nccl):
     assert "broadcast of 20 bytes" in text and text.endswith("remote process exited") and elapsed_s < 2.0
     group.close()
     nccl.groups.clear()
-    group = WeightGroup.host(dataclasses.replace(SPEC, prefix="nccl/2"))
+    group = WeightChannel.host(dataclasses.replace(SPEC, prefix="nccl/2"))
     assert failing(group.join)[0].endswith("remote process exited")
     group.close()
     assert nccl.groups[0].aborts == 1
@@ -178,7 +178,7 @@ def test_an_error_of_nccl_is_one_of_the_group(nccl):
 
 @pytest.mark.parametrize("method", ["abort", "close"])
 def test_a_group_that_is_given_up_while_it_is_formed_is_aborted(nccl, method):
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     threading.Timer(0.2, getattr(group, method)).start()
     text, elapsed_s = failing(group.join)
     assert text.endswith("aborted") and elapsed_s < 2.0
@@ -188,7 +188,7 @@ def test_a_group_that_is_given_up_while_it_is_formed_is_aborted(nccl, method):
 
 @pytest.mark.parametrize("method", ["abort", "close"])
 def test_a_group_that_is_given_up_before_torch_has_made_it_is_aborted_when_it_appears(nccl, method):
-    group = WeightGroup.host(SPEC)
+    group = WeightChannel.host(SPEC)
     nccl.may_make.clear()
     ended = []
     joining = threading.Thread(target=lambda: ended.append(failing(group.join)[0]), daemon=True)
@@ -207,7 +207,7 @@ def test_groups_made_at_the_same_time_leave_the_environment_as_it_was(nccl, monk
     monkeypatch.setenv(SWITCH, "0")
     nccl.done.set()
     nccl.may_make.clear()
-    groups = [WeightGroup.host(dataclasses.replace(SPEC, prefix=f"nccl/{number}")) for number in range(3)]
+    groups = [WeightChannel.host(dataclasses.replace(SPEC, prefix=f"nccl/{number}")) for number in range(3)]
     joining = [threading.Thread(target=group.join, daemon=True) for group in groups]
     for thread in joining:
         thread.start()
@@ -223,5 +223,5 @@ def test_groups_made_at_the_same_time_leave_the_environment_as_it_was(nccl, monk
 
 
 def test_nccl_needs_a_gpu():
-    with pytest.raises(WeightGroupError, match="nccl needs a cuda device, not cpu; use gloo"):
-        WeightGroup.host(SPEC, "cpu")
+    with pytest.raises(ChannelError, match="nccl needs a cuda device, not cpu; use gloo"):
+        WeightChannel.host(SPEC, "cpu")

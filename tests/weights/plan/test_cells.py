@@ -1,4 +1,4 @@
-"""Who shares a weight group with whom."""
+"""Who shares a weight channel with whom."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -6,9 +6,9 @@ import pytest
 from asyncrl.link.messages import (
     Broadcast,
     BroadcastDone,
-    CloseGroup,
-    GroupReady,
-    OpenGroup,
+    ChannelReady,
+    CloseChannel,
+    OpenChannel,
     SnapshotReady,
     SnapshotWanted,
     SyncAbort,
@@ -68,7 +68,7 @@ class Bench:
     def open_group(self):
         """The publisher opens all groups it was asked for."""
         for epoch in [epoch for epoch, current in self.planner.rounds.items() if current.opening]:
-            self.planner.group_ready(GroupReady(epoch, "127.0.0.1", 9, ""), self.now)
+            self.planner.group_ready(ChannelReady(epoch, "127.0.0.1", 9, ""), self.now)
         return self.take()
 
     def reply(self, name, phase, *, error="", digests=None, canary=None):
@@ -83,7 +83,7 @@ class Bench:
     def broadcast_done(self, error="", of=None):
         """`of`: a member of the round, where there are several."""
         current = self.round if of is None else self.round_of(of)
-        done = BroadcastDone(current.snapshot.version, current.attempt, current.group_epoch, error, 5.0, 100)
+        done = BroadcastDone(current.snapshot.version, current.attempt, current.channel_epoch, error, 5.0, 100)
         self.planner.broadcast_done(done, self.now)
         return self.take() + self.after(0.0)
 
@@ -130,7 +130,7 @@ def kinds(outputs, kind):
 
 def test_a_round_opens_a_group_offers_swaps_and_commits():
     bench = Bench("a", "b")
-    (open_group,) = messages(bench.snapshot(0), OpenGroup)
+    (open_group,) = messages(bench.snapshot(0), OpenChannel)
     assert (open_group.world_size, open_group.prefix) == (3, "r/1/1")
     outputs = bench.open_group()
     assert [offer.group["rank"] for offer in messages(outputs, SyncOffer)] == [1, 2]
@@ -158,7 +158,7 @@ def test_the_group_is_used_again_while_members_stay_the_same():
     bench = Bench("a")
     bench.sync_all(0, ["a"])
     outputs = bench.snapshot(1)
-    assert messages(outputs, SyncOffer) and not messages(outputs, OpenGroup)
+    assert messages(outputs, SyncOffer) and not messages(outputs, OpenChannel)
 
 
 def test_a_restarted_generator_holds_nothing_and_gets_a_new_group():
@@ -167,8 +167,8 @@ def test_a_restarted_generator_holds_nothing_and_gets_a_new_group():
     bench.planner.joined("a", 2, 1, bench.now)
     assert bench.planner.held_version("a") is None
     bench.planner.advance(bench.now)
-    (open_group,) = messages(bench.take(), OpenGroup)
-    assert open_group.group_epoch == 2
+    (open_group,) = messages(bench.take(), OpenChannel)
+    assert open_group.channel_epoch == 2
 
 
 def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
@@ -176,7 +176,7 @@ def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
     bench.sync_all(0, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
     bench.planner.advance(bench.now)
-    (open_group,) = messages(bench.take(), OpenGroup)
+    (open_group,) = messages(bench.take(), OpenChannel)
     assert open_group.world_size == 2
     assert list(bench.round.members) == ["b"]
     assert bench.planner.held_version("a") == 0
@@ -199,12 +199,12 @@ def test_the_repeated_wish_names_the_groups_in_use_so_that_others_whose_closing_
     bench.after(0.0)
     bench.open_group()
     (wanted,) = messages(bench.after(WANTED_REPEAT_S), SnapshotWanted)
-    assert wanted.open_groups == [1, bench.round_of("c").group_epoch]
+    assert wanted.open_channels == [1, bench.round_of("c").channel_epoch]
     bench.reply("c", "stage")
     bench.broadcast_done(of="c")
     bench.reply("c", "swap")
     (wanted,) = messages(bench.after(WANTED_REPEAT_S), SnapshotWanted)
-    assert wanted.open_groups == [1], "the round of c is over"
+    assert wanted.open_channels == [1], "the round of c is over"
 
 
 def test_an_offer_that_is_repeated_starts_nothing():
@@ -222,9 +222,9 @@ def test_a_group_that_keeps_a_version_whose_offer_got_lost_is_given_up_and_blame
     bench.sync_all(0, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
     bench.after(0.0)
-    bench.planner.group_ready(GroupReady(bench.round.group_epoch, "127.0.0.1", 9, "", version=1), bench.now)
+    bench.planner.group_ready(ChannelReady(bench.round.channel_epoch, "127.0.0.1", 9, "", version=1), bench.now)
     assert not messages(bench.take(), Broadcast) and not bench.planner.receivers["b"].failed
-    assert messages(bench.snapshot(1) + bench.after(REOPEN_S), OpenGroup)
+    assert messages(bench.snapshot(1) + bench.after(REOPEN_S), OpenChannel)
 
 
 def test_while_a_cell_is_at_work_nothing_newer_is_asked_for():
@@ -238,7 +238,7 @@ def test_a_tensor_parallel_generator_takes_one_rank_per_worker():
     bench = Bench()
     bench.planner.joined("a", 1, 2, bench.now)
     bench.planner.joined("b", 1, 1, bench.now)
-    (open_group,) = messages(bench.snapshot(0), OpenGroup)
+    (open_group,) = messages(bench.snapshot(0), OpenChannel)
     assert open_group.world_size == 4
     assert [o.group["rank"] for o in messages(bench.open_group(), SyncOffer)] == [1, 3]
 
@@ -327,15 +327,15 @@ def test_a_silent_member_costs_the_others_one_deadline_and_then_sits_out():
     assert {f.name for f in kinds(outputs, SyncFailed)} == {"b"}
     assert bench.round is not None, "the publisher is still in the broken collective"
     outputs = bench.broadcast_done(error="timeout")
-    (open_group,) = messages(outputs, OpenGroup)
+    (open_group,) = messages(outputs, OpenChannel)
     assert open_group.world_size == 2 and list(bench.round.members) == ["a"]
-    assert messages(outputs, CloseGroup), "nobody uses the broken one again"
+    assert messages(outputs, CloseChannel), "nobody uses the broken one again"
     bench.open_group()
     bench.reply("a", "stage")
     bench.broadcast_done()
     assert kinds(bench.reply("a", "swap"), Committed)
     outputs = bench.after(PENALTY_S)
-    assert messages(outputs, OpenGroup) and list(bench.round.members) == ["b"] and bench.round.catch_up
+    assert messages(outputs, OpenChannel) and list(bench.round.members) == ["b"] and bench.round.catch_up
 
 
 def test_a_member_that_dies_in_the_middle_does_not_hold_up_the_round():
@@ -368,7 +368,7 @@ def test_the_trainers_death_ends_the_round_and_the_next_trainer_starts_anew():
     bench.open_group()
     bench.planner.publisher_lost(bench.now)
     assert bench.round is None
-    assert messages(bench.snapshot(0), OpenGroup)
+    assert messages(bench.snapshot(0), OpenChannel)
 
 
 def test_a_publisher_that_opens_no_group_is_given_up_by_deadline():
@@ -377,7 +377,7 @@ def test_a_publisher_that_opens_no_group_is_given_up_by_deadline():
     outputs = bench.after(TIMEOUT_S)
     assert "opened no group" in kinds(outputs, SyncFailed)[0].reason
     assert bench.round is not None, "it is tried again at once under a new epoch"
-    assert bench.planner.group_epoch == 2
+    assert bench.planner.channel_epoch == 2
 
 
 def test_a_busy_generator_is_left_alone_until_it_is_free():
@@ -386,7 +386,7 @@ def test_a_busy_generator_is_left_alone_until_it_is_free():
     bench.sync_all(0, ["b"])
     assert bench.planner.held_version("a") is None
     bench.planner.set_busy(set())
-    assert messages(bench.after(0.0), OpenGroup)
+    assert messages(bench.after(0.0), OpenChannel)
     assert list(bench.round.members) == ["a"]
 
 
@@ -420,7 +420,7 @@ def test_a_snapshot_that_is_replaced_while_its_group_opens_gives_way_to_the_newe
     bench = Bench("a")
     bench.sync_all(1, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
-    assert messages(bench.after(0.0), OpenGroup)
+    assert messages(bench.after(0.0), OpenChannel)
     bench.planner.set_busy({"a"})
     bench.snapshot(2)
     outputs = bench.open_group()
@@ -441,7 +441,7 @@ def test_a_member_that_errs_again_and_again_sits_out_in_the_end():
         bench.broadcast_done(error="a member left")
         bench.after(0.0)
         assert (bench.round is None) == (failures == MAX_ERRORS)
-    assert messages(bench.after(PENALTY_S), OpenGroup)
+    assert messages(bench.after(PENALTY_S), OpenChannel)
 
 
 def test_a_member_that_dies_while_it_stages_ends_the_wait_of_the_others():
@@ -462,7 +462,7 @@ def test_a_member_that_dies_while_its_group_opens_is_not_waited_for():
     bench = Bench("a", "b")
     bench.snapshot(0)
     bench.planner.left("b", bench.now, "is dead")
-    (open_group,) = messages(bench.after(0.0), OpenGroup)
+    (open_group,) = messages(bench.after(0.0), OpenChannel)
     assert open_group.world_size == 2 and list(bench.round.members) == ["a"]
 
 
@@ -518,11 +518,11 @@ def test_a_publisher_that_cannot_open_a_group_is_asked_again_after_a_pause_and_c
     bench = Bench("a")
     bench.snapshot(0)
     for _ in range(MAX_ERRORS + 1):
-        bench.planner.group_ready(GroupReady(bench.round.group_epoch, "127.0.0.1", 0, "no port is free"), bench.now)
+        bench.planner.group_ready(ChannelReady(bench.round.channel_epoch, "127.0.0.1", 0, "no port is free"), bench.now)
         assert bench.round is None
-        assert not messages(bench.after(0.0), OpenGroup), "not at once: that would go round and round"
+        assert not messages(bench.after(0.0), OpenChannel), "not at once: that would go round and round"
         assert bench.planner.next_deadline(bench.now) <= bench.now + REOPEN_S
-        assert messages(bench.after(REOPEN_S), OpenGroup)
+        assert messages(bench.after(REOPEN_S), OpenChannel)
     assert not bench.planner.receivers["a"].failed
 
 
@@ -547,7 +547,7 @@ def test_a_generator_that_was_caught_up_goes_on_alone_while_evaluations_keep_all
 
 def test_generators_that_are_there_from_the_start_share_cells_of_the_given_size():
     bench = Bench(*"abcde", cell_size=2)
-    opened = messages(bench.snapshot(0), OpenGroup)
+    opened = messages(bench.snapshot(0), OpenChannel)
     assert [group.world_size for group in opened] == [3, 3, 2]
     assert len({group.prefix for group in opened}) == 3
     offers = messages(bench.open_group(), SyncOffer)
@@ -586,7 +586,7 @@ def test_a_late_cell_takes_the_newest_snapshot_on_a_new_group():
     bench.broadcast_done(of="a")
     assert messages(bench.reply("a", "swap") + bench.after(CELL_GRACE_S), SnapshotWanted)
     outputs = bench.reply("b", "swap")
-    assert messages(outputs, OpenGroup) and not messages(outputs, SyncOffer)
+    assert messages(outputs, OpenChannel) and not messages(outputs, SyncOffer)
     assert messages(bench.open_group(), SyncOffer)[0].version == 1
 
 
@@ -595,13 +595,13 @@ def test_a_newcomer_is_caught_up_beside_a_round_and_merged_at_the_next_snapshot(
     bench.sync_all(0, ["a"])
     bench.snapshot(1)
     bench.planner.joined("b", 1, 1, bench.now)
-    (open_group,) = messages(bench.after(0.0), OpenGroup)
+    (open_group,) = messages(bench.after(0.0), OpenChannel)
     assert open_group.world_size == 2 and bench.round_of("b").catch_up
     bench.reply("a", "stage")
     bench.broadcast_done(of="a")
     assert messages(bench.reply("a", "swap"), SnapshotWanted), "the newcomer is not waited for"
     assert kinds(bench.catch_up("b"), Committed)
-    (open_group,) = messages(bench.snapshot(2), OpenGroup)
+    (open_group,) = messages(bench.snapshot(2), OpenChannel)
     assert open_group.world_size == 3 and set(bench.round.members) == {"a", "b"}
 
 
@@ -616,7 +616,7 @@ def test_a_newcomer_that_is_caught_up_waits_for_the_next_snapshot_and_not_for_an
     bench.broadcast_done(of="b")
     bench.reply("b", "swap")
     assert bench.planner.held_version("b") == 0
-    assert list(bench.planner.rounds) == [bench.round_of("a").group_epoch]
+    assert list(bench.planner.rounds) == [bench.round_of("a").channel_epoch]
 
 
 def test_who_failed_where_others_did_not_is_tried_alone_and_costs_them_nothing():
@@ -630,7 +630,7 @@ def test_who_failed_where_others_did_not_is_tried_alone_and_costs_them_nothing()
     assert list(bench.round.members) == ["b"] and bench.round.catch_up
     outputs = bench.snapshot(2)
     assert [o.name for o in outputs if isinstance(o, ToGenerator)] == []
-    assert messages(outputs, OpenGroup)[0].world_size == 2, "a goes on alone"
+    assert messages(outputs, OpenChannel)[0].world_size == 2, "a goes on alone"
 
 
 def test_no_more_catch_ups_at_once_than_the_network_should_carry():
@@ -638,8 +638,8 @@ def test_no_more_catch_ups_at_once_than_the_network_should_carry():
     bench.sync_all(0, ["a"])
     for name in "bcdefgh":
         bench.planner.joined(name, 1, 1, bench.now)
-    assert len(messages(bench.after(0.0), OpenGroup)) == MAX_CATCH_UPS
-    assert len(messages(bench.catch_up("b"), OpenGroup)) == 1, "the next in line"
+    assert len(messages(bench.after(0.0), OpenChannel)) == MAX_CATCH_UPS
+    assert len(messages(bench.catch_up("b"), OpenChannel)) == 1, "the next in line"
 
 
 # -- what generators say they hold
@@ -655,7 +655,7 @@ def test_a_lost_commit_is_said_again_and_then_the_weights_are_sent_again():
     assert (commit.version, commit.attempt) == (0, 0)
     bench.planner.holds("a", None, bench.now + TIMEOUT_S + COMMIT_REPEAT_S + 0.1)
     assert bench.planner.held_version("a") is None
-    assert messages(bench.after(0.0), OpenGroup)
+    assert messages(bench.after(0.0), OpenChannel)
 
 
 def test_a_generator_that_holds_what_it_proved_is_left_alone():
@@ -680,7 +680,7 @@ def test_a_round_reports_what_was_sent():
     bench.snapshot(1, base=0)
     current = bench.round
     bench.reply("a", "stage")
-    done = BroadcastDone(1, current.attempt, current.group_epoch, "", 5.0, 100, 4000, 2.5)
+    done = BroadcastDone(1, current.attempt, current.channel_epoch, "", 5.0, 100, 4000, 2.5)
     bench.planner.broadcast_done(done, bench.now)
     (ended,) = kinds(bench.reply("a", "swap"), RoundEnded)
     assert (ended.base_version, ended.num_bytes, ended.dense_bytes, ended.encode_ms) == (0, 100, 4000, 2.5)
@@ -743,7 +743,7 @@ def test_after_a_taint_everything_is_sent():
     bench.reply("a", "stage")
     bench.broadcast_done()
     bench.reply("a", "swap", error="engine says no")
-    assert not messages(bench.snapshot(2, base=1), OpenGroup), "it sits out"
+    assert not messages(bench.snapshot(2, base=1), OpenChannel), "it sits out"
     assert bench.offered(bench.after(PENALTY_S)) is None
 
 
@@ -781,11 +781,11 @@ def test_the_next_trainers_version_of_the_same_number_is_sent_again_only_if_it_h
     bench = Bench("a")
     bench.sync_all(0, ["a"])
     bench.planner.publisher_lost(bench.now)
-    assert not messages(bench.snapshot(0), OpenGroup), "it was repeated to the bit"
+    assert not messages(bench.snapshot(0), OpenChannel), "it was repeated to the bit"
     bench.planner.publisher_lost(bench.now)
     other = SnapshotReady(0, {"digests": [7, 8]}, [b"\x01\0\0\0"], CANARY, 1.0)
     bench.planner.snapshot_ready(other, bench.now)
-    assert messages(bench.after(0.0), OpenGroup)
+    assert messages(bench.after(0.0), OpenChannel)
     bench.open_group()
     bench.reply("a", "stage", digests=[7, 8])
     bench.broadcast_done()

@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from asyncrl.link.messages import (
     Broadcast,
     BroadcastDone,
-    CloseGroup,
-    GroupReady,
-    OpenGroup,
+    ChannelReady,
+    CloseChannel,
+    OpenChannel,
     SnapshotReady,
     SnapshotWanted,
     SyncOffer,
@@ -41,7 +41,7 @@ class Planner(RuleBasedStateMachine):
         self.version = -1
         self.may_offer = True
         self.orders: list[tuple[str, int, SyncOffer | SyncSwap]] = []
-        self.openings: list[OpenGroup] = []
+        self.openings: list[OpenChannel] = []
         self.broadcasts: list[Broadcast] = []
         self.honest: set[tuple[str, int, int, str]] = set()  # (name, incarnation, version, phase) answered well
         self.opened: set[int] = set()
@@ -98,7 +98,7 @@ class Planner(RuleBasedStateMachine):
             self.planner.snapshot_ready(self.offer, self.now)
         self.settle()
 
-    @rule(kind=st.sampled_from([SnapshotReady, SnapshotWanted, CloseGroup]))
+    @rule(kind=st.sampled_from([SnapshotReady, SnapshotWanted, CloseChannel]))
     def lose_the_next(self, kind):
         self.to_lose.add(kind)
 
@@ -140,8 +140,8 @@ class Planner(RuleBasedStateMachine):
     @rule(error=st.sampled_from(["", "", "a member left"]))
     def sent(self, error):
         order = self.broadcasts.pop(0)
-        self.kept.pop(order.group_epoch, None)
-        done = BroadcastDone(order.version, order.attempt, order.group_epoch, error, 1.0, 10)
+        self.kept.pop(order.channel_epoch, None)
+        done = BroadcastDone(order.version, order.attempt, order.channel_epoch, error, 1.0, 10)
         self.planner.broadcast_done(done, self.now)
         self.settle()
 
@@ -172,37 +172,37 @@ class Planner(RuleBasedStateMachine):
 
     def opens(self, opening, error):
         if not error:
-            self.kept[opening.group_epoch] = self.version
-        ready = GroupReady(opening.group_epoch, "127.0.0.1", 9, error, version=None if error else self.version)
+            self.kept[opening.channel_epoch] = self.version
+        ready = ChannelReady(opening.channel_epoch, "127.0.0.1", 9, error, version=None if error else self.version)
         self.planner.group_ready(ready, self.now)
 
     def to_publisher(self, message):
         if self.is_lost(message):
             return
         match message:
-            case OpenGroup():
+            case OpenChannel():
                 assert message.prefix not in self.prefixes, "a prefix is used twice"
                 self.prefixes.add(message.prefix)
-                self.opened.add(message.group_epoch)
+                self.opened.add(message.channel_epoch)
                 self.openings.append(message)
             case Broadcast():
-                assert message.group_epoch not in self.closed, "a closed group is used"
-                kept = self.kept.get(message.group_epoch)
+                assert message.channel_epoch not in self.closed, "a closed group is used"
+                kept = self.kept.get(message.channel_epoch)
                 assert kept == message.version or (kept is None and not self.may_offer), "its memory may be replaced"
                 self.broadcasts.append(message)
-            case CloseGroup():
-                self.close(message.group_epoch)
+            case CloseChannel():
+                self.close(message.channel_epoch)
             case SnapshotWanted():
-                for group_epoch in self.opened - self.closed - set(message.open_groups):
-                    self.close(group_epoch)
+                for channel_epoch in self.opened - self.closed - set(message.open_channels):
+                    self.close(channel_epoch)
                 if message.version == self.version:
                     self.may_offer = True
                 elif self.offer is not None and not self.is_lost(self.offer):
                     self.planner.snapshot_ready(self.offer, self.now)
 
-    def close(self, group_epoch):
-        self.closed.add(group_epoch)
-        self.kept.pop(group_epoch, None)
+    def close(self, channel_epoch):
+        self.closed.add(channel_epoch)
+        self.kept.pop(channel_epoch, None)
 
     # -- what always holds ---------------------------------------------------------------------------------------
 
@@ -264,8 +264,8 @@ class Planner(RuleBasedStateMachine):
         self.settle()
         while self.broadcasts:
             order = self.broadcasts.pop(0)
-            self.kept.pop(order.group_epoch, None)
-            done = BroadcastDone(order.version, order.attempt, order.group_epoch, "", 1.0, 10)
+            self.kept.pop(order.channel_epoch, None)
+            done = BroadcastDone(order.version, order.attempt, order.channel_epoch, "", 1.0, 10)
             self.planner.broadcast_done(done, self.now)
         self.settle()
         while self.orders:

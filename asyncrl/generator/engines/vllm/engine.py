@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from asyncrl.errors import AsyncRLError, DeadlineExceeded, EngineError, WeightGroupError
+from asyncrl.errors import AsyncRLError, ChannelError, DeadlineExceeded, EngineError
 from asyncrl.generator.engines.base import Completion, GenerationRequest, StageReport, SwapReport
 from asyncrl.generator.engines.vllm.options import (
     SPARE_SEQUENCES,
@@ -36,7 +36,7 @@ from asyncrl.generator.engines.vllm.options import (
 from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from
 
 if TYPE_CHECKING:
-    from asyncrl.weights.channels.channel import WeightGroupSpec, WeightManifest
+    from asyncrl.weights.channels.channel import ChannelSpec, WeightManifest
 
 _T = TypeVar("_T")
 
@@ -290,11 +290,11 @@ class VLLMEngine:
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
-    async def join_weight_group(self, spec: WeightGroupSpec, timeout_s: float) -> None:
-        """See `RolloutEngine.join_weight_group`."""
+    async def join_channel(self, spec: ChannelSpec, timeout_s: float) -> None:
+        """See `RolloutEngine.join_channel`."""
         spec = dataclasses.replace(spec, timeout_s=timeout_s)
         async with self._weights_lock:
-            await self._job(f"joining weight group {spec.prefix!r}", timeout_s, "asyncrl_join", spec.to_dict())
+            await self._job(f"joining weight channel {spec.prefix!r}", timeout_s, "asyncrl_join", spec.to_dict())
 
     async def stage_weights(self, manifest: WeightManifest, timeout_s: float) -> StageReport:
         """See `RolloutEngine.stage_weights`."""
@@ -303,8 +303,8 @@ class VLLMEngine:
             jobs = await self._job(what, timeout_s, "asyncrl_stage", manifest.to_dict(), timeout_s)
         return StageReport([job["digests"] for job in jobs], _slowest_ms(jobs))
 
-    async def leave_weight_group(self) -> None:
-        """See `RolloutEngine.leave_weight_group`."""
+    async def leave_channel(self) -> None:
+        """See `RolloutEngine.leave_channel`."""
         if self._llm is not None and not self._dead:
             await self._rpc("asyncrl_leave", RPC_TIMEOUT_S)
 
@@ -374,7 +374,7 @@ class VLLMEngine:
         try:
             await self._rpc(method, timeout_s, *args)
             return await self._results(timeout_s)
-        except (EngineError, DeadlineExceeded, WeightGroupError) as error:
+        except (EngineError, DeadlineExceeded, ChannelError) as error:
             raise type(error)(f"{what}: {error}; {await self._try_to_leave()}, {UNTOUCHED}") from None
         except BaseException:
             await self._try_to_leave()
@@ -394,19 +394,19 @@ class VLLMEngine:
                 raise DeadlineExceeded(f"{error}; last heard: {_progress(jobs)}") from None
             for rank, job in enumerate(jobs):
                 if job["state"] == "failed":
-                    raise WeightGroupError(f"{_progress([job], rank)}: {job['error']}")
+                    raise ChannelError(f"{_progress([job], rank)}: {job['error']}")
             if all(job["state"] == "done" for job in jobs):
                 return jobs
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_MAX_S)
 
     async def _try_to_leave(self) -> str:
-        """How leaving the weight group went, for the error that is the reason for it."""
+        """How leaving the weight channel went, for the error that is the reason for it."""
         try:
-            await self.leave_weight_group()
+            await self.leave_channel()
         except (EngineError, DeadlineExceeded) as error:
-            return f"nor can the weight group be left ({error})"
-        return "the weight group is left"
+            return f"nor can the weight channel be left ({error})"
+        return "the weight channel is left"
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class EngineOptions:
     threads: int = 1
     log_path: str | None = None
     start_timeout_s: float = 600.0
-    weights_timeout_s: float = 30.0  # of the forming of a weight group
+    weights_timeout_s: float = 30.0  # of the forming of a weight channel
     seed: int = 0  # of the engine's own random stream; two generators must not draw the same noise
 
 

@@ -27,11 +27,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from asyncrl.errors import EngineError, WeightGroupError
+from asyncrl.errors import ChannelError, EngineError
 from asyncrl.generator.engines.vllm.direct_apply import DirectApply, Prepared
 from asyncrl.generator.engines.vllm.options import follow_parent
 from asyncrl.weights.base_weights import BaseWeights, complete_names
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec, WeightManifest
+from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel, WeightManifest
 from asyncrl.weights.staging import Staged, receive
 
 log = logging.getLogger("vllm.asyncrl")  # below vLLM's logger, which its processes have configured
@@ -74,7 +74,7 @@ class Job:
 
 
 class WeightReceiver:
-    """One worker's membership of a weight group, and its staging buffer. Knows nothing of vLLM.
+    """One worker's membership of a weight channel, and its staging buffer. Knows nothing of vLLM.
 
     `begin_*` start a job in a thread and return at once; `poll` tells how the newest one goes. `leave`
     disowns a job under way: it fails by its own deadline and touches nothing that later jobs use.
@@ -90,26 +90,26 @@ class WeightReceiver:
         self._device = device
         self._base = base
         self._prepare = prepare
-        self._group: WeightGroup | None = None
+        self._group: WeightChannel | None = None
         self._job = Job("join", state="done")
         self._held: Staged | None = None  # verified; outlives groups and `staged`, because deltas start from it
         self._lock = threading.Lock()  # between a job that publishes its result and `leave`
         self.staged: WeightManifest | None = None
         self.prepared: Prepared | None = None  # reads the buffer, so that it lives no longer than `staged`
 
-    def begin_join(self, spec: WeightGroupSpec) -> None:
+    def begin_join(self, spec: ChannelSpec) -> None:
         """Connect to a group, leaving the one before."""
         self.leave()
-        group = self._group = WeightGroup(spec, self._device)
+        group = self._group = WeightChannel(spec, self._device)
         self._begin("join", lambda job: group.join())
 
     def begin_stage(self, manifest: WeightManifest, timeout_s: float) -> None:
         """Receive `manifest` into the staging buffer and verify it."""
         group = self._group
         if group is None:
-            raise WeightGroupError("stage: this worker is in no weight group; join one first")
+            raise ChannelError("stage: this worker is in no weight channel; join one first")
         if self._job.state == "running":
-            raise WeightGroupError("stage: the job before it is still running; leave the group first")
+            raise ChannelError("stage: the job before it is still running; leave the group first")
         self.staged = self.prepared = None
         # The job owns the buffer until it succeeds: after a failure the transport may still write to it.
         held, self._held = self._held, None
@@ -156,7 +156,7 @@ class WeightReceiver:
 
     def _stage(
         self,
-        group: WeightGroup,
+        group: WeightChannel,
         manifest: WeightManifest,
         held: Staged | None,
         timeout_s: float,
@@ -180,17 +180,17 @@ class WeightReceiver:
                 self._held, self.staged, self.prepared = held, manifest, prepared
 
 
-def _close(group: WeightGroup) -> None:
+def _close(group: WeightChannel) -> None:
     try:
         group.close()
-    except WeightGroupError as error:
+    except ChannelError as error:
         # Nobody waits for this thread; what is left behind is one connection of a dead group.
         log.warning("%s", error)
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """vLLM's dict for `init_transfer_engine`: a WeightGroupSpec."""
+    """vLLM's dict for `init_transfer_engine`: a ChannelSpec."""
 
     spec: dict[str, Any]
 
@@ -222,7 +222,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._reloading = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.receiver.begin_join(WeightGroupSpec.from_dict(init_info.spec))
+        self.receiver.begin_join(ChannelSpec.from_dict(init_info.spec))
 
     @property
     def reloading(self) -> bool:
@@ -315,9 +315,9 @@ class WeightWorkerExtension:
     _weight_update_active: bool  # vLLM's
 
     def asyncrl_join(self, spec: dict[str, Any]) -> None:
-        """Begin to join a weight group. `spec` is that of the engine's first worker."""
+        """Begin to join a weight channel. `spec` is that of the engine's first worker."""
         try:
-            first = WeightGroupSpec.from_dict(spec)
+            first = ChannelSpec.from_dict(spec)
             self.init_weight_transfer_engine({"spec": first.for_rank(first.rank + self.rank).to_dict()})  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001 - see above
             self.weight_transfer_engine.receiver.refuse("join", error)
@@ -363,5 +363,5 @@ class WeightWorkerExtension:
         return None if staged is None else staged.version
 
     def asyncrl_leave(self) -> None:
-        """Leave the weight group and drop what is staged."""
+        """Leave the weight channel and drop what is staged."""
         self.weight_transfer_engine.receiver.leave()

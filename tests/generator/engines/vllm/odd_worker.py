@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncrl.generator.engines.vllm import plugin
 from asyncrl.generator.engines.vllm.plugin import WeightWorkerExtension
-from asyncrl.weights.channels.channel import WeightGroup
+from asyncrl.weights.channels.channel import WeightChannel
 
 
 class OddWorkerExtension(WeightWorkerExtension):
@@ -45,15 +45,15 @@ class OddWorkerExtension(WeightWorkerExtension):
 
     def odd_damage_next_bytes(self, rank: int) -> None:
         """What worker `rank` receives next has one bit wrong."""
-        receive = WeightGroup.broadcast
+        receive = WeightChannel.broadcast
 
         def damaged(group, parts, *args):
-            WeightGroup.broadcast = receive
+            WeightChannel.broadcast = receive
             receive(group, parts, *args)
             parts[0][parts[0].numel() // 2] ^= 1
 
         if self.rank == rank:
-            WeightGroup.broadcast = damaged
+            WeightChannel.broadcast = damaged
 
     def odd_load_computed_tensors(self) -> None:
         """From now on the model computes on every tensor before it loads it."""

@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from asyncrl.errors import DeadlineExceeded, EngineError, NonFiniteError, WeightGroupError
-from asyncrl.weights.channels.channel import WeightGroupSpec
+from asyncrl.errors import ChannelError, DeadlineExceeded, EngineError, NonFiniteError
+from asyncrl.weights.channels.channel import ChannelSpec
 from tests.conftest import END_TOKEN, MAX_LENGTH, VOCAB_SIZE, randomize, reference_logprobs
 
 TOLERANCE = 1e-4  # float32 on both sides
@@ -263,7 +263,7 @@ def test_a_wrong_digest_is_refused_and_the_old_version_goes_on(engine):
         digests[1] ^= 1
         return dataclasses.replace(manifest, digests=tuple(digests))
 
-    with pytest.raises(WeightGroupError, match="bucket 1 of version"):
+    with pytest.raises(ChannelError, match="bucket 1 of version"):
         engine.run(engine.stage(tamper=damage))
     with pytest.raises(EngineError, match="not staged"):
         engine.run(engine.engine.swap_weights(engine.next_version - 1, 10.0))
@@ -312,8 +312,8 @@ def test_weights_that_give_nan_are_an_error_and_not_a_number(engine):
 
 SENDER = """
 import json, os, signal, sys, torch
-from asyncrl.weights.channels.channel import WeightGroup, WeightGroupSpec
-group = WeightGroup.host(WeightGroupSpec.from_dict(json.loads(sys.argv[1])))
+from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec
+group = WeightChannel.host(ChannelSpec.from_dict(json.loads(sys.argv[1])))
 print(group.store_port, flush=True)
 group.join()
 group.broadcast([torch.zeros(65536, dtype=torch.uint8)], 20.0)
@@ -323,7 +323,7 @@ os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
 @pytest.mark.parametrize(("fault", "limit_s"), [("SIGKILL", 2.0), ("SIGSTOP", 5.0)])
 def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_on(engine, fault, limit_s):
-    spec = WeightGroupSpec("127.0.0.1", 0, "lost", 0, 2, "gloo", 20.0)
+    spec = ChannelSpec("127.0.0.1", 0, "lost", 0, 2, "gloo", 20.0)
     before = engine.engine.version
     command = [sys.executable, "-c", SENDER, json.dumps(spec.to_dict()), fault]
     sender = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -336,13 +336,13 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
         port = int(await asyncio.to_thread(sender.stdout.readline))
         buffer = SnapshotBuffer([("a", torch.zeros(65536))], bucket_bytes=65536)
         generation = asyncio.create_task(engine.generate(PROMPT, num_rollouts=8, max_new_tokens=120))
-        await engine.engine.join_weight_group(dataclasses.replace(spec, rank=1, store_port=port), 20.0)
+        await engine.engine.join_channel(dataclasses.replace(spec, rank=1, store_port=port), 20.0)
         started = time.monotonic()
-        with pytest.raises(WeightGroupError, match="broadcast of 262144 bytes") as lost:
+        with pytest.raises(ChannelError, match="broadcast of 262144 bytes") as lost:
             await engine.engine.stage_weights(buffer.manifest(99), 3.0)
         for words in (
             "staging version 99: worker 0 failed in phase stage, 65536 of 262144 bytes received",
-            "the weight group is left, nothing is staged, the weights in use are untouched",
+            "the weight channel is left, nothing is staged, the weights in use are untouched",
         ):
             assert words in str(lost.value)
         elapsed_s = time.monotonic() - started
@@ -361,9 +361,9 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
 
 def test_joining_a_group_that_never_forms_ends_at_its_deadline(engine):
     started = time.monotonic()
-    with pytest.raises(WeightGroupError, match="worker 0 failed in phase join: .*forming weight group.* untouched"):
-        spec = WeightGroupSpec("127.0.0.1", 9, "nobody", 1, 2, "gloo", 1.0)
-        engine.run(engine.engine.join_weight_group(spec, 1.0))
+    with pytest.raises(ChannelError, match="worker 0 failed in phase join: .*forming weight channel.* untouched"):
+        spec = ChannelSpec("127.0.0.1", 9, "nobody", 1, 2, "gloo", 1.0)
+        engine.run(engine.engine.join_channel(spec, 1.0))
     assert time.monotonic() - started < 3.0
     engine.run(engine.sync())
 
@@ -487,7 +487,7 @@ def test_a_patch_that_does_not_fit_is_refused_before_the_swap_and_the_old_versio
     def tamper(manifest):
         return dataclasses.replace(manifest, patch=damage(manifest.patch))
 
-    with pytest.raises(WeightGroupError, match=message):
+    with pytest.raises(ChannelError, match=message):
         engine.run(engine.stage(buffer=buffer, tamper=tamper))
     with pytest.raises(EngineError, match="not staged"):
         engine.run(engine.engine.swap_weights(engine.next_version - 1, 10.0))

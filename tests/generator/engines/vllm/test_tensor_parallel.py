@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from asyncrl.errors import EngineError, WeightGroupError
+from asyncrl.errors import ChannelError, EngineError
 from asyncrl.generator.engines.vllm import plugin
 from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
 from tests.weights.delta_buffer import DeltaBuffer, change_some
@@ -120,7 +120,7 @@ def test_a_bit_that_is_wrong_on_one_worker_is_found_and_the_worker_named(two_wor
     weights = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     engine.run(engine.engine._rpc("odd_damage_next_bytes", 5.0, rank))
     told = rf"worker {rank} failed in phase stage, .*: bucket 0 of version .* digest"
-    with pytest.raises(WeightGroupError, match=told):
+    with pytest.raises(ChannelError, match=told):
         engine.run(engine.stage_next(50 + rank))
     with pytest.raises(EngineError, match="not staged"):
         engine.run(engine.engine.swap_weights(engine.next_version - 1, 10.0))
@@ -137,8 +137,8 @@ def test_a_worker_that_cannot_begin_is_named_and_no_answer_gets_out_of_step(two_
     engine = two_workers
     engine.run(engine.sync())
     engine.run(engine.engine._rpc("odd_refuse_next_stage", 5.0, rank))
-    told = f"worker {rank} failed in phase stage.*: RuntimeError: can't start new thread; the weight group is left"
-    with pytest.raises(WeightGroupError, match=told):
+    told = f"worker {rank} failed in phase stage.*: RuntimeError: can't start new thread; the weight channel is left"
+    with pytest.raises(ChannelError, match=told):
         engine.run(engine.stage_next(80 + rank))
     assert engine.run(engine.engine._rpc("asyncrl_staged_version", 5.0)) == [None, None]
     randomize(engine.model, 90 + rank)
