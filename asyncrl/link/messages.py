@@ -9,8 +9,9 @@ Durations are seconds relative to receipt: clocks of two hosts are never compare
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 PROTOCOL_VERSION = 3
 
@@ -24,10 +25,14 @@ class Message:
     wire_code: ClassVar[int] = 0
 
 
-def message(code: int) -> Any:
+M = TypeVar("M", bound=Message)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def message(code: int) -> Callable[[type[M]], type[M]]:
     """Class decorator: makes a frozen dataclass and registers it under `code`."""
 
-    def register(cls: type) -> type[Message]:
+    def register(cls: type[M]) -> type[M]:
         cls = dataclass(frozen=True, slots=True)(cls)
         cls.wire_code = code
         assert code not in _REGISTRY, f"message code {code} taken by {_REGISTRY[code].__name__}"
