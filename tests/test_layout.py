@@ -63,7 +63,7 @@ UNSAFE_FUNCTIONS = {"torch.load", "yaml.load"}  # under their full names only, s
 HARMLESS_IMPORTS = {"pickle.UnpicklingError"}  # what torch.load(weights_only=True) raises on a bad file
 
 MAX_LINES = 500
-TOP_LEVEL_FOLDERS = {".ci", "asyncrl", "benchmarks", "bin", "configs", "tests"}
+TOP_LEVEL_FOLDERS = {".ci", ".github", "asyncrl", "benchmarks", "bin", "configs", "tests"}
 
 
 @dataclass(frozen=True)
