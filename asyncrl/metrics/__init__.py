@@ -1,4 +1,4 @@
-"""Metrics of a run: typed figures (`types`), where they go (`sinks`, `wandb`), and what they add up to (`report`)."""
+"""Metrics of a run: typed records (`types`), where they go (`recorder`, `sinks`, `wandb`), and `alarms` on them."""
 
 from asyncrl.metrics.recorder import METRICS_FILE, Metrics
 from asyncrl.metrics.sinks import read_records

@@ -1,11 +1,11 @@
 """Alarms on off-policy health: RULES is the table of thresholds, each with the reason for it. Pure, no torch.
 
-An alarm goes on after a few steps in a row beyond its limit, off after as many on the healthy side of another, so that
-one bad batch says nothing and a figure that hovers does not flood the log. A figure that was not measured, or is NaN,
-changes nothing. Alarms only speak: training goes on.
+An alarm goes on after a few steps in a row beyond its limit, and off after as many steps on the healthy side of
+another limit: one bad batch says nothing, and a figure that hovers does not flood the log. A figure that was not
+measured, or is NaN, changes nothing. Alarms only speak; training goes on.
 
-Not in the table, on purpose: ratio_max (one token of many thousands; where it matters ess_share falls), and entropy and
-reward (a task that is solved looks like a policy that collapsed).
+Some figures are left out of the table on purpose: ratio_max, which is one token of many thousands (where it matters,
+ess_share falls), and entropy and reward, because a task that is solved looks like a policy that collapsed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from asyncrl.metrics.types import StepMetrics, youngest_age
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One alarm. Its name is that of the figure in StepMetrics that it watches.
+class AlarmRule:
+    """When one alarm goes on and off. Its name is that of the figure of StepMetrics that it watches.
 
-    cause and remedy end the warning; without a cause the warning says whether policy or engine moved, and what helps.
+    limit, clears_at     in the unit of the figure, or, with of_canary_tolerance, in shares of weights.canary_tolerance
+    steps                how many in a row it takes to go on, and to go off
+    why                  the reason for the limit, for whoever reads the table
+    cause, remedy        the end of the warning; with an empty cause the warning works out whether the policy or the
+                         engine moved, and what helps against that
     """
 
     figure: str
@@ -33,18 +37,26 @@ class Rule:
     why: str
     remedy: str
     cause: str = ""
+    of_canary_tolerance: bool = False
 
     def is_bad(self, value: float) -> bool:
-        """Beyond the limit."""
+        """Whether `value` is beyond the limit."""
         return value < self.limit if self.side == "below" else value > self.limit
 
     def is_good(self, value: float) -> bool:
-        """Far enough on the healthy side to clear the alarm."""
+        """Whether `value` is far enough on the healthy side to clear the alarm."""
         return value >= self.clears_at if self.side == "below" else value <= self.clears_at
+
+    def in_nats(self, canary_tolerance: float) -> AlarmRule:
+        """The rule with limits in nats, where they are given as shares of canary_tolerance (nats)."""
+        if not self.of_canary_tolerance:
+            return self
+        limit, clears_at = self.limit * canary_tolerance, self.clears_at * canary_tolerance
+        return replace(self, limit=limit, clears_at=clears_at, of_canary_tolerance=False)
 
 
 RULES = (
-    Rule(
+    AlarmRule(
         "ess_share",
         "below",
         limit=0.3,
@@ -53,7 +65,7 @@ RULES = (
         why="Below about 0.3 a few tokens carry the gradient; VCPO and PipelineRL found that this precedes collapse.",
         remedy="algorithm.masks=[second_moment] leaves out the tokens that moved most",
     ),
-    Rule(
+    AlarmRule(
         "kl_behaviour",
         "above",
         limit=0.1,
@@ -62,7 +74,7 @@ RULES = (
         why="M2PO bounds the second moment of log-ratios by 0.04, which is a KL of 0.02; this is five times as much.",
         remedy="algorithm.age_schedule=cap bears more of it",
     ),
-    Rule(
+    AlarmRule(
         "clip_fraction",
         "above",
         limit=0.3,
@@ -72,47 +84,48 @@ RULES = (
         "(verl issue 7356).",
         remedy="algorithm.clip_low and clip_high may be too narrow for this loss, or set algorithm.proximal=recomputed",
     ),
-    Rule(
+    AlarmRule(
         "masked_share",
         "above",
         limit=0.2,
         clears_at=0.1,
         steps=3,
-        why="Masks are for outliers (M2PO left out 0.06 % of tokens); a fifth of all is thrown away work, and what "
-        "stays is no fair sample.",
+        why="Masks are for outliers (M2PO left out 0.06 % of tokens); a fifth of all tokens is work thrown away, and "
+        "the rest is no fair sample.",
         remedy="algorithm.mask_low, mask_high, second_moment or opsm_delta may be too strict",
     ),
-    Rule(
+    AlarmRule(
         "gap_engine",
         "above",
-        limit=0.25,  # of the canary's tolerance; `Alarms` makes nats of it
+        limit=0.25,
         clears_at=0.15,
         steps=3,
-        why="A quarter of weights.canary_tolerance: among some hundred tokens the largest difference is three to four "
-        "times their mean, so the next syncs will be refused.",
+        why="Among some hundred tokens the largest difference is three to four times their mean, so from a quarter of "
+        "the tolerance on the next syncs will be refused.",
         cause="generator and learner compute differently with equal weights",
         remedy="compare their versions, dtype and devices; model.dtype=float32 narrows it, weights.canary_tolerance "
         "only hides it",
+        of_canary_tolerance=True,
     ),
-    Rule(
+    AlarmRule(
         "lost_share",
         "above",
         limit=0.1,
         clears_at=0.05,
         steps=5,
-        why="What is lost is not lost by chance: long completions go first, and training sees the rest. Also the share "
-        "of given-up prompts at which the learner ends the run.",
+        why="Rollouts are not lost by chance: long completions go first, and training sees the rest. The learner ends "
+        "the run at the same share of given-up prompts.",
         cause="rollouts failed or were over age",
         remedy="raise generator.lease_timeout_s or reward_timeout_s, or lower sampling.max_new_tokens; for dropped "
         "ones raise staleness.max_age",
     ),
-    Rule(
+    AlarmRule(
         "explained_variance",
         "below",
         limit=0.0,
         clears_at=0.1,
         steps=20,
-        why="Below 0 the critic predicts worse than one constant for all tokens would; at the start of a run it may.",
+        why="Below 0 the critic predicts worse than one constant for all tokens; early in a run that is no fault.",
         cause="the critic does not follow the returns",
         remedy="raise critic.lr or critic.warmup_steps, and with old rollouts set algorithm.value_targets=vtrace",
     ),
@@ -131,17 +144,17 @@ class Change:
 class Alarms:
     """Watches the steps of a run. `active` holds the names of the alarms that are on, in the order of RULES."""
 
-    def __init__(self, canary_tolerance: float, rules: tuple[Rule, ...] = RULES) -> None:
+    def __init__(self, canary_tolerance: float, rules: tuple[AlarmRule, ...] = RULES) -> None:
         """canary_tolerance: nats, as the weight sync uses it."""
-        self.rules = tuple(_in_nats(rule, canary_tolerance) for rule in rules)
+        self.rules = tuple(rule.in_nats(canary_tolerance) for rule in rules)
         self.active: list[str] = []
         self._streaks: Counter[str] = Counter()  # steps in a row that speak for a change
 
     def update(self, step: StepMetrics) -> list[Change]:
-        """Takes in one step; returns what went on or off by it."""
+        """Takes in one step, each once and in order; returns the alarms that it turned on or off."""
         return [change for rule in self.rules if (change := self._apply(rule, step)) is not None]
 
-    def _apply(self, rule: Rule, step: StepMetrics) -> Change | None:
+    def _apply(self, rule: AlarmRule, step: StepMetrics) -> Change | None:
         value = getattr(step, rule.figure)
         if value is None or math.isnan(value):
             return None
@@ -151,22 +164,16 @@ class Alarms:
         if self._streaks[rule.figure] < rule.steps:
             return None
         self._streaks[rule.figure] = 0
-        names = {*self.active} ^ {rule.figure}
-        self.active = [one.figure for one in self.rules if one.figure in names]
+        now_active = {*self.active} ^ {rule.figure}
+        self.active = [known.figure for known in self.rules if known.figure in now_active]
         line = (
             f"alarm off at step {step.version}: {rule.figure} is {value:.3g}" if was_on else _onset(rule, value, step)
         )
         return Change(rule.figure, not was_on, line)
 
 
-def _in_nats(rule: Rule, canary_tolerance: float) -> Rule:
-    if rule.figure != "gap_engine":
-        return rule
-    return replace(rule, limit=rule.limit * canary_tolerance, clears_at=rule.clears_at * canary_tolerance)
-
-
-def _onset(rule: Rule, value: float, step: StepMetrics) -> str:
-    """Value, threshold, likely cause, remedy."""
+def _onset(rule: AlarmRule, value: float, step: StepMetrics) -> str:
+    """The warning of an alarm that goes on: value, limit, likely cause and remedy."""
     beyond = f"alarm at step {step.version}: {rule.figure} {value:.3g} is {rule.side} {rule.limit:.3g}"
     cause, remedy = rule.cause, rule.remedy
     if rule.figure == "lost_share":
@@ -177,15 +184,15 @@ def _onset(rule: Rule, value: float, step: StepMetrics) -> str:
 
 
 def _most_lost(step: StepMetrics) -> str:
-    """The commonest reason why rollouts of this step were lost; empty when none was in this very step."""
+    """The commonest reason why rollouts were lost in this step; empty when this very step lost none."""
     reasons = Counter({reason: count for reason, count in step.rollouts_failed.items() if reason != "returned"})
     reasons["over age"] = step.rollouts_dropped
     (reason, count), *_ = reasons.most_common(1)
     return f"most of them: {reason} ({count} rollouts in this step)" if count else ""
 
 
-def _off_policy(rule: Rule, step: StepMetrics) -> tuple[str, str]:
-    """Whether the gap to what sampled the tokens is the engine's or the policy's, and what helps against that one."""
+def _off_policy(rule: AlarmRule, step: StepMetrics) -> tuple[str, str]:
+    """The cause and the remedy: did the engine or the policy open the gap to what sampled the tokens?"""
     engine, drift = step.gap_engine, step.gap_drift
     if engine is not None and drift is not None and engine > drift:
         cause = f"most of the gap is engine mismatch ({engine:.2g} nats, policy drift {drift:.2g})"
@@ -204,11 +211,11 @@ def _by_age(figure: str, step: StepMetrics) -> dict[str, float]:
     return {bucket: step.age_health[bucket][figure] for bucket in buckets if figure in step.age_health[bucket]}
 
 
-def _age_to_try(rule: Rule, by_age: dict[str, float]) -> str:
-    """The key, and the largest value that leaves out every age beyond the limit; nothing where age is not it."""
+def _age_to_try(rule: AlarmRule, by_age: dict[str, float]) -> str:
+    """The key to lower, with the largest value that keeps out every age beyond the limit, followed by a space."""
     first_bad = next((youngest_age(bucket) for bucket, value in by_age.items() if rule.is_bad(value)), None)
     if first_bad is None:
         return "staleness.max_age "
-    if first_bad == 0:  # what is new is as bad: mini-batches or epochs of one step move the policy that far
+    if first_bad == 0:  # tokens of age 0 are as bad: the updates within one step move the policy that far
         return "learner.epochs, learner.mini_batches "
     return f"staleness.max_age (to {first_bad - 1}) "

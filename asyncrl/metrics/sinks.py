@@ -1,6 +1,6 @@
-"""Where metrics go: a JSONL file always, and the console (`metrics.wandb` has Weights & Biases).
+"""Where every run's metrics go: to a JSONL file and to the console. `metrics.wandb` adds Weights & Biases.
 
-No sink may stop a run: one that fails says so once. The file tries again at each line.
+No sink may stop a run. One that fails says so once in the log; the file tries again at each line.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from asyncrl.metrics.types import AnyMetrics, EvalMetrics, StepMetrics, SyncMetr
 
 log = logging.getLogger(__name__)
 
-TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 16  # of the file's end: more than the longest line
 
 
 class Sink(Protocol):
     """Takes metrics in the order they happen."""
 
-    def write(self, metrics: AnyMetrics) -> None: ...
+    def write(self, metrics: AnyMetrics) -> None:
+        """Takes one record. Raises nothing and does not block: training waits for it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the sink; nothing is written after it."""
 
 
 # -- JSONL ---------------------------------------------------------------------------------------------------
@@ -35,7 +37,7 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends one JSON object per line. A restarted learner goes on in the same file.
 
-    A line cut short by a crash or a full disk is removed before the next one, so that every line parses.
+    A line that a crash or a full disk cut short is removed before the next one is written, so that every line parses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,6 +49,7 @@ class JsonlSink:
         self._failed = False
 
     def write(self, metrics: AnyMetrics) -> None:
+        """Appends one line; it is in the file when this returns. A disk that refuses it costs that line alone."""
         line = json.dumps(to_record(metrics), allow_nan=False, separators=(",", ":")).encode() + b"\n"
         try:
             if self._failed:
@@ -63,10 +66,11 @@ class JsonlSink:
         self._good_bytes += len(line)
 
     def close(self) -> None:
+        """Closes the file, which has every line already."""
         self._file.close()
 
     def last_wall_s(self) -> float:
-        """wall_s of the newest line that has one; 0.0 in a new file."""
+        """wall_s, in seconds, of the newest line that has one; 0.0 in a new file."""
         self._file.seek(max(0, self._good_bytes - TAIL_BYTES))
         for line in reversed(self._file.read().splitlines()):
             record = _parsed(line)
@@ -91,9 +95,9 @@ class JsonlSink:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """All records of a metrics file, and how many lines could not be read.
+    """All records of a metrics file as plain mappings, and how many lines could not be read.
 
-    Raises FileNotFoundError.
+    Raises FileNotFoundError when there is no such file.
     """
     records = [_parsed(line) for line in path.read_bytes().splitlines() if line.strip()]
     return [record for record in records if record is not None], sum(record is None for record in records)
@@ -113,8 +117,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 class ConsoleSink:
     """One progress line per step; styled with rich on a terminal, plain text anywhere else.
 
-    Steps that follow faster than `min_interval_s` share a line: the newest wins, and the last step is always
-    printed. So is every evaluation.
+    Of steps that follow faster than `min_interval_s` (seconds) only the newest is printed. The last step of the run and
+    every evaluation are always printed.
     """
 
     def __init__(
@@ -129,11 +133,12 @@ class ConsoleSink:
         self._min_interval_s = min_interval_s
         self._clock = clock
         self._printed_at = -float("inf")
-        self._pending: StepMetrics | None = None
-        self._sync: SyncMetrics | None = None
+        self._pending: StepMetrics | None = None  # the newest step, not printed yet
+        self._sync: SyncMetrics | None = None  # the newest one
         self._print = _terminal_printer(self._stream) if self._stream.isatty() else self._print_plain
 
     def write(self, metrics: AnyMetrics) -> None:
+        """Prints a step if its time has come, and an evaluation at once; a sync is shown with the steps after it."""
         if isinstance(metrics, SyncMetrics):
             self._sync = metrics
         elif isinstance(metrics, EvalMetrics):
@@ -146,6 +151,7 @@ class ConsoleSink:
                 self._flush()
 
     def close(self) -> None:
+        """Prints the last step, if it is not printed yet."""
         self._flush()
 
     def _flush(self) -> None:
@@ -166,9 +172,7 @@ class ConsoleSink:
 
 
 def step_line(step: StepMetrics, total_steps: int, sync: SyncMetrics | None) -> str:
-    """The progress line: reward, policy age, alarms that are on, tokens per second, idle shares, time of the newest
-    weight sync.
-    """
+    """The progress line: reward, policy age, alarms that are on, tokens per second, idle shares and the newest sync."""
     width = len(str(total_steps))
     sync_ms = f"{sync.total_ms:4.0f} ms" if sync is not None else "   -   "
     # In the middle: a narrow terminal cuts off the end of the line.
@@ -188,14 +192,13 @@ def eval_line(result: EvalMetrics) -> str:
     parts = "".join(f"  {name} {value:.3f}" for name, value in result.reward_parts.items())
     failed = f", {result.prompts_failed} failed" if result.prompts_failed else ""
     return (
-        f"{clock_time(result.wall_s)} eval of version {result.version}: reward "
-        f"{result.reward_mean:.3f}{parts}"
+        f"{clock_time(result.wall_s)} eval of version {result.version}: reward {result.reward_mean:.3f}{parts}"
         f"  ({result.prompts} prompts{failed}, greedy)"
     )
 
 
 def clock_time(seconds: float | None) -> str:
-    """Seconds as mm:ss or h:mm:ss."""
+    """Seconds as mm:ss or h:mm:ss; dashes where there is no time."""
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(int(seconds), 60)
@@ -212,8 +215,10 @@ def _percent(value: float | None) -> str:
 
 
 def _terminal_printer(stream: IO[str]) -> Callable[[str], None]:
-    from rich.console import Console  # a fifth of a second that only a terminal needs
+    # Imported here: it takes a fifth of a second that only a terminal needs.
+    from rich.console import Console
     from rich.highlighter import RegexHighlighter
+    from rich.theme import Theme
 
     class Figures(RegexHighlighter):
         base_style = "figure."
@@ -224,8 +229,6 @@ def _terminal_printer(stream: IO[str]) -> Callable[[str], None]:
             r"^(?P<time>[\d:-]+)",
             r"(?P<alarm>ALARM [a-z_,]+)",
         ]
-
-    from rich.theme import Theme
 
     styles = {
         "figure.label": "dim",
@@ -239,4 +242,4 @@ def _terminal_printer(stream: IO[str]) -> Callable[[str], None]:
 
 
 def _print_nowhere(line: str) -> None:
-    return None
+    """Takes the place of a stream that is gone."""

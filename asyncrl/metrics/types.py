@@ -1,7 +1,8 @@
-"""The typed metrics: one class per event, one field per figure, each with its formula and unit.
+"""The typed metrics: one class per event, one field per figure, each with its unit and the sentence that defines it.
 
-Counts and seconds are increments since the previous step, so that totals are sums and survive a restart of
-the learner. What was not measured is None; it is never a zero.
+Counts and times are increments since the previous step, so that totals are sums over the lines of metrics.jsonl and
+survive a restart of the learner. What was not measured is None, never zero. `asyncrl.metrics.glossary` turns the
+declarations into the table of README.md.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ from typing import Any, ClassVar
 REWARD_PART = "reward_part/"  # reward_part/NAME: the mean of one reward part
 AGE_PART = "age/"  # age/BUCKET/NAME: a figure over the tokens of one bucket of policy ages
 
+# Where a figure is shown besides metrics.jsonl (and Weights & Biases); alarms know their figures themselves.
+LINE = "line"  # the progress line of a step, or the line of an evaluation
+SUMMARY = "summary"  # summary.json, as it is or summed up over the run
+PICTURE = "picture"  # report.png
 
-def metric(unit: str, sentence: str, default: Any = MISSING) -> Any:
-    """Declares one figure: its unit, and the sentence that says how it is computed."""
-    metadata = {"unit": unit, "sentence": sentence}
+
+def metric(unit: str, sentence: str, default: Any = MISSING, *, shown: tuple[str, ...] = ()) -> Any:
+    """Declares one figure: its unit, the sentence that defines it, and where it is shown.
+
+    A list or dict default is a new, empty one for each instance.
+    """
+    metadata = {"unit": unit, "sentence": sentence, "shown": shown}
     if isinstance(default, (dict, list)):
         return field(default_factory=type(default), metadata=metadata)
     if default is MISSING:
@@ -26,104 +35,201 @@ def metric(unit: str, sentence: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """How a property of StepMetrics is declared; the property's docstring is its sentence."""
+
+    unit: str
+    shown: tuple[str, ...] = ()
+
+
+DERIVED = {
+    "tokens_generated_per_s": Derived("tokens/s", (LINE, SUMMARY, PICTURE)),
+    "tokens_trained_per_s": Derived("tokens/s", (LINE, SUMMARY, PICTURE)),
+    "learner_idle_share": Derived("share", (LINE, SUMMARY, PICTURE)),
+    "generator_idle_share": Derived("share", (LINE, SUMMARY, PICTURE)),
+    "lost_share": Derived("share"),
+    "filtered_token_share": Derived("share", (SUMMARY,)),
+}
+
+
 @dataclass(slots=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step."""
+    """One optimizer step.
+
+    The *behaviour* policy is the one that sampled a token, the *current* policy the one that is trained; a *ratio* is
+    exp(current - behaviour log-prob) of a token. The *age* of a token is the version before the step minus the version
+    that sampled it. Figures of the loss (from `loss` to `entropy`) are over the tokens that went through the passes:
+    all but those of groups that have no gradient.
+    """
 
     kind: ClassVar[str] = "step"
 
-    version: int = metric("steps", "Policy version this step made.")
-    interval_s: float = metric("s", "Time since the previous step ended (since the trainer was ready for the first).")
-    wall_s: float | None = metric("s", "Time the run has taken so far, over all starts of the learner.", None)
-    step_s: float | None = metric("s", "Forward, backward and optimizer of this step.", None)
-
-    reward_mean: float = metric("reward", "Mean reward of the rollouts trained on.")
-    reward_std: float = metric("reward", "Standard deviation of those rewards over the whole batch.")
-    reward_parts: dict[str, float] = metric("reward", "Mean of each part the task reports.", {})
-    groups_zero_variance: int = metric("groups", "Groups whose rewards are all equal: their advantages are 0.", 0)
-    completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions trained on.", None)
-    truncated_share: float | None = metric("share", "Completions that ended at max_new_tokens / completions.", None)
-
-    policy_age_mean: float = metric("steps", "Mean of (version before the step - version of the token) over tokens.")
-    policy_age_max: int = metric("steps", "Largest such age in the batch.")
-
-    tokens_generated: int = metric("tokens", "Completion tokens the engines sampled, evaluation included.", 0)
-    tokens_trained: int = metric("tokens", "Completion tokens in this batch.", 0)
-    rollouts_acked: int = metric("rollouts", "Rollouts made durable and acknowledged.", 0)
-    rollouts_trained: int = metric("rollouts", "Rollouts in this batch.", 0)
-    rollouts_dropped: int = metric("rollouts", "Acknowledged rollouts thrown away because they were over age.", 0)
-    groups_filtered: int = metric(
-        "groups", "Groups with equal rewards that were left out and replaced (algorithm.dynamic_sampling).", 0
+    version: int = metric("steps", "Policy version that this step made.", shown=(LINE, SUMMARY, PICTURE))
+    interval_s: float = metric(
+        "s", "Time since the previous step ended; for the first step, since the trainer was ready.", shown=(SUMMARY,)
     )
-    tokens_filtered: int = metric("tokens", "Completion tokens of those groups.", 0)
+    wall_s: float | None = metric(
+        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, PICTURE)
+    )
+    step_s: float | None = metric("s", "Time of this step's forward passes, backward passes and optimizer.", None)
+
+    reward_mean: float = metric("reward", "Mean reward of the rollouts in this batch.", shown=(LINE, SUMMARY, PICTURE))
+    reward_std: float = metric("reward", "Standard deviation of the reward over all rollouts in this batch.")
+    reward_parts: dict[str, float] = metric("reward", "Mean of each named part of the reward, before its weight.", {})
+    groups_zero_variance: int = metric(
+        "groups", "Groups in this batch whose rewards are all equal, so that group-relative advantages are 0.", 0
+    )
+    completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions in this batch.", None)
+    truncated_share: float | None = metric(
+        "share", "Completions that were cut off at sampling.max_new_tokens / completions in this batch.", None
+    )
+
+    policy_age_mean: float = metric("steps", "Mean age of the tokens in this batch.", shown=(LINE, SUMMARY, PICTURE))
+    policy_age_max: int = metric("steps", "Largest age of a token in this batch.", shown=(LINE, SUMMARY, PICTURE))
+
+    tokens_generated: int = metric(
+        "tokens", "Completion tokens that the engines sampled, those of evaluations included.", 0, shown=(SUMMARY,)
+    )
+    tokens_trained: int = metric("tokens", "Completion tokens in this batch.", 0, shown=(SUMMARY,))
+    rollouts_acked: int = metric(
+        "rollouts", "Rollouts that were written to the journal and acknowledged.", 0, shown=(SUMMARY,)
+    )
+    rollouts_trained: int = metric("rollouts", "Rollouts in this batch.", 0, shown=(SUMMARY,))
+    rollouts_dropped: int = metric(
+        "rollouts", "Acknowledged rollouts that were thrown away because they were over age.", 0, shown=(SUMMARY,)
+    )
+    groups_filtered: int = metric(
+        "groups",
+        "Groups with equal rewards that algorithm.dynamic_sampling left out and replaced.",
+        0,
+        shown=(SUMMARY,),
+    )
+    tokens_filtered: int = metric(
+        "tokens", "Completion tokens of the groups that algorithm.dynamic_sampling left out.", 0, shown=(SUMMARY,)
+    )
     dropped_by_length_decile: list[int] = metric(
-        "rollouts", "All dropped since the learner started, by tenth of all rollouts by length, short first.", []
+        "rollouts",
+        "Rollouts dropped since the learner started, in ten classes: the shortest tenth of all rollouts first, the "
+        "longest last.",
+        [],
+        shown=(SUMMARY,),
     )
     rollouts_failed: dict[str, int] = metric(
-        "rollouts", "Rollouts of leases that ended without a group, by reason.", {}
+        "rollouts", "By reason, the rollouts of leases that ended without a group.", {}, shown=(SUMMARY,)
     )
-    buffer_groups: int | None = metric("groups", "Groups waiting in the replay buffer at the end of the step.", None)
-    buffer_bytes: int | None = metric("bytes", "Size of those groups.", None)
-    generators_alive: int | None = metric("generators", "Generators whose last beat is within its deadline.", None)
+    buffer_groups: int | None = metric("groups", "Groups that wait in the replay buffer at the end of the step.", None)
+    buffer_bytes: int | None = metric("bytes", "Size of the groups that wait in the replay buffer.", None)
+    generators_alive: int | None = metric(
+        "generators", "Generators whose newest beat is within its deadline at the end of the step.", None
+    )
 
-    learner_idle_s: float = metric("s", "Time the trainer waited for a batch, within interval_s.", 0.0)
-    generator_busy_s: float = metric("s", "Time with a sequence in the engine, summed over generators.", 0.0)
-    generator_idle_s: float = metric("s", "Time without one, summed over generators.", 0.0)
+    learner_idle_s: float = metric(
+        "s", "Time within interval_s in which the trainer waited for a batch.", 0.0, shown=(SUMMARY,)
+    )
+    generator_busy_s: float = metric(
+        "s", "Time with at least one sequence in the engine, summed over generators.", 0.0, shown=(SUMMARY,)
+    )
+    generator_idle_s: float = metric(
+        "s", "Time without any sequence in the engine, summed over generators.", 0.0, shown=(SUMMARY,)
+    )
 
-    loss: float | None = metric("nats", "What was minimised, by algorithm.aggregation; mean over the updates.", None)
-    policy_loss: float | None = metric("nats", "Its part without KL and entropy.", None)
+    loss: float | None = metric(
+        "nats",
+        "What the optimizer minimised: the loss over the batch by algorithm.aggregation, mean over the step's updates.",
+        None,
+    )
+    policy_loss: float | None = metric("nats", "The part of `loss` that is neither KL nor entropy.", None)
     kl_reference: float | None = metric(
-        "nats", "KL to the reference policy by algorithm.kl_estimator, mean over tokens.", None
+        "nats", "Mean over tokens of the KL to the reference policy, estimated by algorithm.kl_estimator.", None
     )
-    kl_coef: float | None = metric("1", "Weight of that KL in this step, where it adapts itself.", None)
-    kl_behaviour: float | None = metric("nats", "Mean of (behaviour - current log-prob) over tokens.", None)
-    logprob_gap: float | None = metric("nats", "Mean of |current - behaviour log-prob| over tokens.", None)
+    kl_coef: float | None = metric(
+        "1",
+        "Weight of the KL to the reference policy in this step; measured where algorithm.kl_target adapts it.",
+        None,
+    )
+    kl_behaviour: float | None = metric(
+        "nats",
+        "Mean over tokens of behaviour - current log-prob: estimates the KL from the behaviour to the current policy.",
+        None,
+    )
+    logprob_gap: float | None = metric("nats", "Mean over tokens of |current - behaviour log-prob|.", None)
     logprob_gap_age0: float | None = metric(
-        "nats", "The same over tokens of age 0: what engine and trainer disagree about.", None
+        "nats", "logprob_gap over the tokens of age 0 alone: what generator and trainer disagree about.", None
     )
     gap_engine: float | None = metric(
         "nats",
-        "The part of logprob_gap that equal weights leave: canary_mean_abs_diff of the newest sync.",
+        "The part of logprob_gap that remains with equal weights: canary_mean_abs_diff of the newest sync.",
         None,
+        shown=(SUMMARY, PICTURE),
     )
     gap_drift: float | None = metric(
-        "nats", "The rest, logprob_gap - gap_engine, never below 0: the policy moved by at least this much.", None
+        "nats",
+        "The rest of logprob_gap, logprob_gap - gap_engine and at least 0: the policy moved by no less than this.",
+        None,
+        shown=(SUMMARY, PICTURE),
     )
-    clip_fraction: float | None = metric("share", "Tokens where the clip removed the gradient / tokens.", None)
-    cap_fraction: float | None = metric("share", "Tokens whose weight tis_cap truncated / tokens.", None)
-    masked_share: float | None = metric("share", "Tokens that a mask left out of the loss / tokens.", None)
-    ratio_mean: float | None = metric("ratio", "Mean of exp(current - behaviour log-prob) over tokens.", None)
-    ratio_max: float | None = metric("ratio", "Largest such ratio.", None)
-    ess_share: float | None = metric("share", "Effective sample size / N: (sum w)^2 / (N sum w^2), w the ratios.", None)
+    clip_fraction: float | None = metric(
+        "share", "Tokens whose gradient the clip of the loss removed / tokens.", None, shown=(PICTURE,)
+    )
+    cap_fraction: float | None = metric(
+        "share", "Tokens whose importance weight algorithm.tis_cap truncated / tokens.", None
+    )
+    masked_share: float | None = metric(
+        "share", "Tokens that algorithm.masks left out of the loss / tokens.", None, shown=(PICTURE,)
+    )
+    ratio_mean: float | None = metric("ratio", "Mean ratio over tokens; 1 when nothing moved.", None)
+    ratio_max: float | None = metric("ratio", "Largest ratio of a token.", None, shown=(PICTURE,))
+    ess_share: float | None = metric(
+        "share",
+        "Effective sample size / N of the ratios w: (sum w)^2 / (N sum w^2); 1 when all are equal.",
+        None,
+        shown=(SUMMARY, PICTURE),
+    )
     age_health: dict[str, dict[str, float]] = metric(
         "mixed",
-        "By policy age of the token (0, 1, 2-3, 4-7, ...; ages without tokens are absent): tokens, ratio_mean, "
-        "ratio_max, clip_fraction, kl_behaviour, ess_share, masked_share, each as for the whole batch.",
+        "By the age of the token (0, 1, 2-3, 4-7, ... 64+; ages without tokens are absent): tokens, ratio_mean, "
+        "ratio_max, clip_fraction, kl_behaviour, ess_share and masked_share, each as for the whole batch.",
         {},
+        shown=(SUMMARY, PICTURE),
     )
-    entropy: float | None = metric("nats", "Mean entropy of the policy at the trained tokens.", None)
-    grad_norm: float | None = metric("norm", "L2 norm of the gradient before clipping.", None)
-    lr: float | None = metric("1", "AdamW learning rate of the step.", None)
-    value_loss: float | None = metric("reward^2", "Loss of the critic: mean over tokens.", None)
-    value_mean: float | None = metric("reward", "Mean value of the critic over tokens, before the step.", None)
+    entropy: float | None = metric("nats", "Mean entropy of the current policy at the tokens of this batch.", None)
+    grad_norm: float | None = metric("norm", "L2 norm of the gradient before learner.grad_clip.", None)
+    lr: float | None = metric("1", "AdamW learning rate of this step, its warm-up included.", None)
+    value_loss: float | None = metric(
+        "reward^2", "Half the mean squared difference between the critic's values and their targets.", None
+    )
+    value_mean: float | None = metric("reward", "Mean value that the critic gives the tokens of this batch.", None)
     explained_variance: float | None = metric(
         "share",
-        "1 - variance of (target - value) / variance of target, over tokens; below 0 is worse than a constant.",
+        "1 - variance of (target - value) / variance of target, over tokens; below 0 the critic predicts worse than a "
+        "constant.",
         None,
     )
-    value_clip_fraction: float | None = metric("share", "Values that the value clip held back / tokens.", None)
+    value_clip_fraction: float | None = metric(
+        "share", "Tokens whose gradient critic.value_clip removed / tokens.", None
+    )
     critic_grad_norm: float | None = metric("norm", "L2 norm of the critic's gradient before clipping.", None)
-    publish_blocked_ms: float | None = metric("ms", "Time the trainer waited to hand over its snapshot.", None)
-    alarms: list[str] = metric("names", "Alarms that are on after this step; asyncrl.metrics.alarms has the table.", [])
-    extra: dict[str, float] = metric("mixed", "Further figures of the trainer, as it names them.", {})
+    publish_blocked_ms: float | None = metric(
+        "ms", "Time for which training stood still while the publisher took its snapshot.", None
+    )
+    alarms: list[str] = metric(
+        "names", "Alarms that are on after this step, by the figure they watch.", [], shown=(LINE, SUMMARY, PICTURE)
+    )
+    extra: dict[str, float] = metric(
+        "mixed",
+        "What else the trainer counted in this step: groups_trained, micro_batches, padded_tokens (tokens of those, "
+        "padding included) and tokens_without_gradient (tokens of groups that have no gradient).",
+        {},
+    )
 
     @classmethod
     def of_step(cls, trainer: Mapping[str, float], **measured: Any) -> StepMetrics:
         """Joins the trainer's figures with what the desk measured; names without a field go to `extra`."""
         known = {entry.name for entry in fields(cls)} - {"extra"}
-        mine = {name: _as_declared(name, value) for name, value in trainer.items() if name in known}
+        declared = {name: _as_declared(name, value) for name, value in trainer.items() if name in known}
         extra = {name: value for name, value in trainer.items() if name not in known}
-        return cls(**{**mine, "extra": extra, **measured})
+        return cls(**{**declared, "extra": extra, **measured})
 
     @property
     def tokens_generated_per_s(self) -> float | None:
@@ -137,7 +243,7 @@ class StepMetrics:
 
     @property
     def filtered_token_share(self) -> float | None:
-        """tokens_filtered / (tokens_filtered + tokens_trained): of what was sampled to train on, what was not."""
+        """tokens_filtered / (tokens_filtered + tokens_trained): what dynamic sampling left out of all it sampled."""
         return _ratio(self.tokens_filtered, self.tokens_filtered + self.tokens_trained)
 
     @property
@@ -152,56 +258,91 @@ class StepMetrics:
 
     @property
     def lost_share(self) -> float | None:
-        """(failed + dropped) / (failed + acknowledged) rollouts; what a stopping generator returned is not counted."""
+        """Rollouts (failed + dropped) / (failed + acknowledged); what a stopping generator returned has not failed."""
         failed = sum(count for reason, count in self.rollouts_failed.items() if reason != "returned")
         return _ratio(failed + self.rollouts_dropped, failed + self.rollouts_acked)
 
 
 @dataclass(slots=True, kw_only=True)
 class SyncMetrics:
-    """One round of weight sync: one policy version to the generators of one group.
+    """One round of weight sync: one policy version sent to the generators of one cell.
 
-    Times of generators are those of the slowest one that committed, in its slowest worker.
+    A time that generators measure is that of the slowest worker of the slowest generator that committed.
     """
 
     kind: ClassVar[str] = "sync"
 
     version: int = metric("steps", "Policy version that was broadcast.")
-    total_ms: float = metric("ms", "From the snapshot being ready to the last commit.")
+    total_ms: float = metric(
+        "ms", "Time from the moment the snapshot was ready to the last commit.", shown=(LINE, SUMMARY)
+    )
     generators_committed: int = metric(
-        "generators", "Generators that hold the version now, proved by digest and canary."
+        "generators",
+        "Generators that hold the version now, which digests and canary proved.",
+        shown=(SUMMARY,),
     )
-    generators_failed: int = metric("generators", "Generators left out of this broadcast.", 0)
-    members: list[str] = metric("names", "The generators it was offered to.", [])
-    retries: int = metric("rounds", "Rounds in a row that had failed before for the most unlucky of its members.", 0)
-    catch_up: bool = metric("flag", "A generator that was new or had failed, on a group of its own.", False)
-    wall_s: float | None = metric("s", "Time the run has taken so far, over all starts of the learner.", None)
+    generators_failed: int = metric("generators", "Generators that the round had to leave out.", 0)
+    members: list[str] = metric("names", "Generators that were offered the version.", [])
+    retries: int = metric(
+        "rounds",
+        "Failed rounds in a row before this one, counted for the member that has most of them.",
+        0,
+        shown=(SUMMARY,),
+    )
+    catch_up: bool = metric(
+        "flag", "True when the round was for one generator alone, which was new or had failed.", False
+    )
+    wall_s: float | None = metric(
+        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(SUMMARY,)
+    )
 
-    snapshot_ms: float | None = metric("ms", "Copying the parameters to the staging buffer; the trainer waits.", None)
-    encode_ms: float | None = metric("ms", "Comparing this version with the one before, beside the training.", None)
-    transfer_ms: float | None = metric(
-        "ms", "Sending it, waiting for all members to take part included; training and generation go on.", None
+    snapshot_ms: float | None = metric(
+        "ms",
+        "Copying the parameters to the staging buffer, for which the trainer stands still.",
+        None,
+        shown=(SUMMARY,),
     )
-    receive_ms: float | None = metric("ms", "Receiving it, from taking part to the last byte.", None)
-    transfer_gb_per_s: float | None = metric("GB/s", "num_bytes / receive_ms, in units of 10**9 bytes.", None)
-    decode_ms: float | None = metric("ms", "Making the version of a delta and the one before.", None)
-    verify_ms: float | None = metric("ms", "Digests of what was received.", None)
+    encode_ms: float | None = metric(
+        "ms", "Comparing this version with the one before it, while training goes on.", None
+    )
+    transfer_ms: float | None = metric(
+        "ms",
+        "Sending the version, the wait for all members to take part included; training and generation go on.",
+        None,
+    )
+    receive_ms: float | None = metric("ms", "Receiving the version, from taking part to the last byte.", None)
+    transfer_gb_per_s: float | None = metric(
+        "GB/s", "num_bytes / receive_ms, in units of 10**9 bytes per second.", None, shown=(SUMMARY,)
+    )
+    decode_ms: float | None = metric("ms", "Making the version out of a delta and the version before it.", None)
+    verify_ms: float | None = metric("ms", "Checking the digests of what was received.", None, shown=(SUMMARY,))
     prepare_ms: float | None = metric(
-        "ms", "Work for the swap that is done before it: packing, folding adapters.", None
+        "ms", "Work for the swap that is done before it, such as packing matrices and folding adapters.", None
     )
     stage_ms: float | None = metric("ms", "All of receiving, decoding, verifying and preparing.", None)
-    pause_ms: float | None = metric("ms", "No token was sampled: loading what is staged.", None)
-    canary_ms: float | None = metric("ms", "Scoring the canary after the swap; generation goes on.", None)
+    pause_ms: float | None = metric(
+        "ms", "Swapping in what is staged, during which no token is sampled.", None, shown=(SUMMARY,)
+    )
+    canary_ms: float | None = metric(
+        "ms", "Scoring the canary after the swap, while generation goes on.", None, shown=(SUMMARY,)
+    )
 
     apply: str | None = metric(
-        "name", "How the engines took the weights: direct = copied in place, reload = loaded anew by one or more.", None
+        "name",
+        "How the engines took the weights: direct (all copied them in place), or reload (some loaded them anew).",
+        None,
     )
     encoding: str | None = metric("name", "What was sent: dense (all of the weights) or delta (what changed).", None)
     num_bytes: int | None = metric("bytes", "Size of what was sent to each generator.", None)
-    dense_bytes: int | None = metric("bytes", "Size of all of the weights as they would be sent.", None)
-    canary_max_abs_diff: float | None = metric("nats", "Largest |generator - learner| log-prob on the canary.", None)
+    dense_bytes: int | None = metric("bytes", "Size that all of the weights would have had.", None)
+    canary_max_abs_diff: float | None = metric(
+        "nats", "Largest |generator - learner log-prob| of a token of the canary.", None, shown=(SUMMARY,)
+    )
     canary_mean_abs_diff: float | None = metric(
-        "nats", "Mean of |generator - learner| log-prob on the canary, over tokens and generators.", None
+        "nats",
+        "Mean |generator - learner log-prob| over the tokens of the canary and over generators.",
+        None,
+        shown=(SUMMARY,),
     )
 
 
@@ -211,25 +352,22 @@ class EvalMetrics:
 
     kind: ClassVar[str] = "eval"
 
-    version: int = metric("steps", "Policy version that was evaluated.")
-    prompts: int = metric("prompts", "Prompts that got a reward.")
-    reward_mean: float = metric("reward", "Mean reward of those prompts.")
-    reward_parts: dict[str, float] = metric("reward", "Mean of each part the task reports.", {})
-    prompts_failed: int = metric("prompts", "Prompts without a reward; not counted as 0.", 0)
+    version: int = metric("steps", "Policy version that was evaluated.", shown=(LINE,))
+    prompts: int = metric("prompts", "Held-out prompts that got a reward.", shown=(LINE,))
+    reward_mean: float = metric("reward", "Mean reward of those prompts.", shown=(LINE, SUMMARY, PICTURE))
+    reward_parts: dict[str, float] = metric(
+        "reward", "Mean of each named part of the reward, before its weight.", {}, shown=(LINE, SUMMARY)
+    )
+    prompts_failed: int = metric(
+        "prompts", "Held-out prompts without a reward; they do not count as 0.", 0, shown=(LINE,)
+    )
     completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions.", None)
-    wall_s: float | None = metric("s", "Time the run has taken so far, over all starts of the learner.", None)
+    wall_s: float | None = metric(
+        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, PICTURE)
+    )
 
 
 AnyMetrics = StepMetrics | SyncMetrics | EvalMetrics
-
-DERIVED = (
-    "tokens_generated_per_s",
-    "tokens_trained_per_s",
-    "learner_idle_share",
-    "generator_idle_share",
-    "lost_share",
-    "filtered_token_share",
-)
 
 
 def youngest_age(bucket: str) -> int:
@@ -263,9 +401,9 @@ def to_record(metrics: AnyMetrics) -> dict[str, Any]:
 
 def _json_ready(name: str, value: Any, non_finite: list[str]) -> Any:
     if isinstance(value, dict):
-        return {str(part): _json_ready(f"{name}.{part}", one, non_finite) for part, one in value.items()}
+        return {str(part): _json_ready(f"{name}.{part}", inner, non_finite) for part, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(f"{name}.{place}", one, non_finite) for place, one in enumerate(value)]
+        return [_json_ready(f"{name}.{place}", inner, non_finite) for place, inner in enumerate(value)]
     if value is None or isinstance(value, (bool, int, str)):
         return value
     number = float(value)  # numpy scalars included

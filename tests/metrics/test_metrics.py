@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from asyncrl.metrics import METRICS_FILE, EvalMetrics, Metrics, StepMetrics, Syn
 from asyncrl.metrics.alarms import Alarms
 from asyncrl.metrics.sinks import ConsoleSink, JsonlSink, clock_time, read_records
 from asyncrl.metrics.types import DERIVED, to_record, youngest_age
-from asyncrl.metrics.wandb import WandbSink, flat_record, has_wandb_key
+from asyncrl.metrics.wandb import WandbRun, WandbSink, flat_record, has_wandb_key, kept_id
 
 
 def step(version=1, **given):
@@ -53,17 +52,8 @@ class FakeClock:
 # -- the records
 
 
-@pytest.mark.parametrize("kind", [StepMetrics, SyncMetrics, EvalMetrics])
-def test_every_figure_has_a_unit_and_a_sentence(kind):
-    for entry in fields(kind):
-        assert entry.metadata["unit"], entry.name
-        assert entry.metadata["sentence"].endswith("."), entry.name
-    for name in DERIVED:
-        assert getattr(StepMetrics, name).__doc__.endswith(".")
-
-
 def test_rates_and_shares_follow_their_formulas():
-    one = step(
+    measured = step(
         tokens_generated=500,
         tokens_trained=400,
         tokens_filtered=100,
@@ -73,7 +63,7 @@ def test_rates_and_shares_follow_their_formulas():
         generator_busy_s=3.0,
         generator_idle_s=1.0,
     )
-    record = to_record(one)
+    record = to_record(measured)
     expected = {
         "tokens_generated_per_s": 250.0,
         "tokens_trained_per_s": 200.0,
@@ -92,10 +82,10 @@ def test_what_was_not_measured_is_null_and_never_zero():
 
 
 def test_lost_rollouts_are_those_failed_or_over_age_but_not_those_returned():
-    one = step(
+    measured = step(
         rollouts_acked=80, rollouts_dropped=10, rollouts_failed={"deadline": 16, "reward_error": 4, "returned": 8}
     )
-    assert one.lost_share == pytest.approx(30 / 100)
+    assert measured.lost_share == pytest.approx(30 / 100)
     assert step(rollouts_failed={"returned": 8}).lost_share is None
 
 
@@ -114,10 +104,10 @@ def test_trainer_figures_find_their_fields_and_the_rest_is_kept():
         "policy_age_max": 2.0,
         "padded_tokens": 9.0,
     }
-    one = StepMetrics.of_step(trainer, version=3, interval_s=1.0, rollouts_acked=16)
-    assert (one.loss, one.tokens_trained, one.policy_age_max, one.rollouts_acked) == (0.25, 512, 2, 16)
-    assert isinstance(one.tokens_trained, int) and isinstance(one.policy_age_max, int)
-    assert one.extra == {"padded_tokens": 9.0}
+    joined = StepMetrics.of_step(trainer, version=3, interval_s=1.0, rollouts_acked=16)
+    assert (joined.loss, joined.tokens_trained, joined.policy_age_max, joined.rollouts_acked) == (0.25, 512, 2, 16)
+    assert isinstance(joined.tokens_trained, int) and isinstance(joined.policy_age_max, int)
+    assert joined.extra == {"padded_tokens": 9.0}
 
 
 def test_what_the_desk_measured_wins_over_the_trainer():
@@ -357,8 +347,16 @@ def test_keys_are_found_in_the_environment_or_the_netrc_file(no_key, monkeypatch
     assert has_wandb_key()
 
 
+def wandb_run(folder, project="asyncrl"):
+    return WandbRun(project, "test", kept_id(folder), folder, {"a": 1})
+
+
+def test_a_restart_finds_the_id_of_its_run(tmp_path):
+    assert kept_id(tmp_path / "run") == kept_id(tmp_path / "run") != kept_id(tmp_path)
+
+
 def test_online_without_a_key_goes_offline_without_a_prompt(no_key, tmp_path, caplog):
-    sink = WandbSink("online", "asyncrl", "test", tmp_path, {"a": 1}, close_timeout_s=60.0)
+    sink = WandbSink(wandb_run(tmp_path), online=True, close_timeout_s=60.0)
     for version in (1, 2):
         sink.write(step(version))
     sink.close()
@@ -370,8 +368,8 @@ def test_online_without_a_key_goes_offline_without_a_prompt(no_key, tmp_path, ca
 
 
 def test_a_wandb_that_fails_is_said_once_and_never_raises(tmp_path, caplog):
-    refused_by_wandb = "bad/project:name"
-    sink = WandbSink("offline", refused_by_wandb, "test", tmp_path, {}, close_timeout_s=60.0)
+    refused_by_wandb = wandb_run(tmp_path, project="bad/project:name")
+    sink = WandbSink(refused_by_wandb, online=False, close_timeout_s=60.0)
     for version in range(3):
         sink.write(step(version))
     sink.close()
@@ -381,17 +379,14 @@ def test_a_wandb_that_fails_is_said_once_and_never_raises(tmp_path, caplog):
 
 
 def test_a_wandb_that_hangs_costs_its_deadline_and_no_more(tmp_path, caplog):
-    never = threading.Event()
-
-    class Stuck(WandbSink):
-        def _send_all(self, settings):
-            never.wait(60.0)
-
-    sink = Stuck("offline", "p", "n", tmp_path, {}, close_timeout_s=0.05)
+    over = threading.Event()
+    sink = WandbSink(
+        wandb_run(tmp_path), online=False, close_timeout_s=0.05, send=lambda run, mode, records: over.wait(60.0)
+    )
     for version in range(1200):
         sink.write(step(version))
     sink.close()
-    never.set()
+    over.set()
     assert any("did not finish within" in message for message in caplog.messages)
 
 
@@ -436,12 +431,6 @@ def test_opened_from_a_configuration_it_writes_file_and_console(tmp_path):
     metrics.close()
     assert read_records(tmp_path / "run" / METRICS_FILE)[0][0]["kind"] == "step"
     assert "step   1/100" in stream.getvalue()
-
-
-def test_a_wall_time_given_by_the_caller_is_kept(tmp_path):
-    metrics = Metrics.open(config_in(tmp_path), 1e-4, io.StringIO())
-    metrics.log_step(step(wall_s=12.5))
-    assert read_records(tmp_path / METRICS_FILE)[0][0]["wall_s"] == 12.5
 
 
 def test_alarms_are_written_with_the_step_and_warned_of_once(tmp_path, caplog):
