@@ -42,7 +42,7 @@ from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
-from asyncrl.report import summary
+from asyncrl.report.summary import report
 from asyncrl.storage.checkpoint_files import find_latest, load_desk_state
 from asyncrl.storage.journal import Journal, next_run_epoch
 from asyncrl.tasks.base import load_task
@@ -91,7 +91,7 @@ def run_learner(config: Config) -> int:
         trainer_socket.close()
         metrics.close()
         journal.close()
-    _report(run_dir)
+    report(run_dir)  # summary.json, the picture, and the last lines on the terminal
     return code
 
 
@@ -290,9 +290,3 @@ def _last_logged_version(run_dir: Path) -> int:
         return 0
     records, _ = read_records(path)
     return max((record["version"] for record in records if record["kind"] == "step"), default=0)
-
-
-def _report(run_dir: Path) -> None:
-    """summary.json, the picture, and the last lines on the terminal."""
-    summary.write_summary(run_dir)
-    summary.print_summary(run_dir, summary.draw(run_dir))

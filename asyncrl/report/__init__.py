@@ -1,1 +1,1 @@
-"""What a run came to: its records read back, the summary, the picture."""
+"""What a run came to, read back from metrics.jsonl: `run_records` (typed lines), `summary` and `picture`."""

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from asyncrl.metrics.alarms import RULES
-from asyncrl.report.run_records import Record, RunRecords, alarm_steps, by_age, values
+from asyncrl.report.run_records import RunRecords, StepRecord, measured, points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PICTURE_FILE = "report.png"
 
-TRAIN, EVAL, LEARNER, GENERATOR, ALL_AGES, ALARM = "#4477aa", "#cc3311", "#4477aa", "#ee7733", "#222222", "#cc3311"
+TRAIN = "#4477aa"
+EVAL = "#cc3311"
+LEARNER = "#4477aa"
+GENERATOR = "#ee7733"
+ALL_AGES = "#222222"
+ALARM = "#cc3311"
 
-Times = Callable[[Sequence[Record]], list[float]]
-Panel = Callable[["Axes", RunRecords, Times], None]
+MINUTES_FROM_S = 180  # longer runs are drawn over minutes, shorter ones over seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TimeUnit:
+    """The unit of the time axis."""
+
+    name: str
+    seconds: float
+
+    def of(self, times_s: Sequence[float]) -> list[float]:
+        """Times in seconds as times in this unit."""
+        return [time_s / self.seconds for time_s in times_s]
+
+
+Panel = Callable[["Axes", RunRecords, TimeUnit], None]
 
 
 def draw(run_dir: str | Path) -> Path:
@@ -36,9 +56,9 @@ def draw(run_dir: str | Path) -> Path:
     from matplotlib import pyplot
 
     run = RunRecords(run_dir)
-    unit, seconds = ("min", 60.0) if run.wall_s >= 180 else ("s", 1.0)
+    unit = TimeUnit("min", 60.0) if run.wall_s >= MINUTES_FROM_S else TimeUnit("s", 1.0)
     columns: list[tuple[Panel, ...]] = [(_reward_panel, _age_panel, _throughput_panel, _idle_panel)]
-    if values(run.steps, "ess_share"):
+    if measured(step.ess_share for step in run.steps):
         columns.append((_ess_panel, _clip_panel, _ratio_panel, _gap_panel))
     figure, axes = pyplot.subplots(
         4, len(columns), sharex=True, figsize=(9 * len(columns), 10.5), layout="constrained", squeeze=False
@@ -46,9 +66,9 @@ def draw(run_dir: str | Path) -> Path:
     try:
         for column, panels in enumerate(columns):
             for axis, panel in zip(axes[:, column], panels, strict=True):
-                panel(axis, run, lambda records: [record["wall_s"] / seconds for record in records])
+                panel(axis, run, unit)
                 _finish(axis)
-            axes[-1, column].set_xlabel(f"wall time ({unit})")
+            axes[-1, column].set_xlabel(f"wall time ({unit.name})")
             figure.align_ylabels(axes[:, column])
         figure.suptitle(_title(run), fontsize=12)
         path = run.run_dir / PICTURE_FILE
@@ -69,43 +89,37 @@ def _finish(axis: Axes) -> None:
 # -- training ------------------------------------------------------------------------------------------------
 
 
-def _reward_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    steps = _timed(run.steps, "reward_mean")
-    _noisy(axis, times(steps), values(steps, "reward_mean"), TRAIN, "training")
-    evals = _timed(run.evals, "reward_mean")
-    axis.plot(times(evals), values(evals, "reward_mean"), "o-", color=EVAL, markersize=6, label="held-out, greedy")
+def _reward_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    times_s, rewards = points(run.steps, lambda step: step.reward_mean)
+    _noisy(axis, unit.of(times_s), rewards, TRAIN, "training")
+    times_s, rewards = points(run.evals, lambda result: result.reward_mean)
+    axis.plot(unit.of(times_s), rewards, "o-", color=EVAL, markersize=6, label="held-out, greedy")
     axis.set_ylabel("reward")
 
 
-def _age_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    for name, label, style in (
-        ("policy_age_max", "max", "steps-post"),
-        ("policy_age_mean", "mean", "default"),
-    ):
-        steps = _timed(run.steps, name)
-        color = "#999999" if label == "max" else TRAIN
-        axis.plot(times(steps), values(steps, name), drawstyle=style, color=color, linewidth=1.2, label=label)
+def _age_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    times_s, oldest = points(run.steps, lambda step: step.policy_age_max)
+    axis.plot(unit.of(times_s), oldest, drawstyle="steps-post", color="#999999", linewidth=1.2, label="max")
+    times_s, means = points(run.steps, lambda step: step.policy_age_mean)
+    axis.plot(unit.of(times_s), means, color=TRAIN, linewidth=1.2, label="mean")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("policy age (steps)")
 
 
-def _throughput_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    figures = (
-        ("tokens_generated_per_s", "generated", GENERATOR),
-        ("tokens_trained_per_s", "trained", LEARNER),
-    )
-    for name, label, color in figures:
-        steps = _timed(run.step_lines, name)
-        _noisy(axis, times(steps), values(steps, name), color, label)
+def _throughput_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    times_s, rates = points(run.step_lines, lambda line: line.tokens_generated_per_s)
+    _noisy(axis, unit.of(times_s), rates, GENERATOR, "generated")
+    times_s, rates = points(run.step_lines, lambda line: line.tokens_trained_per_s)
+    _noisy(axis, unit.of(times_s), rates, LEARNER, "trained")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("throughput (tokens/s)")
 
 
-def _idle_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    figures = (("learner_idle_share", "learner", LEARNER), ("generator_idle_share", "generator", GENERATOR))
-    for name, label, color in figures:
-        steps = _timed(run.step_lines, name)
-        _noisy(axis, times(steps), [100 * share for share in values(steps, name)], color, label)
+def _idle_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    times_s, shares = points(run.step_lines, lambda line: line.learner_idle_share)
+    _noisy(axis, unit.of(times_s), _percent(shares), LEARNER, "learner")
+    times_s, shares = points(run.step_lines, lambda line: line.generator_idle_share)
+    _noisy(axis, unit.of(times_s), _percent(shares), GENERATOR, "generator")
     axis.set_ylim(0, 100)
     axis.set_ylabel("idle (% of time)")
 
@@ -113,86 +127,102 @@ def _idle_panel(axis: Axes, run: RunRecords, times: Times) -> None:
 # -- off-policy health ---------------------------------------------------------------------------------------
 
 
-def _ess_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    _ages(axis, run, times, "ess_share")
+def _ess_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    _ages(axis, run, unit, "ess_share", lambda step: step.ess_share)
     _limit(axis, "ess_share")
-    shade_alarms(axis, run, times)
+    shade_alarms(axis, run, unit)
     axis.set_ylim(0, 1.03)
     axis.set_ylabel("ESS / N")
 
 
-def _clip_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    _ages(axis, run, times, "clip_fraction", scale=100)
-    steps = _timed(run.steps, "masked_share")
-    if any(values(steps, "masked_share")):
-        masked = [100 * share for share in values(steps, "masked_share")]
-        axis.plot(times(steps), masked, ":", color=ALL_AGES, linewidth=1.2, label="masked, all ages")
+def _clip_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    _ages(axis, run, unit, "clip_fraction", lambda step: step.clip_fraction, scale=100)
+    times_s, masked = points(run.steps, lambda step: step.masked_share)
+    if any(masked):
+        axis.plot(unit.of(times_s), _percent(masked), ":", color=ALL_AGES, linewidth=1.2, label="masked, all ages")
     top = axis.get_ylim()[1]
     _limit(axis, "clip_fraction", scale=100)
-    shade_alarms(axis, run, times)
+    shade_alarms(axis, run, unit)
     axis.set_ylim(0, max(1.0, top))  # a limit far above a healthy run stays out of the picture
     axis.set_ylabel("clipped tokens (%)")
 
 
-def _ratio_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    _ages(axis, run, times, "ratio_max")
-    shade_alarms(axis, run, times)
+def _ratio_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    _ages(axis, run, unit, "ratio_max", lambda step: step.ratio_max)
+    shade_alarms(axis, run, unit)
     axis.set_yscale("log")
     axis.set_ylabel("largest ratio")
 
 
-def _gap_panel(axis: Axes, run: RunRecords, times: Times) -> None:
-    for name, label, color in (("gap_drift", "policy drift", LEARNER), ("gap_engine", "engine mismatch", GENERATOR)):
-        steps = [step for step in _timed(run.steps, name) if step[name] > 0]
-        _noisy(axis, times(steps), values(steps, name), color, label)
-    shade_alarms(axis, run, times)
+def _gap_panel(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    times_s, drifts = points(run.steps, lambda step: _above_zero(step.gap_drift))
+    _noisy(axis, unit.of(times_s), drifts, LEARNER, "policy drift")
+    times_s, mismatches = points(run.steps, lambda step: _above_zero(step.gap_engine))
+    _noisy(axis, unit.of(times_s), mismatches, GENERATOR, "engine mismatch")
+    shade_alarms(axis, run, unit)
     axis.set_yscale("log")
     axis.set_ylabel("|log-prob gap| (nats)")
 
 
-def _ages(axis: Axes, run: RunRecords, times: Times, name: str, scale: float = 1.0) -> None:
-    """One line per age bucket, the older the lighter, and a black one over all ages."""
+def _above_zero(value: float | None) -> float | None:
+    """None for 0 too, which has no place on a logarithmic axis."""
+    return value if value is not None and value > 0 else None
+
+
+def _ages(
+    axis: Axes,
+    run: RunRecords,
+    unit: TimeUnit,
+    name: str,
+    of_step: Callable[[StepRecord], float | None],
+    scale: float = 1.0,
+) -> None:
+    """One line per bucket of ages, the older the lighter, and a black one over all ages.
+
+    name is that of the figure in age_health; of_step is the same figure over all tokens of a step.
+    """
     from matplotlib import colormaps
 
-    buckets = by_age(run.steps)
-    for place, (bucket, figures) in enumerate(buckets.items()):
-        figures = _timed(figures, name)
+    buckets = run.by_age()
+    for place, (bucket, steps) in enumerate(buckets.items()):
+        times_s, figures = points(steps, lambda step: step.figures.get(name))
         color = colormaps["plasma"](0.9 * place / max(1, len(buckets) - 1))
-        smooth, _ = _running_mean([scale * value for value in values(figures, name)])
-        axis.plot(times(figures), smooth, color=color, linewidth=1.3, label=f"age {bucket}")
-    steps = _timed(run.steps, name)
-    smooth, window = _running_mean([scale * value for value in values(steps, name)])
+        smooth, _ = _running_mean([scale * figure for figure in figures])
+        axis.plot(unit.of(times_s), smooth, color=color, linewidth=1.3, label=f"age {bucket}")
+    times_s, figures = points(run.steps, of_step)
+    smooth, window = _running_mean([scale * figure for figure in figures])
     label = f"all ages (means of {window})" if window > 1 else "all ages"
-    axis.plot(times(steps), smooth, color=ALL_AGES, linewidth=1.3, linestyle="--", label=label)
+    axis.plot(unit.of(times_s), smooth, color=ALL_AGES, linewidth=1.3, linestyle="--", label=label)
 
 
 def _limit(axis: Axes, name: str, scale: float = 1.0) -> None:
-    """Where the alarm of this figure begins."""
+    """Draws where the alarm of this figure begins."""
     rule = next(rule for rule in RULES if rule.figure == name)
     limit = scale * rule.limit
     axis.axhline(limit, color=ALARM, linewidth=1.0, linestyle=":", label=f"alarm {rule.side} {limit:g}")
 
 
-def shade_alarms(axis: Axes, run: RunRecords, times: Times) -> None:
-    """Times in which any alarm was on."""
-    steps = [step for step in run.steps if step.get("wall_s") is not None]
-    for is_on, span in groupby(steps, lambda step: bool(step.get("alarms"))):
+def shade_alarms(axis: Axes, run: RunRecords, unit: TimeUnit) -> None:
+    """Shades the times in which any alarm was on."""
+    times_s, numbers_on = points(run.steps, lambda step: len(step.alarms))
+    moments = zip(unit.of(times_s), numbers_on, strict=True)
+    for is_on, span in groupby(moments, lambda moment: moment[1] > 0):
         if is_on:
-            on_at = times(list(span))
+            on_at = [time for time, _ in span]
             axis.axvspan(on_at[0], on_at[-1], color=ALARM, alpha=0.1, linewidth=0)
 
 
 def _title(run: RunRecords) -> str:
-    steps = f"{run.run_dir.name}: {run.steps[-1]['version'] if run.steps else 0} steps"
-    alarms = [f"{name} ({count} steps)" for name, count in alarm_steps(run.steps).items()]
+    steps = f"{run.run_dir.name}: {run.steps[-1].version if run.steps else 0} steps"
+    alarms = [f"{name} ({count} steps)" for name, count in run.alarm_steps().items()]
     return f"{steps}; shaded: alarm {', '.join(alarms)}" if alarms else steps
 
 
 # -- lines ---------------------------------------------------------------------------------------------------
 
 
-def _timed(records: Sequence[Record], name: str) -> list[Record]:
-    return [record for record in records if record.get(name) is not None and record.get("wall_s") is not None]
+def _percent(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
 
 
 def _noisy(axis: Axes, times: list[float], values: list[float], color: str, label: str) -> None:

@@ -1,6 +1,6 @@
-"""The end of a run: summary.json, picture and last lines; `python -m asyncrl.report.summary RUN_DIR` repeats it.
+"""The end of a run: summary.json, the picture and the last lines, all worked out from metrics.jsonl.
 
-Everything is worked out from metrics.jsonl.
+`python -m asyncrl.report.summary RUN_DIR` repeats it at any time.
 """
 
 from __future__ import annotations
@@ -9,173 +9,274 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncrl.errors import AsyncRLError, UserError
+from asyncrl.errors import AsyncRLError
 from asyncrl.metrics.sinks import clock_time
 from asyncrl.report.picture import draw
-from asyncrl.report.run_records import Record, RunRecords, alarm_steps, by_age, mean, middle, total, values
+from asyncrl.report.run_records import AgeRecord, RunRecords, mean, measured, middle, total
 
 SUMMARY_FILE = "summary.json"
+MAX_WINDOW_STEPS = 10
 
 
-def write_summary(run_dir: str | Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was learned. Training rewards are noisy: first and last are means over `reward_window_steps` steps."""
+
+    steps: int
+    reward_first: float | None
+    reward_last: float | None
+    reward_window_steps: int
+    eval_first: float | None
+    eval_last: float | None
+    eval_parts_first: Mapping[str, float | None]
+    eval_parts_last: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What was generated, acknowledged, trained, dropped and lost."""
+
+    tokens_generated: int
+    tokens_trained: int
+    tokens_generated_per_s: float | None
+    tokens_trained_per_s: float | None
+    policy_age_mean: float | None  # over tokens
+    policy_age_max: int | None
+    rollouts_acked: int
+    rollouts_trained: int
+    rollouts_dropped: int
+    groups_filtered: int
+    filtered_token_share: float | None
+    dropped_by_length_decile: Sequence[int]
+    rollouts_failed: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How far the policy was from what sampled its tokens, and the alarms that said so."""
+
+    ess_share_min: float | None
+    ess_share_median: float | None
+    gap_engine_median: float | None
+    gap_drift_median: float | None
+    age_health: Mapping[str, Mapping[str, float]]
+    alarms: Mapping[str, int]  # → steps after which it was on
+
+
+@dataclass(frozen=True, slots=True)
+class Syncs:
+    """How versions reached the generators. Times are medians over the syncs that at least one generator committed."""
+
+    sync_count: int
+    sync_failed: int
+    sync_pause_ms_median: float | None
+    sync_total_ms_median: float | None
+    sync_snapshot_ms_median: float | None
+    sync_verify_ms_median: float | None
+    sync_canary_ms_median: float | None
+    sync_gb_per_s_median: float | None
+    sync_retries: int
+    canary_max_abs_diff: float | None
+    canary_mean_abs_diff: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Who waited: idle time / time."""
+
+    learner_idle_share: float | None
+    generator_idle_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A whole run in figures. What was never measured is None."""
+
+    outcome: Outcome
+    flow: Flow
+    health: Health
+    syncs: Syncs
+    idle: Idle
+    wall_s: float
+    unreadable_lines: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of summary.json: all figures in one mapping; unreadable_lines only where there are any."""
+        parts = (self.outcome, self.flow, self.health, self.syncs, self.idle)
+        content = {name: value for part in parts for name, value in asdict(part).items()} | {"wall_s": self.wall_s}
+        return content | ({"unreadable_lines": self.unreadable_lines} if self.unreadable_lines else {})
+
+
+def summarize(run: RunRecords) -> RunSummary:
+    """Works out the summary of a run."""
+    return RunSummary(
+        outcome=_outcome(run),
+        flow=_flow(run),
+        health=_health(run),
+        syncs=_syncs(run),
+        idle=_idle(run),
+        wall_s=run.wall_s,
+        unreadable_lines=run.unreadable_lines,
+    )
+
+
+def write_summary(run_dir: str | Path) -> RunSummary:
     """Works out the summary of a run, writes it to summary.json in one move, and returns it.
 
-    What was never measured is None. Raises UserError when run_dir has no metrics file.
+    Raises UserError when run_dir has no metrics file, OSError when summary.json cannot be written.
     """
     run = RunRecords(run_dir)
-    summary = {**_outcome(run), **_flow(run), **_health(run), **_syncs(run), **_idle(run), "wall_s": run.wall_s}
-    if run.unreadable_lines:
-        summary["unreadable_lines"] = run.unreadable_lines
+    summary = summarize(run)
     target = run.run_dir / SUMMARY_FILE
     partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, target)
     return summary
 
 
-def _outcome(run: RunRecords) -> dict[str, Any]:
-    """Training rewards are noisy: first and last are means over a tenth of the steps, at most 10, at least "
-    "1."""
-    window = max(1, min(10, len(run.steps) // 10))
-    first, last = run.evals[:1], run.evals[-1:]
-    return {
-        "steps": run.steps[-1]["version"] if run.steps else 0,
-        "reward_first": mean(run.steps[:window], "reward_mean"),
-        "reward_last": mean(run.steps[-window:], "reward_mean"),
-        "reward_window_steps": window,
-        "eval_first": mean(first, "reward_mean"),
-        "eval_last": mean(last, "reward_mean"),
-        "eval_parts_first": first[0].get("reward_parts", {}) if first else {},
-        "eval_parts_last": last[0].get("reward_parts", {}) if last else {},
-    }
+def _outcome(run: RunRecords) -> Outcome:
+    """The window of first and last training rewards is a tenth of the steps: at least 1, at most 10."""
+    window = max(1, min(MAX_WINDOW_STEPS, len(run.steps) // 10))
+    first_eval = run.evals[0] if run.evals else None
+    last_eval = run.evals[-1] if run.evals else None
+    return Outcome(
+        steps=run.steps[-1].version if run.steps else 0,
+        reward_first=mean(step.reward_mean for step in run.steps[:window]),
+        reward_last=mean(step.reward_mean for step in run.steps[-window:]),
+        reward_window_steps=window,
+        eval_first=first_eval.reward_mean if first_eval else None,
+        eval_last=last_eval.reward_mean if last_eval else None,
+        eval_parts_first=first_eval.reward_parts if first_eval else {},
+        eval_parts_last=last_eval.reward_parts if last_eval else {},
+    )
 
 
-def _flow(run: RunRecords) -> dict[str, Any]:
+def _flow(run: RunRecords) -> Flow:
+    lines = run.step_lines
+    interval_s = total(line.interval_s for line in lines)
+    tokens_generated = total(line.tokens_generated for line in lines)
+    tokens_trained = total(step.tokens_trained for step in run.steps)
+    tokens_filtered = total(line.tokens_filtered for line in lines)
+    token_ages = sum((step.policy_age_mean or 0.0) * (step.tokens_trained or 0) for step in run.steps)
     failed: Counter[str] = Counter()
-    for line in run.step_lines:
-        failed.update(line.get("rollouts_failed") or {})
-    deciles = values(run.step_lines, "dropped_by_length_decile")
-    tokens_trained = total(run.steps, "tokens_trained")
-    tokens_filtered = total(run.step_lines, "tokens_filtered")
-    weighted = sum((step.get("policy_age_mean") or 0.0) * (step.get("tokens_trained") or 0) for step in run.steps)
-    interval_s = total(run.step_lines, "interval_s")
-    tokens_generated = total(run.step_lines, "tokens_generated")
-    return {
-        "tokens_generated": tokens_generated,
-        "tokens_trained": tokens_trained,
-        "tokens_generated_per_s": tokens_generated / interval_s if interval_s else None,
-        "tokens_trained_per_s": tokens_trained / interval_s if interval_s else None,
-        "policy_age_mean": weighted / tokens_trained if tokens_trained else None,
-        "policy_age_max": max(values(run.steps, "policy_age_max"), default=None),
-        "rollouts_acked": total(run.step_lines, "rollouts_acked"),
-        "rollouts_trained": total(run.steps, "rollouts_trained"),
-        "rollouts_dropped": total(run.step_lines, "rollouts_dropped"),
-        "groups_filtered": total(run.step_lines, "groups_filtered"),
-        "filtered_token_share": tokens_filtered / (tokens_filtered + tokens_trained) if tokens_trained else None,
-        "dropped_by_length_decile": deciles[-1] if deciles else [],
-        "rollouts_failed": dict(failed),
-    }
+    for line in lines:
+        failed.update(line.rollouts_failed)
+    deciles = measured(line.dropped_by_length_decile for line in lines)
+    return Flow(
+        tokens_generated=tokens_generated,
+        tokens_trained=tokens_trained,
+        tokens_generated_per_s=tokens_generated / interval_s if interval_s else None,
+        tokens_trained_per_s=tokens_trained / interval_s if interval_s else None,
+        policy_age_mean=token_ages / tokens_trained if tokens_trained else None,
+        policy_age_max=max(measured(step.policy_age_max for step in run.steps), default=None),
+        rollouts_acked=total(line.rollouts_acked for line in lines),
+        rollouts_trained=total(step.rollouts_trained for step in run.steps),
+        rollouts_dropped=total(line.rollouts_dropped for line in lines),
+        groups_filtered=total(line.groups_filtered for line in lines),
+        filtered_token_share=tokens_filtered / (tokens_filtered + tokens_trained) if tokens_trained else None,
+        dropped_by_length_decile=deciles[-1] if deciles else [],
+        rollouts_failed=dict(failed),
+    )
 
 
-def _health(run: RunRecords) -> dict[str, Any]:
-    return {
-        "ess_share_min": min(values(run.steps, "ess_share"), default=None),
-        "ess_share_median": middle(run.steps, "ess_share"),
-        "gap_engine_median": middle(run.steps, "gap_engine"),
-        "gap_drift_median": middle(run.steps, "gap_drift"),
-        "age_health": {bucket: _over_steps(steps) for bucket, steps in by_age(run.steps).items()},
-        "alarms": alarm_steps(run.steps),
-    }
+def _health(run: RunRecords) -> Health:
+    return Health(
+        ess_share_min=min(measured(step.ess_share for step in run.steps), default=None),
+        ess_share_median=middle(step.ess_share for step in run.steps),
+        gap_engine_median=middle(step.gap_engine for step in run.steps),
+        gap_drift_median=middle(step.gap_drift for step in run.steps),
+        age_health={bucket: _over_steps(steps) for bucket, steps in run.by_age().items()},
+        alarms=run.alarm_steps(),
+    )
 
 
-def _over_steps(steps: Sequence[Record]) -> dict[str, float]:
-    """Figures of one age bucket over the run: tokens added up, the largest ratio_max, means over tokens of the rest."""
+def _over_steps(steps: Sequence[AgeRecord]) -> dict[str, float]:
+    """Figures of one bucket of ages over the run: the sum of tokens, the largest ratio_max, else means over tokens."""
     health: dict[str, float] = {}
-    for name in sorted({name for step in steps for name in step} - {"wall_s"}):
-        measured = [(step[name], step["tokens"]) for step in steps if step.get(name) is not None]
+    for name in sorted({name for step in steps for name in step.figures}):
+        figures = [(step.figures.get(name), step.figures.get("tokens") or 0) for step in steps]
+        known = [(value, weight) for value, weight in figures if value is not None]
+        tokens = sum(weight for _, weight in known)
         if name == "tokens":
-            health[name] = sum(value for value, _ in measured)
-        elif name == "ratio_max":
-            health[name] = max(value for value, _ in measured)
-        elif measured:
-            health[name] = sum(value * tokens for value, tokens in measured) / sum(tokens for _, tokens in measured)
+            health[name] = tokens
+        elif name == "ratio_max" and known:
+            health[name] = max(value for value, _ in known)
+        elif tokens:
+            health[name] = sum(value * weight for value, weight in known) / tokens
     return health
 
 
-def _syncs(run: RunRecords) -> dict[str, Any]:
-    """Times are medians over the syncs that at least one generator committed."""
-    committed = [sync for sync in run.syncs if sync.get("generators_committed")]
-    return {
-        "sync_count": len(committed),
-        "sync_failed": len(run.syncs) - len(committed),
-        "sync_pause_ms_median": middle(committed, "pause_ms"),
-        "sync_total_ms_median": middle(committed, "total_ms"),
-        "sync_snapshot_ms_median": middle(committed, "snapshot_ms"),
-        "sync_verify_ms_median": middle(committed, "verify_ms"),
-        "sync_canary_ms_median": middle(committed, "canary_ms"),
-        "sync_gb_per_s_median": middle(committed, "transfer_gb_per_s"),
-        "sync_retries": total(run.syncs, "retries"),
-        "canary_max_abs_diff": max(values(committed, "canary_max_abs_diff"), default=None),
-        "canary_mean_abs_diff": mean(committed, "canary_mean_abs_diff"),
-    }
+def _syncs(run: RunRecords) -> Syncs:
+    committed = [sync for sync in run.syncs if sync.generators_committed]
+    return Syncs(
+        sync_count=len(committed),
+        sync_failed=len(run.syncs) - len(committed),
+        sync_pause_ms_median=middle(sync.pause_ms for sync in committed),
+        sync_total_ms_median=middle(sync.total_ms for sync in committed),
+        sync_snapshot_ms_median=middle(sync.snapshot_ms for sync in committed),
+        sync_verify_ms_median=middle(sync.verify_ms for sync in committed),
+        sync_canary_ms_median=middle(sync.canary_ms for sync in committed),
+        sync_gb_per_s_median=middle(sync.transfer_gb_per_s for sync in committed),
+        sync_retries=total(sync.retries for sync in run.syncs),
+        canary_max_abs_diff=max(measured(sync.canary_max_abs_diff for sync in committed), default=None),
+        canary_mean_abs_diff=mean(sync.canary_mean_abs_diff for sync in committed),
+    )
 
 
-def _idle(run: RunRecords) -> dict[str, Any]:
-    interval_s = total(run.step_lines, "interval_s")
-    busy, idle = total(run.step_lines, "generator_busy_s"), total(run.step_lines, "generator_idle_s")
-    return {
-        "learner_idle_share": total(run.step_lines, "learner_idle_s") / interval_s if interval_s else None,
-        "generator_idle_share": idle / (busy + idle) if busy + idle else None,
-    }
+def _idle(run: RunRecords) -> Idle:
+    interval_s = total(line.interval_s for line in run.step_lines)
+    learner_idle_s = total(line.learner_idle_s for line in run.step_lines)
+    busy_s = total(line.generator_busy_s for line in run.step_lines)
+    idle_s = total(line.generator_idle_s for line in run.step_lines)
+    return Idle(
+        learner_idle_share=learner_idle_s / interval_s if interval_s else None,
+        generator_idle_share=idle_s / (busy_s + idle_s) if busy_s + idle_s else None,
+    )
 
 
 # -- the last lines ------------------------------------------------------------------------------------------
 
 
-def summary_lines(summary: dict[str, Any], run_dir: str | Path, picture: Path | None) -> list[str]:
+def summary_lines(summary: RunSummary, run_dir: str | Path, picture: Path) -> list[str]:
     """The last lines of a run: rewards, evaluation, throughput, off-policy health, and where the rest is."""
-    lines = [
-        f"{summary['steps']} steps in {clock_time(summary['wall_s'])}",
-        f"reward       first {_shown(summary['reward_first'])}   last {_shown(summary['reward_last'])}",
-        f"evaluation   first {_shown(summary['eval_first'])}   last {_shown(summary['eval_last'])}",
-        f"tokens/s     generated {_shown(summary['tokens_generated_per_s'], ',.0f')}"
-        f"   trained {_shown(summary['tokens_trained_per_s'], ',.0f')}",
-        f"idle         learner {_shown(summary['learner_idle_share'], '.0%')}"
-        f"   generator {_shown(summary['generator_idle_share'], '.0%')}",
-        f"policy age   mean {_shown(summary['policy_age_mean'], '.2f')}   max {_shown(summary['policy_age_max'], 'd')}",
-        f"off-policy   ESS median {_shown(summary['ess_share_median'], '.2f')}"
-        f"   min {_shown(summary['ess_share_min'], '.2f')}   gap engine {_shown(summary['gap_engine_median'], '.1e')}"
-        f"   drift {_shown(summary['gap_drift_median'], '.1e')} nats",
-        f"alarms       {_alarms_shown(summary['alarms'])}",
-        f"weight sync  {_shown(summary['sync_total_ms_median'], '.0f')} ms, of it generation paused "
-        f"{_shown(summary['sync_pause_ms_median'], '.0f')} ms and training "
-        f"{_shown(summary['sync_snapshot_ms_median'], '.1f')} ms (medians of {summary['sync_count']})",
+    outcome, flow = summary.outcome, summary.flow
+    health, syncs = summary.health, summary.syncs
+    return [
+        f"{outcome.steps} steps in {clock_time(summary.wall_s)}",
+        f"reward       first {_shown(outcome.reward_first)}   last {_shown(outcome.reward_last)}",
+        f"evaluation   first {_shown(outcome.eval_first)}   last {_shown(outcome.eval_last)}",
+        f"tokens/s     generated {_shown(flow.tokens_generated_per_s, ',.0f')}"
+        f"   trained {_shown(flow.tokens_trained_per_s, ',.0f')}",
+        f"idle         learner {_shown(summary.idle.learner_idle_share, '.0%')}"
+        f"   generator {_shown(summary.idle.generator_idle_share, '.0%')}",
+        f"policy age   mean {_shown(flow.policy_age_mean, '.2f')}   max {_shown(flow.policy_age_max, 'd')}",
+        f"off-policy   ESS median {_shown(health.ess_share_median, '.2f')}   min {_shown(health.ess_share_min, '.2f')}"
+        f"   gap engine {_shown(health.gap_engine_median, '.1e')}"
+        f"   drift {_shown(health.gap_drift_median, '.1e')} nats",
+        f"alarms       {_alarms_shown(health.alarms)}",
+        f"weight sync  {_shown(syncs.sync_total_ms_median, '.0f')} ms, of it generation paused "
+        f"{_shown(syncs.sync_pause_ms_median, '.0f')} ms and training "
+        f"{_shown(syncs.sync_snapshot_ms_median, '.1f')} ms (medians of {syncs.sync_count})",
         f"summary      {Path(run_dir) / SUMMARY_FILE}",
+        f"picture      {picture}",
     ]
-    if picture is not None:
-        lines.append(f"picture      {picture}")
-    return lines
 
 
-def print_summary(run_dir: str | Path, picture: Path | None = None) -> None:
-    """Prints the last lines of a run from its summary.json.
+def report(run_dir: str | Path) -> None:
+    """Writes summary.json and the picture of a run, and prints the last lines.
 
-    Raises UserError when `write_summary` has not been called for run_dir.
+    Raises UserError when run_dir has no metrics file, OSError when one of the two cannot be written.
     """
-    path = Path(run_dir) / SUMMARY_FILE
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        remedy = f"`python -m asyncrl.report.summary {run_dir}` makes it"
-        raise UserError(f"{path}: there is no such file; {remedy}") from None
-    print("\n".join(summary_lines(summary, run_dir, picture)), flush=True)
+    summary = write_summary(run_dir)
+    print("\n".join(summary_lines(summary, run_dir, draw(run_dir))), flush=True)
 
 
-def _alarms_shown(alarms: dict[str, int]) -> str:
+def _alarms_shown(alarms: Mapping[str, int]) -> str:
     return "   ".join(f"{name} in {count} steps" for name, count in alarms.items()) or "none"
 
 
@@ -190,8 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: python -m asyncrl.report.summary RUN_DIR", file=sys.stderr)
         return 2
     try:
-        write_summary(arguments[0])
-        print_summary(arguments[0], draw(arguments[0]))
+        report(arguments[0])
     except AsyncRLError as error:
         print(f"asyncrl.report.summary: {error}", file=sys.stderr)
         return 2

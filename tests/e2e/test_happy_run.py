@@ -36,7 +36,7 @@ def run(module_run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def summary(run: Run) -> dict:
-    return write_summary(run.run_dir)
+    return write_summary(run.run_dir).to_json()
 
 
 def test_both_commands_end_with_exit_code_0_by_themselves(run):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -10,9 +11,9 @@ from matplotlib.figure import Figure
 from asyncrl.errors import UserError
 from asyncrl.metrics import METRICS_FILE, EvalMetrics, StepMetrics, SyncMetrics
 from asyncrl.metrics.sinks import JsonlSink
-from asyncrl.report.picture import PICTURE_FILE, draw, shade_alarms
+from asyncrl.report.picture import PICTURE_FILE, TimeUnit, draw, shade_alarms
 from asyncrl.report.run_records import RunRecords
-from asyncrl.report.summary import SUMMARY_FILE, main, print_summary, summary_lines, write_summary
+from asyncrl.report.summary import SUMMARY_FILE, main, report, summary_lines, write_summary
 
 PROMISED = [
     "reward_first",
@@ -87,8 +88,8 @@ def evaluation(version, reward):
 def write(tmp_path):
     def write(*metrics):
         sink = JsonlSink(tmp_path / METRICS_FILE)
-        for one in metrics:
-            sink.write(one)
+        for record in metrics:
+            sink.write(record)
         sink.close()
         return tmp_path
 
@@ -104,14 +105,14 @@ def whole_run(write):
 
 
 def test_the_summary_holds_every_promised_figure(whole_run):
-    summary = write_summary(whole_run)
+    summary = write_summary(whole_run).to_json()
     assert set(PROMISED) <= set(summary)
     assert all(summary[name] is not None for name in PROMISED)
     assert json.loads((whole_run / SUMMARY_FILE).read_text()) == summary
 
 
 def test_totals_means_and_medians_agree_with_a_count_by_hand(whole_run):
-    summary = write_summary(whole_run)
+    summary = write_summary(whole_run).to_json()
     expected = {
         "steps": 100,
         "reward_first": pytest.approx(sum(range(1, 11)) / 1000),
@@ -136,19 +137,19 @@ def test_totals_means_and_medians_agree_with_a_count_by_hand(whole_run):
 
 def test_filtered_groups_are_added_up_and_their_share_is_of_all_tokens(write):
     folder = write(step(1, groups_filtered=3, tokens_filtered=400, tokens_trained=800), step(2, tokens_trained=800))
-    summary = write_summary(folder)
+    summary = write_summary(folder).to_json()
     assert (summary["groups_filtered"], summary["filtered_token_share"]) == (3, pytest.approx(0.2))
 
 
 def test_policy_age_is_weighted_by_tokens(write):
     folder = write(step(1, policy_age_mean=0.0, tokens_trained=300), step(2, policy_age_mean=4.0, tokens_trained=100))
-    assert write_summary(folder)["policy_age_mean"] == pytest.approx(1.0)
+    assert write_summary(folder).to_json()["policy_age_mean"] == pytest.approx(1.0)
 
 
 def test_a_version_trained_again_after_a_crash_counts_once_but_its_increments_add_up(write):
     before = [step(1), step(2, reward_mean=0.1, rollouts_dropped=8)]
     again = [step(2, reward_mean=0.3, tokens_generated=0, rollouts_acked=0), step(3)]
-    summary = write_summary(write(*before, *again))
+    summary = write_summary(write(*before, *again)).to_json()
     assert (summary["steps"], summary["tokens_trained"], summary["rollouts_trained"]) == (3, 2400, 48)
     assert (summary["tokens_generated"], summary["rollouts_acked"], summary["rollouts_dropped"]) == (
         3000,
@@ -162,7 +163,7 @@ def test_failed_syncs_are_counted_apart_from_the_times(write):
         sync(1),
         sync(2, total_ms=30_000.0, pause_ms=None, generators_committed=0, generators_failed=1),
     ]
-    summary = write_summary(write(step(1), *metrics))
+    summary = write_summary(write(step(1), *metrics)).to_json()
     assert (summary["sync_count"], summary["sync_failed"], summary["sync_total_ms_median"]) == (1, 1, 80.0)
 
 
@@ -173,11 +174,13 @@ def test_what_syncs_took_of_training_and_network_is_in_the_summary(write):
         )
         for version in (1, 2, 3)
     ]
-    summary = write_summary(write(step(1), *timed))
+    run_summary = write_summary(write(step(1), *timed))
+    summary = run_summary.to_json()
     expected = {"snapshot_ms": 6.0, "verify_ms": 2.0, "canary_ms": 7.0, "gb_per_s": 2.0}
     assert {name: summary[f"sync_{name}_median"] for name in expected} == expected
     assert summary["sync_retries"] == 6
-    assert any("generation paused 10 ms and training 6.0 ms" in line for line in summary_lines(summary, "run", None))
+    lines = summary_lines(run_summary, "run", Path("run/report.png"))
+    assert any("generation paused 10 ms and training 6.0 ms" in line for line in lines)
 
 
 def test_failures_are_counted_by_reason(write):
@@ -185,11 +188,11 @@ def test_failures_are_counted_by_reason(write):
         step(1, rollouts_failed={"deadline": 8}),
         step(2, rollouts_failed={"deadline": 8, "reward_error": 8}),
     ]
-    assert write_summary(write(*lines))["rollouts_failed"] == {"deadline": 16, "reward_error": 8}
+    assert write_summary(write(*lines)).to_json()["rollouts_failed"] == {"deadline": 16, "reward_error": 8}
 
 
 def test_what_was_never_measured_is_null(write):
-    summary = write_summary(write(sync(0, canary_max_abs_diff=None)))
+    summary = write_summary(write(sync(0, canary_max_abs_diff=None))).to_json()
     for name in ("reward_first", "eval_last", "policy_age_max", "canary_max_abs_diff", "learner_idle_share"):
         assert summary[name] is None
     assert summary["steps"] == 0
@@ -202,7 +205,7 @@ def test_off_policy_health_is_summed_up_over_steps_and_by_age(write):
         step(3, ess_share=0.3, gap_drift=0.06, alarms=["ess_share", "kl_behaviour"], age_health={}),
     ]
     lines[1].age_health["2-3"] = health(50, ratio_max=9.0)
-    summary = write_summary(write(*lines))
+    summary = write_summary(write(*lines)).to_json()
     assert (summary["ess_share_min"], summary["ess_share_median"], summary["gap_drift_median"]) == (0.2, 0.3, 0.02)
     assert summary["alarms"] == {"ess_share": 2, "kl_behaviour": 1}
     young, old = summary["age_health"]["0"], summary["age_health"]["2-3"]
@@ -212,14 +215,14 @@ def test_off_policy_health_is_summed_up_over_steps_and_by_age(write):
 
 
 def test_a_step_trained_again_counts_its_alarm_once(write):
-    summary = write_summary(write(step(1, alarms=["ess_share"]), step(1, alarms=["ess_share"])))
+    summary = write_summary(write(step(1, alarms=["ess_share"]), step(1, alarms=["ess_share"]))).to_json()
     assert summary["alarms"] == {"ess_share": 1}
 
 
 def test_a_torn_line_does_not_spoil_the_summary(whole_run):
     with (whole_run / METRICS_FILE).open("a") as file:
         file.write('{"kind": "step", "ver')
-    summary = write_summary(whole_run)
+    summary = write_summary(whole_run).to_json()
     assert (summary["steps"], summary["unreadable_lines"]) == (100, 1)
 
 
@@ -247,7 +250,7 @@ def test_times_with_an_alarm_are_shaded_in_the_picture(write):
     on = {2, 3, 6}
     run = RunRecords(write(*(step(version, alarms=["ess_share"] if version in on else []) for version in range(1, 8))))
     axis = Figure().subplots()
-    shade_alarms(axis, run, lambda records: [record["wall_s"] for record in records])
+    shade_alarms(axis, run, TimeUnit("s", 1.0))
     assert [(span.get_x(), span.get_x() + span.get_width()) for span in axis.patches] == [(4.0, 6.0), (12.0, 12.0)]
 
 
@@ -256,14 +259,11 @@ def test_times_with_an_alarm_are_shaded_in_the_picture(write):
 )
 def test_a_run_that_hardly_began_can_be_reported(write, metrics):
     folder = write(*metrics)
-    summary = write_summary(folder)
-    assert draw(folder).is_file()
-    assert summary_lines(summary, folder, None)
+    assert summary_lines(write_summary(folder), folder, draw(folder))
 
 
 def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whole_run, capsys):
-    write_summary(whole_run)
-    print_summary(whole_run, draw(whole_run))
+    report(whole_run)
     text = capsys.readouterr().out
     for part in (
         "100 steps in 03:20",
@@ -278,11 +278,6 @@ def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whol
     ):
         assert part in text
     assert text.splitlines()[-1].endswith(PICTURE_FILE)
-
-
-def test_last_lines_before_there_is_a_summary_are_refused(whole_run):
-    with pytest.raises(UserError, match=r"summary\.json: there is no such file; `python -m asyncrl.report.summary"):
-        print_summary(whole_run)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
