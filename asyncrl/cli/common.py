@@ -1,4 +1,4 @@
-"""What both commands share: arguments, help, dry run, and the way from an exception to an exit code.
+"""What both commands share: arguments, help, checks, and the way from an exception to an exit code.
 
 Nothing here imports torch, zmq or vllm: `--help` and `--version` answer at once.
 """
@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from asyncrl import __version__
 from asyncrl.config import Config
@@ -19,22 +20,25 @@ from asyncrl.config.keys import Key, keys, sections
 from asyncrl.errors import AsyncRLError
 from asyncrl.host.processes import shorten_name_lookups
 
+if TYPE_CHECKING:
+    from asyncrl.host.model_folder import ModelFiles
+
 EXIT_CODES = {
-    0: "done: the run is over, or it was stopped by SIGTERM or SIGINT and put its affairs in order",
+    0: "done: the run is over, or SIGTERM or SIGINT stopped it and it ended in good order",
     1: "a defect of the program; the traceback says where",
-    2: "user error: configuration, model, task or address",
-    3: "the other side could not be reached within generator.unreachable_timeout_s",
+    2: "user error: in configuration, model, task, address or arguments",
+    3: "the generator did not reach the learner within generator.unreachable_timeout_s",
     4: "the learner refused this generator: model, tokenizer, task or protocol differ",
     5: "the rollout engine died",
-    6: "disk: journal or checkpoint cannot be written or read",
+    6: "disk: the journal or a checkpoint cannot be written or read",
     7: "the trainer died more often than learner.max_trainer_restarts allows, or while it saved at the end",
-    8: "too many prompts got no group, whatever was tried: a reward that always fails, for example",
+    8: "too many prompts got no group, however often they were tried: a reward that always fails, for example",
     130: "interrupted before the daemon was up",
 }
 
 PURPOSE = {
-    "learner": "Trains the policy: grants leases, takes rollouts, publishes a new policy after every step.",
-    "generator": "Generates rollouts for a learner, and takes each new policy while generating.",
+    "learner": "Trains the policy: grants leases, takes rollouts, and publishes a new policy after every step.",
+    "generator": "Generates rollouts for a learner, and takes each new policy while it generates.",
 }
 
 EXAMPLES = {
@@ -44,16 +48,16 @@ EXAMPLES = {
 
 
 def command(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) -> int:
-    """Runs one command and returns its exit code (`EXIT_CODES`).
+    """Runs the command of `role` ("learner" or "generator") and returns its exit code (`EXIT_CODES`).
 
-    `start` gets the checked configuration; it imports what is heavy. An AsyncRLError that has an exit code is
-    printed to stderr without a traceback; anything else passes through and ends the interpreter with a
-    traceback and code 1.
+    `start` gets the checked configuration; it imports what is heavy. An AsyncRLError that has an exit code is printed
+    to stderr without a traceback. Every other exception passes through: it ends the interpreter with a traceback and
+    code 1.
     """
     try:
         return _run(role, argv, start)
     except AsyncRLError as error:
-        code = getattr(error, "exit_code", None)
+        code: int | None = getattr(error, "exit_code", None)
         if code is None:
             raise
         _complain(role, error)
@@ -76,28 +80,48 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
     if arguments.version:
         print(f"asyncrl-{role} {__version__}")
         return 0
-    if arguments.config is None or ("=" in arguments.config and not os.path.exists(arguments.config)):
+    if not _is_configuration(arguments.config):
         _complain(role, f"give a configuration file, for example: {EXAMPLES[role]}")
         return 2
+    config, model = _load_checked(role, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        _print_dry_run(config, role)
+        return 0
+    _log_from(config.log.level)
+    # From here on a folder: trainer, tokenizer, fingerprints and engine must all read the same files.
+    config.model.path = str(model.folder)
+    return start(config)
+
+
+def _is_configuration(argument: str | None) -> bool:
+    """False where the file was forgotten, so that an override stands in its place."""
+    return argument is not None and ("=" not in argument or os.path.exists(argument))
+
+
+def _load_checked(role: str, path: str, overrides: Sequence[str]) -> tuple[Config, ModelFiles]:
+    """The configuration and its model, with everything checked that can be before the daemon starts.
+
+    Raises UserError.
+    """
     # Imported here: reading YAML costs more than all of --help.
     from asyncrl.cli.reward_checks import check_rewards
     from asyncrl.config.host_checks import check_host
     from asyncrl.config.loading import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(path, overrides)
     model = check_host(config, role)
     check_rewards(config, role)
-    if arguments.dry_run:
-        from asyncrl.cli.dry_run import describe
+    return config, model
 
-        print(describe(config, role), flush=True)
-        return 0
-    logging.basicConfig(
-        level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
-    # From here on a folder: trainer, tokenizer, fingerprints and engine must all read the same files.
-    config.model.path = str(model.folder)
-    return start(config)
+
+def _print_dry_run(config: Config, role: str) -> None:
+    from asyncrl.cli.dry_run import describe  # it reads YAML too
+
+    print(describe(config, role), flush=True)
+
+
+def _log_from(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 
 def _complain(role: str, message: object) -> None:
@@ -107,9 +131,10 @@ def _complain(role: str, message: object) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with our own help, and errors that say what to do."""
+    """An argparse parser without help of its own, whose errors say what to do."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
+        """Prints the message in one line and exits with code 2."""
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
@@ -128,16 +153,14 @@ def _parser(role: str) -> _Parser:
 
 
 def help_text(role: str, columns: int) -> str:
-    """Usage, every configuration key with its sentence and default, and the exit codes, wrapped to "
-    "`columns`."""
+    """Usage, exit codes, and every configuration key with its default and its sentence, wrapped to `columns`."""
     width = max(50, min(columns, 110))
     blocks = [
         f"usage: asyncrl-{role} CONFIG [key=value ...] [--dry-run] [--help] [--version]",
         _wrapped(PURPOSE[role], width),
         _wrapped(
-            "CONFIG is a YAML file; the same one configures learner and generators. Values on the command "
-            "line win "
-            "over the file, the file over the defaults. ${run.name} in a value stands for another key.",
+            "CONFIG is a YAML file; the same file configures learner and generators. A value on the command line wins "
+            "over the file, and the file over the defaults. ${run.name} in a value stands for the value of that key.",
             width,
         ),
         f"example: {EXAMPLES[role]}",
@@ -151,9 +174,9 @@ def help_text(role: str, columns: int) -> str:
 
 def _options(width: int) -> list[str]:
     options = {
-        "--dry-run": "resolve and check the configuration, say what would be bound, loaded and needed; exit",
-        "--help": "this text",
-        "--version": "the version of asyncrl",
+        "--dry-run": "check the configuration, print it with what would be bound, loaded and needed, and exit",
+        "--help": "print this text and exit",
+        "--version": "print the version of asyncrl and exit",
     }
     return ["options", *(_item(name, text, width) for name, text in options.items())]
 
@@ -172,10 +195,8 @@ def _section(name: str, sentence: str, width: int) -> str:
 
 
 def _explained(key: Key) -> str:
-    if "choices" in key.checks:
-        return f"{key.sentence} ({key.rule})"
-    rule = f", {key.rule}" if key.rule else ""
-    return f"{key.sentence} ({key.type_name}{rule})"
+    """The sentence of a key and what values it takes; where there are choices, their type goes without saying."""
+    return f"{key.sentence} ({key.rule if key.bounds.choices else key.type_and_rule})"
 
 
 def _item(name: str, text: str, width: int) -> str:

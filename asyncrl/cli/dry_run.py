@@ -9,7 +9,7 @@ from pathlib import Path
 
 from asyncrl.config import Config
 from asyncrl.config.checks import largest_group_bytes, on_loopback
-from asyncrl.config.host_checks import has_gpu, weight_backend
+from asyncrl.config.host_checks import has_gpu, is_on_gpu, weight_backend
 from asyncrl.config.loading import to_yaml
 from asyncrl.host.addresses import split_address
 from asyncrl.host.model_folder import ModelFiles, find_model
@@ -138,7 +138,7 @@ def generator_memory(config: Config, model: ModelFiles) -> dict[str, int]:
         "outbox, at most": config.generator.outbox_bytes,
     }
     per_token = model.kv_bytes_per_token(element)
-    if _engine_on_gpu(config):
+    if is_on_gpu(config.generator.device, gpu_here=has_gpu()):
         label = f"KV cache: what is left of {config.generator.gpu_memory_fraction:.0%} of GPU memory, at least"
         need[label] = (per_token or 0) * config.model.max_length
         return need
@@ -149,10 +149,6 @@ def generator_memory(config: Config, model: ModelFiles) -> dict[str, int]:
         label = f"KV cache ({cache // per_token:,} tokens, {longest:,} sequences of full length)"
     need[label] = cache
     return need
-
-
-def _engine_on_gpu(config: Config) -> bool:
-    return config.generator.device == "cuda" or (config.generator.device == "auto" and has_gpu())
 
 
 def _memory_rows(need: dict[str, int]) -> Rows:

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<end>", "<unknown>")
+PAD_ID = 0
+END_ID = 1
 MAX_POSITIONS = 1024
 IGNORED = -100  # label of positions without loss
 
@@ -48,9 +49,10 @@ def make_model(
 
 
 class SupervisedTrainer:
-    """AdamW on next-token cross entropy. `step` takes sequences and, for each, how many leading tokens are given."""
+    """AdamW on next-token cross entropy."""
 
-    def __init__(self, model: LlamaForCausalLM, lr: float, warmup_steps: int):
+    def __init__(self, model: LlamaForCausalLM, lr: float, warmup_steps: int) -> None:
+        """warmup_steps: first steps, over which the learning rate rises linearly to lr."""
         self._model = model
         self._lr = lr
         self._warmup_steps = warmup_steps
@@ -58,7 +60,12 @@ class SupervisedTrainer:
         self.steps = 0
 
     def step(self, sequences: Sequence[Sequence[int]], given: Sequence[int], lr_share: float = 1.0) -> float:
-        """One optimizer step; lr_share scales the learning rate. Returns the loss in nats per token."""
+        """One optimizer step. Returns the loss in nats per token.
+
+        sequences  token ids, each sequence with its completion
+        given      how many leading tokens of each sequence carry no loss
+        lr_share   scales the learning rate
+        """
         ids, labels = _pad(sequences, given)
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * lr_share * min(1.0, (self.steps + 1) / self._warmup_steps)
@@ -93,11 +100,12 @@ def complete(
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> list[str]:
-    """One completion of each prompt; temperature 0 is greedy."""
+    """One completion of each prompt, as text; temperature 0 is greedy."""
     model.eval()
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)
+    # transformers declares `generate` for a protocol that its own models do not satisfy.
+    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling)  # type: ignore[misc]
     return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

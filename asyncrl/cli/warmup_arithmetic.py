@@ -1,14 +1,15 @@
 """The base model of the arithmetic task: it has learned from careless work.
 
 The examples are worked column by column, but most carries are lost on the way (`47+58=15,9=95`). The model learns to
-work like that: it can carry, and seldom does. So it starts at a fifth to two fifths of the answers right, with the
-right way within reach of sampling, which is where reinforcement learning has something to do.
+work like that: it can carry, and seldom does. So it starts with a fifth to two fifths of the answers right, and with
+the right way within reach of sampling: there reinforcement learning has something to do.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,17 +22,20 @@ from asyncrl.tasks.arithmetic import CHARACTERS, Arithmetic, Problem, worked_ans
 FORGET_SHARE = 0.7  # of carries, in the examples
 BATCH = 32
 LR = 3e-3
-DECAY_STEPS, MIN_LR_SHARE = 400, 0.1  # linear decay: steadies the end, which must be hit within a window
+DECAY_STEPS = 400  # linear decay: it steadies the end, which must be hit within a window
+MIN_LR_SHARE = 0.1
 MAX_STEPS = 800
-EVAL_FROM, EVAL_EVERY, EVAL_PROBLEMS = 200, 25, 256
+EVAL_FROM = 200  # steps
+EVAL_EVERY = 25
+EVAL_PROBLEMS = 256
 WANTED_COHERENT = 0.9
-MARGIN = 0.15  # of accuracy, at most so much above that of losing every carry: more, and carrying is a habit already
+MARGIN = 0.15  # largest accuracy above that of losing every carry; with more, carrying is a habit already
 
 
 def make_arithmetic_model(folder: Path, digits: int, operations: str, *, seed: int, threads: int) -> None:
     """Trains a model of 0.8 million parameters until it works coherently, and writes it to `folder`.
 
-    Its held-out accuracy (greedy) is then near that of losing every carry: 0.2 to 0.4 for sums of two digits.
+    Its greedy held-out accuracy is then near that of losing every carry: 0.2 to 0.4 for sums of two digits.
     """
     torch.set_num_threads(threads)
     started = time.monotonic()
@@ -71,7 +75,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def judge(problems: list[Problem], completions: list[str]) -> tuple[float, float]:
-    """Shares of right answers, and of answers that are right or wrong only by lost carries."""
+    """(share of right answers, share of answers that are right or wrong by lost carries alone)."""
     written = [completion.rpartition("=")[2] for completion in completions]
     right = [answer == str(problem.answer) for answer, problem in zip(written, problems, strict=True)]
     coherent = [answer in possible_answers(problem) for answer, problem in zip(written, problems, strict=True)]
@@ -79,12 +83,12 @@ def judge(problems: list[Problem], completions: list[str]) -> tuple[float, float
 
 
 def possible_answers(problem: Problem) -> set[str]:
-    """Answers with any of the carries lost."""
+    """The right answer, and those that come out when any of the carries are lost."""
     carries = len(str(problem.left))
     answers = set()
     for lost in range(1 << carries):
         plan = iter([bool(lost >> place & 1) for place in range(carries)])
-        answers.add(worked_answer(problem, forget=lambda plan=plan: next(plan)).rpartition("=")[2])
+        answers.add(worked_answer(problem, forget=partial(next, plan)).rpartition("=")[2])
     return answers
 
 

@@ -20,20 +20,24 @@ from asyncrl.errors import ConfigError
 from asyncrl.tasks.gsm8k import Gsm8k, prompt_text, read_records, worked_answer
 
 VOCAB_SIZE = 2048
-LR, MIN_LR_SHARE, WARMUP_STEPS = 2e-3, 0.05, 30
+LR = 2e-3
+MIN_LR_SHARE = 0.05
+WARMUP_STEPS = 30
 BATCH_TOKENS = 1024
 MAX_TOKENS = 384  # longer examples are left out: a few in a hundred
 BUCKET = 256  # examples sorted by length among themselves, so that little of a batch is padding
 REPORT_EVERY_S = 30.0
-PROBE_QUESTIONS, PROBE_NEW_TOKENS = 64, 160
+PROBE_QUESTIONS = 64
+PROBE_NEW_TOKENS = 160
 
 Encoded = tuple[list[int], int]  # token ids of prompt and completion, length of the prompt
 
 
 def make_gsm8k_model(folder: Path, data: str, eval_data: str, *, minutes: float, seed: int, threads: int) -> None:
-    """Trains for `minutes` on the records of `data` and writes the model to `folder`.
+    """Trains for `minutes` on the records of `data`, and writes the model to `folder`.
 
-    Raises TaskError when a file cannot be read. Prints loss, and at the end shares of form and of right answers.
+    Prints the loss, and at the end the shares of answers in the right form and of right answers. Raises ConfigError for
+    minutes that are not above 0, TaskError when a file cannot be read.
     """
     if minutes <= 0:
         raise ConfigError(f"--minutes {minutes:g} must be above 0")
@@ -73,7 +77,7 @@ def bpe_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 def _encode(tokenizer: PreTrainedTokenizerFast, records: list[dict[str, str]]) -> list[Encoded]:
     prompts = tokenizer([prompt_text(record["question"]) for record in records])["input_ids"]
     completions = tokenizer([worked_answer(record) for record in records])["input_ids"]
-    joined = [([*p, *c, END_ID], len(p)) for p, c in zip(prompts, completions, strict=True)]
+    joined = [([*ids, *more, END_ID], len(ids)) for ids, more in zip(prompts, completions, strict=True)]
     return [(ids, given) for ids, given in joined if len(ids) <= MAX_TOKENS]
 
 
@@ -85,7 +89,7 @@ def _train(trainer: SupervisedTrainer, sequences: list[Encoded], seconds: float,
         spent = time.monotonic() - started
         if spent >= seconds:
             break
-        # Loss on the question too: half of what this model learns of language is in there.
+        # The loss is on the question too: half of what this model learns of language is in there.
         losses.append(trainer.step([ids for ids, _ in batch], [1] * len(batch), max(MIN_LR_SHARE, 1 - spent / seconds)))
         if time.monotonic() - reported >= REPORT_EVERY_S:
             reported = time.monotonic()
@@ -94,7 +98,7 @@ def _train(trainer: SupervisedTrainer, sequences: list[Encoded], seconds: float,
 
 
 def _batches(sequences: list[Encoded], generator: random.Random) -> Iterator[list[Encoded]]:
-    """Batches of similar lengths, BATCH_TOKENS with padding at most, epoch after epoch."""
+    """Batches of similar lengths, each of at most BATCH_TOKENS tokens with its padding, epoch after epoch."""
     while True:
         order = generator.sample(sequences, len(sequences))
         batches: list[list[Encoded]] = []

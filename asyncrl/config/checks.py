@@ -1,6 +1,6 @@
 """What a configuration must satisfy: each key by itself, and keys together. Standard library only.
 
-Every rule returns a sentence with the values, the rule and the remedy, or None.
+Every rule over keys returns a sentence with the values, the rule and the remedy, or None.
 """
 
 from __future__ import annotations
@@ -30,29 +30,22 @@ def check_values(config: Config, origins: dict[str, str] | None = None) -> list[
     problems = []
     for key in keys():
         value = value_of(config, key.name)
-        broken = next((rule for one in _elements(value) if (rule := _broken_rule(key, one))), None)
+        elements = value if isinstance(value, list) else [value]
+        broken = next((rule for element in elements if (rule := _broken_rule(key, element))), None)
         if broken:
-            place = (origins or {}).get(key.name, "")
-            problems.append(
-                f"{key.name}={shown(value)}{place}: must be {broken}. "
-                f"The default is {key.shown_default}: {key.sentence}"
-            )
+            problems.append(key.refusal(key.name, shown(value), (origins or {}).get(key.name, ""), broken))
     return problems
 
 
-def _elements(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _broken_rule(key: Key, value: Any) -> str | None:
-    checks = key.checks
+    bounds = key.bounds
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     broken = (
-        ("choices" in checks and value not in checks["choices"])
-        or ("minimum" in checks and value < checks["minimum"])
-        or ("above" in checks and value <= checks["above"])
-        or ("maximum" in checks and value > checks["maximum"])
+        (bounds.choices and value not in bounds.choices)
+        or (bounds.minimum is not None and value < bounds.minimum)
+        or (bounds.above is not None and value <= bounds.above)
+        or (bounds.maximum is not None and value > bounds.maximum)
     )
     return key.rule if broken else None
 
@@ -61,9 +54,9 @@ def _broken_rule(key: Key, value: Any) -> str | None:
 
 
 def largest_group_bytes(config: Config) -> int:
-    """Upper bound of one GroupResult frame: prompt + group_size x (tokens, log-probs, spans, reward parts).
+    """Upper bound of one GroupResult frame, in bytes: prompt + group_size x (tokens, log-probs, spans, reward parts).
 
-    A completion crosses at most one version boundary per step of its allowed age, so max_age + 2 spans.
+    A completion crosses at most one version boundary per step of its allowed age, so it has at most max_age + 2 spans.
     """
     sampling = config.sampling
     rollout = sampling.max_new_tokens * TOKEN_BYTES
@@ -72,10 +65,11 @@ def largest_group_bytes(config: Config) -> int:
 
 
 def _names_fit(config: Config) -> str | None:
+    allowed = "letters, digits, '.', '_' and '-'"
     if not _NAME.fullmatch(config.run.name):
-        return f"run.name={config.run.name!r} must be letters, digits, '.', '_' and '-': it names folders and logs"
+        return f"run.name={config.run.name!r} must be {allowed}: it names folders and logs"
     if config.generator.id and not _NAME.fullmatch(config.generator.id):
-        return f"generator.id={config.generator.id!r} must be letters, digits, '.', '_' and '-', or empty"
+        return f"generator.id={config.generator.id!r} must be {allowed}, or empty"
     if not config.run.dir:
         return "run.dir is empty: give the folder for everything the run writes, for example runs/${run.name}"
     return None
@@ -108,8 +102,7 @@ def _engine_holds_one_group(config: Config) -> str | None:
     if room >= size:
         return None
     return (
-        f"generator.max_sequences={room} is less than sampling.group_size={size}: a lease is one whole "
-        "group; "
+        f"generator.max_sequences={room} is less than sampling.group_size={size}: a lease is one whole group; "
         f"set generator.max_sequences to a multiple of {size}"
     )
 
@@ -138,8 +131,7 @@ def _cpus_fit_threads(config: Config) -> str | None:
             return f"{section}.cpus={cpus} must be different CPU numbers from 0, for example [0]"
         if cpus and pinned.threads > len(cpus):
             return (
-                f"{section}.threads={pinned.threads} on {section}.cpus={cpus}: threads that share a core "
-                "spin against "
+                f"{section}.threads={pinned.threads} on {section}.cpus={cpus}: threads that share a core spin against "
                 f"each other; give {pinned.threads} CPUs or set {section}.threads={len(cpus)}"
             )
     return None
@@ -150,8 +142,7 @@ def _reward_ends_before_its_lease(config: Config) -> str | None:
     if reward < lease:
         return None
     return (
-        f"generator.reward_timeout_s={reward} is not below generator.lease_timeout_s={lease}: a slow reward "
-        "would cost "
+        f"generator.reward_timeout_s={reward} is not below generator.lease_timeout_s={lease}: a slow reward would cost "
         f"the whole lease; lower the first or raise the second"
     )
 
@@ -173,10 +164,9 @@ def _largest_group_fits(config: Config) -> str | None:
     if size <= limit:
         return None
     return (
-        f"{name}={limit} is smaller than the largest possible group, {size} bytes (sampling.group_size="
-        f"{config.sampling.group_size} x sampling.max_new_tokens={config.sampling.max_new_tokens} x "
-        f"{TOKEN_BYTES} bytes, "
-        f"plus prompt and spans); raise {name} or lower one of the two"
+        f"{name}={limit} is smaller than the largest possible group, {size} bytes "
+        f"(sampling.group_size={config.sampling.group_size} x sampling.max_new_tokens={config.sampling.max_new_tokens} "
+        f"x {TOKEN_BYTES} bytes, plus prompt and spans); raise {name} or lower one of the two"
     )
 
 
@@ -200,19 +190,18 @@ def _weight_host_is_private(config: Config) -> str | None:
         )
     if is_loopback(host) and not on_loopback(config):
         return (
-            f"weights.host={host} is loopback but transport.address={config.transport.address} is not: "
-            "generators on "
+            f"weights.host={host} is loopback but transport.address={config.transport.address} is not: generators on "
             f"other hosts could not fetch weights; set weights.host to the learner's private address"
         )
     return None
 
 
 def on_loopback(config: Config) -> bool:
-    """Whether the rollout link stays on this machine."""
+    """Whether the rollout link stays on this machine; true for an address that another rule refuses."""
     try:
         return is_loopback(split_address(config.transport.address)[0])
     except ConfigError:
-        return True  # another rule reports the address
+        return True
 
 
 KEY_PAIRS = {
@@ -234,8 +223,7 @@ def _open_addresses_are_authenticated(config: Config) -> str | None:
     if on_loopback(config) or any(value_of(config, pair[0]) for pair in KEY_PAIRS.values()):
         return None
     return (
-        f"transport.address={config.transport.address} is not loopback, so CURVE keys are required: the "
-        "learner sets "
+        f"transport.address={config.transport.address} is not loopback, so CURVE keys are required: the learner sets "
         f"{' and '.join(KEY_PAIRS['learner'])}, each generator {' and '.join(KEY_PAIRS['generator'])}"
     )
 
@@ -251,8 +239,8 @@ def _ipc_shares_a_device(config: Config) -> str | None:
     devices = {name: value_of(config, name) for name in ("learner.device", "generator.device")}
     if config.weights.backend != "ipc" or set(devices.values()) != {"cpu", "cuda"}:
         return None
-    shown = " and ".join(f"{name}={device}" for name, device in devices.items())
-    return f"weights.backend=ipc shares memory of one device, but {shown}; give both one device, or use gloo"
+    differing = " and ".join(f"{name}={device}" for name, device in devices.items())
+    return f"weights.backend=ipc shares memory of one device, but {differing}; give both one device, or use gloo"
 
 
 RULES: tuple[Callable[[Config], str | None], ...] = (

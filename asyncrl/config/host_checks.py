@@ -1,8 +1,7 @@
-"""What of a configuration depends on the machine that a daemon starts on: files, CPUs, devices, the model."""
+"""Checks of a configuration that depend on the machine a daemon starts on: files, CPUs, devices, the model."""
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,14 @@ from asyncrl.config import Config
 from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
 from asyncrl.config.keys import value_of
 from asyncrl.host.model_folder import ModelFiles, find_model
+from asyncrl.host.processes import cpu_problem
 
 
 def check_host(config: Config, role: str) -> ModelFiles:
     """Checks what depends on the machine that `role` ("learner" or "generator") starts on; returns the model.
 
-    Raises ConfigError for missing key files, CPUs and GPUs and for a weights.host that cannot share memory, ModelError
-    for a missing or incomplete model.
+    Raises ConfigError naming every missing key file, CPU and GPU, and a weights.host with which no memory can be
+    shared; ModelError when the model is missing or incomplete.
     """
     raise_all([*_key_file_problems(config, role), *_device_problems(config, role), *_ipc_problems(config)])
     return find_model(config.model.path)
@@ -38,12 +38,8 @@ def _key_file_problems(config: Config, role: str) -> Iterator[str]:
 
 def _device_problems(config: Config, role: str) -> Iterator[str]:
     section = getattr(config, role)
-    usable = os.sched_getaffinity(0)
-    if not set(section.cpus) <= usable:
-        yield (
-            f"{role}.cpus={section.cpus}: this process may use only CPUs {sorted(usable)}; "
-            f"set {role}.cpus to some of them"
-        )
+    if problem := cpu_problem(section.cpus, f"{role}.cpus"):
+        yield problem
     if section.device == "cuda" and not has_gpu():
         yield f"{role}.device=cuda but this host shows no NVIDIA device; set {role}.device=cpu or auto"
 
@@ -58,7 +54,7 @@ def _ipc_problems(config: Config) -> Iterator[str]:
 
 
 def _is_this_host(host: str) -> bool:
-    """Whether `host` can be listened at here; port 0 takes any that is free."""
+    """Whether a socket can listen at `host` on this machine; port 0 stands for any free one."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, proto) as probe:
@@ -71,16 +67,19 @@ def _is_this_host(host: str) -> bool:
 def weight_backend(config: Config, *, gpu_here: bool) -> str:
     """`weights.backend`, with auto decided: nccl where learner and generators have GPUs, else gloo.
 
-    Args:
-        gpu_here: what a device of auto stands for.
+    gpu_here decides what a device of auto stands for.
     """
     if config.weights.backend != "auto":
         return config.weights.backend
-    on_gpu = [
-        device == "cuda" or (device == "auto" and gpu_here)
-        for device in (config.learner.device, config.generator.device)
-    ]
-    return "nccl" if all(on_gpu) else "gloo"
+    both_on_gpu = all(
+        is_on_gpu(device, gpu_here=gpu_here) for device in (config.learner.device, config.generator.device)
+    )
+    return "nccl" if both_on_gpu else "gloo"
+
+
+def is_on_gpu(device: str, *, gpu_here: bool) -> bool:
+    """Whether the key `learner.device` or `generator.device` stands for a GPU on a host that has one or has none."""
+    return device == "cuda" or (device == "auto" and gpu_here)
 
 
 def has_gpu() -> bool:

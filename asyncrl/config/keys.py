@@ -1,4 +1,4 @@
-"""The catalogue of configuration keys, read off the dataclasses in `asyncrl.config`.
+"""The catalogue of configuration keys, read off the dataclasses of `asyncrl.config.schema`.
 
 Standard library only: `--help` is made from it.
 """
@@ -11,53 +11,70 @@ from functools import cache
 from typing import Any
 
 from asyncrl.config import Config
+from asyncrl.config.schema import Bounds
+
+TYPE_NAMES = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    list[int]: "list of integers",
+    list[float]: "list of numbers",
+    list[str]: "list of texts",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One configuration key as declared in `asyncrl.config`."""
+    """One configuration key as it is declared."""
 
     name: str  # dotted, as written on the command line
     section: str
     sentence: str
     type: Any
     default: Any
-    checks: dict[str, Any]
+    bounds: Bounds
 
     @property
     def rule(self) -> str:
         """What values are allowed, in words; empty when every value of the type is."""
-        words = {"minimum": "at least {}", "above": "above {}", "maximum": "at most {}"}
-        parts = [text.format(self.checks[check]) for check, text in words.items() if check in self.checks]
-        if "choices" in self.checks:
-            parts.append("one of " + ", ".join(self.checks["choices"]))
+        bounds = self.bounds
+        words = (("at least", bounds.minimum), ("above", bounds.above), ("at most", bounds.maximum))
+        parts = [f"{word} {bound}" for word, bound in words if bound is not None]
+        if bounds.choices:
+            parts.append("one of " + ", ".join(bounds.choices))
         return " and ".join(parts)
 
     @property
     def type_name(self) -> str:
-        names = {
-            str: "text",
-            int: "integer",
-            float: "number",
-            bool: "true or false",
-            list[int]: "list of integers",
-            list[float]: "list of numbers",
-            list[str]: "list of texts",
-        }
-        return names.get(self.type, "mapping")
+        """The type in words."""
+        return TYPE_NAMES.get(self.type, "mapping")
+
+    @property
+    def type_and_rule(self) -> str:
+        """The type in words, and what values of it are allowed."""
+        return f"{self.type_name}, {self.rule}" if self.rule else self.type_name
+
+    def refusal(self, name: str, value: object, place: str, rule: str) -> str:
+        """The message for a value that breaks `rule`: with value, place, rule, default and sentence.
+
+        name is this key's, or that of an entry of this open mapping. place, such as " (command line)", may be empty.
+        """
+        return f"{name}={value}{place}: must be {rule}. The default is {self.shown_default}: {self.sentence}"
 
     @property
     def shown_default(self) -> str:
+        """The default as a user would write it."""
         return shown(self.default)
 
     @property
     def is_open(self) -> bool:
-        """True for a mapping whose own keys are free (task.args)."""
+        """Whether the value is a mapping whose own keys are free, as task.args is."""
         return typing.get_origin(self.type) is dict
 
 
 def sections() -> dict[str, str]:
-    """Section name -> the sentence that describes it, in the order of the file."""
+    """Name of each section → the sentence that describes it, in the order of the file."""
     return {name: (section.__doc__ or "").strip() for name, section in typing.get_type_hints(Config).items()}
 
 
@@ -69,12 +86,23 @@ def keys() -> tuple[Key, ...]:
         types = typing.get_type_hints(section_type)
         defaults = section_type()
         for entry in fields(section_type):
-            checks = dict(entry.metadata)
-            sentence = checks.pop("sentence")
-            default = getattr(defaults, entry.name)
-            name = f"{section}.{entry.name}"
-            found.append(Key(name, section, sentence, types[entry.name], default, checks))
+            found.append(
+                Key(
+                    name=f"{section}.{entry.name}",
+                    section=section,
+                    sentence=entry.metadata["sentence"],
+                    type=types[entry.name],
+                    default=getattr(defaults, entry.name),
+                    bounds=entry.metadata["bounds"],
+                )
+            )
     return tuple(found)
+
+
+@cache
+def keys_by_name() -> dict[str, Key]:
+    """Dotted name → key, in the order of the file."""
+    return {key.name: key for key in keys()}
 
 
 def value_of(config: Config, name: str) -> Any:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,28 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from asyncrl.config import AlgorithmConfig, Config
 from asyncrl.config.checks import check, check_values, raise_all
-from asyncrl.config.keys import Key, keys, sections
+from asyncrl.config.keys import Key, keys_by_name, sections
 from asyncrl.config.methods import METHODS
+from asyncrl.config.schema import RENAMED_KEYS
 from asyncrl.errors import ConfigError
-
-__all__ = ["check", "load_config", "to_yaml"]
 
 COMMAND_LINE = " (command line)"
 
 
 @dataclass(frozen=True, slots=True)
-class _Assignment:
-    """`key` is to become `value`; `place` says who wrote that, as a suffix for messages."""
+class _Written:
+    """Somebody wrote that the key `name` is to be `value`; `place` says who, as the end of a message."""
 
-    key: str
+    name: str
     value: Any
     place: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Assignment(_Written):
+    """What was written, with the key that it sets: the one of that name, or the open mapping that the name is in."""
+
+    key: Key
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -46,15 +51,14 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest one), a value of the wrong
     type or outside its bounds, and keys that do not fit together. All problems of a kind are named at once.
     """
-    assignments = list(_from_file(Path(path))) if path is not None else []
+    written = list(_from_file(Path(path))) if path is not None else []
     for override in overrides:
-        assignments.extend(_from_override(override))
-    raise_all([problem for one in assignments if (problem := _unknown(one))])
-
-    assignments = [*_from_method(assignments), *assignments]
+        written.extend(_from_override(override))
+    assignments = _with_their_keys(written)
+    assignments = [*_with_their_keys(_from_method(assignments)), *assignments]
     merged = OmegaConf.structured(Config)
-    raise_all([problem for one in assignments if (problem := _apply(merged, one))])
-    origins = {_known(one.key).name: one.place for one in assignments}
+    raise_all([problem for assignment in assignments if (problem := _apply(merged, assignment))])
+    origins = {assignment.key.name: assignment.place for assignment in assignments}
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -73,7 +77,7 @@ def to_yaml(config: Config) -> str:
 # -- where values come from ----------------------------------------------------------------------------------
 
 
-def _from_file(path: Path) -> Iterator[_Assignment]:
+def _from_file(path: Path) -> Iterator[_Written]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -88,41 +92,42 @@ def _from_file(path: Path) -> Iterator[_Assignment]:
     content = OmegaConf.to_container(loaded, resolve=False) if isinstance(loaded, DictConfig) else None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold sections such as `run:` and `model:`, each with its keys")
-    for key, value in _flatten("", content):
-        line = f", line {lines[key]}" if key in lines else ""
-        yield _Assignment(key, value, f" ({path}{line})")
+    for name, value in _flatten("", content):
+        line = f", line {lines[name]}" if name in lines else ""
+        yield _Written(name, value, f" ({path}{line})")
 
 
-def _from_override(override: str) -> Iterator[_Assignment]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
+def _from_override(override: str) -> Iterator[_Written]:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
         raise ConfigError(f"{override!r} (command line) is not key=value, for example run.steps=20")
-    known = _known(key)
-    if not text and known is not None and known.type is str:
-        yield _Assignment(key, "", COMMAND_LINE)
+    key = _key_set_by(name)
+    if not text and key is not None and key.type is str:
+        yield _Written(name, "", COMMAND_LINE)
         return
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException):
         raise ConfigError(
-            f"{override!r} (command line): the value is not valid YAML; quote it: {key}=\"'...'\""
+            f"{override!r} (command line): the value is not valid YAML; quote it: {name}=\"'...'\""
         ) from None
-    yield from (_Assignment(name, value, COMMAND_LINE) for name, value in _flatten(key, parsed["value"]))
+    assert isinstance(parsed, dict), "a dot list makes a mapping"
+    yield from (_Written(leaf, value, COMMAND_LINE) for leaf, value in _flatten(name, parsed["value"]))
 
 
-def _from_method(assignments: Sequence[_Assignment]) -> Iterator[_Assignment]:
+def _from_method(assignments: Sequence[_Assignment]) -> Iterator[_Written]:
     """What the method's name stands for. An unknown name sets nothing and is reported with the other values."""
-    names = [one.value for one in assignments if one.key == "algorithm.name"]
+    names = [assignment.value for assignment in assignments if assignment.name == "algorithm.name"]
     name = names[-1] if names else AlgorithmConfig.name
-    for key, value in METHODS.get(str(name), {}).items():
-        yield _Assignment(f"algorithm.{key}", value, f" (algorithm.name={name})")
+    for entry, value in METHODS.get(str(name), {}).items():
+        yield _Written(f"algorithm.{entry}", value, f" (algorithm.name={name})")
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf; the content of an open mapping (task.args) is one leaf."""
-    known = _known(prefix)
+    key = _key_set_by(prefix)
     misspelt = value == {} and prefix not in sections()  # without leaves it would go unnoticed
-    if not isinstance(value, dict) or (known is not None and known.is_open) or (misspelt and prefix):
+    if not isinstance(value, dict) or (key is not None and key.is_open) or (misspelt and prefix):
         yield prefix, value
         return
     for name, child in value.items():
@@ -130,13 +135,13 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
-    """Dotted key -> line, counted from 1."""
+    """Dotted key → its line in the file, counted from 1."""
     found: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for name, child in node.value:
-            key = f"{prefix}.{name.value}" if prefix else str(name.value)
-            found[key] = name.start_mark.line + 1
-            found.update(_lines(child, key))
+            dotted = f"{prefix}.{name.value}" if prefix else str(name.value)
+            found[dotted] = name.start_mark.line + 1
+            found.update(_lines(child, dotted))
     return found
 
 
@@ -148,30 +153,39 @@ def _neighbours(path: Path) -> str:
 # -- what may be set -----------------------------------------------------------------------------------------
 
 
-@cache
-def _keys_by_name() -> dict[str, Key]:
-    return {key.name: key for key in keys()}
-
-
-def _known(name: str) -> Key | None:
-    """The key that `name` sets: itself, or the open mapping it is inside of."""
-    table = _keys_by_name()
+def _key_set_by(name: str) -> Key | None:
+    """The key that `name` sets: the one of that name, or the open mapping that it is inside of."""
+    table = keys_by_name()
     if name in table:
         return table[name]
     parent = table.get(".".join(name.split(".")[:2]))
     return parent if parent is not None and parent.is_open else None
 
 
-def _unknown(assignment: _Assignment) -> str | None:
-    key, place = assignment.key, assignment.place
-    if _known(key) is not None:
-        return None
-    if key in sections():
-        entries = [name for name in _keys_by_name() if name.startswith(f"{key}.")]
-        if assignment.value is None:
-            return f"{key}{place} is an empty section; remove it or give it keys, for example {entries[0]}"
-        return f"{key}={assignment.value}{place}: {key} is a section; set a key of it, for example {entries[0]}"
-    return f"unknown key {key}{place}; the nearest is {nearest_key(key)}. --help lists every key"
+def _with_their_keys(written: Iterable[_Written]) -> list[_Assignment]:
+    """What was written, with its keys. Raises ConfigError naming every key that there is not."""
+    assignments = []
+    problems = []
+    for entry in written:
+        key = _key_set_by(entry.name)
+        if key is None:
+            problems.append(_unknown(entry))
+        else:
+            assignments.append(_Assignment(entry.name, entry.value, entry.place, key))
+    raise_all(problems)
+    return assignments
+
+
+def _unknown(written: _Written) -> str:
+    name, place = written.name, written.place
+    if name in RENAMED_KEYS:
+        return f"{name}{place} is called {RENAMED_KEYS[name]} now; set that key"
+    if name in sections():
+        example = next(known for known in keys_by_name() if known.startswith(f"{name}."))
+        if written.value is None:
+            return f"{name}{place} is an empty section; remove it or give it keys, for example {example}"
+        return f"{name}={written.value}{place}: {name} is a section; set a key of it, for example {example}"
+    return f"unknown key {name}{place}; the nearest is {nearest_key(name)}. --help lists every key"
 
 
 def nearest_key(name: str) -> str:
@@ -184,38 +198,34 @@ def nearest_key(name: str) -> str:
         ratio = difflib.SequenceMatcher(None, name, candidate if "." in name else own_word).ratio()
         return ratio + (own_word in (word, initials))
 
-    return max(_keys_by_name(), key=likeness)
+    return max(keys_by_name(), key=likeness)
 
 
 def _apply(merged: DictConfig, assignment: _Assignment) -> str | None:
-    key = _known(assignment.key)
-    assert key is not None, "unknown keys were reported before"
+    """Sets the value in `merged`; returns the problem if it cannot be."""
+    key, value = assignment.key, assignment.value
     # OmegaConf has its own ideas about a scalar where a mapping or list stands, so shapes are compared here.
-    wrong_shape = assignment.key == key.name and (
-        isinstance(assignment.value, dict) != key.is_open
-        or isinstance(assignment.value, list) != (typing.get_origin(key.type) is list)
+    wrong_shape = assignment.name == key.name and (
+        isinstance(value, dict) != key.is_open or isinstance(value, list) != (typing.get_origin(key.type) is list)
     )
-    interpolated = isinstance(assignment.value, str) and "${" in assignment.value
+    interpolated = isinstance(value, str) and "${" in value
+    if wrong_shape and not interpolated:
+        return _wrong_type(assignment)
     try:
-        if wrong_shape and not interpolated:
-            raise TypeError
-        OmegaConf.update(merged, assignment.key, assignment.value, merge=True)
+        OmegaConf.update(merged, assignment.name, value, merge=True)
     except OmegaConfBaseException as error:
         if interpolated:  # bad syntax inside ${...}
-            return f"{assignment.key}={assignment.value}{assignment.place}: {_first_line(error)}"
-        return _wrong_type(key, assignment)
+            return f"{assignment.name}={value}{assignment.place}: {_first_line(error)}"
+        return _wrong_type(assignment)
     except TypeError:
-        return _wrong_type(key, assignment)
+        return _wrong_type(assignment)
     return None
 
 
-def _wrong_type(key: Key, assignment: _Assignment) -> str:
-    rule = key.type_name + (f", {key.rule}" if key.rule else "")
-    shown = "null" if assignment.value is None else assignment.value
-    return (
-        f"{assignment.key}={shown}{assignment.place}: must be {rule}. "
-        f"The default is {key.shown_default}: {key.sentence}"
-    )
+def _wrong_type(assignment: _Assignment) -> str:
+    key = assignment.key
+    value = "null" if assignment.value is None else assignment.value
+    return key.refusal(assignment.name, value, assignment.place, key.type_and_rule)
 
 
 def _unresolved(error: OmegaConfBaseException, origins: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Digests that two daemons compare at hello: do both hold the same architecture and the same tokenizer?
 
-The values of weights are not part of it: they change with every step, and the canary checks them.
+The values of the weights are not part of a digest: they change with every step, and the canary checks them.
 """
 
 from __future__ import annotations
@@ -12,31 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import ModelError
-from asyncrl.host.model_folder import find_model
+from asyncrl.host.model_folder import TOKENIZER_FILES, find_model
 
 # Differ between two copies of one model without changing what it computes.
 VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 DIGEST_CHARACTERS = 16
 
 
 def model_fingerprint(config: Mapping[str, Any]) -> str:
-    """Digest of a parsed config.json: architecture, sizes, rotary settings, special tokens; 16 hex
-    characters.
-    """
+    """Digest of a parsed config.json (architecture, sizes, rotary settings, special tokens): 16 hex characters."""
     kept = {name: value for name, value in config.items() if name not in VOLATILE_KEYS}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
 def model_folder_fingerprint(path: str) -> str:
-    """`model_fingerprint` of a model folder (or cached hub name). Raises ModelError when there is none."""
+    """`model_fingerprint` of a model folder, or of a cached hub name. Raises ModelError when there is no such model."""
     return model_fingerprint(find_model(path).config)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Digest of the tokenizer's vocabulary files in a model folder; 16 hex characters.
+    """Digest of the tokenizer's files in a model folder: 16 hex characters.
 
     Raises ModelError when the folder holds none of them.
     """

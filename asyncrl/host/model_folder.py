@@ -13,7 +13,8 @@ from typing import Any
 from asyncrl.errors import ModelError
 
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format itself
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
+TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "added_tokens.json")  # all that may belong to one
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class ModelFiles:
 
     @property
     def num_bytes(self) -> int:
+        """Size of all weight files, in bytes."""
         return sum(path.stat().st_size for path in self.weight_files)
 
     def num_parameters(self) -> int:
@@ -36,16 +38,20 @@ class ModelFiles:
         return sum(_count_elements(path) for path in self.weight_files)
 
     def kv_bytes_per_token(self, element_bytes: int) -> int | None:
-        """Keys and values of one token: 2 x layers x kv_heads x head_dim x element_bytes.
+        """Bytes of the keys and values of one token: 2 x layers x kv_heads x head_dim x element_bytes.
 
         None when config.json does not say.
         """
-        config = self.config
-        layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
+        layers = self._size("num_hidden_layers")
+        heads = self._size("num_attention_heads")
         if not layers or not heads:
             return None
-        head_dim = config.get("head_dim") or config.get("hidden_size", 0) // heads
-        return 2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * element_bytes
+        head_dim = self._size("head_dim") or self._size("hidden_size") // heads
+        return 2 * layers * (self._size("num_key_value_heads") or heads) * head_dim * element_bytes
+
+    def _size(self, name: str) -> int:
+        """A size from config.json; 0 when it is not there."""
+        return int(self.config.get(name) or 0)
 
 
 def find_model(path: str) -> ModelFiles:
@@ -65,9 +71,9 @@ def find_model(path: str) -> ModelFiles:
         raise ModelError(f"model.path={path} has no config.json: it is not a Hugging Face model folder") from None
     except ValueError as error:
         raise ModelError(f"model.path={path}: config.json cannot be read ({error}); copy the model again") from None
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise ModelError(
-            f"model.path={path} holds no tokenizer (one of {', '.join(TOKENIZER_FILES)}); "
+            f"model.path={path} holds no tokenizer (one of {', '.join(VOCABULARY_FILES)}); "
             f"save it beside the weights with tokenizer.save_pretrained"
         )
     return ModelFiles(folder, _weight_files(path, folder), config)
@@ -86,7 +92,7 @@ def _hub_cache() -> Path:
 
 
 def _cached_snapshot(name: str) -> Path | None:
-    """The folder the cache's main reference points to, as `hf download NAME` left it."""
+    """The folder to which the cache's main reference points, as `hf download NAME` left it; None if there is none."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return None
     repository = _hub_cache() / ("models--" + name.replace("/", "--"))
@@ -112,8 +118,8 @@ def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
         raise ModelError(f"model.path={path}: the index names {missing[0]}, which is missing; copy the model again")
     if not files:
         raise ModelError(
-            f"model.path={path} holds no .safetensors file; save the model with save_pretrained (pickled "
-            "weights are not read)"
+            f"model.path={path} holds no .safetensors file; save the model with save_pretrained "
+            "(pickled weights are not read)"
         )
     return files
 

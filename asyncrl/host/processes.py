@@ -1,4 +1,4 @@
-"""What daemons need from the operating system: CPUs, name lookups, signals as events, death with the parent."""
+"""What daemons need from the operating system: CPUs, name lookups, signals as events, an end with the parent."""
 
 from __future__ import annotations
 
@@ -19,34 +19,43 @@ _PR_SET_PDEATHSIG = 1
 END_TIMEOUT_S = 5.0
 
 
+def cpu_problem(cpus: list[int], key: str) -> str | None:
+    """Why this process cannot be pinned to `cpus`, in a sentence that names the configuration key; None if it can."""
+    usable = os.sched_getaffinity(0)
+    if set(cpus) <= usable:
+        return None
+    return f"{key}={cpus}: this process may use only CPUs {sorted(usable)}; set {key} to some of them"
+
+
 def pin_to(cpus: list[int], key: str) -> None:
     """Keeps this process and its children on `cpus`; an empty list leaves them free.
 
-    Raises ConfigError naming `key` when the machine does not have those CPUs.
+    Raises ConfigError naming the configuration key when the process may not use those CPUs.
     """
     if not cpus:
         return
-    available = os.sched_getaffinity(0)
-    if not set(cpus) <= available:
-        raise ConfigError(f"{key}={cpus}: this process may use CPUs {sorted(available)}; choose among them or []")
+    if problem := cpu_problem(cpus, key):
+        raise ConfigError(problem)
     os.sched_setaffinity(0, cpus)
 
 
 def shorten_name_lookups() -> None:
-    """A name server that does not answer costs this process and its children 1 s where the C library allows 5.
+    """Makes this process and its children wait 1 s for a name server that does not answer, instead of 5.
 
     torch's store asks for the name of the address at every connection (to log it), and a weight channel makes several.
-    Later attempts wait longer: 7 s in all. Has no effect after the first lookup; `RES_OPTIONS` of the user stands.
+    Later attempts wait longer: a lookup takes 7 s in all. Has no effect after the first lookup of a process, and none
+    where the user has set `RES_OPTIONS`.
     """
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 
 def nccl_environment(timeout_s: float) -> dict[str, str]:
-    """What NCCL groups need to find when their process starts; `timeout_s` is that of the forming of a weight channel.
+    """Environment variables with which a process that forms NCCL channels must start.
 
-    torch reads it at the first collective of a process and never again. The default, 30 minutes, is how long a call
-    would hold on to a communicator whose members do not come, and an abort waits for that call. torch counts whole
-    seconds and stops after the given one, so that with one less the forming fails just by its own deadline.
+    timeout_s is the deadline for the forming of a weight channel. torch reads its own limit at the first collective of
+    a process and never again. Its default, 30 minutes, is how long a call would hold on to a communicator whose members
+    do not come, and an abort waits for that call. torch counts whole seconds and stops after the given one: with one
+    second less, the forming fails by its own deadline.
     """
     return {"TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, int(timeout_s) - 1))}
 
@@ -57,7 +66,7 @@ def die_with_parent() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process now, with nothing torn down: for one whose threads may still be inside torch.
+    """Ends this process at once and tears nothing down; for a process whose threads may still be inside torch.
 
     The interpreter's own end would unwind such a thread through C++ that must not throw, and abort with SIGABRT.
     """
@@ -76,7 +85,7 @@ async def kill_group(process: asyncio.subprocess.Process, what: str) -> None:
         async with asyncio.timeout(END_TIMEOUT_S):
             await process.wait()
     except TimeoutError:
-        log.error("%s %d does not end %g s after SIGKILL; leaving it", what, process.pid, END_TIMEOUT_S)
+        log.error("%s %d has not ended %g s after SIGKILL; going on without it", what, process.pid, END_TIMEOUT_S)
 
 
 class StopSignal:

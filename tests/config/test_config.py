@@ -14,6 +14,7 @@ from asyncrl.config.checks import RULES, check, check_values, largest_group_byte
 from asyncrl.config.host_checks import check_host, weight_backend
 from asyncrl.config.keys import keys, sections, value_of
 from asyncrl.config.loading import load_config, nearest_key, to_yaml
+from asyncrl.config.schema import RENAMED_KEYS
 from asyncrl.errors import ConfigError, ModelError
 from asyncrl.host.addresses import is_loopback, is_wildcard, split_address
 from asyncrl.link.messages import GroupResult
@@ -153,6 +154,24 @@ def test_any_wrong_name_gets_a_valid_suggestion(name):
     assert nearest_key(name) in {key.name for key in keys()}
 
 
+# -- renamed keys
+
+
+def test_the_old_name_of_a_key_is_refused_with_the_new_one(monkeypatch, write):
+    monkeypatch.setitem(RENAMED_KEYS, "learner.learning_rate", "learner.lr")
+    assert refusal("learner.learning_rate=1") == "learner.learning_rate (command line) is called learner.lr now; " + (
+        "set that key"
+    )
+    with pytest.raises(ConfigError, match=r"learner\.learning_rate \(.*line 1\) is called learner\.lr now"):
+        load_config(write("learner: {learning_rate: 1}"), GIVEN)
+
+
+def test_new_names_of_renamed_keys_exist_and_old_ones_do_not():
+    known = {key.name for key in keys()}
+    assert set(RENAMED_KEYS.values()) <= known
+    assert not set(RENAMED_KEYS) & known
+
+
 # -- wrong values
 
 
@@ -197,7 +216,12 @@ def test_every_declared_bound_is_enforced():
         "maximum": lambda bound: bound + 1,
         "choices": lambda bound: "no such choice",
     }
-    bounds = [(key, name, bound) for key in keys() for name, bound in key.checks.items()]
+    bounds = [
+        (key, entry.name, bound)
+        for key in keys()
+        for entry in dataclasses.fields(key.bounds)
+        if (bound := getattr(key.bounds, entry.name)) not in (None, ())
+    ]
     assert len(bounds) > 40
     for key, name, bound in bounds:
         config = Config()
@@ -485,3 +509,14 @@ def test_every_key_has_a_sentence_and_a_known_type():
         assert key.sentence.endswith("."), key.name
         assert key.type_name != "mapping" or key.is_open, key.name
     assert all(sections().values())
+
+
+def test_the_choices_are_those_that_the_formulas_know():
+    from asyncrl.algorithms.kl import KL_ESTIMATORS
+    from asyncrl.algorithms.losses import AGGREGATIONS
+    from asyncrl.algorithms.value_targets import VALUE_LOSSES
+
+    choices = {key.name: key.bounds.choices for key in keys()}
+    assert choices["algorithm.kl_estimator"] == KL_ESTIMATORS
+    assert choices["algorithm.aggregation"] == AGGREGATIONS
+    assert choices["critic.loss"] == VALUE_LOSSES

@@ -30,8 +30,8 @@ def test_any_byte_of_the_tokenizer_counts(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer"):
         tokenizer_fingerprint(tmp_path)
     (tmp_path / "tokenizer.json").write_text("ab")
-    one = tokenizer_fingerprint(tmp_path)
+    first = tokenizer_fingerprint(tmp_path)
     (tmp_path / "tokenizer.json").write_text("aB")
-    two = tokenizer_fingerprint(tmp_path)
+    changed = tokenizer_fingerprint(tmp_path)
     (tmp_path / "merges.txt").write_text("")
-    assert len({one, two, tokenizer_fingerprint(tmp_path)}) == 3
+    assert len({first, changed, tokenizer_fingerprint(tmp_path)}) == 3
