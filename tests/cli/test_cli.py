@@ -57,6 +57,12 @@ def test_help_imports_nothing_heavy(role):
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
 
 
+def test_importing_the_package_imports_nothing_else():
+    script = "import sys; before = set(sys.modules); import asyncrl; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["asyncrl"]
+
+
 def test_a_start_imports_no_torch_before_the_daemon_does(config_file):
     script = (
         "import sys; from asyncrl.cli.common import command; "
