@@ -22,9 +22,10 @@ Rows = list[tuple[str, str]]
 
 
 def describe(config: Config, role: str) -> str:
-    """The resolved configuration, and what the daemon `role` would do with it.
+    """The resolved configuration, and what the daemon `role` ("learner" or "generator") would do with it.
 
-    Raises ModelError when the model's files cannot be read. Binds nothing for longer than a probe.
+    Binds the learner's port for a moment, to see whether it is free, and starts nothing. Raises ModelError when the
+    model's files cannot be read.
     """
     model = find_model(config.model.path)
     memory = learner_memory(config, model) if role == "learner" else generator_memory(config, model)
@@ -100,13 +101,13 @@ def _model(config: Config, model: ModelFiles) -> Rows:
 
 
 def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
-    """Bytes the learner holds, by what for. N parameters; e bytes per element of model.dtype.
+    """Upper bound of the bytes that the learner holds, by what they hold; activations come on top.
 
-    Master weights 4N, gradients 4N, Adam moments 8N, two staging buffers of the broadcast 2eN; a compute copy eN
-    when model.dtype is not float32; the frozen reference eN when algorithm.kl_coef > 0; a critic of its own trunk
-    16N, taken to be as large as the actor. With update.what=lora or partial, gradients and moments are those of what
-    is trained only, which is not known before the model is loaded: this is the upper bound. The replay buffer
-    holds at most (max_age + 1) x groups_per_step groups of the largest size. Activations come on top.
+    With N parameters and e bytes per element of model.dtype: master weights 4N, gradients 4N, Adam moments 8N, two
+    staging buffers of the broadcast 2eN; a compute copy eN when model.dtype is not float32; the frozen reference eN
+    when algorithm.kl_coef > 0; 16N for a critic with its own trunk, taken to be as large as the actor. The replay
+    buffer holds at most (max_age + 1) x groups_per_step groups of the largest size. With update.what=lora or partial,
+    gradients and moments are smaller; how much smaller is known only when the model is loaded.
     """
     count, element = model.num_parameters(), ELEMENT_BYTES[config.model.dtype]
     groups = (config.staleness.max_age + 1) * config.learner.groups_per_step
@@ -127,9 +128,10 @@ def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
 
 
 def generator_memory(config: Config, model: ModelFiles) -> dict[str, int]:
-    """Bytes a generator holds, by what for: weights eN, staging buffer eN, KV cache, outbox.
+    """Bytes that a generator holds, by what they hold: weights eN, staging buffer eN, KV cache, outbox.
 
-    On a GPU the engine takes generator.gpu_memory_fraction of it, whatever the KV cache needs.
+    N is the number of parameters, e the bytes per element of model.dtype. On a GPU the KV cache takes what is left of
+    generator.gpu_memory_fraction.
     """
     count, element = model.num_parameters(), ELEMENT_BYTES[config.model.dtype]
     need = {
@@ -170,7 +172,7 @@ def _available_bytes() -> int | None:
 
 
 def _disk(config: Config, model: ModelFiles) -> Rows:
-    """Checkpoint: master weights and moments, 12N. One more than kept exists while the newest is written."""
+    """What the run writes. A checkpoint is master weights and moments, 12N bytes; the newest is one more to hold."""
     count = model.num_parameters()
     checkpoint = (MASTER_BYTES + ADAM_BYTES) * count
     keep = config.checkpoint.keep

@@ -1,4 +1,4 @@
-"""What of `reward.*` cannot work, said before anything is started. Imports no torch, zmq or vllm."""
+"""Checks the section `reward` before anything is started. Imports no torch, zmq or vllm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asyncrl.tasks.base import load_task
 def check_rewards(config: Config, role: str) -> None:
     """Checks the parts of the reward and their weights.
 
-    A generator computes rewards, so it also needs what its parts need of the machine: keys, folders, modules.
+    The role "generator" computes rewards, so there the keys, folders and modules that the parts need are checked too.
     Raises ConfigError naming every problem, or TaskError when the task must be asked for its parts and cannot be.
     """
     reward = config.reward
@@ -29,7 +29,7 @@ def check_rewards(config: Config, role: str) -> None:
 
 
 def _task_parts(config: Config) -> Collection[str] | None:
-    """Names of the task's own parts; None when it does not say. The task is made only where they matter."""
+    """Names of the task's own parts; None when it does not say. The task is made only where the names matter."""
     if not config.reward.parts and not config.reward.weights:
         return None
     return getattr(load_task(config.task.path, config.task.args), "part_names", None)

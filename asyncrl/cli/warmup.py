@@ -11,12 +11,12 @@ from pathlib import Path
 
 from asyncrl.errors import ConfigError, UserError
 
-EPILOG = """The folder written is a Hugging Face model (config.json, model.safetensors, tokenizer.json): use it as
-model.path. Give the same --digits, --operations to the run as task.args."""
+EPILOG = """The new folder is a Hugging Face model (config.json, model.safetensors, tokenizer.json). Use it as
+model.path, and give the run the same digits and operations in task.args."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0, or 2 when what the user wrote cannot work."""
+    """Entry point; returns 0, or the exit code of a UserError: 2."""
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)

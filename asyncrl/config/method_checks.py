@@ -1,4 +1,4 @@
-"""Rules about the sections algorithm, critic and update: what goes together, and what is known to collapse."""
+"""Rules over the sections algorithm, critic and update: what does not fit together, and what is known to collapse."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from asyncrl.config import Config
 
-RATIO_LOSSES = ("ppo_clip", "gspo", "cispo")  # whose ratio may be taken against a proximal policy
-COMPARING = ("group", "rloo", "reinforce_pp_baseline")  # advantages that are a difference within the group
-BOUNDING_MASKS = {"band", "sequence_band", "second_moment"}
+RATIO_LOSSES = ("ppo_clip", "gspo", "cispo")  # losses with a clipped ratio, which may be against a proximal policy
+COMPARING = ("group", "rloo", "reinforce_pp_baseline")  # advantages that compare rewards within the group
+BOUNDING_MASKS = {"band", "sequence_band", "second_moment"}  # masks that keep ratios from growing without bound
 
 
 def _groups_can_be_compared(config: Config) -> str | None:
@@ -24,7 +24,7 @@ def _groups_can_be_compared(config: Config) -> str | None:
 
 
 def _old_rollouts_are_corrected(config: Config) -> str | None:
-    """Runs that train on old rollouts as if they were new go well for some hundred steps, and then collapse."""
+    """A run that trains on old rollouts as if they were new goes well for some hundred steps, and then collapses."""
     if config.staleness.max_age == 0 or config.algorithm.i_know:
         return None
     problem = _missing_correction(config)
@@ -44,9 +44,9 @@ def _missing_correction(config: Config) -> str | None:
     if algorithm.proximal != "behaviour":
         if BOUNDING_MASKS & set(algorithm.masks):
             return None
-        return f"algorithm.correction=none and algorithm.proximal={algorithm.proximal}, which knows nothing of the age"
+        return f"algorithm.correction=none and algorithm.proximal={algorithm.proximal}, which ignores the age"
     if algorithm.loss == "reinforce":
-        return "algorithm.correction=none and algorithm.loss=reinforce, which takes old rollouts for new ones"
+        return "algorithm.correction=none and algorithm.loss=reinforce, which treats old rollouts as new"
     if algorithm.dual_clip > 0.0:
         return None
     return (
@@ -96,8 +96,8 @@ def _dynamic_sampling_compares(config: Config) -> str | None:
     if not algorithm.dynamic_sampling or algorithm.advantage in COMPARING:
         return None
     return (
-        f"algorithm.dynamic_sampling=true with algorithm.advantage={algorithm.advantage}: groups of equal rewards do "
-        f"teach there; set algorithm.dynamic_sampling=false, or algorithm.advantage to {' or '.join(COMPARING)}"
+        f"algorithm.dynamic_sampling=true with algorithm.advantage={algorithm.advantage}: there, groups of equal "
+        f"rewards teach, too; set algorithm.dynamic_sampling=false, or algorithm.advantage to {' or '.join(COMPARING)}"
     )
 
 

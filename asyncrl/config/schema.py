@@ -110,9 +110,11 @@ class SamplingConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """How rollouts become a gradient. algorithm.name sets all other keys; any of them can be set besides."""
+    """How rollouts become a gradient. algorithm.name sets the other keys; each of them can also be set on its own."""
 
-    name: str = key("grpo", "The method, whose name sets the other keys of this section.", choices=tuple(METHODS))
+    name: str = key(
+        "grpo", "The method; its name stands for values of the other keys of this section.", choices=tuple(METHODS)
+    )
     advantage: str = key(
         "group",
         "What a reward is compared with: the mean of its group (group), the mean of the others in the group (rloo), "
@@ -220,7 +222,9 @@ class CriticConfig:
         0.5, "With a shared trunk: weight of the value loss where its gradient enters the actor.", minimum=0.0
     )
     value_clip: float = key(
-        0.2, "How far a value may move from the one before the step before its gradient is cut; 0 = any.", minimum=0.0
+        0.2,
+        "How far a value may move from what it was before the step until its gradient is cut off; 0 = any.",
+        minimum=0.0,
     )
     loss: str = key("mse", "Loss of the values.", choices=("mse", "huber"))
 
@@ -234,7 +238,10 @@ class UpdateConfig:
         "All parameters (full), low-rank adapters (lora), or the parameters of update.names (partial).",
         choices=("full", "lora", "partial"),
     )
-    names: list[str] = key([], "With partial: the parameters to train, as shell patterns such as model.layers.[23].*.")
+    names: list[str] = key(
+        [],
+        "With partial: shell patterns of the parameters to train, for example model.layers.[23].* and lm_head.*.",
+    )
     lora_rank: int = key(16, "Rank of the adapters.", minimum=1)
     lora_alpha: float = key(32.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0.0)
     lora_targets: list[str] = key(

@@ -63,10 +63,6 @@ class Metrics:
             sinks.append(WandbSink(run, online=online))
         return cls(sinks, Alarms(canary_tolerance), wall_offset_s=file.last_wall_s())
 
-    def wall_s(self) -> float:
-        """Seconds the run has taken so far, over all starts of the learner."""
-        return self._wall_offset_s + self._clock() - self._started_at
-
     def log_step(self, metrics: StepMetrics) -> None:
         """Logs a step. Each step comes once and in order, because alarms count steps in a row."""
         for change in self._alarms.update(metrics):
@@ -88,6 +84,6 @@ class Metrics:
             sink.close()
 
     def _log(self, metrics: AnyMetrics) -> None:
-        metrics.wall_s = self.wall_s()
+        metrics.wall_s = self._wall_offset_s + self._clock() - self._started_at
         for sink in self._sinks:
             sink.write(metrics)
