@@ -48,22 +48,16 @@ class _Assignment(_Written):
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads `path` (None = defaults only), applies `overrides` (`key=value`), and checks the result.
 
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest one), a value of the wrong
-    type or outside its bounds, and keys that do not fit together. All problems of a kind are named at once.
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest one), a value of the wrong type or
+    outside its bounds, and keys that do not fit together. All problems of a kind are named at once.
     """
     written = list(_from_file(Path(path))) if path is not None else []
     for override in overrides:
         written.extend(_from_override(override))
-    assignments = _with_their_keys(written)
-    assignments = [*_with_their_keys(_from_method(assignments)), *assignments]
-    merged = OmegaConf.structured(Config)
-    raise_all([problem for assignment in assignments if (problem := _apply(merged, assignment))])
+    given = _with_their_keys(written)
+    assignments = [*_with_their_keys(_from_method(given)), *given]
     origins = {assignment.key.name: assignment.place for assignment in assignments}
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_unresolved(error, origins)) from None
-    assert isinstance(config, Config)
+    config = _merge(assignments, origins)
     raise_all(check_values(config, origins))
     check(config)
     return config
@@ -199,6 +193,21 @@ def nearest_key(name: str) -> str:
         return ratio + (own_word in (word, initials))
 
     return max(keys_by_name(), key=likeness)
+
+
+def _merge(assignments: Sequence[_Assignment], origins: dict[str, str]) -> Config:
+    """The defaults with the assignments made in order, and every `${...}` resolved.
+
+    Raises ConfigError naming every value of the wrong type, or the first reference that leads nowhere.
+    """
+    merged = OmegaConf.structured(Config)
+    raise_all([problem for assignment in assignments if (problem := _apply(merged, assignment))])
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_unresolved(error, origins)) from None
+    assert isinstance(config, Config)
+    return config
 
 
 def _apply(merged: DictConfig, assignment: _Assignment) -> str | None:

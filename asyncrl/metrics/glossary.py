@@ -22,7 +22,7 @@ USAGE = "usage: python -m asyncrl.metrics.glossary [--write]"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class GlossaryEntry:
     """One metric as the page shows it. `shown` names the places: line, summary, picture, alarm."""
 
     name: str
@@ -31,18 +31,20 @@ class Entry:
     shown: tuple[str, ...]
 
 
-def entries(kind: type[StepMetrics] | type[SyncMetrics] | type[EvalMetrics]) -> Iterator[Entry]:
+def entries(kind: type[StepMetrics] | type[SyncMetrics] | type[EvalMetrics]) -> Iterator[GlossaryEntry]:
     """Every field of one class of metrics, in the order of its declaration."""
     for entry in fields(kind):
         shown = (*entry.metadata["shown"], *_alarm_on(entry.name, kind))
-        yield Entry(entry.name, entry.metadata["unit"], entry.metadata["sentence"], shown)
+        yield GlossaryEntry(entry.name, entry.metadata["unit"], entry.metadata["sentence"], shown)
 
 
-def derived_entries() -> Iterator[Entry]:
+def derived_entries() -> Iterator[GlossaryEntry]:
     """The figures of a step that are worked out from its fields."""
     for name, derived in DERIVED.items():
         sentence = getattr(StepMetrics, name).__doc__ or ""
-        yield Entry(name, derived.unit, " ".join(sentence.split()), (*derived.shown, *_alarm_on(name, StepMetrics)))
+        yield GlossaryEntry(
+            name, derived.unit, " ".join(sentence.split()), (*derived.shown, *_alarm_on(name, StepMetrics))
+        )
 
 
 def glossary() -> str:
@@ -93,7 +95,7 @@ def _paragraphs(docstring: str) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in docstring.split("\n\n")]
 
 
-def _metrics_table(metrics: Iterator[Entry]) -> str:
+def _metrics_table(metrics: Iterator[GlossaryEntry]) -> str:
     rows = [[f"`{entry.name}`", entry.unit, entry.sentence, ", ".join(entry.shown)] for entry in metrics]
     return _table(["metric", "unit", "what it is", "shown in"], rows)
 
