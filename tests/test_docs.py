@@ -129,7 +129,7 @@ asyncrl/: metrics/types.py, commands: bin/test, .venv/bin/asyncrl-learner config
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.path)
+@pytest.mark.parametrize("page", list(pages()), ids=lambda page: page.path)
 def test_what_a_page_names_exists(page, check):
     assert check(page) == []
 
