@@ -9,13 +9,17 @@ import asyncio
 import contextlib
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from asyncrl.host.processes import shorten_name_lookups
+
+if TYPE_CHECKING:
+    import psutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 shorten_name_lookups()
@@ -90,17 +94,33 @@ def reference_logprobs(model: Any, token_ids: list[int], temperature: float = 1.
 
 @dataclass
 class EngineUnderTest:
-    """A real engine, the loop it lives in, and a learner's model beside it."""
+    """A real engine, the loop it lives in, and a learner's model beside it.
+
+    has_begun tells whether a request is inside the engine, beyond our own queue. processes gives the engine's own.
+    """
 
     engine: Any
     model: Any
     runner: asyncio.Runner
+    has_begun: Callable[[], bool]
+    processes: Callable[[], list[psutil.Process]]
     num_workers: int = 1
     next_version: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
     def run(self, work: Any) -> Any:
         return self.runner.run(work)
+
+    def healthy(self) -> EngineUnderTest:
+        """Itself, with a sync first if a test has left it without a version."""
+        if self.engine.version is None:
+            self.run(self.sync())
+        return self
+
+    async def until_begun(self) -> None:
+        """Returns once a request is inside the engine."""
+        while not self.has_begun():
+            await asyncio.sleep(0.001)
 
     async def open_group(self, version: int, timeout_s: float = 20.0) -> Any:
         """A weight channel with the learner's end in this process and the engine's workers as its other members."""
@@ -195,7 +215,17 @@ def start_engine(model_dir: Path, log_path: Path, *, tensor_parallel_size: int =
     engine = VLLMEngine(options)
     runner.run(engine.start())
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    return EngineUnderTest(engine, model, runner, num_workers=tensor_parallel_size)
+
+    def has_begun() -> bool:
+        return bool(engine._llm.output_processor.has_unfinished_requests())
+
+    def processes() -> list[psutil.Process]:
+        import psutil
+
+        manager = engine._llm.engine_core.resources.engine_manager
+        return [psutil.Process(process.pid) for process in manager.processes]
+
+    return EngineUnderTest(engine, model, runner, has_begun, processes, num_workers=tensor_parallel_size)
 
 
 @pytest.fixture(scope="session")
@@ -210,9 +240,7 @@ def tied_engine(tied_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def engine(tied_engine: EngineUnderTest) -> EngineUnderTest:
     """The session's engine, healthy and at its newest weights, whatever the test before did."""
-    if tied_engine.engine.version is None:
-        tied_engine.run(tied_engine.sync())
-    return tied_engine
+    return tied_engine.healthy()
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""An engine that does what a test says, for the code around it. What a real engine does is tested with the real one."""
+"""An engine that does what a test says, for the code around it.
+
+It holds no weights and claims nothing of what a `RolloutEngine` must do: `engines/test_conformance.py`, which states
+that, runs against real engines alone.
+"""
 
 from __future__ import annotations
 

@@ -362,8 +362,7 @@ def break_a_swap(engine):
         await engine.engine._rpc("odd_break_next_apply", 5.0)
         version = await engine.stage_next(99)
         running = asyncio.create_task(engine.generate([5, 9, 33], max_new_tokens=180))
-        while not engine.engine._llm.output_processor.has_unfinished_requests():
-            await asyncio.sleep(0.001)
+        await engine.until_begun()
         with pytest.raises(EngineError, match=f"could not load version {version}"):
             await engine.engine.swap_weights(version, 20.0)
         with pytest.raises(EngineError, match="tainted"):
