@@ -15,6 +15,8 @@ import numpy as np
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
 
+MIN_ROLLOUTS_SHARE = 0.5  # of a lease's rollouts: a training group of fewer scored ones is not worth a gradient
+
 
 class LeaseKind(StrEnum):
     """What the rollouts of a lease are for."""

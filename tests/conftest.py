@@ -194,8 +194,10 @@ def untied_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
 
 
-def start_engine(model_dir: Path, log_path: Path, *, tensor_parallel_size: int = 1) -> EngineUnderTest:
-    """A started engine without weights."""
+def start_engine(
+    model_dir: Path, log_path: Path, *, tensor_parallel_size: int = 1, worker_extension: str | None = None
+) -> EngineUnderTest:
+    """A started vLLM engine without weights; `worker_extension` puts another class into its workers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -212,7 +214,7 @@ def start_engine(model_dir: Path, log_path: Path, *, tensor_parallel_size: int =
         log_path=str(log_path),
         start_timeout_s=240.0,
     )
-    engine = VLLMEngine(options)
+    engine = VLLMEngine(options, worker_extension=worker_extension)
     runner.run(engine.start())
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 

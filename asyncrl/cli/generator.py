@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start(config: Config) -> int:
     # Torch and zmq come in only here, after everything the user wrote has been checked.
-    from asyncrl.generator.daemon import run_generator
+    from asyncrl.generator.assembly import run_generator
 
     return run_generator(config)
 

@@ -39,11 +39,12 @@ def claim_identity(folder: Path, wanted_id: str) -> Identity:
             return identity
     raise ConfigError(
         f"generator.id={wanted_id or candidates[0]!r}: a running generator holds it (lock in {folder}); "
-        "stop that one or choose another id"
+        "stop it or choose another id"
     )
 
 
 def _try_claim(path: Path, generator_id: str) -> Identity | None:
+    """The identity with its next incarnation; None when another process holds it."""
     lock = path.open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,9 +13,7 @@ from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.engines.base import Completion, GenerationRequest, RolloutEngine, nothing
 from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.rewards.pool import RewardOutcome, RewardPool
-from asyncrl.types import FinishReason, Group, Lease, LeaseKey, LeaseKind, Rollout
-
-MIN_SHARE = 0.5  # a training group is worth sending when at least this share of its rollouts was scored
+from asyncrl.types import MIN_ROLLOUTS_SHARE, Group, Lease, LeaseKey, LeaseKind, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +25,12 @@ class LeaseFailure:
 
 
 def no_text(token_ids: np.ndarray) -> str:
-    """The text of a prompt where no part of the reward reads it."""
+    """No text of the prompt, for rewards that do not read it."""
     return ""
 
 
 class LeaseRunner:
-    """Turns leases into groups. Holds nothing between leases but its counters.
+    """Turns leases into groups. Between leases it keeps counters alone.
 
     prompt_text turns a prompt's tokens into the text that parts of the reward see.
     """
@@ -144,15 +142,13 @@ class LeaseRunner:
         self.rollouts_completed += len(completions)
         baseline = None
         if lease.greedy_baseline:
-            completions, (*outcomes, greedy) = completions[:-1], outcomes
+            *outcomes, greedy = outcomes
             if greedy.failed:
                 return LeaseFailure(greedy.reason, f"the reward of the greedy completion failed: {greedy.detail}")
             baseline = greedy.reward
+            completions = completions[:-1]
         failed = [outcome for outcome in outcomes if outcome.failed]
-        enough = max(2, math.ceil(lease.num_rollouts * MIN_SHARE))
-        if lease.key.kind is LeaseKind.EVAL or lease.num_rollouts < enough:
-            enough = lease.num_rollouts
-        if len(outcomes) - len(failed) < enough:
+        if len(outcomes) - len(failed) < _min_rollouts(lease):
             return LeaseFailure(
                 failed[0].reason, f"{len(failed)} of {len(outcomes)} rewards failed: {failed[0].detail}"
             )
@@ -161,14 +157,20 @@ class LeaseRunner:
                 token_ids=completion.token_ids,
                 behaviour_logprobs=completion.logprobs,
                 version_spans=completion.version_spans,
-                finish_reason=FinishReason(completion.finish_reason),
+                finish_reason=completion.finish_reason,
                 reward=outcome.reward,
                 reward_parts=outcome.parts,
             )
             for completion, outcome in zip(completions, outcomes, strict=True)
-            if not outcome.failed
+            if outcome.parts is not None
         ]
         return Group(lease.key, lease.prompt_token_ids, rollouts, baseline)
+
+
+def _min_rollouts(lease: Lease) -> int:
+    """How many rollouts must have a reward: all of an evaluation, and of a training group enough to compare."""
+    enough = max(2, math.ceil(lease.num_rollouts * MIN_ROLLOUTS_SHARE))
+    return lease.num_rollouts if lease.key.kind is LeaseKind.EVAL else min(enough, lease.num_rollouts)
 
 
 def _greedy_id(request_id: str) -> str:

@@ -16,6 +16,7 @@ from asyncrl.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 END_TIMEOUT_S = 5.0
 
 
@@ -63,6 +64,29 @@ def nccl_environment(timeout_s: float) -> dict[str, str]:
 def die_with_parent() -> None:
     """The kernel kills this process when its parent is gone: nothing outlives the daemon it belongs to."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def tie_to_parent() -> bool:
+    """`die_with_parent`, called by the child itself. False when the parent was gone already: the child must end."""
+    parent = os.getppid()
+    die_with_parent()
+    return os.getppid() == parent
+
+
+def adopt_orphans() -> None:
+    """Orphans among this process's descendants become its own children, where they would go to init."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def child_environment(threads: int, **changes: str) -> dict[str, str]:
+    """This process's environment for a child that computes in `threads` threads, and `changes` on top of it."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **changes,
+    }
 
 
 def leave(code: int) -> NoReturn:

@@ -1,8 +1,8 @@
-"""What every kind of reward part has in common: what it sees, how its arguments are checked, how a template is filled.
+"""What all kinds of reward parts have in common: what they see, how arguments are checked, how a template is filled.
 
 A kind is a frozen dataclass whose fields are its arguments in the configuration. Making one checks the values and
-touches nothing; `prepare` is what depends on the machine. Standard library only: the configuration check, and every
-reward worker, imports this.
+touches nothing; whatever depends on the machine is done by `prepare`. Standard library only: the configuration check
+and every reward worker import this.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 class ServerUnavailable(RewardError):
-    """The server of a part gave no answer at all: that says nothing about the completion."""
+    """The server of a part gave no answer at all, which says nothing about the completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Part:
         self.check()
 
     def check(self) -> None:
-        """Raises ConfigError, beginning with the argument's name, for a value that cannot be."""
+        """Raises ConfigError, beginning with the argument's name, for a value that it cannot have."""
 
     def prepare(self) -> None:
         """Imports and reads what it needs of this machine. Raises ConfigError."""
@@ -114,13 +114,14 @@ class RemotePart(Part):
 
 
 def _check_url(url: str) -> None:
+    malformed = ConfigError(f"url={url!r} must be http://HOST:PORT or https://HOST, and a path such as /v1")
     try:
         split = urlsplit(url)
-        named = split.scheme in ("http", "https") and split.hostname and (split.port is None or split.port)
+        has_port = split.port is None or split.port > 0
     except ValueError:
-        named, split = False, None
-    if not named:
-        raise ConfigError(f"url={url!r} must be http://HOST:PORT or https://HOST, and a path such as /v1")
+        raise malformed from None
+    if split.scheme not in ("http", "https") or not split.hostname or not has_port:
+        raise malformed
     if split.username or split.password:
         raise ConfigError("url holds a user or a password; name the environment variable of a key in api_key_env")
     if split.query or split.fragment:
@@ -132,15 +133,15 @@ def _check_url(url: str) -> None:
 
 def arguments_of(kind: type[Part]) -> dict[str, bool]:
     """Names of the arguments of a kind, in order; true for those that must be given."""
-    return {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(kind)}
+    return {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
 
 
 def wrong_type(kind: type[Part], name: str, value: Any) -> str:
     """A sentence when `value` is not what the argument `name` takes, else an empty text."""
     hint = typing.get_type_hints(kind)[name]
     hints = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    wanted = [typing.get_origin(one) or one for one in hints]
-    if any(_fits(value, one) for one in wanted):
+    wanted = [typing.get_origin(hint) or hint for hint in hints]
+    if any(_fits(value, accepted) for accepted in wanted):
         return ""
     return f"{name}={value!r} must be {TYPE_NAMES.get(wanted[0], 'a list')}"
 

@@ -6,9 +6,9 @@ It answers the `/classify` of vLLM 0.32 with a Hugging Face sequence-classificat
                      -> {"data": [{"index", "label", "probs", "num_classes"}, ...], ...}
     GET /health      200 while scoring moves on, 503 when a text has waited for too long
 
-Texts are never cut: one that is too long is the client's error. Requests that come together are scored together; the
-generator that starts a server (`rewards.servers`) hands it a socket that listens already, and is told by a line
-on stdout that the model is loaded.
+Texts are never cut: one that is too long is the client's error. Requests that come together are scored together. The
+generator that starts a server (`rewards.servers`) hands it a socket that listens already, and a line on stdout tells it
+that the model is loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from asyncrl.host.processes import die_with_parent
+from asyncrl.host.processes import tie_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,10 @@ MAX_FAILURES = 3  # batches in a row; then the process ends, because a broken de
 
 
 class Scorer:
-    """The model. Not for two threads at once, except for `encode`."""
+    """A sequence-classification model and its tokenizer. Not for two threads at once, except for `encode`.
+
+    device: "auto", "cpu" or "cuda". threads: of torch. batch_size: texts of one forward pass at most.
+    """
 
     def __init__(self, folder: str, device: str = "auto", threads: int = 1, batch_size: int = 16):
         import torch
@@ -58,19 +61,25 @@ class Scorer:
         self.labels = {int(index): str(label) for index, label in (config.id2label or {}).items()}
         self.num_labels = config.num_labels
         self._max_length = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        padding, known = self._tokenizer.pad_token_id, model.get_input_embeddings().num_embeddings
-        if config.pad_token_id is None and padding is not None and padding < known:  # else transformers made it up
+        padding = self._tokenizer.pad_token_id
+        num_embeddings = model.get_input_embeddings().num_embeddings
+        # A padding token beyond the embeddings was made up by transformers.
+        if config.pad_token_id is None and padding is not None and padding < num_embeddings:
             config.pad_token_id = padding
         # These models score the last token that is no padding. Where no token is padding, no text can be padded.
         self.batch_size = 1 if config.pad_token_id is None else batch_size
 
     def encode(self, request: dict[str, Any]) -> list[list[int]]:
         """Token ids of each text of a request. Raises ValueError for what cannot be scored."""
-        texts, messages = request.get("input"), request.get("messages")
+        texts = request.get("input")
+        messages = request.get("messages")
+        sequences: list[list[int]]
         if messages is not None:
             if self._tokenizer.chat_template is None:
                 raise ValueError("the reward model's tokenizer has no chat template; send `input`")
-            sequences = [self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)]
+            # One conversation gives one list of tokens; the library's type is that of batches too.
+            tokens: Any = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+            sequences = [[int(token) for token in tokens]]
         else:
             texts = [texts] if isinstance(texts, str) else texts
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -88,15 +97,21 @@ class Scorer:
         torch = self._torch
         longest = max(map(len, sequences))
         padding = self._model.config.pad_token_id or 0
-        ids = torch.tensor([one + [padding] * (longest - len(one)) for one in sequences], device=self._device)
-        mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in sequences], device=self._device)
+        padded = [sequence + [padding] * (longest - len(sequence)) for sequence in sequences]
+        used = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
         with torch.inference_mode():
-            return self._model(input_ids=ids, attention_mask=mask).logits.float().cpu().tolist()
+            output = self._model(
+                input_ids=torch.tensor(padded, device=self._device),
+                attention_mask=torch.tensor(used, device=self._device),
+            )
+        scores: list[list[float]] = output.logits.float().cpu().tolist()
+        return scores
 
     def activated(self, scores: list[float]) -> list[float]:
         """Probabilities: sigmoid of a single score, softmax of several."""
         values = self._torch.tensor(scores, dtype=self._torch.float64)
-        return (values.sigmoid() if len(scores) == 1 else values.softmax(0)).tolist()
+        probabilities: list[float] = (values.sigmoid() if len(scores) == 1 else values.softmax(0)).tolist()
+        return probabilities
 
 
 class Batcher:
@@ -159,7 +174,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
-        self.name, self.scorer, self.batcher = name, scorer, Batcher(scorer)
+        self.name = name
+        self.scorer = scorer
+        self.batcher = Batcher(scorer)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that give up are no news; anything else is a defect and is logged."""
@@ -263,10 +280,8 @@ def main() -> None:
         listening = socket.create_server(("127.0.0.1", arguments.port))
         print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
     else:
-        parent = os.getppid()
-        die_with_parent()
-        if os.getppid() != parent:
-            return  # it ended before the line above took effect
+        if not tie_to_parent():
+            return
         listening = socket.socket(fileno=arguments.fd)
     ready = os.dup(1)
     os.dup2(2, 1)  # libraries that print must not be taken for us

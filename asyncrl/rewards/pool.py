@@ -1,8 +1,8 @@
-"""Rewards in processes that can be killed: foreign code may raise, hang, exit, fork or fill memory, and costs only
-its own rollout.
+"""The reward pool: rewards in processes that can be killed.
 
-Threads cannot be stopped and alarms reach only a main thread, hence one process per worker, each in a session of its
-own: past the deadline its whole process group gets SIGKILL, and the next job starts a new one.
+Foreign code may raise, hang, exit, fork or fill memory, and costs only its own rollout. Threads cannot be stopped and
+alarms reach only a main thread, hence one process per worker, each in a session of its own: past the deadline its whole
+process group gets SIGKILL, and the next job starts a new one.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ import logging
 import os
 import signal
 import sys
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import msgpack
+from typing import Any, TypeVar
 
 from asyncrl.errors import DeadlineExceeded, ProtocolError, RewardError, TaskError
-from asyncrl.host.processes import END_TIMEOUT_S, kill_group
+from asyncrl.host.processes import END_TIMEOUT_S, child_environment, kill_group
 from asyncrl.rewards.gate import ServerGate
 from asyncrl.rewards.parts import weighted_sum
+from asyncrl.rewards.pipe import FrameBuffer, PipeMessage, RewardJob, WorkerSetup, decode_scored, decode_started, encode
 from asyncrl.rewards.servers import RewardModels
-from asyncrl.rewards.worker import LENGTH
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 READ_BYTES = 64 * 1024
-MAX_RESULT_BYTES = 1024 * 1024
 START_TIMEOUT_S = 60.0  # importing a task may pull in large libraries
-BREAKER_WINDOW = 500  # completions the timeout share is taken over
 DEFAULT_MEMORY_BYTES = 4 * 2**30
 
 
@@ -60,15 +57,16 @@ class RewardOutcome:
 class RewardPool:
     """Scores completions with the task at `task_path` in `workers` processes, one job per process at a time.
 
-    timeout_s is the deadline of each single completion. memory_bytes limits the address space of each worker.
-    parts and weights are further parts of the reward and what each part counts (`rewards.parts`); servers of
-    reward models that are given by their folder live as long as the pool.
+    timeout_s is the deadline of each single completion. memory_bytes is how much memory a worker can fill. parts and
+    weights are further parts of the reward and what each part counts (`rewards.parts`); servers of reward models that
+    are given by their folder live as long as the pool, and log to `log_prefix`.NAME.log. gate holds jobs back while a
+    server is down.
     """
 
     def __init__(
         self,
         task_path: str,
-        task_args: dict[str, Any],
+        task_args: Mapping[str, Any],
         workers: int,
         timeout_s: float,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -76,23 +74,15 @@ class RewardPool:
         parts: Mapping[str, Any] | None = None,
         weights: Mapping[str, float] | None = None,
         log_prefix: str = "",
+        gate: ServerGate | None = None,
     ):
         self._models = RewardModels(parts or {}, log_prefix)
         self._weights = dict(weights or {})
-        self._setup = {
-            "path": task_path,
-            "args": task_args,
-            "parts": self._models.parts,
-            "weights": self._weights,
-            "memory_bytes": memory_bytes,
-        }
+        setup = WorkerSetup(task_path, task_args, self._models.parts, self._weights, memory_bytes)
         self._timeout_s = timeout_s
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
-        self._workers = [_Worker(self._setup) for _ in range(workers)]
-        self._gate = ServerGate()
-        self._recent_timeouts: deque[bool] = deque(maxlen=BREAKER_WINDOW)
-        self.outcomes: Counter[str] = Counter()  # "ok", "reward_error", "reward_timeout"
-        self.workers_killed = 0
+        self._workers = [_Worker(setup) for _ in range(workers)]
+        self._gate = gate or ServerGate()
 
     async def start(self) -> None:
         """Starts all workers, and before them the servers of reward models.
@@ -109,11 +99,6 @@ class RewardPool:
         """Kills all workers, busy or not, and the servers of reward models. What was being scored fails."""
         await asyncio.gather(self._models.close(), *(worker.close() for worker in self._workers))
 
-    @property
-    def timeout_share(self) -> float:
-        """Share of the last 500 completions that ran into the deadline: above 0.05, something is wrong."""
-        return sum(self._recent_timeouts) / len(self._recent_timeouts) if self._recent_timeouts else 0.0
-
     async def score(
         self,
         completions: Sequence[str],
@@ -121,18 +106,16 @@ class RewardPool:
         prompt: str = "",
         num_tokens: Sequence[int] | None = None,
     ) -> list[RewardOutcome]:
-        """One outcome per completion, in their order. Takes at most timeout_s per completion and worker start.
+        """One outcome per completion, in their order.
 
-        While the server of a part is down it waits for that too (`ServerGate`): give the call a deadline of its own.
         prompt, as text, and num_tokens, of each completion, are for the parts that need them.
-        Waits for an idle worker first. Cancelling kills the worker: what it was doing is unknown.
+
+        It waits for an idle worker, and while the server of a part is down for that too (`ServerGate`): give the call a
+        deadline of its own. From then on it takes at most timeout_s per completion and worker start. Cancelling it
+        kills the worker, because nobody knows what that was doing.
         """
-        job = {
-            "completions": completions,
-            "num_tokens": [None] * len(completions) if num_tokens is None else num_tokens,
-            "prompt": prompt,
-            "payload": payload,
-        }
+        tokens = [None] * len(completions) if num_tokens is None else list(num_tokens)
+        job = RewardJob(list(completions), tokens, prompt, payload)
         worker = await self._idle.get()
         try:
             # In this order: jobs that wait for a worker when a server dies must not be sent after it.
@@ -144,23 +127,21 @@ class RewardPool:
                     passage.unanswered(down[0].detail)
         finally:
             self._idle.put_nowait(worker)
-        self._count(outcomes)
         return outcomes
 
-    async def _score_all(self, worker: _Worker, job: dict[str, Any]) -> list[RewardOutcome]:
+    async def _score_all(self, worker: _Worker, job: RewardJob) -> list[RewardOutcome]:
         outcomes: list[RewardOutcome] = []
         try:
-            while (done := len(outcomes)) < len(job["completions"]):
-                rest = {name: job[name][done:] for name in ("completions", "num_tokens")}
-                outcomes += await self._score_on(worker, job | rest)
-        except BaseException:
+            while (done := len(outcomes)) < len(job.completions):
+                outcomes += await self._score_on(worker, job.without_first(done))
+        except BaseException:  # cancelled, as a rule
             await worker.kill()
             raise
         return outcomes
 
-    async def _score_on(self, worker: _Worker, job: dict[str, Any]) -> list[RewardOutcome]:
+    async def _score_on(self, worker: _Worker, job: RewardJob) -> list[RewardOutcome]:
         """Outcomes of the first completions, one at least: all of them, or up to the one that cost the worker."""
-        count = len(job["completions"])
+        count = len(job.completions)
         try:
             await worker.ensure_running()
         except (DeadlineExceeded, RewardError, TaskError, ProtocolError) as error:
@@ -169,62 +150,72 @@ class RewardPool:
         try:
             await worker.send(job, self._timeout_s)
             while len(outcomes) < count:
-                outcomes += [self._outcome(result) for result in await worker.receive(self._timeout_s)]
+                outcomes += [
+                    RewardOutcome(scored.parts, scored.reason, scored.detail, scored.server_down, self._weights)
+                    for scored in await worker.receive(decode_scored, self._timeout_s)
+                ]
             return outcomes
         except DeadlineExceeded as error:
             failure = RewardOutcome(None, "reward_timeout", str(error))
         except (RewardError, ProtocolError) as error:
             failure = RewardOutcome(None, "reward_error", str(error))
         await worker.kill()
-        self.workers_killed += 1
         log.warning("reward worker replaced: %s", failure.detail)
         return [*outcomes, failure]
 
-    def _outcome(self, result: object) -> RewardOutcome:
-        match result:
-            case [dict() as parts, "", "", False]:
-                return RewardOutcome(parts, weights=self._weights)
-            case [None, "reward_error" | "reward_timeout" as reason, str() as detail, bool() as server_down]:
-                return RewardOutcome(None, reason, detail, server_down)
-        raise ProtocolError(
-            "the reward worker's pipe carries something that is not a result; does the reward write to it?"
-        )
 
-    def _count(self, outcomes: list[RewardOutcome]) -> None:
-        self.outcomes.update(outcome.reason or "ok" for outcome in outcomes)
-        self._recent_timeouts.extend(outcome.reason == "reward_timeout" for outcome in outcomes)
+class _Running:
+    """A worker's process and its pipes."""
+
+    def __init__(self, process: asyncio.subprocess.Process):
+        assert process.stdin is not None and process.stdout is not None, "it is started with both pipes"
+        self.process = process
+        self.jobs = process.stdin
+        self.results = process.stdout
 
 
 class _Worker:
     """One worker process, or none for the moment. Not for two jobs at once."""
 
-    def __init__(self, setup: dict[str, Any]):
+    def __init__(self, setup: WorkerSetup):
         self._setup = setup
-        self._process: asyncio.subprocess.Process | None = None
-        self._buffer = bytearray()
+        self._running: _Running | None = None
+        self._received = FrameBuffer()
         self._closed = False
 
+    @property
+    def process(self) -> asyncio.subprocess.Process | None:
+        """The process, if there is one."""
+        return None if self._running is None else self._running.process
+
     async def ensure_running(self) -> None:
+        """Returns once the worker is ready for a job.
+
+        Raises TaskError when the task or a part cannot be made, RewardError when the worker ended or was closed,
+        ProtocolError when it answered nonsense, DeadlineExceeded when it was not ready in time.
+        """
         if self._closed:
             raise RewardError("the reward workers were closed")
-        if self._process is not None and self._process.returncode is None:
+        if self.process is not None and self.process.returncode is None:
             return
         try:
-            self._process = await asyncio.create_subprocess_exec(
+            process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "asyncrl.rewards.worker",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env=_environment(),
+                # The worker finds what this process finds, also a task beside the configuration.
+                env=child_environment(1, PYTHONPATH=os.pathsep.join(entry or os.getcwd() for entry in sys.path)),
                 start_new_session=True,
             )
+            self._running = _Running(process)
             if self._closed:
                 raise RewardError("the reward workers were closed")
             await self.send(self._setup, START_TIMEOUT_S)
-            (answer,) = await self.receive(START_TIMEOUT_S)
-            if "error" in answer:
-                raise TaskError(answer["error"])
+            (started,) = await self.receive(decode_started, START_TIMEOUT_S)
+            if started.error:
+                raise TaskError(started.error)
         except BaseException:
             await self.kill()
             raise
@@ -234,67 +225,48 @@ class _Worker:
         self._closed = True
         await self.kill()
 
-    async def send(self, message: Any, timeout_s: float) -> None:
-        body = msgpack.packb(message)
-        process = self._running()
+    async def send(self, message: PipeMessage, timeout_s: float) -> None:
+        """Raises DeadlineExceeded when the worker does not take it, RewardError when there is no worker (any more)."""
+        running = self._alive()
         try:
-            process.stdin.write(LENGTH.pack(len(body)) + body)
+            running.jobs.write(encode(message))
             async with asyncio.timeout(timeout_s):
-                await process.stdin.drain()
+                await running.jobs.drain()
         except TimeoutError:
             raise DeadlineExceeded(f"a reward worker took no job for {timeout_s:g} s") from None
         except ConnectionError:
-            raise RewardError(await _ending(process)) from None
+            raise RewardError(await _ending(running.process)) from None
 
-    async def receive(self, timeout_s: float) -> list[Any]:
-        """The results that have come in, one at least, within timeout_s."""
-        process = self._running()
+    async def receive(self, decode: Callable[[bytes], _T], timeout_s: float) -> list[_T]:
+        """The messages that have come in, one at least, within timeout_s.
+
+        Raises DeadlineExceeded, ProtocolError, or RewardError when there is no worker (any more).
+        """
+        running = self._alive()
         try:
             async with asyncio.timeout(timeout_s):
-                while not (messages := self._take_messages()):
-                    chunk = await process.stdout.read(READ_BYTES)
+                while not (messages := self._received.take(decode)):
+                    chunk = await running.results.read(READ_BYTES)
                     if not chunk:
-                        raise RewardError(await _ending(process))
-                    self._buffer += chunk
+                        raise RewardError(await _ending(running.process))
+                    self._received.feed(chunk)
         except TimeoutError:
             raise DeadlineExceeded(f"no reward within {timeout_s:g} s; its worker was killed") from None
         return messages
 
     async def kill(self) -> None:
         """Ends the worker and everything in its process group, and waits until it is gone."""
-        process, self._process = self._process, None
-        self._buffer.clear()
-        if process is None:
+        running, self._running = self._running, None
+        self._received.clear()
+        if running is None:
             return
-        process.stdin.close()
-        await kill_group(process, "reward worker")
+        running.jobs.close()
+        await kill_group(running.process, "reward worker")
 
-    def _take_messages(self) -> list[Any]:
-        """Whole messages in the buffer. Raises ProtocolError for what is none, after those before it were taken."""
-        messages, start = [], 0
-        while len(self._buffer) - start >= LENGTH.size:
-            (size,) = LENGTH.unpack_from(self._buffer, start)
-            if size > MAX_RESULT_BYTES and messages:
-                break
-            if size > MAX_RESULT_BYTES:
-                raise ProtocolError(f"a result in the pipe has {size} bytes, over the limit of {MAX_RESULT_BYTES}")
-            end = start + LENGTH.size + size
-            if end > len(self._buffer):
-                break
-            try:
-                messages.append(msgpack.unpackb(self._buffer[start + LENGTH.size : end]))
-            except ValueError as error:
-                if messages:
-                    break
-                raise ProtocolError(f"a result of a reward worker cannot be read: {error}") from None
-            start = end
-        del self._buffer[:start]
-        return messages
-
-    def _running(self) -> asyncio.subprocess.Process:
-        if self._process is None:
+    def _alive(self) -> _Running:
+        if self._running is None:
             raise RewardError("the reward workers were closed")
-        return self._process
+        return self._running
 
 
 async def _ending(process: asyncio.subprocess.Process) -> str:
@@ -307,9 +279,3 @@ async def _ending(process: asyncio.subprocess.Process) -> str:
     if code < 0:
         return f"the reward's process was ended by {signal.Signals(-code).name}"
     return f"the reward ended its process with exit code {code}"
-
-
-def _environment() -> dict[str, str]:
-    """The worker finds what this process finds, also a task beside the configuration, and starts no thread pools."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -9,18 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from asyncrl.errors import DeadlineExceeded, ModelError
-from asyncrl.host.processes import kill_group
+from asyncrl.host.processes import child_environment, kill_group
 from asyncrl.rewards.kinds.reward_model import RewardModel
 from asyncrl.rewards.model_server import READY
 from asyncrl.rewards.parts import make_parts
@@ -30,21 +29,30 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0  # a large model from a slow disk
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
 CALM_S = 60.0  # after this long without a death, earlier ones count no more
-PROBE_EVERY_S = 5.0
-PROBE_TIMEOUT_S = 5.0
-MAX_MISSED_PROBES = 6
-SERVER_ARGUMENTS = ("path", "device", "threads", "batch_size")
+SERVER_ARGUMENTS = ("path", "device", "threads", "batch_size")  # of a part: the server's, and not the requests'
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """How a server that no longer answers is found: probes in a row that go unanswered, and how they are timed."""
+
+    every_s: float = 5.0
+    timeout_s: float = 5.0
+    max_missed: int = 6
+
+
+DEFAULT_PROBING = Probing()
 
 
 class RewardModels:
     """The servers of all parts that give a model's folder. `parts` has their addresses in place of the folders."""
 
-    def __init__(self, parts: Mapping[str, Any], log_prefix: str = ""):
+    def __init__(self, parts: Mapping[str, Any], log_prefix: str = "", *, probing: Probing = DEFAULT_PROBING):
         self.parts = dict(parts)
         self._servers: list[RewardModelServer] = []
         for name, part in make_parts(parts).items():
             if isinstance(part, RewardModel) and part.path:
-                server = RewardModelServer(name, part, f"{log_prefix}.{name}.log" if log_prefix else "")
+                server = RewardModelServer(name, part, f"{log_prefix}.{name}.log" if log_prefix else "", probing)
                 self._servers.append(server)
                 kept = {key: value for key, value in asdict(part).items() if key not in SERVER_ARGUMENTS}
                 self.parts[name] = {**kept, "kind": part.kind, "url": server.url}
@@ -61,13 +69,15 @@ class RewardModels:
 class RewardModelServer:
     """One server process, and a task that keeps it alive."""
 
-    def __init__(self, name: str, part: RewardModel, log_path: str = ""):
-        self._name, self._part, self._log_path = name, part, log_path
+    def __init__(self, name: str, part: RewardModel, log_path: str, probing: Probing):
+        self._name = name
+        self._part = part
+        self._log_path = log_path
+        self._probing = probing
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self.deaths = 0
 
     @property
     def pid(self) -> int | None:
@@ -78,7 +88,7 @@ class RewardModelServer:
         """Loads the model, and from then on keeps it there. Raises ModelError or DeadlineExceeded."""
         try:
             await self._launch()
-        except BaseException:
+        except BaseException:  # cancelled, too: a server that nobody keeps must not stay
             await self._kill()
             raise
         self._keeper = asyncio.create_task(self._keep())
@@ -94,8 +104,12 @@ class RewardModelServer:
     async def _launch(self) -> None:
         started = time.monotonic()
         fd = self._listening.fileno()
-        options = {"fd": fd, "device": self._part.device, "threads": self._part.threads}
-        options["batch-size"] = self._part.batch_size
+        options = {
+            "fd": fd,
+            "device": self._part.device,
+            "threads": self._part.threads,
+            "batch-size": self._part.batch_size,
+        }
         with self._log_file() as output:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -106,7 +120,7 @@ class RewardModelServer:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": str(self._part.threads), "TOKENIZERS_PARALLELISM": "false"},
+                env=child_environment(self._part.threads),
                 pass_fds=[fd],
                 start_new_session=True,  # Ctrl-C is for the daemon, which ends the server when its rewards are in
             )
@@ -123,16 +137,17 @@ class RewardModelServer:
 
     async def _keep(self) -> None:
         """Starts the server again whenever it is gone, with growing pauses."""
-        pause_s, up_since = FIRST_PAUSE_S, time.monotonic()
+        pause_s = FIRST_PAUSE_S
+        up_since = time.monotonic()
         while True:
             why = await self._until_bad()
-            self.deaths += 1
             await self._kill()
             if time.monotonic() - up_since > CALM_S:
                 pause_s = FIRST_PAUSE_S
             log.error("reward model %s %s; starting it again in %g s", self._name, why, pause_s)
             await asyncio.sleep(pause_s)
-            pause_s, up_since = min(2 * pause_s, MAX_PAUSE_S), time.monotonic()
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+            up_since = time.monotonic()
             try:
                 await self._launch()
             except (ModelError, DeadlineExceeded, OSError) as error:
@@ -142,9 +157,9 @@ class RewardModelServer:
         """Returns when the server has ended, or has not answered for a while; says which."""
         missed = 0
         process = self._process
-        while process is not None and missed < MAX_MISSED_PROBES:
+        while process is not None and missed < self._probing.max_missed:
             try:
-                async with asyncio.timeout(PROBE_EVERY_S):
+                async with asyncio.timeout(self._probing.every_s):
                     code = await process.wait()
                 return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
             except TimeoutError:
@@ -155,7 +170,7 @@ class RewardModelServer:
         """Whether `/health` is 200."""
         writer = None
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
+            async with asyncio.timeout(self._probing.timeout_s):
                 reader, writer = await asyncio.open_connection(*self._listening.getsockname())
                 writer.write(b"GET /health HTTP/1.0\r\n\r\n")
                 return b" 200 " in await reader.readline()

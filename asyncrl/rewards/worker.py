@@ -1,78 +1,65 @@
 """One reward worker: a process of its own that scores completions, so that whatever a reward does stays in here.
 
-Frames both ways are a length (uint32, little-endian) and msgpack:
-
-    pool -> worker   first   {"path", "args", "parts", "weights", "memory_bytes"}      what to make
-                     then    {"completions", "num_tokens", "prompt", "payload"}        one job at a time
-    worker -> pool   first   {"ready": True} or {"error": text}
-                     then    [parts, "", "", False] or [None, reason, detail, server_down]
-                             one per completion, in order, as each is done
-
-The pool kills the whole process group when a result is late. Nothing here imports torch or vllm.
+`pipe` says what comes and goes. The pool kills the whole process group when a result is late. Nothing here imports
+torch or vllm.
 """
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import os
 import resource
 import signal
-import struct
 import sys
 from collections.abc import Callable
-from typing import Any
-
-import msgpack
 
 from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError, UserError
-from asyncrl.rewards.base import Sample, ServerUnavailable
+from asyncrl.host.processes import adopt_orphans, tie_to_parent
+from asyncrl.rewards.base import ServerUnavailable
 from asyncrl.rewards.parts import RewardParts, make_parts, prepare_parts
+from asyncrl.rewards.pipe import (
+    LENGTH,
+    PipeMessage,
+    Scored,
+    WorkerSetup,
+    WorkerStarted,
+    decode_job,
+    decode_setup,
+    encode,
+)
 from asyncrl.tasks.base import load_task
 
-LENGTH = struct.Struct("<I")
-MAX_DETAIL = 500
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
+MAX_DETAIL = 500  # characters of what a reward raised
 
 
 def main() -> None:
     """Serves jobs until the pool closes the pipe."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return  # the pool died before the line above took effect
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a reward's children come to this process, not to init
-    jobs, results = _private_pipes()
-    setup = _read(jobs)
-    if setup is None:
+    if not tie_to_parent():
         return
-    _limit_memory(setup["memory_bytes"])
+    adopt_orphans()  # of a reward's children: all of them must be found, to be ended
+    jobs, results = _private_pipes()
+    frame = _read(jobs)
+    if frame is None:
+        return
+    setup = decode_setup(frame)
+    _limit_memory(setup.memory_bytes)
     try:
         rewards = _make_rewards(setup)
     except UserError as error:
-        _write(results, {"error": str(error)})
+        _write(results, WorkerStarted(str(error)))
         return
-    _write(results, {"ready": True})
-    while (job := _read(jobs)) is not None:
-        for compute in rewards.begin(_samples(job)):
+    _write(results, WorkerStarted())
+    while (frame := _read(jobs)) is not None:
+        for compute in rewards.begin(decode_job(frame).samples()):
             _write(results, _score(compute))
 
 
-def _make_rewards(setup: dict[str, Any]) -> RewardParts:
+def _make_rewards(setup: WorkerSetup) -> RewardParts:
     """Raises TaskError or ConfigError for what cannot be made."""
-    parts = make_parts(setup["parts"])
+    parts = make_parts(setup.parts)
     if problems := prepare_parts(parts):
         raise ConfigError("\n".join(problems))
-    return RewardParts(load_task(setup["path"], setup["args"]), parts, setup["weights"])
-
-
-def _samples(job: dict[str, Any]) -> list[Sample]:
-    return [
-        Sample(completion, job["payload"], job["prompt"], num_tokens)
-        for completion, num_tokens in zip(job["completions"], job["num_tokens"], strict=True)
-    ]
+    return RewardParts(load_task(setup.path, dict(setup.args)), parts, setup.weights)
 
 
 def _private_pipes() -> tuple[int, int]:
@@ -94,27 +81,27 @@ def _limit_memory(memory_bytes: int) -> None:
         file.write("1000")
 
 
-def _score(compute: Callable[[], dict[str, float]]) -> list[Any]:
+def _score(compute: Callable[[], dict[str, float]]) -> Scored:
     owner = os.getpid()
     try:
-        result = [compute(), "", "", False]
+        scored = Scored(compute())
     except DeadlineExceeded as error:
-        result = [None, "reward_timeout", str(error)[:MAX_DETAIL], True]
+        scored = Scored(None, "reward_timeout", str(error)[:MAX_DETAIL], server_down=True)
     except ServerUnavailable as error:
-        result = [None, "reward_error", str(error)[:MAX_DETAIL], True]
+        scored = Scored(None, "reward_error", str(error)[:MAX_DETAIL], server_down=True)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: whatever it raises is its result
         detail = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-        result = [None, "reward_error", detail[:MAX_DETAIL], False]
+        scored = Scored(None, "reward_error", detail[:MAX_DETAIL])
     if os.getpid() != owner:
         os._exit(1)  # a fork made in the reward came back here; only the original may answer
     if _has_children():
         _end_children()
-        return [None, "reward_error", "the reward left processes running; end all of them before returning", False]
-    return result
+        return Scored(None, "reward_error", "the reward left processes running; end all of them before returning")
+    return scored
 
 
 def _has_children() -> bool:
-    """Are there live child processes? Finished ones are collected on the way."""
+    """Whether child processes are alive. Those that have ended are collected on the way."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -133,11 +120,10 @@ def _end_children() -> None:
         os.waitpid(-1, 0)
 
 
-def _read(fd: int) -> Any:
-    """The next frame; None when the pool has closed the pipe."""
+def _read(fd: int) -> bytes | None:
+    """The body of the next frame; None when the pool has closed the pipe."""
     header = _read_exactly(fd, LENGTH.size)
-    body = header and _read_exactly(fd, LENGTH.unpack(header)[0])
-    return msgpack.unpackb(body) if body else None
+    return None if header is None else _read_exactly(fd, LENGTH.unpack(header)[0])
 
 
 def _read_exactly(fd: int, size: int) -> bytes | None:
@@ -151,9 +137,8 @@ def _read_exactly(fd: int, size: int) -> bytes | None:
     return b"".join(chunks)
 
 
-def _write(fd: int, message: Any) -> None:
-    body = msgpack.packb(message)
-    frame = memoryview(LENGTH.pack(len(body)) + body)
+def _write(fd: int, message: PipeMessage) -> None:
+    frame = memoryview(encode(message))
     while frame:
         frame = frame[os.write(fd, frame) :]
 

@@ -25,8 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from asyncrl.cli.generator import main as generator_main
-from asyncrl.generator import daemon
+from asyncrl.cli.common import command
+from asyncrl.config import Config
+from asyncrl.generator.assembly import serve_generator, take_identity
+from asyncrl.generator.daemon import GeneratorParts
+from asyncrl.generator.engines.vllm.engine import VLLMEngine
+from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.lease_runner import LeaseRunner
 from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
@@ -246,30 +250,23 @@ class WatchedRunner(LeaseRunner):
         return outcome
 
 
-class FaultyEngineProcess(daemon.VLLMEngine):
+def _engine_with_faults(options: EngineOptions) -> VLLMEngine:
     """The engine with the other half of the saboteur in its workers."""
+    return VLLMEngine(options, worker_extension=WORKER)
 
-    def _build(self) -> Any:
-        from asyncrl.generator.engines.vllm import plugin  # brings vllm, as the method itself does
 
-        plugin.EXTENSION = WORKER
-        return super()._build()
+PARTS = GeneratorParts(engine=_engine_with_faults, weight_sync=FaultyWeightSync, lease_runner=WatchedRunner)
 
 
 def main() -> int:
     """The command, with its parts exchanged."""
-    claim = daemon.claim_identity
+    return command("generator", None, _start)
 
-    def noted_claim(folder: Path, wanted_id: str) -> Any:
-        identity = claim(folder, wanted_id)
-        Saboteur.of_this_process().note("started", incarnation=identity.incarnation)
-        return identity
 
-    daemon.claim_identity = noted_claim
-    daemon.WeightSync = FaultyWeightSync  # type: ignore[misc]
-    daemon.LeaseRunner = WatchedRunner  # type: ignore[misc]
-    daemon.VLLMEngine = FaultyEngineProcess  # type: ignore[misc]
-    return generator_main()
+def _start(config: Config) -> int:
+    identity = take_identity(config)
+    Saboteur.of_this_process().note("started", incarnation=identity.incarnation)
+    return serve_generator(config, identity, PARTS)
 
 
 if __name__ == "__main__":

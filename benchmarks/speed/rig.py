@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asyncrl.config.loading import load_config, to_yaml
-from asyncrl.generator.daemon import GeneratorDaemon, build_generator
+from asyncrl.generator.assembly import build_generator
+from asyncrl.generator.daemon import GeneratorDaemon, GeneratorParts
 from asyncrl.generator.identity import claim_identity
 from benchmarks.speed.learner_peer import PROMPT_TOKENS, LearnerPeer
 
@@ -36,8 +37,9 @@ async def generator(
     max_new_tokens: int,
     compile_model: bool,
     settings: Sequence[str] = (),
+    parts: GeneratorParts | None = None,
 ) -> AsyncIterator[Rig]:
-    """Starts both ends; `settings` are lines of configuration on top.
+    """Starts both ends; `settings` are lines of configuration on top, `parts` the daemon's where it has others.
 
     The caller's process, and with it the engine, must be pinned already.
     """
@@ -60,7 +62,7 @@ async def generator(
     config_file.write_text(to_yaml(config))
     peer = await LearnerPeer.start(config_file, learner_cpu)
     config = dataclasses.replace(config, transport=dataclasses.replace(config.transport, address=peer.address))
-    daemon = build_generator(config, claim_identity(folder / "generators", "benchmark"))
+    daemon = build_generator(config, claim_identity(folder / "generators", "benchmark"), parts)
     running = asyncio.create_task(daemon.run())
     try:
         async with _alive(running):

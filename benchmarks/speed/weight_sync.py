@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from asyncrl.generator.daemon import GeneratorParts
+from asyncrl.generator.engines.vllm.engine import VLLMEngine
 from asyncrl.host.processes import die_with_parent
 from benchmarks import common
 from benchmarks.speed.models import SIZES, make_model
@@ -76,10 +78,9 @@ async def measure(
     size: str, folder: Path, options: Any, report: common.Report
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], list[dict[str, float]]]:
     """Syncs, vLLM's reloads and bare broadcasts in turn; their durations."""
-    from asyncrl.generator.engines.vllm import plugin
     from benchmarks.speed.step_watch import EXTENSION
 
-    plugin.EXTENSION = EXTENSION
+    parts = GeneratorParts(engine=lambda engine_options: VLLMEngine(engine_options, worker_extension=EXTENSION))
     model = make_model(folder / "model", size)
     syncs, raws, reloads = [], [], []
     async with generator(
@@ -90,6 +91,7 @@ async def measure(
         max_new_tokens=MAX_NEW_TOKENS,
         compile_model=False,
         settings=[f"weights.bucket_bytes={BUCKET_BYTES}"],
+        parts=parts,
     ) as rig:
         await start_receiver(rig, (await rig.peer.ask("sync"))["num_bytes"])
         await rig.peer.ask("flow", on=True, seconds=3 * SETTLE_S)

@@ -3,16 +3,7 @@
 import asyncio
 import time
 
-import pytest
-
-from asyncrl.rewards import gate
 from asyncrl.rewards.gate import ServerGate
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(gate, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(gate, "MAX_PAUSE_S", 0.2)
 
 
 async def job(gate, up):
@@ -27,7 +18,7 @@ async def job(gate, up):
 def run(scenario):
     async def bounded():
         async with asyncio.timeout(20):
-            return await scenario(ServerGate())
+            return await scenario(ServerGate(first_pause_s=0.05, max_pause_s=0.2))
 
     return asyncio.run(bounded())
 

@@ -13,9 +13,8 @@ import httpx
 import pytest
 
 from asyncrl.errors import ModelError
-from asyncrl.rewards import servers
 from asyncrl.rewards.model_server import MAX_BODY_BYTES, Scorer
-from asyncrl.rewards.servers import RewardModels
+from asyncrl.rewards.servers import Probing, RewardModels
 from tests.reward_model_folders import MAX_LENGTH, make_tiny_reward_model, scores_by_transformers
 
 TEXTS = ["47+58=105", "x", "a much longer text, which needs padding beside it", "47+58=104"]
@@ -153,23 +152,21 @@ def test_parts_given_by_folder_get_an_address_and_others_stay_as_they_are(folder
     assert rm["url"].startswith("http://127.0.0.1:") and rm["label"] == 0 and "path" not in rm
 
 
-def test_a_server_that_is_killed_or_no_longer_answers_comes_back_at_the_same_address(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(servers, "PROBE_EVERY_S", 0.5)
-    monkeypatch.setattr(servers, "PROBE_TIMEOUT_S", 2.0)
-
+def test_a_server_that_is_killed_or_no_longer_answers_comes_back_at_the_same_address(folder, tmp_path):
     async def work(models):
         (server,) = models._servers
         scores, pids = [await scored(server.url)], []
-        for deaths, number in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
+        for number in (signal.SIGKILL, signal.SIGSTOP):
             pids.append(server.pid)
             os.kill(server.pid, number)
-            await until(lambda expected=deaths: server.deaths == expected)
+            await until(lambda: server.pid != pids[-1])
             # Asked while nobody is there: the request waits in the socket for the next server.
             scores.append(await scored(server.url))
         return scores, [*pids, server.pid]
 
     parts = {"rm": {"kind": "reward_model", "path": str(folder)}}
-    scores, pids = supervised(work, parts, log_prefix=str(tmp_path / "generator"))
+    probing = Probing(every_s=0.5, timeout_s=2.0)
+    scores, pids = supervised(work, parts, log_prefix=str(tmp_path / "generator"), probing=probing)
     assert scores[0] == scores[1] == scores[2]
     assert len(set(pids)) == 3
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def nothing() -> None:
-    """The callback of who wants none."""
+    """A callback that does nothing, for callers that need none."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """Sample `num_rollouts` completions of one prompt.
 
-    temperature 0 is greedy. seeds, one per rollout, make sampling repeatable under equal weights; None draws
-    from the engine's own stream. on_sequence_end is called for each sequence that has ended, also by failure.
+    temperature 0 is greedy. seeds, one per rollout, make sampling repeatable under equal weights; None draws from the
+    engine's own stream. on_sequence_end is called once for each sequence that has ended, by failure too.
     """
 
     request_id: str
@@ -43,8 +43,9 @@ class GenerationRequest:
 class Completion:
     """One sampled completion of T tokens.
 
-    logprobs are those of the distribution that was sampled from, at the request's temperature (greedy: at
-    temperature 1). version_spans are contiguous and cover [0, T). text has no special tokens.
+    logprobs (natural logarithm) are those of the distribution that was sampled from, at the request's temperature; of a
+    greedy completion, those at temperature 1. version_spans are contiguous and cover [0, T). text is without special
+    tokens.
     """
 
     token_ids: np.ndarray  # int32 [T], end token included
@@ -59,38 +60,40 @@ class StageReport:
     """What the workers measured on the staged bytes: per worker, one digest per bucket."""
 
     digests: list[list[int]]
-    # In the slowest worker: stage_ms, and its parts receive_ms, decode_ms (of a delta), verify_ms, prepare_ms
+    # In the slowest worker: stage_ms, and its parts receive_ms, decode_ms (of a delta), verify_ms and prepare_ms
     timings_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SwapReport:
-    """How long a swap held up generation, and where."""
+    """How long a swap held up generation, and what took the time."""
 
     version: int
-    # pause_ms: no token was sampled; apply_ms: part of it, in the slowest worker, and again as direct_ms or reload_ms
+    # pause_ms, in which no token was sampled; apply_ms, the part of it in which the slowest worker put the weights in
+    # place, and the same once more under the name of how it did so: direct_ms or reload_ms
     timings_ms: dict[str, float]
     apply: str = "reload"  # "direct" when every worker copied the weights in place, "reload" when one had to load anew
 
     @property
     def pause_ms(self) -> float:
+        """Milliseconds in which no token was sampled."""
         return self.timings_ms["pause_ms"]
 
     @property
     def apply_ms(self) -> float:
+        """Milliseconds of the pause in which the slowest worker put the weights in place."""
         return self.timings_ms["apply_ms"]
 
 
 class RolloutEngine(Protocol):
     """An engine that samples under a known policy version.
 
-    It starts without one: `generate` and `score` raise EngineError until the first `stage_weights` and
-    `swap_weights` succeeded. A swap that fails half-way, or whose weights turn out to be wrong (`taint`), leaves the
-    engine *tainted*: `version` is None, what was being sampled fails, and nothing is sampled until a full stage and
-    swap succeed.
+    It starts without one: `generate` and `score` raise EngineError until a first `stage_weights` and `swap_weights`
+    have succeeded. A swap that fails half-way, or whose weights turn out to be wrong (`taint`), leaves the engine
+    *tainted*: `version` is None, what was being sampled fails, and nothing is sampled until a stage and a swap succeed.
 
-    Every `timeout_s` bounds the call; when it expires, asyncrl.errors.DeadlineExceeded names what was waited
-    for.
+    Every `timeout_s` bounds its call; when it expires, DeadlineExceeded names what was waited for. What holds of every
+    engine is tested by tests/generator/engines/test_conformance.py.
     """
 
     @property
@@ -131,11 +134,19 @@ class RolloutEngine(Protocol):
         ...
 
     async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:
-        """Log-probs at temperature 1 of tokens 1..L-1 of each sequence given those before: float32 [L-1]
-        each.
+        """Log-probs of given sequences, at temperature 1.
+
+        Args:
+            sequences: token ids of each; L, the length, is 2 at least.
+            timeout_s: of the whole call.
+
+        Returns:
+            float32 [L-1] for each sequence: of its tokens 1 to L-1, each given those before it.
 
         Raises:
-            EngineError, DeadlineExceeded, NonFiniteError.
+            EngineError: the engine died, is tainted or has no version yet.
+            DeadlineExceeded: not all are scored in time.
+            NonFiniteError: a log-prob is not finite.
         """
         ...
 
@@ -148,29 +159,35 @@ class RolloutEngine(Protocol):
         ...
 
     async def probe(self, timeout_s: float) -> None:
-        """Return if the engine still samples (or, when tainted, still answers).
+        """Return if the engine still samples; a tainted one, or one in a swap, only has to answer.
 
         Raises:
-            EngineError, DeadlineExceeded: it does not.
+            EngineError: it died.
+            DeadlineExceeded: it does not answer.
         """
         ...
 
     async def join_channel(self, spec: ChannelSpec, timeout_s: float) -> None:
         """Connect all workers to a weight channel; `spec.rank` is the first worker's. Generation goes on.
 
+        After a failure the channel is left.
+
         Raises:
-            ChannelError, DeadlineExceeded, EngineError.
+            ChannelError: a worker could not join.
+            DeadlineExceeded: a worker did not tell in time how joining went.
+            EngineError: the engine died.
         """
         ...
 
     async def stage_weights(self, manifest: WeightManifest, timeout_s: float) -> StageReport:
         """Receive a version into the workers' staging buffers and verify its digests. Generation goes on.
 
-        After a failure nothing is staged and the group is left; the weights in use are untouched.
+        After a failure nothing is staged and the channel is left; the weights in use are untouched.
 
         Raises:
             ChannelError: a member vanished, or a digest is not that of the manifest.
-            DeadlineExceeded, EngineError.
+            DeadlineExceeded: a worker did not tell in time how staging went.
+            EngineError: the engine died.
         """
         ...
 
@@ -178,20 +195,20 @@ class RolloutEngine(Protocol):
         """Pause, load the staged version, resume. Running sequences keep their tokens and go on under it.
 
         Raises:
-            EngineError: `version` is not staged (nothing has changed), or loading failed (the engine is
-            tainted). DeadlineExceeded: the engine is tainted, unless it did not even tell what it has staged.
+            EngineError: `version` is not staged, and nothing has changed; or loading failed, and the engine is tainted.
+            DeadlineExceeded: the engine is tainted, unless it did not even tell which version it has staged.
         """
         ...
 
     def taint(self, why: str) -> None:
         """The weights in use are not those of their version: fail what is being sampled and sample nothing more.
 
-        A later sync may bring the same version again, then rightly: what was begun before must not live to see it.
+        A later sync may bring the same version again, this time right: what was begun before must not go on under it.
         """
         ...
 
     async def leave_channel(self) -> None:
-        """Disconnect all workers from their weight channel and drop what is staged. Without one: nothing."""
+        """Disconnect all workers from their weight channel, if they have one, and drop what is staged."""
         ...
 
     async def close(self) -> None:

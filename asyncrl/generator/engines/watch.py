@@ -1,4 +1,4 @@
-"""Finds an engine that no longer works, although its processes are there."""
+"""Finds an engine that no longer works although its processes are there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PROBE_TIMEOUT_S = 5.0
 
 
 async def watch_engine(engine: RolloutEngine, sync: WeightSync) -> NoReturn:
-    """Raises EngineError or DeadlineExceeded once the engine is dead or wedged; for ever quiet otherwise.
+    """Raises EngineError or DeadlineExceeded once the engine is dead or wedged, and never returns otherwise.
 
-    With and without leases: one that hung in a swap gets none, and every sync with it fails.
+    It watches with and without leases: an engine that hung in a swap gets none, and every sync with it fails.
     """
     tokens = -1
     while True:

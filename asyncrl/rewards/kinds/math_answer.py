@@ -14,8 +14,8 @@ from asyncrl.rewards.base import Part, Sample
 class MathAnswer(Part):
     """1 when the completion's final expression equals payload[key], else 0.
 
-    A completion without an expression is wrong. A reference answer that is none is a failure, and so is an expression
-    that the comparison breaks on. math-verify's own time limits are off: the reward worker's deadline holds for all.
+    A completion without an expression is wrong. It is a failed reward when the reference answer is no expression, or
+    when the comparison breaks on one. math-verify's own time limits are off: the reward worker's deadline bounds it.
     """
 
     kind: ClassVar[str] = "math"
@@ -24,7 +24,7 @@ class MathAnswer(Part):
 
     def prepare(self) -> None:
         try:
-            import math_verify  # noqa: F401 - seconds, so at the start and not in the first reward
+            import math_verify  # noqa: F401 - takes seconds, so at the start and not in the first reward
         except ImportError as error:
             raise ConfigError(f"needs the package math-verify, install it ({error})") from None
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -49,4 +49,5 @@ def _as_latex(answer: str) -> str:
 def _expressions(text: str) -> list[Any]:
     from math_verify import parse
 
-    return parse(text, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+    expressions: list[Any] = parse(text, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+    return expressions

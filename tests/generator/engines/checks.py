@@ -10,6 +10,7 @@ from asyncrl.generator.engines.base import Completion
 from tests.conftest import VOCAB_SIZE, reference_logprobs
 
 TOLERANCE = 1e-4  # nats; float32 on both sides
+ODD_WORKER = "tests.generator.engines.vllm.odd_worker.OddWorkerExtension"  # can be told to fail
 PROMPT = [5, 9, 33, 71, 12, 64]
 
 

@@ -41,11 +41,21 @@ vllm = EngineFactory("vllm", "tied_engine", "untied_engine", applies=("reload", 
 
 ENGINES = [vllm]
 
+SEEDS = tuple(range(16))
+
 
 @pytest.fixture(params=ENGINES, ids=lambda factory: factory.name)
 def engine(request):
     """The session's engine, healthy and at its newest weights, whatever the test before did."""
     return request.getfixturevalue(request.param.session_fixture).healthy()
+
+
+@pytest.fixture
+def ending_engine(engine):
+    """The engine at weights, and with `SEEDS`, under which some completions end early, each after another token."""
+    randomize(engine.model, 0)
+    engine.run(engine.sync())
+    return engine
 
 
 def assert_samples_the_model(engine, max_new_tokens=16):
@@ -104,11 +114,12 @@ def test_equal_seeds_repeat_and_other_seeds_differ(engine):
     assert len({tuple(tokens) for tokens in first}) == 4
 
 
-def test_the_end_token_is_in_the_tokens_and_not_in_the_text(engine):
-    completions = engine.run(engine.generate(PROMPT, num_rollouts=16, max_new_tokens=150))
+def test_the_end_token_is_in_the_tokens_and_not_in_the_text(ending_engine):
+    engine = ending_engine
+    completions = engine.run(engine.generate(PROMPT, num_rollouts=len(SEEDS), max_new_tokens=150, seeds=SEEDS))
     stopped = [completion for completion in completions if completion.finish_reason == "stop"]
     cut = [completion for completion in completions if completion.finish_reason == "length"]
-    assert stopped, "no completion ended by itself; the test needs another seed of the model"
+    assert stopped, "no completion ended by itself; the test needs other seeds"
     for completion in stopped:
         assert completion.token_ids[-1] == END_TOKEN and END_TOKEN not in completion.token_ids[:-1]
         assert len(completion.text) == np.count_nonzero(completion.token_ids >= 2)
@@ -116,26 +127,27 @@ def test_the_end_token_is_in_the_tokens_and_not_in_the_text(engine):
     assert all(len(completion.token_ids) == 150 for completion in cut)
 
 
-def test_the_end_of_each_sequence_is_told_before_the_end_of_the_group(engine):
-    ended = []
+def test_the_end_of_each_sequence_is_told_before_the_end_of_the_group(ending_engine):
+    engine = ending_engine
+    told = []  # at each end: whether the request was done, and how many sequences were running
 
     async def watched():
         request = asyncio.create_task(
             engine.generate(
-                PROMPT, num_rollouts=6, max_new_tokens=170, on_sequence_end=lambda: ended.append(request.done())
+                PROMPT,
+                num_rollouts=len(SEEDS),
+                max_new_tokens=170,
+                seeds=SEEDS,
+                on_sequence_end=lambda: told.append((request.done(), engine.engine.num_running)),
             )
         )
-        running = []
-        while not request.done():
-            running.append((len(ended), engine.engine.num_running))
-            await asyncio.sleep(0.001)
-        return running
+        await request
 
-    running = engine.run(watched())
-    assert ended == [False] * 6
-    # A sequence that ended is told of in the loop's next turn, so at a glance one may be neither running nor told.
-    assert all(told + left <= 6 for told, left in running)
-    assert len({told for told, left in running if left}) > 1, "all ended together: nothing was shown"
+    engine.run(watched())
+    assert [done for done, _ in told] == [False] * len(SEEDS)
+    # Sequences that end in one step are all ended when the first of them is told of.
+    assert all(running <= len(SEEDS) - 1 - index for index, (_, running) in enumerate(told))
+    assert len({running for _, running in told}) > 2, "all ended together: nothing was shown"
 
 
 def test_tokens_are_counted_when_their_completion_is_finished(engine):

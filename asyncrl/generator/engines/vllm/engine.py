@@ -1,15 +1,13 @@
 """The rollout engine over vLLM's AsyncLLM.
 
-Weights move in two phases: staging beside generation, then a swap in a short pause. The swap itself is a
-state of the engine: from the pause to the resume `version` is None, and if anything fails in between it stays
-None (*tainted*).
+Weights move in two phases: staging beside generation, then a swap in a short pause. The swap itself is a state of the
+engine: from the pause to the resume `version` is None, and if anything fails in between it stays None (*tainted*).
 
-Prefix cache. Blocks computed under one version must not serve a prompt that starts under another. While
-sequences run, vLLM cannot clear the cache without throwing their KV away, so each swap has a cache of its
-own: every request carries version and number of the swap as the cache's salt (the number, because a version that
-was found wrong may come again). One case is left, a sequence submitted before the
-pause whose prompt has not been computed yet: it has no tokens to lose and is submitted again under the new
-version.
+Prefix cache. Blocks computed under one version must not serve a prompt that starts under another. While sequences run,
+vLLM cannot clear the cache without throwing their KV away, so each swap has a cache of its own: every request carries
+the version and the number of the swap as the cache's salt (the number, because a version that was found wrong may come
+again). One case is left: a sequence submitted before the pause whose prompt has not been computed yet. It has no tokens
+to lose, and is submitted again under the new version.
 """
 
 from __future__ import annotations
@@ -60,10 +58,14 @@ class _Sequence:
 
 
 class VLLMEngine:
-    """A `RolloutEngine` over vLLM. All methods belong to the event loop that called `start`."""
+    """A `RolloutEngine` over vLLM. All methods belong to the event loop that called `start`.
 
-    def __init__(self, options: EngineOptions) -> None:
+    worker_extension: import path of the class whose methods vLLM's workers get, where it is not the plug-in's own.
+    """
+
+    def __init__(self, options: EngineOptions, *, worker_extension: str | None = None) -> None:
         self._options = options
+        self._worker_extension = worker_extension
         self._llm: Any = None
         self._building: asyncio.Future[Any] | None = None
         self._version: int | None = None
@@ -83,19 +85,23 @@ class VLLMEngine:
 
     @property
     def version(self) -> int | None:
+        """See `RolloutEngine.version`."""
         return self._version
 
     @property
     def tainted(self) -> bool:
+        """See `RolloutEngine.tainted`."""
         return self._tainted
 
     @property
     def num_running(self) -> int:
+        """See `RolloutEngine.num_running`."""
         sequences = itertools.chain.from_iterable(self._requests.values())
         return sum(sequence.task is None or not sequence.task.done() for sequence in sequences)
 
     @property
     def tokens_generated(self) -> int:
+        """See `RolloutEngine.tokens_generated`."""
         return self._tokens_generated
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ class VLLMEngine:
 
         self._tokenizer = AutoTokenizer.from_pretrained(self._options.model_path)
         self._stop_ids = stop_token_ids(self._options.model_path, self._tokenizer)
-        arguments = engine_arguments(self._options, BACKEND, EXTENSION)
+        arguments = engine_arguments(self._options, BACKEND, self._worker_extension or EXTENSION)
         if self._dead:
             raise EngineError(f"the engine was {self._dead} before it started")
         try:
@@ -177,7 +183,7 @@ class VLLMEngine:
     # -- sampling ----------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`. A request id that is running already, or too few seeds, are an EngineError."""
         self._check_usable()
         if request.seeds is not None and len(request.seeds) != request.num_rollouts:
             raise EngineError(f"request {request.request_id}: {len(request.seeds)} seeds for {request.num_rollouts}")
@@ -191,8 +197,9 @@ class VLLMEngine:
                 sequence.task.add_done_callback(lambda _: request.on_sequence_end())
             return await asyncio.gather(*(sequence.task for sequence in sequences if sequence.task))
         except asyncio.CancelledError:
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                raise
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # the caller was cancelled, and not the sequences
             raise EngineError(self._why_stopped(request.request_id)) from None
         finally:
             del self._requests[request.request_id]
@@ -255,7 +262,7 @@ class VLLMEngine:
     async def score(self, sequences: list[list[int]], timeout_s: float) -> list[np.ndarray]:
         """See `RolloutEngine.score`."""
         self._check_usable()
-        scores = asyncio.gather(*(self._score_one(sequence) for sequence in sequences))
+        scores = asyncio.gather(*(self._score_sequence(sequence) for sequence in sequences))
         return await self._within(timeout_s, f"scoring {len(sequences)} sequences", scores)
 
     def _scoring_params(self) -> Any:
@@ -264,7 +271,7 @@ class VLLMEngine:
             output_kind=self._final_only,
         )  # fmt: skip
 
-    async def _score_one(self, token_ids: list[int]) -> np.ndarray:
+    async def _score_sequence(self, token_ids: list[int]) -> np.ndarray:
         engine_id = f"score/{next(self._ids)}"
         async with self._spare_slots:
             # vLLM reads no cached prefix when prompt log-probs are asked for; the salt keeps it from leaving one.
@@ -356,7 +363,7 @@ class VLLMEngine:
         pause_ms = (time.monotonic() - paused) * 1e3
         apply_ms = max(result["apply_ms"] for result in results)
         apply = "direct" if all(result["apply"] == "direct" for result in results) else "reload"
-        # Under the name of its kind too: times are what the learner's account gets to see.
+        # Under the name of its kind too: times are all of this report that reaches the learner's counters.
         return SwapReport(version, {"pause_ms": pause_ms, "apply_ms": apply_ms, f"{apply}_ms": apply_ms}, apply)
 
     async def _restart_unstarted(self) -> None:
@@ -370,13 +377,13 @@ class VLLMEngine:
             await self._llm.abort(unstarted)
 
     async def _job(self, what: str, timeout_s: float, method: str, *args: Any) -> list[dict[str, Any]]:
-        """Starts a job in every worker; its results. After a failure the group is left: a broken one is of no use."""
+        """Runs a job in every worker and returns the results. After a failure the channel, which is broken, is left."""
         try:
             await self._rpc(method, timeout_s, *args)
             return await self._results(timeout_s)
         except (EngineError, DeadlineExceeded, ChannelError) as error:
             raise type(error)(f"{what}: {error}; {await self._try_to_leave()}, {UNTOUCHED}") from None
-        except BaseException:
+        except BaseException:  # cancelled: the workers go on with a job that nobody waits for
             await self._try_to_leave()
             raise
 
@@ -457,7 +464,7 @@ def _slowest_ms(jobs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _progress(jobs: list[dict[str, Any]], first_rank: int = 0) -> str:
-    """How far each worker's job has come; those that are done are left out while others are not."""
+    """How far the job of each worker has come that is not done with it."""
     told = [
         f"worker {rank} {job['state']} in phase {job['phase']}"
         + (f", {job['received_bytes']} of {job['total_bytes']} bytes received" if job["phase"] == "stage" else "")

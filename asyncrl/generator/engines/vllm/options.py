@@ -31,8 +31,8 @@ MIN_BATCHED_TOKENS = 8192  # prompt tokens of one engine step; small prompts go 
 class EngineOptions:
     """How to run one vLLM engine.
 
-    kv_cache_bytes holds on CPUs; on GPUs gpu_memory_fraction does, unless kv_cache_bytes is set. threads are
-    OpenMP threads of each worker. log_path takes all of vLLM's log; without it errors alone go to stderr.
+    kv_cache_bytes bounds the KV cache on CPUs; on GPUs gpu_memory_fraction does, unless kv_cache_bytes is set. threads
+    are OpenMP threads of each worker. log_path takes all of vLLM's log; without it, errors alone go to stderr.
     """
 
     model_path: str

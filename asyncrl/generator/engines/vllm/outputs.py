@@ -32,6 +32,7 @@ def completion_from(sample: Any, tokenizer: PreTrainedTokenizerBase, request_id:
         )
     _check_finite(logprobs, f"request {request_id}")
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert isinstance(text, str), "the text of one sequence is one text"
     return Completion(token_ids, logprobs, spans, FinishReason(sample.finish_reason), text)
 
 

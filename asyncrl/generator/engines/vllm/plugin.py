@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from asyncrl.errors import ChannelError, EngineError
-from asyncrl.generator.engines.vllm.direct_apply import DirectApply, Prepared
+from asyncrl.generator.engines.vllm.direct_apply import DirectApply, PreparedCopy
 from asyncrl.generator.engines.vllm.options import follow_parent
 from asyncrl.weights.base_weights import BaseWeights, complete_names
 from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel, WeightManifest
@@ -84,7 +84,7 @@ class WeightReceiver:
         self,
         device: torch.device,
         base: BaseWeights,
-        prepare: Callable[[WeightManifest, Iterator[tuple[str, torch.Tensor]]], Prepared | None],
+        prepare: Callable[[WeightManifest, Iterator[tuple[str, torch.Tensor]]], PreparedCopy | None],
     ) -> None:
         """`base` completes what syncs leave out; `prepare` does what can be done for a swap before it."""
         self._device = device
@@ -95,7 +95,7 @@ class WeightReceiver:
         self._held: Staged | None = None  # verified; outlives groups and `staged`, because deltas start from it
         self._lock = threading.Lock()  # between a job that publishes its result and `leave`
         self.staged: WeightManifest | None = None
-        self.prepared: Prepared | None = None  # reads the buffer, so that it lives no longer than `staged`
+        self.prepared: PreparedCopy | None = None  # reads the buffer, so that it lives no longer than `staged`
 
     def begin_join(self, spec: ChannelSpec) -> None:
         """Connect to a group, leaving the one before."""

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from asyncrl.errors import EngineError
-from asyncrl.generator.engines.vllm import plugin
 from asyncrl.weights.bytes.layout import TensorEntry, WeightLayout, WeightManifest
 from asyncrl.weights.bytes.patch import Patch
 from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
+from tests.generator.engines.checks import ODD_WORKER
 
 HIDDEN = 32
 
@@ -336,10 +336,9 @@ def test_after_a_failure_nothing_prepared_is_used_until_a_reload_proved_the_plan
 
 
 @pytest.fixture
-def odd_engine(tied_model_dir, tmp_path, monkeypatch):
+def odd_engine(tied_model_dir, tmp_path):
     """An engine of its own whose worker can be told to fail."""
-    monkeypatch.setattr(plugin, "EXTENSION", "tests.generator.engines.vllm.odd_worker.OddWorkerExtension")
-    under_test = start_engine(tied_model_dir, tmp_path / "vllm.log")
+    under_test = start_engine(tied_model_dir, tmp_path / "vllm.log", worker_extension=ODD_WORKER)
     under_test.notes["log"] = tmp_path / "vllm.log"
     yield under_test
     under_test.run(under_test.engine.close())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from asyncrl.errors import ChannelError, EngineError
-from asyncrl.generator.engines.vllm import plugin
 from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
+from tests.generator.engines.checks import ODD_WORKER
 from tests.weights.delta_buffer import DeltaBuffer, change_some
 
 TOLERANCE = 1e-4  # float32 on both sides
@@ -19,9 +19,8 @@ PROMPT = [5, 9, 33, 71, 12, 64]
 @pytest.fixture(scope="module")
 def two_workers(tied_model_dir, tmp_path_factory):
     """One engine for all tests of this module; its workers can be told to fail."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plugin, "EXTENSION", "tests.generator.engines.vllm.odd_worker.OddWorkerExtension")
-        under_test = start_engine(tied_model_dir, tmp_path_factory.mktemp("tp") / "vllm.log", tensor_parallel_size=2)
+    log_path = tmp_path_factory.mktemp("tp") / "vllm.log"
+    under_test = start_engine(tied_model_dir, log_path, tensor_parallel_size=2, worker_extension=ODD_WORKER)
     under_test.run(under_test.sync())
     under_test.notes["first_apply"] = under_test.notes["swap"].apply
     yield under_test

@@ -1,0 +1,153 @@
+"""A generator from its configuration: claims an identity, builds the parts, runs the daemon, takes the parts down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from asyncrl.config import Config
+from asyncrl.config.host_checks import has_gpu
+from asyncrl.generator.daemon import GeneratorDaemon, GeneratorParts
+from asyncrl.generator.engines.vllm.options import EngineOptions
+from asyncrl.generator.identity import Identity, claim_identity
+from asyncrl.generator.lease_runner import no_text
+from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.processes import StopSignal, pin_to
+from asyncrl.link import messages
+from asyncrl.link.curve_keys import client_auth
+from asyncrl.link.session import GeneratorSession
+from asyncrl.link.sockets import AsyncClientSocket
+from asyncrl.rewards.parts import make_parts
+from asyncrl.rewards.pool import RewardPool
+from asyncrl.tasks.prompts import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def run_generator(config: Config) -> int:
+    """Runs one generator daemon to its end. Returns its exit code; raises AsyncRLError for what ended it."""
+    return serve_generator(config, take_identity(config))
+
+
+def take_identity(config: Config) -> Identity:
+    """Pins this process to its CPUs and claims the identity of the configuration, or a free one.
+
+    Raises ConfigError when the machine lacks those CPUs, or another generator holds the identity.
+    """
+    pin_to(config.generator.cpus, "generator.cpus")
+    identity = claim_identity(Path(config.run.dir) / "generators", config.generator.id)
+    log.info("generator %s, incarnation %d", identity.generator_id, identity.incarnation)
+    return identity
+
+
+def serve_generator(config: Config, identity: Identity, parts: GeneratorParts | None = None) -> int:
+    """Runs a generator under this identity, made of other `parts` where they are given. Returns its exit code.
+
+    Raises AsyncRLError for what ended it.
+    """
+    return asyncio.run(_serve(config, identity, parts or GeneratorParts(), StopSignal()))
+
+
+async def _serve(config: Config, identity: Identity, parts: GeneratorParts, stop: StopSignal) -> int:
+    """Builds the parts, runs the daemon, takes the parts down again."""
+    daemon = build_generator(config, identity, parts)
+    asyncio.get_running_loop().add_reader(stop.fd, daemon.stop, "signal")
+    try:
+        return await daemon.run()
+    finally:
+        asyncio.get_running_loop().remove_reader(stop.fd)
+        await daemon.rewards.close()
+        await daemon.engine.close()
+
+
+def build_generator(config: Config, identity: Identity, parts: GeneratorParts | None = None) -> GeneratorDaemon:
+    """A generator and its parts, none of them started; inside a running event loop.
+
+    The caller runs it, and afterwards closes its `rewards` and its `engine`.
+    """
+    parts = parts or GeneratorParts()
+    rewards = RewardPool(
+        config.task.path,
+        config.task.args,
+        config.generator.reward_workers,
+        config.generator.reward_timeout_s,
+        parts=config.reward.parts,
+        weights=config.reward.weights,
+        log_prefix=str(Path(config.run.dir) / "generators" / identity.generator_id),
+    )
+    return GeneratorDaemon(
+        config,
+        _session(config, identity),
+        _connect(config),
+        parts.engine(_engine_options(config, identity)),
+        rewards,
+        prompt_text=_prompt_text(config),
+        parts=parts,
+    )
+
+
+def _prompt_text(config: Config) -> Callable[[np.ndarray], str]:
+    """How parts of the reward get to see a prompt; a tokenizer is loaded only when one of them wants to."""
+    if not any(part.needs_prompt for part in make_parts(config.reward.parts).values()):
+        return no_text
+    tokenizer = load_tokenizer(config.model.path)
+
+    def text_of(token_ids: np.ndarray) -> str:
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str), "the text of one prompt is one text"
+        return text
+
+    return text_of
+
+
+def _engine_options(config: Config, identity: Identity) -> EngineOptions:
+    generator = config.generator
+    on_gpu = generator.device == "cuda" or (generator.device == "auto" and has_gpu())
+    return EngineOptions(
+        model_path=config.model.path,
+        dtype=config.model.dtype,
+        max_model_len=config.model.max_length,
+        max_sequences=generator.max_sequences,
+        tensor_parallel_size=generator.tensor_parallel_size,
+        kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
+        gpu_memory_fraction=generator.gpu_memory_fraction,
+        device="cuda" if on_gpu else "cpu",
+        enforce_eager=generator.compile == "never" or (generator.compile == "auto" and not on_gpu),
+        threads=generator.threads,
+        weights_timeout_s=config.weights.timeout_s,
+        # Another stream for each generator and each of its lives, and for each run.seed.
+        seed=zlib.crc32(f"{config.run.seed}/{identity.generator_id}/{identity.incarnation}".encode()),
+        log_path=str(Path(config.run.dir) / "generators" / f"{identity.generator_id}.vllm.log"),
+    )
+
+
+def _connect(config: Config) -> AsyncClientSocket:
+    transport = config.transport
+    return AsyncClientSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=client_auth(transport))
+
+
+def _session(config: Config, identity: Identity) -> GeneratorSession:
+    hello = messages.Hello(
+        protocol=messages.PROTOCOL_VERSION,
+        generator_id=identity.generator_id,
+        incarnation=identity.incarnation,
+        max_run_epoch=0,
+        model_fingerprint=model_folder_fingerprint(config.model.path),
+        tokenizer_fingerprint=tokenizer_fingerprint(Path(config.model.path)),
+        task=config.task.path,
+        num_workers=config.generator.tensor_parallel_size,
+        first_unacked_seq=1,
+    )
+    return GeneratorSession(
+        hello,
+        run_name=config.run.name,
+        outbox_bytes=config.generator.outbox_bytes,
+        max_frame_bytes=config.transport.max_frame_bytes,
+        now=time.monotonic(),
+    )

@@ -1,0 +1,126 @@
+"""The generator's end of the rollout link: the session, the socket under it, and how long the learner may be silent."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from asyncrl.config import Config
+from asyncrl.errors import PeerUnreachable, Refused
+from asyncrl.link import messages
+from asyncrl.link.codec import decode, encode
+from asyncrl.link.messages import Message
+from asyncrl.link.session import GeneratorSession, GeneratorState
+from asyncrl.link.sockets import AsyncClientSocket
+
+log = logging.getLogger(__name__)
+
+FROM_DESK = frozenset(
+    {
+        messages.Welcome,
+        messages.Refused,
+        messages.LeaseGrant,
+        messages.Ack,
+        messages.Nack,
+        messages.SyncOffer,
+        messages.SyncSwap,
+        messages.SyncCommit,
+        messages.SyncAbort,
+        messages.Stop,
+        messages.Abandon,
+    }
+)
+RECEIVE_WAIT_S = 0.5
+CLOSE_FLUSH_S = 0.5
+SAY_UNREACHABLE_EVERY_S = 10.0
+
+ResultMaker = Callable[[int, int], messages.GroupResult | messages.LeaseFailed]
+
+
+class LearnerLink:
+    """Connects the session, which has neither socket nor clock, with both.
+
+    The owner calls `keep_up` and then `receive`, for ever, and passes every frame through `accept`.
+    """
+
+    def __init__(self, config: Config, session: GeneratorSession, socket: AsyncClientSocket) -> None:
+        self.session = session
+        self._socket = socket
+        self._address = config.transport.address
+        self._max_frame_bytes = config.transport.max_frame_bytes
+        self._unreachable_timeout_s = config.generator.unreachable_timeout_s
+        self._said_at = time.monotonic()  # when it was last logged that the learner does not answer
+
+    def keep_up(self, held_version: int | None) -> None:
+        """Does what is due by now: a new connection, a hello, results that were not acknowledged.
+
+        Raises PeerUnreachable when the learner has been silent for longer than the configuration allows.
+        """
+        now = time.monotonic()
+        self._check_reachable(now)
+        if self.session.reconnect_due(now):
+            self._socket.reconnect()
+            self.session.reconnected(now)
+        self.pump(held_version)
+
+    def pump(self, held_version: int | None) -> None:
+        """Sends what the session has due. A hello among it tells the learner which version is held here."""
+        self.session.held_version = held_version
+        for frame in self.session.due(time.monotonic()):
+            self._socket.send(frame)
+
+    async def receive(self) -> list[bytes]:
+        """Frames that came in, after waiting for the first until the session has something due."""
+        now = time.monotonic()
+        return await self._socket.receive(max(0.0, min(self.session.next_due(now) - now, RECEIVE_WAIT_S)))
+
+    def accept(self, frame: bytes) -> Message | None:
+        """The message in a frame, for the daemon to act on; None where it is of an earlier run epoch, or out of turn.
+
+        Raises ProtocolError for a frame that cannot be used, and Refused when learner and generator do not fit.
+        """
+        message = decode(frame, max_bytes=self._max_frame_bytes, allowed=FROM_DESK)
+        if not self.session.receive(message, time.monotonic()):
+            return None
+        if self.session.state is GeneratorState.REFUSED:
+            # Also for a welcome: the session refuses what does not fit this end.
+            raise _refused(self.session.refusal)
+        return message
+
+    def send(self, message: Message) -> None:
+        """Best effort: a full queue drops it, and whatever matters is repeated (session) or times out (sync)."""
+        if not self._socket.send(encode(message, max_bytes=self._max_frame_bytes)):
+            log.debug("send queue full, %s dropped", type(message).__name__)
+
+    def deliver(self, make: ResultMaker, held_version: int | None) -> None:
+        """Puts a result into the outbox, where it stays until the learner has it on disk, and sends what is due."""
+        self.session.put(make, time.monotonic())
+        self.pump(held_version)
+
+    async def close(self) -> None:
+        """Closes the socket; what is queued gets CLOSE_FLUSH_S to leave."""
+        await self._socket.close(flush_s=CLOSE_FLUSH_S)
+
+    def _check_reachable(self, now: float) -> None:
+        """Says every 10 s that the learner does not answer, and gives up after the configured time."""
+        silence_s = self.session.silence_s(now)
+        if silence_s >= self._unreachable_timeout_s:
+            raise PeerUnreachable(
+                f"no answer from the learner at {self._address} for {silence_s:.0f} s "
+                f"(generator.unreachable_timeout_s={self._unreachable_timeout_s:g}); is asyncrl-learner running there?"
+            )
+        if silence_s >= SAY_UNREACHABLE_EVERY_S and now - self._said_at >= SAY_UNREACHABLE_EVERY_S:
+            self._said_at = now
+            log.warning(
+                "no answer from the learner at %s for %.0f s (limit %g s): %s",
+                self._address, silence_s, self._unreachable_timeout_s, self._socket.link,
+            )  # fmt: skip
+
+
+def _refused(refusal: messages.Refused | None) -> Refused:
+    assert refusal is not None, "the session is refused and does not say why"
+    return Refused(
+        f"learner and generator do not fit ({refusal.code}): {refusal.reason}; "
+        f"the learner has {refusal.expected!r}, here is {refusal.got!r}"
+    )

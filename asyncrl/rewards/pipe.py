@@ -1,0 +1,167 @@
+"""What goes through the pipes between the reward pool and one of its workers, and how it is written.
+
+    pool -> worker   first   WorkerSetup    what to make
+                     then    RewardJob      one at a time
+    worker -> pool   first   WorkerStarted  ready, or why not
+                     then    Scored         one per completion of the job, in order, each as soon as it is known
+
+A frame is a length (uint32, little-endian) and a msgpack map of the message's fields. What comes from a worker is not
+trusted: foreign code runs in there, and may write to the pipe.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import msgpack
+
+from asyncrl.errors import ProtocolError
+from asyncrl.rewards.base import Sample
+
+_T = TypeVar("_T")
+
+LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 1024 * 1024  # of what a worker sends
+FAILURES = ("reward_error", "reward_timeout")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """The task, the further parts of the reward, what each counts, and how much memory the worker may fill."""
+
+    path: str
+    args: Mapping[str, Any]
+    parts: Mapping[str, Any]
+    weights: Mapping[str, float]
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RewardJob:
+    """Completions of one prompt. num_tokens of each, None where it is not known."""
+
+    completions: Sequence[str]
+    num_tokens: Sequence[int | None]
+    prompt: str
+    payload: dict[str, Any]
+
+    def without_first(self, count: int) -> RewardJob:
+        """The same job without its first `count` completions."""
+        return replace(self, completions=self.completions[count:], num_tokens=self.num_tokens[count:])
+
+    def samples(self) -> list[Sample]:
+        """The completions as parts of the reward see them."""
+        return [
+            Sample(completion, self.payload, self.prompt, num_tokens)
+            for completion, num_tokens in zip(self.completions, self.num_tokens, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    """The worker is ready, or `error` says what cannot be made."""
+
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The values of the reward's parts for one completion, or why there are none."""
+
+    parts: dict[str, float] | None
+    reason: str = ""  # one of FAILURES where there are none
+    detail: str = ""
+    server_down: bool = False  # the server of a part did not answer at all
+
+
+PipeMessage = WorkerSetup | RewardJob | WorkerStarted | Scored
+
+
+def encode(message: PipeMessage) -> bytes:
+    """The frame of a message, length included."""
+    body: bytes = msgpack.packb({field.name: getattr(message, field.name) for field in fields(message)})
+    return LENGTH.pack(len(body)) + body
+
+
+def decode_setup(body: bytes) -> WorkerSetup:
+    """The pool's first message, in the worker."""
+    return WorkerSetup(**msgpack.unpackb(body))
+
+
+def decode_job(body: bytes) -> RewardJob:
+    """The pool's later messages, in the worker."""
+    return RewardJob(**msgpack.unpackb(body))
+
+
+def decode_started(body: bytes) -> WorkerStarted:
+    """A worker's first message. Raises ProtocolError."""
+    match _unpacked(body):
+        case {"error": str() as error, **others} if not others:
+            return WorkerStarted(error)
+    raise _not_a_message()
+
+
+def decode_scored(body: bytes) -> Scored:
+    """A worker's later messages. Raises ProtocolError."""
+    match _unpacked(body):
+        case {"parts": dict() as parts, "reason": "", "detail": "", "server_down": False, **others}:
+            if not others and all(isinstance(value, float) for value in parts.values()):
+                return Scored(parts)
+        case {"parts": None, "reason": str() as reason, "detail": str() as detail, "server_down": bool() as down}:
+            if reason in FAILURES:
+                return Scored(None, reason, detail, down)
+    raise _not_a_message()
+
+
+def _unpacked(body: bytes) -> object:
+    try:
+        return msgpack.unpackb(body)
+    except ValueError as error:
+        raise ProtocolError(f"a result in the reward worker's pipe cannot be read: {error}") from None
+
+
+def _not_a_message() -> ProtocolError:
+    return ProtocolError(
+        "the reward worker's pipe carries something that is not a result; does the reward write to it?"
+    )
+
+
+class FrameBuffer:
+    """Bytes of a worker's pipe, cut into frames."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        """Adds what was read."""
+        self._bytes += chunk
+
+    def clear(self) -> None:
+        """Forgets what was read: it came from a worker that is gone."""
+        self._bytes.clear()
+
+    def take(self, decode: Callable[[bytes], _T]) -> list[_T]:
+        """The messages that are there in whole. Raises ProtocolError where the first of them is none."""
+        messages: list[_T] = []
+        start = 0
+        try:
+            while (body := self._body_at(start)) is not None:
+                messages.append(decode(body))
+                start += LENGTH.size + len(body)
+        except ProtocolError:
+            if not messages:
+                raise
+        del self._bytes[:start]
+        return messages
+
+    def _body_at(self, start: int) -> bytes | None:
+        if len(self._bytes) - start < LENGTH.size:
+            return None
+        (size,) = LENGTH.unpack_from(self._bytes, start)
+        if size > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a result in the pipe has {size} bytes, over the limit of {MAX_FRAME_BYTES}")
+        begin = start + LENGTH.size
+        return bytes(self._bytes[begin : begin + size]) if len(self._bytes) - begin >= size else None
