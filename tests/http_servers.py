@@ -25,13 +25,17 @@ class Answers:
         self.lock = threading.Lock()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the default of 5, a burst of connections may find some of them reset
+
+
 class AnsweringServer:
     """Serves `answers` on a free port of 127.0.0.1, or on `port`, until `close`."""
 
     def __init__(self, answers: Answers, port: int = 0):
         self.answers = answers
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"answers": answers}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"answers": answers}))
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()

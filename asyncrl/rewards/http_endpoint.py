@@ -1,7 +1,7 @@
-"""JSON over HTTP with deadlines, retries and a bound on what is under way; and a thread for its event loop.
+"""JSON over HTTP with deadlines, retries and a bound on what is under way, and a thread with an event loop for it.
 
-Every request has a deadline of its own that covers all of it: a server that sends a byte a second does not get round
-it, as it would round the read timeouts of HTTP clients.
+Every request has one deadline that covers all of it: a server that sends a byte a second cannot outlast it, as it would
+outlast the read timeouts of HTTP clients.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class _TryAgainError(Exception):
-    """A failure that may pass. `pause_s` is what the server asked for; `timed_out` says that no answer came."""
+    """A failure that may pass. `pause_s` is the pause the server asked for; `timed_out` says that no answer came."""
 
     def __init__(self, detail: str, pause_s: float = 0.0, timed_out: bool = False):
         super().__init__(detail)
-        self.pause_s, self.timed_out = pause_s, timed_out
+        self.pause_s = pause_s
+        self.timed_out = timed_out
 
 
 class HttpEndpoint:
-    """One server. All of it runs in one event loop; `post` may be called concurrently, `concurrency` are under way.
+    """One server, used from one event loop. Of concurrent calls of `post`, `concurrency` are under way at a time.
 
-    timeout_s bounds each try, timeout_s x (retries + 1) all of them with the pauses in between; waiting for one's turn
-    comes before that. The key goes into the Authorization header and nowhere else.
+    timeout_s bounds each try, and timeout_s x (retries + 1) all tries of a call with the pauses in between; the wait
+    for its turn is not counted. The key goes into the Authorization header and nowhere else.
     """
 
     def __init__(self, url: str, *, timeout_s: float, retries: int, concurrency: int, api_key: str = ""):
         self.url = url.rstrip("/")
-        self._timeout_s, self._tries, self._concurrency = timeout_s, retries + 1, concurrency
+        self._timeout_s = timeout_s
+        self._tries = retries + 1
+        self._concurrency = concurrency
         self._headers = {"Accept-Encoding": "identity"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -55,7 +58,7 @@ class HttpEndpoint:
     async def post(self, path: str, body: dict[str, Any]) -> Any:
         """The decoded answer.
 
-        Raises RewardError when it is none that can be used, ServerUnavailable when there was none after all retries,
+        Raises RewardError when the answer cannot be used, ServerUnavailable when there was none after all retries,
         DeadlineExceeded when the server took too long.
         """
         address = self.url + path

@@ -34,13 +34,13 @@ from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError
 from asyncrl.rewards.base import Part, RemotePart, Sample, arguments_of, wrong_type
 from asyncrl.rewards.http_endpoint import HttpEndpoint, LoopThread
 from asyncrl.rewards.kinds.judge import Judge
-from asyncrl.rewards.kinds.local import Format, Length, Overlong, Rule
+from asyncrl.rewards.kinds.local import Format, Length, Overlong, UserRule
 from asyncrl.rewards.kinds.math_answer import MathAnswer
 from asyncrl.rewards.kinds.reward_model import RewardModel
 from asyncrl.tasks.base import Task, checked_reward
 
 KINDS: dict[str, type[Part]] = {
-    kind.kind: kind for kind in (Judge, RewardModel, MathAnswer, Overlong, Length, Format, Rule)
+    kind.kind: kind for kind in (Judge, RewardModel, MathAnswer, Overlong, Length, Format, UserRule)
 }
 MAX_PARTS = 16  # with names of 40 characters they still fit into what a rollout may weigh on the wire
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
@@ -66,8 +66,11 @@ def check_reward_parts(
 ) -> list[str]:
     """What is wrong with `reward.parts` and `reward.weights`, a sentence each; nothing outside of them is looked at.
 
-    task_parts: names of the task's own parts, None when they are not known: then a weight may be meant for one.
-    reward_timeout_s: deadline of one completion, within which every part must end.
+    Args:
+        parts: name -> {kind, argument, ...}, as written in the configuration.
+        weights: name -> weight.
+        task_parts: names of the task's own parts; None when they are not known, so that a weight may be meant for one.
+        reward_timeout_s: deadline of one completion, within which every part must end.
     """
     problems = [problem for name, spec in parts.items() for problem in _problems_of(name, spec, reward_timeout_s)]
     if len(parts) > MAX_PARTS:
@@ -86,7 +89,7 @@ def make_parts(parts: Specs) -> dict[str, Part]:
 
 
 def prepare_parts(parts: Mapping[str, Part]) -> list[str]:
-    """Lets each part import and read what it needs of this machine; returns what is missing, a sentence each."""
+    """Lets each part import and read what it needs of this machine. Returns what is missing, a sentence each."""
     problems = []
     for name, part in parts.items():
         try:
@@ -163,9 +166,9 @@ def _nearest(name: str, names: Collection[str]) -> str:
 class RewardParts:
     """The parts of a run, ready to score: the task's own, then those computed here, then those that servers compute.
 
-    Requests of all completions of a job go out at its start, `concurrency` of a part at a time. Turns are first come,
-    first served, so once a completion's values are in, those of the next are under way: reading the results in order,
-    none takes longer after the one before it than the longest deadline of a part and its local parts.
+    Requests of all completions of a job go out at its start, `concurrency` of a part at a time, in the order of the
+    completions. So once a completion's values are in, those of the next are under way: when results are read in order,
+    none takes longer after the one before it than the longest deadline of a part, and what its local parts take.
     """
 
     def __init__(self, task: Task, parts: Mapping[str, Part], weights: Mapping[str, float]):
@@ -180,8 +183,8 @@ class RewardParts:
     def begin(self, samples: Sequence[Sample]) -> list[Callable[[], dict[str, float]]]:
         """Starts the requests of all samples; each returned function gives one sample's values, in their order.
 
-        It must be called once. It raises RewardError or DeadlineExceeded (which say why there is no reward), or what
-        the task or a rule raises.
+        Each must be called once. It raises RewardError or DeadlineExceeded, which say why there is no reward, or
+        whatever the task or a rule raises.
         """
         under_way = [self._request(sample) for sample in samples]
         return [

@@ -29,10 +29,12 @@ class Problem(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The prompt, such as `47+58=`."""
         return f"{self.left}{self.operation}{self.right}="
 
     @property
     def answer(self) -> int:
+        """The right number."""
         return self.left + self.right if self.operation == "+" else self.left - self.right
 
 
@@ -60,24 +62,30 @@ class Arithmetic:
 
     @property
     def train_size(self) -> int:
+        """All problems but those held out."""
         return self._size - self._held_out
 
     def train_example(self, index: int) -> Example:
+        """See `Task.train_example`. Raises IndexError beyond `train_size`."""
         if not 0 <= index < self.train_size:
             raise IndexError(f"training example {index} of {self.train_size}")
         return _example(self.train_problem(index))
 
     def eval_examples(self, count: int) -> list[Example]:
+        """See `Task.eval_examples`."""
         return [_example(problem) for problem in self.held_out_problems(count)]
 
     def reward(self, completion: str, payload: dict[str, Any]) -> dict[str, float]:
+        """`exact` compares what stands after the last `=` with the payload's answer, to the letter."""
         written = completion.rpartition("=")[2].strip()
         return {"exact": 1.0 if written == payload["answer"] else 0.0}
 
     def train_problem(self, index: int) -> Problem:
+        """The problem of training example `index`."""
         return self._problem(self._held_out + index)
 
     def held_out_problems(self, count: int) -> list[Problem]:
+        """The first `count` problems that are never trained on, or all of them."""
         return [self._problem(rank) for rank in range(min(count, self._held_out))]
 
     def _problem(self, rank: int) -> Problem:

@@ -42,9 +42,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from asyncrl.errors import RewardError, TaskError
+
+_T = TypeVar("_T")
 
 Messages = list[dict[str, str]]
 TASK_MEMBERS = ("train_size", "train_example", "eval_examples", "reward")
@@ -94,7 +96,7 @@ def load_task(path: str, args: dict[str, Any]) -> Task:
         raise TaskError(f"task.path={path!r} must be `module:Class`, for example asyncrl.tasks.gsm8k:Gsm8k")
     task_class = find_class("task.path", path)
     missing = [name for name in TASK_MEMBERS if not hasattr(task_class, name)]
-    task = _construct(path, task_class, args)
+    task: Task = _construct(path, task_class, args)
     # Instance attributes count too. Only what the class lacks is looked up: a property may read a data file.
     missing = [name for name in missing if not hasattr(task, name)]
     if missing:
@@ -143,23 +145,32 @@ def find_class(key: str, path: str) -> type:
 
     Modules in the current directory can be imported.
     """
-    return _find(key, path, "class", lambda found: isinstance(found, type))
+    return _find(key, path, "class", _is_class)
 
 
 def find_function(key: str, path: str) -> Callable[..., Any]:
-    """The function that the import path `module:function` names, likewise."""
-    return _find(key, path, "function", callable)
+    """The function that the import path `module:function` names; as `find_class` otherwise."""
+    return _find(key, path, "function", _is_function)
 
 
-def _find(key: str, path: str, what: str, is_one: Callable[[Any], bool]) -> Any:
+def _is_class(found: object) -> TypeGuard[type]:
+    return isinstance(found, type)
+
+
+def _is_function(found: object) -> TypeGuard[Callable[..., Any]]:
+    return callable(found)
+
+
+def _find(key: str, path: str, what: str, fits: Callable[[object], TypeGuard[_T]]) -> _T:
     module_name, _, name = path.partition(":")
     # Last, so that a stray file here cannot take the place of an installed module.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     module = _import(f"{key}={path}", module_name)
     found = getattr(module, name, None)
-    if not is_one(found):
-        near = difflib.get_close_matches(name, [one for one, value in vars(module).items() if is_one(value)], n=1)
+    if not fits(found):
+        known = [other for other, value in vars(module).items() if fits(value)]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise TaskError(f"{key}={path}: module {module_name} has no {what} {name}{hint}")
     return found

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import TaskError
-from asyncrl.tasks.base import Example
+from asyncrl.tasks.base import Example, Messages
 from asyncrl.tasks.shaping import has_form
 
 CHAT_INSTRUCTION = "Reason step by step. Write the answer alone on the last line, in the form: #### 42"
@@ -32,7 +32,7 @@ _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
 class Gsm8k:
-    """Parts of the reward: `exact`, for the right last number, and `format`, for ending in a line `#### number`.
+    """Word problems. Parts of the reward: `exact`, for the right last number, and `format`, for a last line `#### 42`.
 
     path: a .json or .jsonl file, or the name of a Hugging Face data set (needs the package `datasets`).
     eval_path: held-out records; without it, a data set's test split, or the last tenth of the file (512 at most).
@@ -58,15 +58,19 @@ class Gsm8k:
 
     @property
     def train_size(self) -> int:
+        """Records to train on; the first call reads the data."""
         return len(self._splits[0])
 
     def train_example(self, index: int) -> Example:
+        """See `Task.train_example`."""
         return self._example(self._splits[0][index])
 
     def eval_examples(self, count: int) -> list[Example]:
+        """See `Task.eval_examples`."""
         return [self._example(record) for record in self._splits[1][:count]]
 
     def reward(self, completion: str, payload: dict[str, Any]) -> dict[str, float]:
+        """`exact` compares the completion's last number with the payload's answer, as decimal numbers."""
         exact = last_number(completion) == Decimal(payload["answer"])
         return {
             "exact": self._exact_weight * exact,
@@ -77,19 +81,19 @@ class Gsm8k:
     def _splits(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         """Training and held-out records."""
         if not _is_file_name(self._path):
-            held_out = read_records(self._eval_path) if self._eval_path else _hub_records(self._path, "test")
-            return _hub_records(self._path, "train"), held_out
+            test = read_records(self._eval_path) if self._eval_path else _hub_records(self._path, "test")
+            return _hub_records(self._path, "train"), test
         records = read_records(self._path)
         if self._eval_path:
             return records, read_records(self._eval_path)
-        held_out = min(MAX_HELD_OUT, len(records) // 10)
-        return records[: len(records) - held_out], records[len(records) - held_out :]
+        num_train = len(records) - min(MAX_HELD_OUT, len(records) // 10)
+        return records[:num_train], records[num_train:]
 
     def _example(self, record: dict[str, str]) -> Example:
         answer = last_number(record["answer"])
         if answer is None:
             raise TaskError(f"a record of {self._path} has no number in its answer: {record['answer'][-80:]!r}")
-        prompt = prompt_text(record["question"])
+        prompt: str | Messages = prompt_text(record["question"])
         if self._chat:
             prompt = [{"role": "user", "content": f"{record['question']}\n{CHAT_INSTRUCTION}"}]
         return Example(prompt, {"answer": str(answer)})

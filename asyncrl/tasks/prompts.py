@@ -51,7 +51,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:
         raise ModelError(
             f"model.path={path}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); copy it again"

@@ -1,4 +1,4 @@
-"""Reward part: the score that a language model gives, asked through any OpenAI-compatible endpoint.
+"""The kind `judge`: the score that a language model gives, asked through any OpenAI-compatible endpoint.
 
 The judge's answer must end in a line `score: X`, or be or end in JSON with a number under "score". Anything else is a
 failed reward: text without a score, a score outside of the scale, a refusal, an answer that was cut short.
@@ -35,10 +35,10 @@ _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Judge(RemotePart):
-    """The judge's score, mapped from `scale` to 0..1.
+    """The judge's score, mapped linearly from `scale` to 0..1.
 
-    template: the request, with {prompt}, {completion} and keys of the payload. scale: lowest and highest score.
-    options: of the request, for example {temperature: 0, max_tokens: 512}.
+    template: the text of the request, with places {prompt}, {completion} and keys of the payload. scale: the lowest and
+    the highest score. options: of the request, for example {temperature: 0, max_tokens: 512}.
     """
 
     kind: ClassVar[str] = "judge"
@@ -52,7 +52,7 @@ class Judge(RemotePart):
     def check(self) -> None:
         super().check()
         check_template("template", self.template)
-        numbers = [one for one in self.scale if isinstance(one, (int, float)) and math.isfinite(one)]
+        numbers = [bound for bound in self.scale if isinstance(bound, (int, float)) and math.isfinite(bound)]
         if len(numbers) != 2 or len(self.scale) != 2 or not numbers[0] < numbers[1]:
             raise ConfigError(f"scale={self.scale} must be two numbers, the lower first, for example [0, 10]")
         if taken := {"model", "messages", "stream", "n"} & set(self.options):
@@ -100,7 +100,9 @@ def _text(answer: Any) -> str:
     try:
         choice = answer["choices"][0]
         message = choice["message"]
-        refusal, content, reason = message.get("refusal"), message.get("content"), choice.get("finish_reason")
+        refusal = message.get("refusal")
+        content = message.get("content")
+        reason = choice.get("finish_reason")
     except (AttributeError, IndexError, KeyError, TypeError):
         raise RewardError(f"the judge's server gave no chat completion: {answer!r:.200}") from None
     if refusal:

@@ -1,4 +1,4 @@
-"""Reward parts that are computed in the reward worker itself: lengths, form, and a function of the user's own."""
+"""Kinds of reward parts that the reward worker computes itself: lengths, form, and a function of the user's own."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ class Format(Part):
 
 
 @dataclass(frozen=True)
-class Rule(Part):
-    """A function of the user's own: `function(completion, payload, **args)` returns the value.
+class UserRule(Part):
+    """The value that a function of the user's own returns: `function(completion, payload, **args)`.
 
-    path: `module:function`; modules in the current directory can be imported. To say "this cannot be scored", raise.
+    path: `module:function`; modules in the current directory can be imported. To say "this cannot be scored", the
+    function raises.
     """
 
     kind: ClassVar[str] = "rule"
@@ -99,6 +100,7 @@ class Rule(Part):
 
 
 def _tokens(sample: Sample) -> int:
+    """Length of the completion in tokens. Raises RewardError when it is not known."""
     if sample.num_tokens is None:
         raise RewardError("the number of tokens of this completion is not known")
     return sample.num_tokens

@@ -1,4 +1,4 @@
-"""Reward part for mathematical answers, by the package math-verify: 0.5, 1/2 and \\frac{1}{2} are the same answer."""
+"""The kind `math`: compares mathematical answers by the package math-verify. 0.5, 1/2 and \\frac{1}{2} are the same."""
 
 from __future__ import annotations
 

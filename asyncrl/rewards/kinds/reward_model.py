@@ -1,4 +1,4 @@
-"""Reward part: the score of a reward model (sequence classification), asked of a server.
+"""The kind `reward_model`: the score of a sequence-classification model, asked of a server.
 
 The server is vLLM with a classification or reward model (`/classify`, or `/score` for one that compares two texts), or
 `asyncrl.rewards.model_server`, which speaks the same `/classify`; with `path` instead of `url`, every generator
@@ -20,10 +20,11 @@ from asyncrl.rewards.base import Endpoint, RemotePart, Sample, check_template, f
 class RewardModel(RemotePart):
     """The model's raw score, or with `activation` its probability.
 
-    path: folder of a Hugging Face model for a server that the generator starts; then device, threads and batch_size
-    are that server's. template: the text to score. user: instead of it, the user's message of a conversation in the
-    reward model's own chat template, the completion being the answer. label: which score, where there is more than one.
-    endpoint: classify, or score: then `user` is the query and the completion the document.
+    path: folder of a Hugging Face model, for which the generator starts a server; device, threads and batch_size are
+    that server's. template: the text to score. user: in place of template, the user's message of a conversation in the
+    reward model's own chat template, in which the completion is the answer. label: index of the score that counts,
+    where the model gives more than one. endpoint: classify; or score, where `user` is the query and the completion the
+    document. activation: ask for the probability and not for the raw score.
     """
 
     kind: ClassVar[str] = "reward_model"
@@ -48,9 +49,9 @@ class RewardModel(RemotePart):
             raise ConfigError("endpoint=score needs url, and user for the query, for example user='{prompt}'")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device={self.device!r} must be auto, cpu or cuda")
-        for name in ("threads", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name, value in (("threads", self.threads), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be 1 or more")
         if self.label is not None and self.label < 0:
             raise ConfigError(f"label={self.label} must be 0 or more")
         if not self.user:
