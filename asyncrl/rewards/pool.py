@@ -44,6 +44,7 @@ class RewardOutcome:
 
     @property
     def failed(self) -> bool:
+        """Whether there is no reward."""
         return self.parts is None
 
     @property

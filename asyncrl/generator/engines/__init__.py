@@ -1,1 +1,1 @@
-"""Rollout engines: what samples completions, and what watches over it."""
+"""Rollout engines: `base` says what one must do, `watch` finds one that hangs, `vllm` is the one there is."""

@@ -13,16 +13,16 @@ PROBE_EVERY_S = 10.0  # an engine that finished nothing for this long is probed
 PROBE_TIMEOUT_S = 5.0
 
 
-async def watch_engine(engine: RolloutEngine, sync: WeightSync) -> NoReturn:
+async def watch_engine(engine: RolloutEngine, sync: WeightSync, *, probe_every_s: float = PROBE_EVERY_S) -> NoReturn:
     """Raises EngineError or DeadlineExceeded once the engine is dead or wedged, and never returns otherwise.
 
     It watches with and without leases: an engine that hung in a swap gets none, and every sync with it fails.
     """
     tokens = -1
     while True:
-        await asyncio.sleep(PROBE_EVERY_S)
-        moved, tokens = engine.tokens_generated != tokens, engine.tokens_generated
-        if not moved and not sync.swapping:
+        await asyncio.sleep(probe_every_s)
+        before, tokens = tokens, engine.tokens_generated
+        if tokens == before and not sync.swapping:
             await _probe(engine, sync)
 
 
