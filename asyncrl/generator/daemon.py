@@ -5,15 +5,16 @@
     link          frames from the learner     leases, syncs, acks          the session's next deadline
     lease (many)  one lease                   one group or one failure     the lease's deadline
     beat          counters                    Beat, once a second          -
-    engine        a welcome                   a started engine             its start's deadline
-                  progress of the engine      exit 5: wedged or dead       the probe's deadline
+    engine        a welcome                   a started engine             the deadline of its start
+                  progress of the engine      exit 5: wedged or dead       the deadline of the probe
 
-Everything runs in one event loop, the beat included: a wedged loop stops beating, and the learner notices.
-The link comes first and the engine, which takes many seconds, after the welcome: an address that does not answer and a
-model that does not fit are told at once. Until the engine is up, beats say so and nothing is offered or leased.
+Everything runs in one event loop, the beat included: a wedged loop stops beating, and the learner notices. The link
+comes first. The engine, which takes many seconds to start, comes after the welcome, so that an address that does not
+answer and a model that does not fit are told at once. Until the engine is up, beats say so, and the learner neither
+offers weights nor grants leases.
 
-Shutdown: a signal (or the learner's Stop) ends the wish for leases → running ones finish or are handed back →
-the outbox is flushed → Bye. All of it within `generator.drain_timeout_s` + 2 s.
+Shutdown: after a signal, or the learner's Stop, no more leases are asked for → those in hand finish or are handed back
+→ the outbox is flushed → Bye. All of it within `generator.drain_timeout_s` + 2 s.
 """
 
 from __future__ import annotations

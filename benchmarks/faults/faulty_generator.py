@@ -208,7 +208,7 @@ class FaultyWeightSync(WeightSync):
 
     async def _settle(self, held: int | None) -> None:
         if held is None and self._loaded is not None:
-            self.failed_at[self._loaded] = time.monotonic()
+            self.failed_at[self._loaded.version] = time.monotonic()
         await super()._settle(held)
         self.saboteur.note("held", version=held)
 
