@@ -1,4 +1,4 @@
-"""The nouns that every part of asyncrl shares: leases, rollouts, groups, versions.
+"""The nouns that every part of asyncrl shares: leases, rollouts, groups, versions, frontiers.
 
 Arrays are numpy and little-endian: they go to the wire, to the journal and into a batch as they are.
 Nothing here imports torch, zmq or vllm.
@@ -6,6 +6,8 @@ Nothing here imports torch, zmq or vllm.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import numpy as np
 TOKEN_DTYPE = np.dtype("<i4")
 LOGPROB_DTYPE = np.dtype("<f4")
 
-MIN_ROLLOUTS_SHARE = 0.5  # of a lease's rollouts: a training group of fewer scored ones is not worth a gradient
+MIN_ROLLOUTS_SHARE = 0.5  # of a group: with fewer scored rollouts it is not worth a gradient
 
 
 class LeaseKind(StrEnum):
@@ -124,3 +126,67 @@ class Group:
     @property
     def oldest_version(self) -> int:
         return min(rollout.oldest_version for rollout in self.rollouts)
+
+
+def min_rollouts(group_size: int) -> int:
+    """How many of the `group_size` rollouts of a training lease must have a reward for the group to be trained on.
+
+    Half of them, and two at least, since rewards are compared within a group; a group of one needs its only rollout.
+    """
+    return min(group_size, max(2, math.ceil(group_size * MIN_ROLLOUTS_SHARE)))
+
+
+class Frontier:
+    """A set of integers >= 0 that fills up mostly in order: all of those below `watermark`, and `above`, a few beyond.
+
+        frontier = Frontier()            # watermark 0, above {}
+        frontier.add(0)                  # watermark 1, above {}
+        frontier.add(2)                  # watermark 1, above {2}
+        frontier.add(1)                  # watermark 3, above {}
+
+    Members are never removed, so memory is that of the gaps. Ordinals that are settled and seqs that were seen are
+    kept in one each.
+    """
+
+    __slots__ = ("above", "watermark")
+
+    def __init__(self, watermark: int = 0, above: Iterable[int] = ()) -> None:
+        self.watermark = watermark
+        self.above: set[int] = set()
+        for number in above:
+            self.add(number)
+
+    def add(self, number: int) -> None:
+        """Adds one member; adding it again changes nothing."""
+        if number >= self.watermark:
+            self.above.add(number)
+        self._advance()
+
+    def add_below(self, number: int) -> None:
+        """Adds every integer below `number`."""
+        self.watermark = max(self.watermark, number)
+        self.above = {member for member in self.above if member >= self.watermark}
+        self._advance()
+
+    def __contains__(self, number: int) -> bool:
+        return 0 <= number < self.watermark or number in self.above
+
+    def __len__(self) -> int:
+        return self.watermark + len(self.above)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Frontier):
+            return NotImplemented
+        return (self.watermark, self.above) == (other.watermark, other.above)
+
+    def __repr__(self) -> str:
+        return f"Frontier({self.watermark}, {sorted(self.above)})"
+
+    def copy(self) -> Frontier:
+        """One that does not change with this one."""
+        return Frontier(self.watermark, self.above)
+
+    def _advance(self) -> None:
+        while self.watermark in self.above:
+            self.above.remove(self.watermark)
+            self.watermark += 1

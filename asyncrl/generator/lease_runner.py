@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.engines.base import Completion, GenerationRequest, RolloutEngine, nothing
 from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.rewards.pool import RewardOutcome, RewardPool
-from asyncrl.types import MIN_ROLLOUTS_SHARE, Group, Lease, LeaseKey, LeaseKind, Rollout
+from asyncrl.types import Group, Lease, LeaseKey, LeaseKind, Rollout, min_rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ class LeaseRunner:
             baseline = greedy.reward
             completions = completions[:-1]
         failed = [outcome for outcome in outcomes if outcome.failed]
-        if len(outcomes) - len(failed) < _min_rollouts(lease):
+        if len(outcomes) - len(failed) < _enough(lease):
             return LeaseFailure(
                 failed[0].reason, f"{len(failed)} of {len(outcomes)} rewards failed: {failed[0].detail}"
             )
@@ -167,10 +166,9 @@ class LeaseRunner:
         return Group(lease.key, lease.prompt_token_ids, rollouts, baseline)
 
 
-def _min_rollouts(lease: Lease) -> int:
+def _enough(lease: Lease) -> int:
     """How many rollouts must have a reward: all of an evaluation, and of a training group enough to compare."""
-    enough = max(2, math.ceil(lease.num_rollouts * MIN_ROLLOUTS_SHARE))
-    return lease.num_rollouts if lease.key.kind is LeaseKind.EVAL else min(enough, lease.num_rollouts)
+    return lease.num_rollouts if lease.key.kind is LeaseKind.EVAL else min_rollouts(lease.num_rollouts)
 
 
 def _greedy_id(request_id: str) -> str:
