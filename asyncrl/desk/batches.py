@@ -1,4 +1,4 @@
-"""What the trainer ranks get: each batch is decided once, made durable, and dealt out in shards.
+"""What the trainer's ranks get: each batch is decided once, made durable, and dealt out in shards.
 
 A batch is decided when all ranks ask for it and the buffer may be taken from. The decision is a StepTaken record in
 the journal, on disk before any rank sees a group. A trainer that comes back from a checkpoint is dealt the steps after
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from asyncrl.desk.run_state import PolicyVersions
 from asyncrl.link.messages import Batch
 from asyncrl.replay.recovery import ReplayStep
 from asyncrl.storage.journal import Journal
@@ -18,7 +19,7 @@ from asyncrl.storage.records import StoredGroup
 
 @dataclass(frozen=True, slots=True)
 class DecidedStep:
-    """The groups that make `version` + 1, in their order, and the desk's state after them."""
+    """The groups that make `version` + 1, in their order, and the encoded state of the desk after they were taken."""
 
     version: int
     groups: list[StoredGroup]
@@ -26,17 +27,20 @@ class DecidedStep:
 
 
 class BatchDealer:
-    """Requests of the ranks on one side, decided steps on the other."""
+    """Takes the ranks' requests for batches and answers them with decided steps.
 
-    def __init__(self, journal: Journal, *, checkpoint_every: int, last_step: int) -> None:
+    checkpoint_every is in versions, 0 for none on the way; last_step is the version at which the run ends.
+    """
+
+    def __init__(self, journal: Journal, policy: PolicyVersions, *, checkpoint_every: int, last_step: int) -> None:
         self._journal = journal
+        self._policy = policy
         self._checkpoint_every = checkpoint_every
         self._last_step = last_step
         self._again: dict[int, ReplayStep] = {}
         self._decided: DecidedStep | None = None
         self._requests: dict[int, int] = {}  # rank -> version
         self.world_size = 1
-        self.replay_to = 0  # the version that was reached before: what leads up to it is trained again
 
     def request(self, rank: int, version: int) -> None:
         """A rank wants the batch of `version`; asking again replaces the request."""
@@ -52,14 +56,9 @@ class BatchDealer:
 
     @property
     def at_end(self) -> bool:
-        """All ranks made the last step and ask for more. One that died, or trains again, does not."""
+        """Whether all ranks made the last step and ask for more. A rank that died, or trains again, does not ask."""
         version = self.wanted_version
         return version is not None and version >= self._last_step
-
-    @property
-    def decided_version(self) -> int | None:
-        """The newest version whose batch was decided in this life of the desk."""
-        return self._decided.version if self._decided is not None else None
 
     def forget_ranks(self) -> None:
         """The trainer died: nobody waits any more."""
@@ -74,35 +73,36 @@ class BatchDealer:
             return None
         return version
 
-    def train_again(self, steps: Iterable[ReplayStep], replay_to: int) -> None:
+    def train_again(self, steps: Iterable[ReplayStep]) -> None:
         """The trainer (re)started: nobody waits any more, and these steps come first."""
         self._requests.clear()
         self._again = {step.version: step for step in steps}
-        self.replay_to = replay_to
 
     def decide(self, step: DecidedStep) -> None:
         """Fixes a batch. The caller has made its StepTaken record durable."""
         self._decided = step
 
     def deal(self, send: Callable[[int, Batch], None]) -> bool:
-        """Answers the ranks if the batch they wait for is decided."""
+        """Sends every rank its shard if the batch they all wait for is decided; says whether it did.
+
+        Raises JournalError when a step that is trained again cannot be read back.
+        """
         version = self.wanted_version
         if version is None:
             return False
-        if self._decided is not None and self._decided.version == version:
+        step = self._decided
+        checkpoint = False
+        if step is not None and step.version == version:
             # Checked before the journal's steps: a live decision carries the desk's state, which a checkpoint needs.
-            groups, desk_state, checkpoint = self._decided.groups, self._decided.desk_state, self._saves(version + 1)
+            checkpoint = self._saves(version + 1)
         elif version in self._again:
-            places = self._again[version].places
-            records = [self._journal.read_at(place) for place in places]
-            groups = [record for record in records if isinstance(record, StoredGroup)]
-            assert len(groups) == len(places), f"the journal's step {version} names records that are no groups"
-            desk_state, checkpoint = b"", False
+            groups = [self._journal.read_group(place) for place in self._again[version].places]
+            step = DecidedStep(version, groups, desk_state=b"")
         else:
             return False
-        publish = version + 1 >= self.replay_to
-        for rank, bodies in enumerate(_shards(groups, self.world_size)):
-            send(rank, Batch(version, rank, bodies, desk_state, checkpoint, publish))
+        publish = version + 1 >= self._policy.replay_to
+        for rank, bodies in enumerate(_shards(step.groups, self.world_size)):
+            send(rank, Batch(version, rank, bodies, step.desk_state, checkpoint, publish))
         self._requests.clear()
         return True
 

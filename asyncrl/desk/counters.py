@@ -1,11 +1,13 @@
 """Adds up what generators and trainer report, and turns it into one StepMetrics per step.
 
 Generators report cumulative counters per incarnation; rates are differences over the time between two steps. A
-generator that restarts starts again at zero, so totals are kept per (generator, incarnation) and never fall.
+generator that restarts starts again at zero: what its new incarnation reports counts from there, so nothing is lost
+and no sum falls.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -18,50 +20,68 @@ from asyncrl.weights.plan.records import Committed, RoundEnded
 
 
 @dataclass(slots=True)
+class RunTotals:
+    """Sums over the whole run; checkpoints carry them over a restart of the learner."""
+
+    rollouts_acked: int = 0
+    rollouts_dropped: int = 0
+    groups_filtered: int = 0
+    tokens_filtered: int = 0
+    rollouts_failed: dict[str, int] = field(default_factory=dict)  # by reason
+
+
+@dataclass(slots=True)
 class GeneratorTotals:
-    """Sums over all generators and incarnations."""
+    """What generators did: tokens sampled, and seconds in which they were busy and idle."""
 
     tokens_generated: int = 0
-    rollouts_completed: int = 0
-    rewards_failed: int = 0
-    generations_failed: int = 0
     busy_s: float = 0.0
     idle_s: float = 0.0
 
 
-@dataclass(slots=True)
 class Counters:
-    """Cumulative counters of the run; `state` and `restore` carry them over a restart of the learner."""
+    """`totals` are those of the run so far. Each call of `step_metrics` reports what came since the one before."""
 
-    rollouts_acked: int = 0
-    rollouts_trained: int = 0
-    rollouts_dropped: int = 0
-    groups_filtered: int = 0
-    tokens_filtered: int = 0
-    results_refused: int = 0
-    sync_failures: int = 0
-    rollouts_failed: dict[str, int] = field(default_factory=dict)
-    _beats: dict[str, tuple[int, Beat]] = field(default_factory=dict)  # generator -> (incarnation, newest beat)
-    _retired: GeneratorTotals = field(default_factory=GeneratorTotals)
-    _last_totals: GeneratorTotals = field(default_factory=GeneratorTotals)
-    _last_counts: dict[str, int] = field(default_factory=dict)
-    _gap_engine: float | None = None  # of the newest sync that somebody committed
+    def __init__(self) -> None:
+        self.totals = RunTotals()
+        self._reported = RunTotals()  # the totals at the last step
+        self._generators = GeneratorTotals()  # since the last step
+        self._newest: dict[str, tuple[int, GeneratorTotals]] = {}  # generator -> (incarnation, its newest report)
+        self._gap_engine: float | None = None  # mean canary difference of the newest sync that somebody committed
+
+    def state(self) -> RunTotals:
+        """What a checkpoint must hold; it does not change with these counters."""
+        return copy.deepcopy(self.totals)
+
+    def restore(self, totals: RunTotals) -> None:
+        """Goes on from `totals`; what was counted there was reported already."""
+        self.totals = copy.deepcopy(totals)
+        self._reported = copy.deepcopy(totals)
 
     def beat(self, name: str, incarnation: int, beat: Beat) -> None:
-        """Takes in a beat. The first one after a restart of the learner is where counting starts."""
-        known = self._beats.get(name)
+        """Takes in a beat. Of a generator that was not known, counting starts with its first one."""
+        report = GeneratorTotals(beat.tokens_generated, beat.busy_s, beat.idle_s)
+        known = self._newest.get(name)
+        self._newest[name] = (incarnation, report)
         if known is None:
-            _add(self._last_totals, beat)
-        elif known[0] != incarnation:
-            _add(self._retired, known[1])
-        self._beats[name] = (incarnation, beat)
+            return
+        before = known[1] if known[0] == incarnation else GeneratorTotals()
+        self._generators.tokens_generated += report.tokens_generated - before.tokens_generated
+        self._generators.busy_s += report.busy_s - before.busy_s
+        self._generators.idle_s += report.idle_s - before.idle_s
 
     def lease_failed(self, reason: str, num_rollouts: int) -> None:
-        self.rollouts_failed[reason] = self.rollouts_failed.get(reason, 0) + num_rollouts
+        """A lease ended without a group, and its rollouts are lost."""
+        self.totals.rollouts_failed[reason] = self.totals.rollouts_failed.get(reason, 0) + num_rollouts
 
     def step_metrics(self, done: StepDone, interval_s: float, buffer: ReplayBuffer, num_alive: int) -> StepMetrics:
-        """Everything since the previous step, joined with what the trainer measured in this one."""
-        generators = self._generators_since_last()
+        """Everything since the previous step, joined with what the trainer measured in this one.
+
+        interval_s is the time since the previous step, num_alive the number of generators whose beats come.
+        """
+        generators, self._generators = self._generators, GeneratorTotals()
+        before, self._reported = self._reported, copy.deepcopy(self.totals)
+        totals = self.totals
         parts, figures = _split_off(REWARD_PART, done.metrics)
         by_age, figures = _split_off(AGE_PART, figures)
         return StepMetrics.of_step(
@@ -77,13 +97,14 @@ class Counters:
             tokens_generated=generators.tokens_generated,
             generator_busy_s=generators.busy_s,
             generator_idle_s=generators.idle_s,
-            rollouts_acked=self._since_last("acked", self.rollouts_acked),
-            rollouts_dropped=self._since_last("dropped", self.rollouts_dropped),
-            groups_filtered=self._since_last("groups filtered", self.groups_filtered),
-            tokens_filtered=self._since_last("tokens filtered", self.tokens_filtered),
+            rollouts_acked=totals.rollouts_acked - before.rollouts_acked,
+            rollouts_dropped=totals.rollouts_dropped - before.rollouts_dropped,
+            groups_filtered=totals.groups_filtered - before.groups_filtered,
+            tokens_filtered=totals.tokens_filtered - before.tokens_filtered,
             dropped_by_length_decile=[round(count) for count in buffer.dropped_by_length_decile()],
             rollouts_failed={
-                reason: self._since_last(f"failed {reason}", count) for reason, count in self.rollouts_failed.items()
+                reason: count - before.rollouts_failed.get(reason, 0)
+                for reason, count in totals.rollouts_failed.items()
             },
             buffer_groups=len(buffer),
             buffer_bytes=buffer.num_bytes,
@@ -91,7 +112,7 @@ class Counters:
         )
 
     def sync_metrics(self, ended: RoundEnded) -> SyncMetrics:
-        """One round of weight sync."""
+        """One round of weight sync; each time is that of the slowest generator."""
         committed = ended.committed
         canary_means = [c.canary_mean_diff for c in committed]
         if canary_means:
@@ -118,54 +139,13 @@ class Counters:
             canary_mean_abs_diff=fmean(canary_means) if canary_means else None,
         )
 
-    def state(self) -> dict[str, object]:
-        """Plain values for the checkpoint."""
-        return {name: getattr(self, name) for name in _KEPT}
-
-    def restore(self, state: dict[str, object]) -> None:
-        """Goes on from `state`; what was counted there was reported already."""
-        for name in _KEPT:
-            setattr(self, name, state.get(name, getattr(self, name)))  # older checkpoints count less
-        self._last_counts = {
-            "acked": self.rollouts_acked,
-            "dropped": self.rollouts_dropped,
-            "groups filtered": self.groups_filtered,
-            "tokens filtered": self.tokens_filtered,
-        }
-        self._last_counts |= {f"failed {reason}": count for reason, count in self.rollouts_failed.items()}
-
-    def _generators_since_last(self) -> GeneratorTotals:
-        total, last = GeneratorTotals(), self._last_totals
-        _add(total, self._retired)
-        for _, beat in self._beats.values():
-            _add(total, beat)
-        self._last_totals = total
-        names = GeneratorTotals.__slots__
-        return GeneratorTotals(**{name: getattr(total, name) - getattr(last, name) for name in names})
-
-    def _since_last(self, name: str, count: int) -> int:
-        last, self._last_counts[name] = self._last_counts.get(name, 0), count
-        return count - last
-
-
-_KEPT = (
-    "rollouts_acked",
-    "rollouts_trained",
-    "rollouts_dropped",
-    "groups_filtered",
-    "tokens_filtered",
-    "results_refused",
-    "sync_failures",
-    "rollouts_failed",
-)
-
 
 # What generators time themselves.
 _TIMED = ("receive_ms", "decode_ms", "verify_ms", "prepare_ms", "stage_ms", "pause_ms", "canary_ms")
 
 
 def _split_off(prefix: str, metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The figures whose names begin with `prefix`, without it, and the others."""
+    """The figures whose names begin with `prefix`, under the rest of their names; and all other figures."""
     parts = {name: value for name, value in metrics.items() if name.startswith(prefix)}
     others = {name: value for name, value in metrics.items() if name not in parts}
     return {name.removeprefix(prefix): value for name, value in parts.items()}, others
@@ -181,16 +161,16 @@ def _nested(by_age: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _apply(committed: Sequence[Committed]) -> str | None:
-    """How the engines took the weights: "reload" when one of them did."""
+    """How the engines took the weights: "reload" when any of them did; None when nobody said."""
     told = {name for c in committed for name in c.timings_ms}
     return next((kind for kind in ("reload", "direct") if f"{kind}_ms" in told), None)
 
 
 def _slowest_ms(committed: Sequence[Committed]) -> dict[str, float]:
-    """Each time that was reported, in the generator where it was longest."""
+    """The longest time that any generator reported, by name of the phase."""
     slowest: dict[str, float] = {}
-    for one in committed:
-        for name, value in one.timings_ms.items():
+    for receiver in committed:
+        for name, value in receiver.timings_ms.items():
             slowest[name] = max(value, slowest.get(name, value))
     return slowest
 
@@ -200,12 +180,11 @@ def _gb_per_s(num_bytes: int, ms: float | None) -> float | None:
 
 
 def _drift(logprob_gap: float | None, gap_engine: float | None) -> float | None:
-    """A lower bound: what engine and policy add to a token's difference may cancel, so the parts exceed the whole."""
+    """How much of the log-prob gap is the policy's own drift, in nats: what the engine's part does not explain.
+
+    A lower bound: engine and policy may change a token's log-prob in opposite directions, so that the two parts
+    together exceed the gap. None when either figure was not measured.
+    """
     if logprob_gap is None or gap_engine is None:
         return None
     return max(0.0, logprob_gap - gap_engine)
-
-
-def _add(total: GeneratorTotals, part: GeneratorTotals | Beat) -> None:
-    for name in GeneratorTotals.__slots__:
-        setattr(total, name, getattr(total, name) + getattr(part, name))

@@ -5,15 +5,16 @@ One thread, one poll, no waits: every handler returns at once, every deadline is
     from            message                       who handles it, and what it does
     --------------  ----------------------------  ------------------------------------------------------------
     generator       Hello, Beat, Bye              generators: admits, compares leases, acknowledges
-                    GroupResult, LeaseFailed      intake: validate → journal → acknowledge → buffer
+                    GroupResult, LeaseFailed      intake: validate → journal → buffer; acknowledged once durable
                     SyncReply                     versions: the planner's next phase
     trainer rank    TrainerHello                  ranks: from where to train again
                     BatchRequest                  ranks: decides the batch, journals it, deals the shards
                     StepDone, CheckpointDone      ranks: counts, trims the journal
-    publisher       SnapshotReady, ChannelReady,    versions: the planner's next phase
+    publisher       SnapshotReady, ChannelReady,  versions: the planner's next phase
                     BroadcastDone
 
-It survives the trainer: while that restarts, rollouts are still taken and acknowledged.
+The parts share one `RunState` and call each other's methods; nothing calls back into the desk. It survives the trainer:
+while that restarts, rollouts are still taken and acknowledged.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import time
 from collections.abc import Callable
 
 from asyncrl.config import Config
+from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.generators import Generators
-from asyncrl.desk.intake import Intake
+from asyncrl.desk.intake import Intake, Taken
 from asyncrl.desk.ranks import Ranks
+from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
 from asyncrl.errors import FrameError, JournalError, ProtocolError, TooManyFailures
@@ -34,6 +37,7 @@ from asyncrl.host.processes import StopSignal
 from asyncrl.link import messages
 from asyncrl.link.codec import body_of, decode
 from asyncrl.link.messages import Message
+from asyncrl.link.session import DeskSession
 from asyncrl.link.sockets import ServerSocket, SocketPoller
 from asyncrl.storage.journal import run_epoch_of
 
@@ -62,7 +66,7 @@ FROM_TRAINER = frozenset(
 )
 MAX_WAIT_S = 0.5
 SAY_WAITING_EVERY_S = 30.0
-SIGNAL_STOP_TIMEOUT_S = 20.0  # whoever sent the signal may kill after 30 s
+SIGNAL_STOP_TIMEOUT_S = 20.0  # systems that send it often kill 30 s later
 FINISH_TIMEOUT_S = 600.0  # the last checkpoint and the export of a large model
 # Of generator.lease_timeout_s, the last evaluation may take: one until a generator proves the version, one for itself.
 FINAL_EVALUATION_LEASES = 2
@@ -78,21 +82,25 @@ class Desk:
         self,
         config: Config,
         *,
+        state: RunState,
+        acknowledgements: Acknowledgements,
         intake: Intake,
         generators: Generators,
-        trainers: Ranks,
-        weights: Versions,
+        ranks: Ranks,
+        versions: Versions,
         evaluator: Evaluator,
-        trainer: TrainerProcess,
+        process: TrainerProcess,
         stop: StopSignal,
     ) -> None:
         self.config = config
+        self.state = state
+        self.acknowledgements = acknowledgements
         self.intake = intake
         self.generators = generators
-        self.trainers = trainers
-        self.weights = weights
+        self.ranks = ranks
+        self.versions = versions
         self.evaluator = evaluator
-        self.trainer = trainer
+        self.process = process
         self.stop = stop
         self._waiting_since: float | None = None
         self._stopping_since: float | None = None
@@ -104,41 +112,44 @@ class Desk:
         Raises CheckpointError or TrainerFailed when the trainer failed at the end, TooManyFailures, JournalError.
         """
         poller = SocketPoller()
-        for source in (self.generators.socket, self.trainers.socket, self.stop.fd):
+        for source in (self.generators.socket, self.ranks.socket, self.stop.fd):
             poller.add(source)
         while True:
             ready = poller.wait(self._timeout(time.monotonic()))
             now = time.monotonic()
             if self.generators.socket in ready:
                 self._receive(self.generators.socket, FROM_GENERATOR, self._from_generator, now)
-            if self.trainers.socket in ready:
-                self._receive(self.trainers.socket, FROM_TRAINER, self._from_trainer, now)
+            if self.ranks.socket in ready:
+                self._receive(self.ranks.socket, FROM_TRAINER, self._from_trainer, now)
             if self._over(now):
                 return 0
             self._tick(now)
 
     def _tick(self, now: float) -> None:
-        """Everything that time or the last messages made due. Order: results count before batches are decided."""
+        """Does what time or the last messages made due. Results count before a batch is decided."""
         self.intake.note_given_up(now)
         self._check_failures()
         self._check_superseded()
-        self.generators.acknowledge(self.intake.sync_if_due(now))
+        self.acknowledgements.make_durable_if_due(now)
+        self.generators.acknowledge()
         self._watch_trainer(now)
         self.generators.expire(now)
         if self._stopping_since is None:
-            self.weights.advance(now)
-            self.evaluator.advance(self.trainers.version, self.weights.held_versions())
-            self.generators.acknowledge(self.trainers.decide(now))
-            self.generators.grant(self.trainers.version, now)
-        self.trainers.deal()
+            self.versions.advance(now)
+            self.evaluator.advance(self.state.policy.trained, self.versions.held_versions())
+            if self.ranks.decide(now):
+                self.intake.batch_taken()
+            self.generators.acknowledge()
+            self.generators.grant(now)
+        self.ranks.deal()
         self._say_waiting(now)
 
     def _timeout(self, now: float) -> float:
         deadlines = (
             now + MAX_WAIT_S,
-            self.intake.journal.next_sync_due,
-            self.intake.leases.next_deadline(now),
-            self.weights.next_deadline(now),
+            self.state.journal.durable_due,
+            self.state.leases.next_deadline(now),
+            self.versions.next_deadline(now),
         )
         return max(0.0, min(deadlines) - now)
 
@@ -154,12 +165,11 @@ class Desk:
                 message = decode(frame, max_bytes=socket.max_frame_bytes, allowed=allowed)
                 handle(peer, message, frame, now)
             except (FrameError, ProtocolError) as error:
-                self.intake.account.results_refused += 1
                 log.warning("frame dropped: %s", error)
 
     def _from_generator(self, peer: bytes, message: Message, frame: bytes, now: float) -> None:
         if isinstance(message, messages.Hello):
-            self.generators.hello(peer, message, self.trainers.version, now)
+            self.generators.hello(peer, message, now)
             return
         session = self.generators.session_of(peer, now)
         if session is None:
@@ -168,57 +178,65 @@ class Desk:
             case messages.Beat():
                 self.generators.beat(session, message, now)
             case messages.GroupResult():
-                self.generators.reply(session, self.intake.group(session, message, body_of(frame), now))
+                self._pass_on(session, self.intake.group(session, message, bytes(body_of(frame)), now))
             case messages.LeaseFailed():
-                self.generators.reply(session, self.intake.failed(session, message, len(frame), now))
+                self._pass_on(session, self.intake.failed(session, message, len(frame), now))
             case messages.SyncReply():
-                self.weights.planner.reply(session.generator_id, message, now)
+                self.versions.planner.reply(session.generator_id, message, now)
             case messages.Bye():
                 self.generators.bye(session, message, now)
+
+    def _pass_on(self, session: DeskSession, taken: Taken) -> None:
+        """Tells generators what became of a result."""
+        if taken.superseded is not None:
+            self.generators.abandon(taken.superseded)
+        if taken.reply is not None:
+            self.generators.reply(session, taken.reply)
 
     def _from_trainer(self, peer: bytes, message: Message, frame: bytes, now: float) -> None:
         match message:
             case messages.TrainerHello():
-                self.trainers.hello(peer, message)
+                self.ranks.hello(peer, message)
             case messages.BatchRequest():
-                self.trainers.request(peer, message)
+                self.ranks.request(peer, message)
             case messages.StepDone():
-                self.trainers.step_done(message, len(self.generators.alive()), now)
-                self.trainer.stepped()
-                self.evaluator.advance(self.trainers.version, self.weights.held_versions())
+                self.ranks.step_done(message, len(self.generators.alive()), now)
+                self.process.stepped()
+                self.evaluator.advance(self.state.policy.trained, self.versions.held_versions())
             case messages.CheckpointDone():
-                self.trainers.checkpoint_done(message)
-            case messages.SnapshotReady() if self.trainers.present:  # else its memory died with the trainer
-                self.weights.snapshot_ready(peer, message, now)
+                self.ranks.checkpoint_done(message)
+            case messages.SnapshotReady() if self.ranks.present:  # else its memory died with the trainer
+                self.versions.snapshot_ready(peer, message, now)
             case messages.ChannelReady():
-                self.weights.planner.group_ready(message, now)
+                self.versions.planner.group_ready(message, now)
             case messages.BroadcastDone():
-                self.weights.planner.broadcast_done(message, now)
+                self.versions.planner.broadcast_done(message, now)
 
     def _watch_trainer(self, now: float) -> None:
-        if self._stopping_since is None and self.trainer.poll(now):
-            self.weights.trainer_lost(now)
-            self.trainers.lost()
+        if self._stopping_since is None and self.process.poll(now):
+            self.versions.trainer_lost(now)
+            self.ranks.lost()
 
     def _check_failures(self) -> None:
         """Raises TooManyFailures when prompts are given up wholesale."""
-        leases = self.intake.leases
+        leases = self.state.leases
         given_up = leases.num_given_up
         if given_up > MAX_GIVEN_UP and given_up > MAX_GIVEN_UP_SHARE * (given_up + leases.num_trained):
             self.generators.stop(True, "the learner gives up: too many prompts failed")
             raise TooManyFailures(
                 f"{given_up} prompts got no group after all their attempts, {leases.num_trained} did "
-                f"(rollouts lost by reason: {self.intake.account.rollouts_failed}); see the warnings above, correct "
-                "the task's reward or the generator, and start again"
+                f"(rollouts lost by reason: {self.state.counters.totals.rollouts_failed}); see the warnings above, "
+                "correct the task's reward or the generator, and start again"
             )
 
     def _check_superseded(self) -> None:
         """Raises JournalError when another learner took over the run folder: whatever this one does now is lost."""
-        sessions = self.intake.sessions
+        sessions = self.state.sessions
         if sessions.superseded_by is None:
             return
         # Not on a generator's word alone: it may as well come from a run of this name in a folder that was deleted.
-        newest, run_dir = run_epoch_of(self.config.run.dir), self.config.run.dir
+        run_dir = self.config.run.dir
+        newest = run_epoch_of(run_dir)
         if newest > sessions.run_epoch:
             raise JournalError(
                 f"another learner has taken over {run_dir}: it is at run epoch {newest}, this one at "
@@ -231,23 +249,24 @@ class Desk:
     def _over(self, now: float) -> bool:
         """Starts the end when it is time, and is True once the trainer has saved and gone."""
         if self._stopping_since is None:
-            finished = self.trainers.at_end and self._is_evaluated(now)
+            finished = self.ranks.at_end and self._is_evaluated(now)
             if not finished and self.stop.received is None:
                 return False
             self._begin_stop(finished, now)
         assert self._stopping_since is not None
         limit_s = SIGNAL_STOP_TIMEOUT_S if self.stop.received is not None else FINISH_TIMEOUT_S
-        if self.trainer.running and now - self._stopping_since < limit_s:
+        if self.process.running and now - self._stopping_since < limit_s:
             return False
-        if self.trainer.running:
+        if self.process.running:
             log.error("the trainer did not stop within %.0f s and is killed", limit_s)
-            self.trainer.kill()
-        self.generators.acknowledge(self.intake.sync())
+            self.process.kill()
+        self.acknowledgements.make_durable()
+        self.generators.acknowledge()
         self._check_end()
         return True
 
     def _is_evaluated(self, now: float) -> bool:
-        """The last version is, or nobody was there for it in time."""
+        """Whether the last version is evaluated, or nobody was there for it in time."""
         if self.evaluator.idle:
             return True
         if self._evaluating_since is None:
@@ -268,12 +287,12 @@ class Desk:
 
     def _check_end(self) -> None:
         """Raises when the trainer failed at what it had to do last."""
-        code = self.trainer.exit_code
+        code = self.process.exit_code
         if self.stop.received is not None and code is not None and code < 0:
-            # By us, too slow, or by whoever sent the signal to all processes. The journal holds what it did not save.
+            # By us because it was too slow, or by a signal to all processes. The journal holds what it did not save.
             log.error("the trainer was killed (exit code %d) and saved no last checkpoint", code)
             return
-        self.trainer.check_end()
+        self.process.check_end()
 
     def _begin_stop(self, finished: bool, now: float) -> None:
         self._stopping_since = now
@@ -283,11 +302,11 @@ class Desk:
             reason = f"the learner got {self.stop.received.name}"
         log.info("stopping: %s", reason)
         self.generators.stop(finished, reason)
-        self.trainers.stop(finished, reason)
+        self.ranks.stop(finished, reason)
 
     def _say_waiting(self, now: float) -> None:
         """Every 30 s without a batch, or with all steps trained: what is missing, by name."""
-        version = self.trainers.waiting_version
+        version = self.ranks.waiting_version
         waits = version is not None or self._evaluating_since is not None
         if not waits or self._stopping_since is not None:
             self._waiting_since = None
@@ -297,5 +316,5 @@ class Desk:
             self._waiting_since = now
             why = self.evaluator.describe()
             if version is not None:
-                why = self.intake.buffer.waiting_for(version, self.intake.leases.running())
+                why = self.state.buffer.waiting_for(version, self.state.leases.running())
             log.info("%s; %s", why or f"version {version} waits", self.generators.describe())

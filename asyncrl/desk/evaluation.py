@@ -7,10 +7,10 @@ only their next weight swap waits (`LeaseBook.eval_holders`). Every token of a r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asyncrl.config import Config
+from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.metrics import EvalMetrics, Metrics
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.types import Group
@@ -19,20 +19,20 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Evaluation:
-    """Results of the evaluation of one version as they come in."""
+class EvalResults:
+    """Results of the evaluation of one version as they come in. Its prompts have the ordinals from first_ordinal on."""
 
     version: int
+    first_ordinal: int
     num_prompts: int
-    started: float
     rewards: dict[int, float] = field(default_factory=dict)  # ordinal -> reward
     parts: dict[int, dict[str, float]] = field(default_factory=dict)
     lengths: dict[int, int] = field(default_factory=dict)
 
     def add(self, group: Group) -> None:
-        """Counts the first result of each prompt."""
+        """Counts the first result of each prompt; those of an evaluation before this one are left out."""
         ordinal = group.key.ordinal
-        if ordinal in self.rewards:
+        if ordinal in self.rewards or not 0 <= ordinal - self.first_ordinal < self.num_prompts:
             return
         rollout = group.rollouts[0]
         self.rewards[ordinal] = rollout.reward
@@ -40,7 +40,7 @@ class Evaluation:
         self.lengths[ordinal] = rollout.num_tokens
 
     def metrics(self) -> EvalMetrics | None:
-        """Means over the prompts that were answered; None if none was. Prompts that failed are not zeros."""
+        """Means over the prompts that were answered; None if none was. Prompts that failed do not count as zeros."""
         count = len(self.rewards)
         if count == 0:
             return None
@@ -56,7 +56,10 @@ class Evaluation:
 
 
 def evaluation_due(version: int, last_step: int, every: int, prompts: int, done: set[int]) -> bool:
-    """Start, end and every `every` steps in between, once each."""
+    """Whether `version` is to be evaluated: the first, the last and each `every`-th one, unless it is in `done`.
+
+    every is in steps, 0 for none in between; nothing is due without held-out prompts.
+    """
     if prompts == 0 or version in done:
         return False
     return version in (0, last_step) or (every > 0 and version % every == 0)
@@ -66,37 +69,43 @@ class Evaluator:
     """Decides when a version is evaluated, and collects what comes back.
 
     An evaluation that is due starts with the first version, at or above the due one, that a generator proves: versions
-    in between may never reach a generator. While it runs, generators that hold its version keep it.
+    in between may never reach a generator. While it runs, generators that hold its version keep it. `done` are the
+    versions whose evaluation was asked for; it is changed here, and saved with the run's state.
     """
 
     def __init__(
         self,
         config: Config,
+        *,
         num_prompts: int,
         leases: LeaseBook,
+        acknowledgements: Acknowledgements,
         metrics: Metrics,
-        make_durable: Callable[[], object],
         done: set[int],
     ) -> None:
-        self.done = done  # versions whose evaluation was asked for
         self._config = config
         self._num_prompts = num_prompts
         self._leases = leases
+        self._acknowledgements = acknowledgements
         self._metrics = metrics
-        self._make_durable = make_durable
+        self._done = done
         self._due: int | None = None
-        self._running: Evaluation | None = None
+        self._running: EvalResults | None = None
 
     @property
     def idle(self) -> bool:
-        """Nothing is due and nothing runs."""
+        """Whether nothing is due and nothing runs."""
         return self._due is None and self._running is None
 
     def advance(self, version: int, held_versions: set[int | None]) -> None:
-        """Called with the newest version and those that generators hold: notes what is due, ends what is complete."""
-        if evaluation_due(version, self._config.run.steps, self._config.eval.every, self._num_prompts, self.done):
-            self.done.add(version)
+        """Notes what is due at the newest `version`, takes in results that became durable, ends what is complete.
+
+        held_versions are those that generators hold, proven.
+        """
+        if evaluation_due(version, self._config.run.steps, self._config.eval.every, self._num_prompts, self._done):
+            self._done.add(version)
             self._due = version
+        self._collect()
         leased = self._leases.evaluation
         if self._running is None or leased is None:
             return
@@ -106,7 +115,6 @@ class Evaluator:
             self._leases.abandon_eval()
             self._due, self._running = version, None
         elif leased.done:
-            self._make_durable()  # results that were accepted but are not on disk yet belong to it too
             self._finish()
 
     def describe(self) -> str:
@@ -122,7 +130,6 @@ class Evaluator:
         """Ends what is due or runs; what was answered until now is reported."""
         self._leases.abandon_eval()
         if self._running is not None:
-            self._make_durable()
             self._finish()
         self._due = None
 
@@ -131,18 +138,20 @@ class Evaluator:
         if self._due is None or self._running is not None or version < self._due:
             return
         self._due = None
-        self._running = Evaluation(version, self._num_prompts, now)
-        self._leases.start_eval(version, self._num_prompts, self._config.generator.lease_timeout_s, now)
+        leased = self._leases.start_eval(version, self._num_prompts, self._config.generator.lease_timeout_s, now)
+        self._running = EvalResults(version, leased.first_ordinal, self._num_prompts)
 
-    def add(self, group: Group) -> None:
-        """A result of the evaluation, durable now."""
-        if self._running is not None:
-            self._running.add(group)
+    def _collect(self) -> None:
+        for group in self._acknowledgements.take_evaluated():
+            if self._running is not None:
+                self._running.add(group)
 
     def _finish(self) -> None:
         assert self._running is not None
-        figures, version, self._running = self._running.metrics(), self._running.version, None
-        if figures is None:
-            log.error("evaluation of version %d got no result at all", version)
+        self._acknowledgements.make_durable()  # results that were accepted but are not on disk yet belong to it too
+        self._collect()
+        results, self._running = self._running, None
+        if (figures := results.metrics()) is None:
+            log.error("evaluation of version %d got no result at all", results.version)
         else:
             self._metrics.log_eval(figures)

@@ -1,4 +1,4 @@
-"""The desk's side towards the generators: admission, beats, leases, acknowledgements, and their end."""
+"""The generators as the desk sees them: admission, beats, leases, acknowledgements, and their end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import logging
 from typing import Any
 
 from asyncrl.config import Config
-from asyncrl.desk.intake import Intake
+from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.run_state import RunState
 from asyncrl.errors import ProtocolError
 from asyncrl.link import messages
 from asyncrl.link.codec import encode
 from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import lease_to_grant
-from asyncrl.link.session import DeskSession, DeskSessions, Liveness
+from asyncrl.link.session import DeskSession, Liveness
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.types import Lease, LeaseKey, LeaseKind
@@ -32,28 +34,30 @@ class Generators:
         self,
         config: Config,
         *,
-        run_epoch: int,
         socket: ServerSocket,
-        sessions: DeskSessions,
-        intake: Intake,
+        state: RunState,
+        prompts: LeasedPrompts,
+        acknowledgements: Acknowledgements,
         planner: SyncPlanner,
     ) -> None:
         self.socket = socket
         self._config = config
-        self._run_epoch = run_epoch
-        self._sessions = sessions
-        self._intake = intake
-        self._leases = intake.leases
+        self._run_epoch = state.run_epoch
+        self._policy = state.policy
+        self._sessions = state.sessions
+        self._leases = state.leases
+        self._counters = state.counters
+        self._prompts = prompts
+        self._acknowledgements = acknowledgements
         self._planner = planner
         # Admitted generators -> sequences leased to them in this run epoch; None before their first beat.
         self._granted: dict[str, int | None] = {}
-        intake.on_cancel = self._cancel
 
     # -- coming and going ------------------------------------------------------------------------------------------
 
-    def hello(self, peer: bytes, hello: messages.Hello, version: int, now: float) -> None:
+    def hello(self, peer: bytes, hello: messages.Hello, now: float) -> None:
         """Admits or refuses; a newer incarnation takes the place of the one before."""
-        admission = self._sessions.hello(peer, hello, version=version, now=now)
+        admission = self._sessions.hello(peer, hello, version=self._policy.trained, now=now)
         self._to_peer(peer, admission.reply)
         if admission.released is not None:
             self._free(admission.released[0], "was replaced by a newer incarnation", now)
@@ -63,13 +67,14 @@ class Generators:
             self._admit(admission.session, now)
 
     def session_of(self, peer: bytes, now: float) -> DeskSession | None:
-        """Who sent a frame. A peer that is not known is asked to say hello."""
+        """The session of a frame's sender. A peer that is not known is asked to say hello, and None is returned."""
         session = self._sessions.of(peer, now)
         if session is None:
             self._to_peer(peer, self._sessions.unknown_peer())
         return session
 
     def bye(self, session: DeskSession, message: messages.Bye, now: float) -> None:
+        """A generator leaves by itself."""
         self.gone(session.generator_id, f"said goodbye ({message.reason})", now)
 
     def gone(self, name: str, why: str, now: float) -> None:
@@ -82,7 +87,7 @@ class Generators:
         """Applies the deadlines of leases and beats."""
         for record in self._leases.expire(now):
             log.warning("lease %s of %s expired: leased again", record.key, record.holder)
-            self._cancel(record)
+            self.abandon(record)
         self._probe_silent(now)
         for session, _ in self._sessions.tick(now):
             name = session.generator_id
@@ -95,7 +100,7 @@ class Generators:
                 self._admit(session, now)
 
     def _probe_silent(self, now: float) -> None:
-        """Whether an answer that nobody asked for can be sent tells if a silent generator is still connected."""
+        """Sends silent generators an Ack that nobody asked for: if it cannot be sent, the connection is gone."""
         for session in self._sessions:
             if session.probe_due(now):
                 assert session.peer is not None
@@ -103,6 +108,7 @@ class Generators:
                 session.cut_off = not self.socket.reaches(session.peer, ack)
 
     def stop(self, finished: bool, reason: str) -> None:
+        """Tells all generators that the learner stops; they leave when the run is finished, else wait for the next."""
         for session in self._sessions:
             self._send(session, messages.Stop(self._run_epoch, finished, reason))
 
@@ -122,7 +128,7 @@ class Generators:
         self._granted[session.generator_id] = None
 
     def _free(self, name: str, why: str, now: float) -> None:
-        """What a generator held goes back to the lease desk and the sync planner."""
+        """What a generator held goes back to the lease book and the sync planner."""
         released = self._leases.release(name, now)
         log.warning("generator %s %s; %d leases go back", name, why, len(released))
         self._granted.pop(name, None)
@@ -131,8 +137,9 @@ class Generators:
     # -- leases ----------------------------------------------------------------------------------------------------
 
     def beat(self, session: DeskSession, beat: messages.Beat, now: float) -> None:
+        """Takes in what a generator says of itself, and answers with the state of its acknowledgements."""
         session.on_beat(beat, now)
-        self._intake.account.beat(session.generator_id, session.incarnation, beat)
+        self._counters.beat(session.generator_id, session.incarnation, beat)
         if beat.run_epoch == self._run_epoch:
             if session.generator_id in self._granted and self._granted[session.generator_id] is None:
                 self._granted[session.generator_id] = beat.sequences_received
@@ -158,11 +165,11 @@ class Generators:
             self._send(session, messages.Abandon(self._run_epoch, [[*key] for key in needless]))
 
     def _adopt(self, name: str, key: LeaseKey, issued_version: int | None, now: float) -> bool:
-        """A lease of an earlier run epoch goes on; one whose result is in the outbox needs nobody's leave."""
+        """Lets a lease of an earlier run epoch go on. One whose result waits in the outbox goes on in any case."""
         return issued_version is None or self._leases.adopt(name, key, issued_version, now)
 
-    def grant(self, learner_version: int, now: float) -> None:
-        """Leases to everybody who has room, as far as pacing allows."""
+    def grant(self, now: float) -> None:
+        """Grants leases to every generator that has room, as far as pacing allows."""
         for session in self.alive():
             if session.beat is None or session.beat.run_epoch != self._run_epoch:
                 continue
@@ -171,7 +178,7 @@ class Generators:
             if granted is None:
                 continue  # the beat is from before it was taken for dead
             while session.beat.sequences_wanted > granted:
-                records = self._leases.grant(name, held, 1, learner_version, now)
+                records = self._leases.grant(name, held, 1, self._policy.trained, now)
                 if not records:
                     break
                 lease = self._lease(records[0], now)
@@ -182,7 +189,7 @@ class Generators:
     def _lease(self, record: LeaseRecord, now: float) -> Lease:
         sampling, key = self._config.sampling, record.key
         is_eval = key.kind is LeaseKind.EVAL
-        prompt = self._intake.prompt_of(key)
+        prompt = self._prompts.of(key)
         seed = None
         if sampling.repeatable and not is_eval:
             seed = self._config.run.seed * RUN_SEED_STRIDE + key.ordinal * ORDINAL_SEED_STRIDE
@@ -206,18 +213,20 @@ class Generators:
     def _wants_baseline(self, key: LeaseKey) -> bool:
         return key.kind is LeaseKind.TRAIN and self._config.algorithm.advantage == "remax"
 
-    def _cancel(self, record: LeaseRecord) -> None:
+    def abandon(self, record: LeaseRecord) -> None:
+        """Tells the holder of a lease that it is needless now."""
         self.send(record.holder, messages.Abandon(self._run_epoch, [[*record.key]]))
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
-    def acknowledge(self, sessions: list[DeskSession]) -> None:
-        for session in sessions:
+    def acknowledge(self) -> None:
+        """Tells every generator that has results which became durable."""
+        for session in self._acknowledgements.take_sessions():
             self._send(session, self._sessions.ack(session))
 
-    def reply(self, session: DeskSession, message: Message | None) -> None:
-        if message is not None:
-            self._send(session, message)
+    def reply(self, session: DeskSession, message: Message) -> None:
+        """Answers the generator of a session."""
+        self._send(session, message)
 
     def send(self, name: str, message: Message) -> None:
         """To a generator by its id; nothing happens when it is not here."""

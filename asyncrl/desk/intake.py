@@ -1,89 +1,82 @@
-"""The rollout side of the desk: results come in, are checked, journalled and acknowledged, and go to the buffer.
+"""Results on their way in: each is checked, journalled and acknowledged, and goes to the buffer.
 
-    frame → session (seen before?) → validate → lease desk (wanted?) → journal, buffer → [sync] → ack
+    frame → session (seen before?) → validate → lease book (wanted?) → journal, buffer → [durable] → ack
                                                                      ↘ journal: filtered ↗
 
-The order is the promise: nothing is acknowledged, and nothing of it trained, before the journal's sync. A result that
-is refused is acknowledged too (as seen), or the generator would send it for ever. With algorithm.dynamic_sampling, a
-training group whose rewards are all equal is recorded as filtered and goes no further (`replay.filtering`).
+The order is the promise: nothing is acknowledged, and nothing of it trained, before the journal is durable. A result
+that is refused is acknowledged too (as seen), or the generator would send it for ever. With algorithm.dynamic_sampling,
+a training group whose rewards are all equal is recorded as filtered and goes no further (`replay.filtering`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from asyncrl.config import Config
-from asyncrl.desk.counters import Counters
+from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.proofs import Proofs
+from asyncrl.desk.run_state import RunState
 from asyncrl.errors import ProtocolError
 from asyncrl.link.messages import FAILURE_REASONS, GroupResult, LeaseFailed, Message
 from asyncrl.link.rollouts import result_to_group, validate_group
-from asyncrl.link.session import DeskSession, DeskSessions, Offer
-from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.link.session import DeskSession, Offer
 from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
-from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.lease_records import LeaseRecord, Verdict
-from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
-from asyncrl.tasks.prompts import Prompt, PromptSource
-from asyncrl.types import Group, LeaseKey, LeaseKind
+from asyncrl.types import Group, LeaseKey, LeaseKind, min_rollouts
 
 log = logging.getLogger(__name__)
 
-MIN_ROLLOUTS_SHARE = 0.5  # of group_size: a training group with fewer scored rollouts is not worth a gradient
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What to do about a result that came in.
+
+    reply is to be sent to its sender at once; None when the acknowledgement alone follows. superseded is a lease that
+    runs elsewhere and is needless now: its holder should abandon it.
+    """
+
+    reply: Message | None = None
+    superseded: LeaseRecord | None = None
 
 
-@dataclass(slots=True)
-class _Pending:
-    """What becomes true once the journal is synced."""
-
-    session: DeskSession
-    seq: int
-    num_rollouts: int = 0  # for training
-    evaluated: Group | None = None
-
-
-def _nobody(news: object) -> None:
-    """Stands in until the desk is put together."""
-
-
-@dataclass(slots=True)
 class Intake:
-    """Takes results until they are durable. `on_eval` gets each evaluated group, `on_cancel` needless leases."""
+    """Takes results: decides what becomes of each, and leaves the acknowledgement to `Acknowledgements`."""
 
-    config: Config
-    vocab_size: int
-    prompts: PromptSource
-    evals: list[Prompt]
-    leases: LeaseBook
-    buffer: ReplayBuffer
-    journal: Journal
-    account: Counters
-    sessions: DeskSessions
-    on_eval: Callable[[Group], None] = _nobody
-    on_cancel: Callable[[LeaseRecord], None] = _nobody
-    newest_version: int = 0  # no token can be newer
-    proven_before: int = -1  # up to this one, versions were proven to an earlier learner of the run
-    _proven: dict[tuple[str, int], set[int]] = field(default_factory=dict)
-    _pending: list[_Pending] = field(default_factory=list)
-    _sampling: DynamicSampling | None = field(init=False, default=None)
-    _said_that_all_is_equal: bool = field(init=False, default=False)
+    def __init__(
+        self,
+        config: Config,
+        *,
+        vocab_size: int,
+        state: RunState,
+        prompts: LeasedPrompts,
+        proofs: Proofs,
+        acknowledgements: Acknowledgements,
+    ) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._policy = state.policy
+        self._leases = state.leases
+        self._buffer = state.buffer
+        self._journal = state.journal
+        self._sessions = state.sessions
+        self._counters = state.counters
+        self._prompts = prompts
+        self._proofs = proofs
+        self._acknowledgements = acknowledgements
+        self._sampling: DynamicSampling | None = None
+        if config.algorithm.dynamic_sampling:
+            self._sampling = DynamicSampling(config.learner.groups_per_step)
+        self._said_that_all_is_equal = False
 
-    def __post_init__(self) -> None:
-        if self.config.algorithm.dynamic_sampling:
-            self._sampling = DynamicSampling(self.config.learner.groups_per_step)
+    def group(self, session: DeskSession, message: GroupResult, body: bytes, now: float) -> Taken:
+        """One finished lease. `body` is the frame body of the message, which goes to the journal as it is.
 
-    def prompt_of(self, key: LeaseKey) -> Prompt:
-        """The prompt that a lease is about."""
-        if key.kind is LeaseKind.TRAIN:
-            return self.prompts.train(key.ordinal)
-        assert self.leases.evaluation is not None, "eval leases belong to an evaluation"
-        return self.evals[self.leases.evaluation.prompt_index(key.ordinal)]
-
-    def group(self, session: DeskSession, message: GroupResult, body: bytes, now: float) -> Message | None:
-        """One finished lease. Returns what to answer at once; the acknowledgement follows the journal's sync."""
-        offer = self.sessions.offer(session, message.seq, len(body))
+        Raises JournalError when the disk fails.
+        """
+        offer = self._sessions.offer(session, message.seq, len(body))
         if offer is not Offer.NEW:
             return self._repeated(session, message.seq, offer)
         try:
@@ -92,32 +85,28 @@ class Intake:
                 # Not wrong: the learner that wanted it was restarted, or the evaluation was given up.
                 log.debug("%s: %s belongs to no current evaluation", session.generator_id, group.key)
                 self._seen(session, message.seq, now)
-                return None
+                return Taken()
             self._check(group)
-            self._check_proofs(group, session)
+            self._proofs.check(group, session)
         except ProtocolError as error:
             self._fail_lease(message, "invalid", now)
-            return self._refuse(session, message.seq, "invalid", str(error), now)
-        acceptance = self.leases.accept(group.key)
-        if acceptance.superseded:
-            self.on_cancel(acceptance.superseded)
-        if acceptance.verdict is Verdict.UNKNOWN:
-            return self._refuse(session, message.seq, "unknown_lease", f"{group.key} is not wanted", now)
-        if acceptance.verdict is Verdict.DUPLICATE:
+            return Taken(self._refuse(session, message.seq, "invalid", str(error), now))
+        verdict, superseded = self._leases.accept(group.key)
+        if verdict is Verdict.UNKNOWN:
+            return Taken(self._refuse(session, message.seq, "unknown_lease", f"{group.key} is not wanted", now))
+        if verdict is Verdict.DUPLICATE:
             self._seen(session, message.seq, now)
         elif group.key.kind is LeaseKind.EVAL:
             self._seen(session, message.seq, now, evaluated=group)
         else:
-            if self._is_left_out(group):
-                self._filter(session, message.seq, group, now)
-            else:
-                self._keep(_stored(session, message.seq, group, body), now)
-            self._pending.append(_Pending(session, message.seq, num_rollouts=len(group.rollouts)))
-        return None
+            self._take_for_training(session, message.seq, group, body, now)
+        return Taken(superseded=superseded)
 
-    def failed(self, session: DeskSession, message: LeaseFailed, size: int, now: float) -> Message | None:
-        """One lease that ended without a group: a state that is counted, and leased again."""
-        offer = self.sessions.offer(session, message.seq, size)
+    def failed(self, session: DeskSession, message: LeaseFailed, size: int, now: float) -> Taken:
+        """One lease that ended without a group: it is counted by reason and leased again. `size` is that of the frame
+        in bytes. Raises JournalError when the disk fails.
+        """
+        offer = self._sessions.offer(session, message.seq, size)
         if offer is not Offer.NEW:
             return self._repeated(session, message.seq, offer)
         reason = message.reason if message.reason in FAILURE_REASONS else "engine"
@@ -126,7 +115,7 @@ class Intake:
             log.warning("%s: lease %s failed (%s): %s", session.generator_id, what, reason, message.detail)
         self._fail_lease(message, reason, now)
         self._seen(session, message.seq, now)
-        return None
+        return Taken()
 
     def batch_taken(self) -> None:
         """A batch left the buffer: the groups filtered from now on are those of the next one."""
@@ -135,43 +124,12 @@ class Intake:
 
     def note_given_up(self, now: float) -> None:
         """Prompts that will get no group any more: journalled, so that a restart does not lease them again."""
-        for ordinal in self.leases.take_given_up():
+        for ordinal in self._leases.take_given_up():
             log.error("prompt %d is given up: too many of its leases failed", ordinal)
-            self.journal.append(PromptGivenUp(ordinal), now)
-
-    def sync_if_due(self, now: float) -> list[DeskSession]:
-        """Group commit. Returns the sessions that have something new to be acknowledged."""
-        if self.journal.next_sync_due > now:
-            return []
-        return self.sync()
-
-    def sync(self) -> list[DeskSession]:
-        """Makes everything taken so far durable, then lets it count. Returns the sessions to acknowledge."""
-        self.journal.sync()
-        pending, self._pending = self._pending, []
-        for item in pending:
-            self.sessions.mark_durable(item.session, item.seq)
-            self.account.rollouts_acked += item.num_rollouts
-            if item.evaluated is not None:
-                self.on_eval(item.evaluated)
-        return list({item.session.generator_id: item.session for item in pending}.values())
-
-    def note_proof(self, generator_id: str, incarnation: int, version: int) -> None:
-        """This generator proved `version` here: from now on it may bring tokens of it."""
-        self._proven.setdefault((generator_id, incarnation), set()).add(version)
-
-    def _check_proofs(self, group: Group, session: DeskSession) -> None:
-        """Raises ProtocolError unless the generator proved every version that it says its tokens are of."""
-        proven = self._proven.get((session.generator_id, session.incarnation), set())
-        versions = {span.version for rollout in group.rollouts for span in rollout.version_spans}
-        if unproven := sorted(v for v in versions - proven if v > self.proven_before):
-            raise ProtocolError(
-                f"{group.key} has tokens of versions {unproven}, which {session.generator_id} (incarnation "
-                f"{session.incarnation}) never proved; proven are {sorted(proven)[-5:]} (the newest five)"
-            )
+            self._journal.append(PromptGivenUp(ordinal), now)
 
     def _is_late_eval(self, key: LeaseKey) -> bool:
-        evaluation = self.leases.evaluation
+        evaluation = self._leases.evaluation
         if key.kind is not LeaseKind.EVAL:
             return False
         return evaluation is None or not 0 <= evaluation.prompt_index(key.ordinal) < evaluation.num_prompts
@@ -179,32 +137,35 @@ class Intake:
     def _check(self, group: Group) -> None:
         """Raises ProtocolError unless the group fits what was leased."""
         kind, ordinal, _ = group.key
-        sampling = self.config.sampling
+        sampling = self._config.sampling
         pinned = None
         if kind is LeaseKind.EVAL:
-            assert self.leases.evaluation is not None, "late results of evaluations are left out before"
-            num_rollouts, pinned = 1, self.leases.evaluation.version
+            assert self._leases.evaluation is not None, "late results of evaluations are left out before"
+            num_rollouts, pinned = 1, self._leases.evaluation.version
         else:
-            if not self.leases.in_range(ordinal):
+            if not self._leases.in_range(ordinal):
                 raise ProtocolError(f"ordinal {ordinal} is outside of this run")
             num_rollouts = len(group.rollouts)
-            if not min(2, sampling.group_size) <= num_rollouts <= sampling.group_size:
-                raise ProtocolError(f"{num_rollouts} rollouts in a group of {sampling.group_size}")
-            if num_rollouts < sampling.group_size * MIN_ROLLOUTS_SHARE:
-                raise ProtocolError(f"{num_rollouts} rollouts of {sampling.group_size} are too few to train on")
+            enough = min_rollouts(sampling.group_size)
+            if not enough <= num_rollouts <= sampling.group_size:
+                raise ProtocolError(
+                    f"{num_rollouts} rollouts in a group of {sampling.group_size}: at least {enough} are needed to "
+                    "train on it, and more than were leased cannot be"
+                )
         validate_group(
             group,
-            vocab_size=self.vocab_size,
-            prompt_token_ids=self.prompt_of(group.key).token_ids,
+            vocab_size=self._vocab_size,
+            prompt_token_ids=self._prompts.of(group.key).token_ids,
             num_rollouts=num_rollouts,
             max_new_tokens=sampling.max_new_tokens,
             oldest_version=0,
-            newest_version=self.newest_version,
+            newest_version=self._policy.newest,
             pinned_version=pinned,
-            greedy_baseline=kind is LeaseKind.TRAIN and self.config.algorithm.advantage == "remax",
+            greedy_baseline=kind is LeaseKind.TRAIN and self._config.algorithm.advantage == "remax",
         )
 
     def _is_left_out(self, group: Group) -> bool:
+        """Whether a training group is filtered. Each group is asked for once: `DynamicSampling` counts."""
         if self._sampling is None:
             return False
         equal = has_equal_rewards(group)
@@ -220,40 +181,43 @@ class Intake:
             )
         return left_out
 
-    def _keep(self, stored: StoredGroup, now: float) -> None:
-        self.journal.append(stored, now)
-        # At once, or the group would count as neither running nor buffered until the sync. Safe before it: a
-        # batch is dealt out only after its own record, which is behind this one, is on disk.
-        self.buffer.add(stored)
+    def _take_for_training(self, session: DeskSession, seq: int, group: Group, body: bytes, now: float) -> None:
+        if self._is_left_out(group):
+            _, ordinal, attempt = group.key
+            self._journal.append(GroupFiltered(session.generator_id, session.incarnation, seq, ordinal, attempt), now)
+            self._leases.filter(group.key)
+            self._counters.totals.groups_filtered += 1
+            self._counters.totals.tokens_filtered += group.num_tokens
+        else:
+            stored = _stored(session, seq, group, body)
+            self._journal.append(stored, now)
+            # At once, or the group would count as neither running nor buffered until it is durable. Safe before that:
+            # a batch is dealt out only after its own record, which is behind this one, is on disk.
+            self._buffer.add(stored)
+        self._acknowledgements.add(session, seq, num_rollouts=len(group.rollouts))
 
-    def _filter(self, session: DeskSession, seq: int, group: Group, now: float) -> None:
-        _, ordinal, attempt = group.key
-        self.journal.append(GroupFiltered(session.generator_id, session.incarnation, seq, ordinal, attempt), now)
-        self.leases.filter(group.key)
-        self.account.groups_filtered += 1
-        self.account.tokens_filtered += group.num_tokens
-
-    def _repeated(self, session: DeskSession, seq: int, offer: Offer) -> Message | None:
-        """Settled before: say so again. Being written or beyond the credit: the answer comes with the next ack."""
-        return self.sessions.answer_duplicate(session, seq) if offer is Offer.DUPLICATE else None
+    def _repeated(self, session: DeskSession, seq: int, offer: Offer) -> Taken:
+        """What was settled before is answered again; what is being written, or over the credit, by a later ack."""
+        return Taken(self._sessions.answer_duplicate(session, seq) if offer is Offer.DUPLICATE else None)
 
     def _fail_lease(self, message: GroupResult | LeaseFailed, reason: str, now: float) -> None:
-        self.account.lease_failed(reason, self.config.sampling.group_size if message.kind == LeaseKind.TRAIN else 1)
+        num_rollouts = self._config.sampling.group_size if message.kind == LeaseKind.TRAIN else 1
+        self._counters.lease_failed(reason, num_rollouts)
         if message.kind in tuple(LeaseKind):
-            self.leases.fail(LeaseKey(LeaseKind(message.kind), message.ordinal, message.attempt), reason, now)
+            self._leases.fail(LeaseKey(LeaseKind(message.kind), message.ordinal, message.attempt), reason, now)
 
     def _refuse(self, session: DeskSession, seq: int, code: str, reason: str, now: float) -> Message:
-        self.account.results_refused += 1
         log.warning("%s: result %d refused (%s): %s", session.generator_id, seq, code, reason)
-        self.journal.append(MessageSeen(session.generator_id, session.incarnation, seq), now)
-        return self.sessions.reject(session, seq, code, reason[:500])
+        self._journal.append(MessageSeen(session.generator_id, session.incarnation, seq), now)
+        return self._sessions.reject(session, seq, code, reason[:500])
 
     def _seen(self, session: DeskSession, seq: int, now: float, evaluated: Group | None = None) -> None:
-        self.journal.append(MessageSeen(session.generator_id, session.incarnation, seq), now)
-        self._pending.append(_Pending(session, seq, evaluated=evaluated))
+        self._journal.append(MessageSeen(session.generator_id, session.incarnation, seq), now)
+        self._acknowledgements.add(session, seq, evaluated=evaluated)
 
 
 def _stored(session: DeskSession, seq: int, group: Group, body: bytes) -> StoredGroup:
+    """The record of an accepted group. A result does not say when its lease was issued, only how old its tokens are."""
     return StoredGroup(
         generator_id=session.generator_id,
         incarnation=session.incarnation,

@@ -1,4 +1,4 @@
-"""Starts the trainer ranks and watches them: the desk survives their death and starts them again.
+"""Starts the trainer's ranks and watches them: the desk survives their death and starts them again.
 
 One rank is a plain process; several run under torch.distributed's elastic launcher, which restarts them together.
 """
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from asyncrl.errors import CheckpointError, ConfigError, TrainerFailed
@@ -25,7 +26,11 @@ KILL_TIMEOUT_S = 10.0  # a process in a system call that hangs does not end befo
 
 
 class TrainerProcess:
-    """The trainer of one learner. `poll` restarts it after a crash, `max_restarts` times without a step between."""
+    """The trainer of one learner. `poll` restarts it after a crash, `max_restarts` times without a step between.
+
+    kill_timeout_s is how long `kill` waits for the end; signal_group(process group, signal) is how it kills, which a
+    test replaces to have a process that does not die.
+    """
 
     def __init__(
         self,
@@ -36,7 +41,9 @@ class TrainerProcess:
         num_ranks: int,
         threads: int,
         max_restarts: int,
-        weights_timeout_s: float = 30.0,
+        weights_timeout_s: float,
+        kill_timeout_s: float = KILL_TIMEOUT_S,
+        signal_group: Callable[[int, int], None] = os.killpg,
     ) -> None:
         self.config_file = config_file
         self.desk_address = desk_address
@@ -46,15 +53,19 @@ class TrainerProcess:
         self.max_restarts = max_restarts
         self.weights_timeout_s = weights_timeout_s
         self.failures = 0  # crashes since the last step
+        self._kill_timeout_s = kill_timeout_s
+        self._signal_group = signal_group
         self._process: subprocess.Popen[bytes] | None = None
         self._restart_at: float | None = None
 
     @property
     def running(self) -> bool:
+        """Whether it runs now; between a crash and the restart it does not."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int | None:
+        """Its process id; None when there is no process."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
@@ -147,12 +158,14 @@ class TrainerProcess:
         return None
 
     def kill(self) -> None:
-        """Ends the ranks now."""
+        """Ends the ranks now, with SIGKILL to their process group."""
         if self._process and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            if self.wait(KILL_TIMEOUT_S) is None:
-                log.error("trainer %d does not end %g s after SIGKILL; leaving it", self._process.pid, KILL_TIMEOUT_S)
+                self._signal_group(self._process.pid, signal.SIGKILL)
+            if self.wait(self._kill_timeout_s) is None:
+                log.error(
+                    "trainer %d does not end %g s after SIGKILL; leaving it", self._process.pid, self._kill_timeout_s
+                )
 
     def last_words(self, num_bytes: int = 1500) -> str:
         """The end of the trainer's log."""

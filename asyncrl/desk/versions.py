@@ -1,4 +1,4 @@
-"""The desk's side of the weight plane: carries the sync planner's wishes out and its results on."""
+"""How versions reach the generators: carries the sync planner's wishes out and its results on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.generators import Generators
-from asyncrl.desk.intake import Intake
+from asyncrl.desk.proofs import Proofs
+from asyncrl.desk.run_state import RunState
 from asyncrl.link import messages
 from asyncrl.link.codec import encode
 from asyncrl.link.sockets import ServerSocket
@@ -19,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Versions:
-    """Between the planner, the publisher in the trainer, and the generators."""
+    """The way between the planner, the publisher in the trainer, and the generators.
+
+    on_first_proof(now) is called once, when the first generator has proved a version and can sample.
+    """
 
     def __init__(
         self,
@@ -27,7 +31,8 @@ class Versions:
         planner: SyncPlanner,
         socket: ServerSocket,
         generators: Generators,
-        intake: Intake,
+        state: RunState,
+        proofs: Proofs,
         evaluator: Evaluator,
         metrics: Metrics,
         on_first_proof: Callable[[float], None],
@@ -35,7 +40,10 @@ class Versions:
         self.planner = planner
         self._socket = socket
         self._generators = generators
-        self._intake = intake
+        self._policy = state.policy
+        self._leases = state.leases
+        self._counters = state.counters
+        self._proofs = proofs
         self._evaluator = evaluator
         self._metrics = metrics
         self._on_first_proof = on_first_proof
@@ -43,15 +51,18 @@ class Versions:
         self._publisher: bytes | None = None  # routing id
 
     def snapshot_ready(self, peer: bytes, message: messages.SnapshotReady, now: float) -> None:
+        """The publisher offers a version."""
         self._publisher = peer
-        self._intake.newest_version = max(self._intake.newest_version, message.version)
+        self._policy.published(message.version)
         self.planner.snapshot_ready(message, now)
 
     def trainer_lost(self, now: float) -> None:
+        """The trainer died, and the publisher with it: what it offered is gone."""
         self.planner.publisher_lost(now)
         self._publisher = None
 
     def next_deadline(self, now: float) -> float:
+        """When `advance` must be called even if nothing happens; infinity when never."""
         deadline = self.planner.next_deadline(now)
         return float("inf") if deadline is None else deadline
 
@@ -62,7 +73,7 @@ class Versions:
     def advance(self, now: float) -> None:
         """Lets the planner act, and does what it asks for."""
         held = {name: receiver.held_version for name, receiver in self.planner.receivers.items()}
-        self.planner.set_busy(self._intake.leases.eval_holders(held))
+        self.planner.set_busy(self._leases.eval_holders(held))
         self.planner.advance(now)
         for output in self.planner.take_outputs():
             match output:
@@ -71,7 +82,7 @@ class Versions:
                 case ToGenerator(name, message):
                     self._generators.send(name, message)
                 case Committed():
-                    self._intake.note_proof(output.name, output.incarnation, output.version)
+                    self._proofs.add(output.name, output.incarnation, output.version)
                     self._evaluator.version_proven(output.version, now)
                     if not self._proven_once:
                         self._proven_once = True
@@ -80,11 +91,10 @@ class Versions:
                     self._failed(output, now)
                 case RoundEnded():
                     if output.version >= 0:  # else it ended before there was anything to sync
-                        self._metrics.log_sync(self._intake.account.sync_metrics(output))
+                        self._metrics.log_sync(self._counters.sync_metrics(output))
 
     def _failed(self, failed: SyncFailed, now: float) -> None:
         name = failed.name
-        self._intake.account.sync_failures += 1
         log.warning(
             "sync of %s to version %d failed (%s), %s; %s",
             name,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from asyncrl.link import limits
 from asyncrl.link.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refused, Welcome
+from asyncrl.types import Frontier
 
 
 class Offer(StrEnum):
@@ -39,13 +39,22 @@ class SettledSeqs:
     """Which seqs of one incarnation were seen: all up to `watermark`, single ones beyond, some in writing."""
 
     def __init__(self, watermark: int = 0, beyond: Iterable[int] = ()) -> None:
-        self.watermark = watermark
-        self.beyond = set(beyond)
         self.pending_bytes = 0
+        self._settled = Frontier(watermark + 1, beyond)  # seqs begin at 1, and a frontier's watermark is no member
         self._pending: dict[int, int] = {}  # seq -> bytes
 
+    @property
+    def watermark(self) -> int:
+        """Every seq up to this one is settled; 0 when none is."""
+        return self._settled.watermark - 1
+
+    @property
+    def beyond(self) -> list[int]:
+        """The settled seqs above `watermark`, in order."""
+        return sorted(self._settled.above)
+
     def offer(self, seq: int, nbytes: int, credit_bytes: int) -> Offer:
-        if seq <= self.watermark or seq in self.beyond:
+        if seq < 1 or seq in self._settled:
             return Offer.DUPLICATE
         if seq in self._pending:
             return Offer.PENDING
@@ -58,20 +67,11 @@ class SettledSeqs:
 
     def settle(self, seq: int) -> None:
         self.pending_bytes -= self._pending.pop(seq, 0)
-        if seq > self.watermark:
-            self.beyond.add(seq)
-            self._advance()
+        self._settled.add(seq)
 
     def settle_below(self, seq: int) -> None:
         """The generator holds nothing below `seq`: whatever became of it, it will not come again."""
-        self.watermark = max(self.watermark, seq - 1)
-        self.beyond = {other for other in self.beyond if other > self.watermark}
-        self._advance()
-
-    def _advance(self) -> None:
-        while self.watermark + 1 in self.beyond:
-            self.watermark += 1
-            self.beyond.discard(self.watermark)
+        self._settled.add_below(seq)
 
 
 @dataclass(eq=False, slots=True)
@@ -125,6 +125,16 @@ class DeskSession:
 
 def _progress(beat: Beat) -> tuple[int, ...]:
     return beat.tokens_generated, beat.rollouts_completed, beat.rewards_failed, beat.generations_failed
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSession:
+    """What a checkpoint holds of one session. Seqs up to `watermark` are settled, and those in `beyond`."""
+
+    incarnation: int
+    instance: str
+    watermark: int
+    beyond: list[int]
 
 
 @dataclass(frozen=True)
@@ -254,28 +264,25 @@ class DeskSessions:
 
     def ack(self, session: DeskSession) -> Ack:
         """Everything settled so far, and the credit."""
-        return Ack(self.run_epoch, session.seqs.watermark, sorted(session.seqs.beyond), self.credit_bytes)
+        return Ack(self.run_epoch, session.seqs.watermark, session.seqs.beyond, self.credit_bytes)
 
     # -- surviving a restart
 
-    def state(self) -> dict[str, Any]:
-        """What must survive, as plain data. Results in writing are not part of it."""
+    def state(self) -> dict[str, SavedSession]:
+        """What must survive, by generator id. Results in writing are not part of it."""
         return {
-            session.generator_id: {
-                "incarnation": session.incarnation,
-                "instance": session.instance,
-                "watermark": session.seqs.watermark,
-                "beyond": sorted(session.seqs.beyond),
-            }
+            session.generator_id: SavedSession(
+                session.incarnation, session.instance, session.seqs.watermark, session.seqs.beyond
+            )
             for session in self._by_id.values()
         }
 
-    def restore(self, state: dict[str, Any], now: float) -> None:
+    def restore(self, state: Mapping[str, SavedSession], now: float) -> None:
         """Takes over what `state` returned in an earlier learner. The generators have yet to say hello."""
         for generator_id, saved in state.items():
-            session = self._adopt(generator_id, saved["incarnation"], now)
-            session.instance = saved["instance"]
-            session.seqs = SettledSeqs(saved["watermark"], saved["beyond"])
+            session = self._adopt(generator_id, saved.incarnation, now)
+            session.instance = saved.instance
+            session.seqs = SettledSeqs(saved.watermark, saved.beyond)
 
     def replay(self, generator_id: str, incarnation: int, seq: int, now: float) -> None:
         """Settles one seq that the journal holds; in any order, as often as it is there."""

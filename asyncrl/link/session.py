@@ -12,7 +12,7 @@ Both ends are state machines without sockets or clocks: daemons, simulation and 
 
 from __future__ import annotations
 
-from asyncrl.link.desk_session import Admission, DeskSession, DeskSessions, Expected, Liveness, Offer
+from asyncrl.link.desk_session import Admission, DeskSession, DeskSessions, Expected, Liveness, Offer, SavedSession
 from asyncrl.link.generator_session import GeneratorSession, GeneratorState
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "GeneratorState",
     "Liveness",
     "Offer",
+    "SavedSession",
 ]

@@ -40,9 +40,6 @@ class ReplayBuffer:
         self._lengths = LengthHistogram()
         self._dropped_lengths = LengthHistogram()
         self.num_bytes = 0
-        self.groups_dropped = 0
-        self.rollouts_dropped = 0
-        self.groups_trained_over_age = 0
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -52,7 +49,7 @@ class ReplayBuffer:
 
         To be called in the turn of `LeaseBook.accept`: between the two the group is counted nowhere, and a batch
         taken then could leave it behind. It need not be durable yet; the record of the step that trains it comes
-        after its own in the journal, and is synced before the trainer sees the batch.
+        after its own in the journal, and is made durable before the trainer sees the batch.
         """
         assert group.ordinal not in self._ordinals, f"ordinal {group.ordinal} is already in the buffer"
         bisect.insort(self._groups, group, key=_oldest_first)
@@ -69,9 +66,7 @@ class ReplayBuffer:
             return []
         dropped = self._groups[: self._num_over_age(version)]
         self._remove(dropped)
-        self.groups_dropped += len(dropped)
         for group in dropped:
-            self.rollouts_dropped += len(group.num_tokens)
             self._dropped_lengths.add(group.num_tokens)
         return dropped
 
@@ -85,7 +80,6 @@ class ReplayBuffer:
         assert len(batch) == self._pacing.groups_per_step, f"{len(batch)} groups buffered"
         num_over_age = min(self._num_over_age(version), len(batch))
         assert not (self._drops and num_over_age), f"over-age at version {version}: {batch[0].key}; drop_over_age first"
-        self.groups_trained_over_age += num_over_age
         self._remove(batch)
         return batch
 

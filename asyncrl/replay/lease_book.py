@@ -1,4 +1,4 @@
-"""The lease desk: which generator may work on which prompt, and what becomes of each prompt.
+"""The lease book: which generator may work on which prompt, and what becomes of each prompt.
 
 How many leases may be out is the rule of `replay.pacing`; nothing here waits, sends or reads a clock.
 """
@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
-from asyncrl.replay.eval_leases import EvalLeases, Evaluation
-from asyncrl.replay.frontier import Frontier
+from asyncrl.replay.eval_leases import EvalLeases, EvalProgress
 from asyncrl.replay.lease_records import (
     ATTEMPTS_PER_EPOCH,
     Acceptance,
     LeaseRecord,
     Reconciled,
+    SavedLeases,
     Verdict,
     blame,
     first_attempt,
 )
 from asyncrl.replay.pacing import Pacing
-from asyncrl.types import LeaseKey, LeaseKind
+from asyncrl.types import Frontier, LeaseKey, LeaseKind
 
 MAX_BLAMED_FAILURES = 3
 # Of one ordinal in one run epoch, whoever was to blame: a prompt that kills its generator comes to an end too.
@@ -52,8 +51,7 @@ class LeaseBook:
         self._given_up_news: list[int] = []
         self._tries: Counter[int] = Counter()
         self._failures: Counter[int] = Counter()
-        self.counters: Counter[str] = Counter()
-        self._evals = EvalLeases(lease_timeout_s, run_epoch, 0, self.counters)
+        self._evals = EvalLeases(lease_timeout_s, run_epoch, 0)
 
     # -- what stands -----------------------------------------------------------------------------------------
 
@@ -64,6 +62,7 @@ class LeaseBook:
 
     @property
     def num_running(self) -> int:
+        """Running training leases."""
         return len(self._running)
 
     @property
@@ -73,20 +72,18 @@ class LeaseBook:
 
     @property
     def num_given_up(self) -> int:
+        """Prompts that got no group after all their attempts."""
         return len(self._given_up)
 
     @property
     def num_filtered(self) -> int:
+        """Prompts whose group had equal rewards and was left out."""
         return self._num_filtered
 
     @property
     def running_by_version(self) -> Mapping[int, int]:
         """How many running training leases were issued at each version."""
         return self._running_by_version
-
-    @property
-    def oldest_running_version(self) -> int | None:
-        return min(self._running_by_version, default=None)
 
     def running(self) -> list[LeaseRecord]:
         """Running training leases, oldest grant first."""
@@ -137,7 +134,6 @@ class LeaseBook:
                 break
             key = LeaseKey(LeaseKind.TRAIN, ordinal, self._first_attempt + self._tries[ordinal])
             self._tries[ordinal] += 1
-            self.counters["granted"] += 1
             leases.append(self._start(key, holder, issued_version, now))
         return leases
 
@@ -160,29 +156,23 @@ class LeaseBook:
         self._learn_of(ordinal, now)
         del self._waiting[ordinal]
         self._start(key, holder, issued_version, now)
-        self.counters["adopted"] += 1
         return True
 
     def accept(self, key: LeaseKey) -> Acceptance:
         """A valid group came in for `key`. The first of its ordinal wins, even if its lease has expired."""
         if key.kind == LeaseKind.EVAL:
-            acceptance = self._evals.accept(key)
-            self.counters[f"eval_{acceptance.verdict}"] += 1
-            return acceptance
+            return self._evals.accept(key)
         if key.ordinal in self._given_up or not self._may_have_been_granted(key):
-            return self._judged(Verdict.UNKNOWN)
+            return Acceptance(Verdict.UNKNOWN)
         if key.ordinal in self._accepted or key.ordinal in self._settled:
-            return self._judged(Verdict.DUPLICATE)
+            return Acceptance(Verdict.DUPLICATE)
         self._learn_of(key.ordinal, 0.0)
         running = self._running.get(key.ordinal)
         if running is not None:
             self._stop(running)
         self._waiting.pop(key.ordinal, None)
         self._accepted[key.ordinal] = key.attempt
-        if running is None or running.key != key:
-            self.counters["accepted_late"] += 1
-            return self._judged(Verdict.ACCEPTED, running)
-        return self._judged(Verdict.ACCEPTED)
+        return Acceptance(Verdict.ACCEPTED, running if running is not None and running.key != key else None)
 
     def fail(self, key: LeaseKey, reason: str, now: float) -> bool:
         """A lease ended without a group: its ordinal is leased again, or given up when too much failed.
@@ -190,13 +180,11 @@ class LeaseBook:
         False when the lease was not running (expired, leased again): the news is late and changes nothing.
         """
         if key.kind == LeaseKind.EVAL:
-            return self._evals.fail(key, reason)
+            return self._evals.fail(key)
         record = self._running.get(key.ordinal)
         if record is None or record.key != key:
-            self.counters["failed_late"] += 1
             return False
         self._stop(record)
-        self.counters[f"failed_{reason}"] += 1
         backoff_s = 0.0
         if blame(reason):
             backoff_s = BACKOFF_S * 2 ** self._failures[key.ordinal]
@@ -232,7 +220,6 @@ class LeaseBook:
         """An accepted group was over-age and leaves the buffer untrained: its ordinal is leased again."""
         assert self._accepted.get(key.ordinal) == key.attempt, f"{key} is not in the buffer"
         del self._accepted[key.ordinal]
-        self.counters["dropped_over_age"] += 1
         self._lease_again(key.ordinal, now, 0.0)
 
     def train(self, keys: Iterable[LeaseKey]) -> None:
@@ -248,7 +235,6 @@ class LeaseBook:
         del self._accepted[key.ordinal]
         self._settle(key.ordinal)
         self._num_filtered += 1
-        self.counters["filtered"] += 1
 
     def take_given_up(self) -> list[int]:
         """Ordinals given up since the last call, for the journal."""
@@ -258,11 +244,11 @@ class LeaseBook:
     # -- evaluation ------------------------------------------------------------------------------------------
 
     @property
-    def evaluation(self) -> Evaluation | None:
+    def evaluation(self) -> EvalProgress | None:
         """The latest evaluation of this run epoch, done or not."""
         return self._evals.current
 
-    def start_eval(self, version: int, num_prompts: int, timeout_s: float, now: float) -> Evaluation:
+    def start_eval(self, version: int, num_prompts: int, timeout_s: float, now: float) -> EvalProgress:
         """Starts an evaluation; its leases go first, and only to generators that hold exactly `version`."""
         return self._evals.start(version, num_prompts, timeout_s, now)
 
@@ -276,21 +262,20 @@ class LeaseBook:
 
     # -- checkpoint ------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint: all that `train` was told. Accepted groups are in the journal."""
-        return {
-            "next_ordinal": self._next_ordinal,
-            "next_eval_ordinal": self._evals.next_ordinal,
-            "settled": self._settled.state(),
-            "given_up": sorted(self._given_up),
-            "num_filtered": self._num_filtered,
-            "failures": [[ordinal, count] for ordinal, count in sorted(self._failures.items())],
-            "counters": dict(self.counters),
-        }
+    def state(self) -> SavedLeases:
+        """What a checkpoint must hold; it does not change with this book."""
+        return SavedLeases(
+            next_ordinal=self._next_ordinal,
+            next_eval_ordinal=self._evals.next_ordinal,
+            settled=self._settled.copy(),
+            given_up=sorted(self._given_up),
+            num_filtered=self._num_filtered,
+            failures=dict(sorted(self._failures.items())),
+        )
 
     def restore(
         self,
-        state: dict[str, Any] | None,
+        state: SavedLeases | None,
         trained: Iterable[int],
         accepted: Iterable[LeaseKey],
         given_up: Iterable[int],
@@ -306,13 +291,12 @@ class LeaseBook:
         """
         assert self._next_ordinal == 0, "restore comes before the first grant"
         if state is not None:
-            self._next_ordinal = state["next_ordinal"]
-            self._evals.next_ordinal = state["next_eval_ordinal"]
-            self._settled = Frontier.from_state(state["settled"])
-            self._given_up = set(state["given_up"])
-            self._num_filtered = state.get("num_filtered", 0)  # older checkpoints know of none
-            self._failures.update(dict(state["failures"]))
-            self.counters.update(state["counters"])
+            self._next_ordinal = state.next_ordinal
+            self._evals.next_ordinal = state.next_eval_ordinal
+            self._settled = state.settled.copy()
+            self._given_up = set(state.given_up)
+            self._num_filtered = state.num_filtered
+            self._failures.update(state.failures)
         for ordinal in given_up:
             if ordinal not in self._settled:
                 self._settle(ordinal)
@@ -364,17 +348,13 @@ class LeaseBook:
             self.fail(record.key, reason, now)
         return records
 
-    def _judged(self, verdict: Verdict, superseded: LeaseRecord | None = None) -> Acceptance:
-        self.counters[verdict.value] += 1
-        return Acceptance(verdict, superseded)
-
     def _maybe_leased_before(self, ordinal: int) -> bool:
-        """Whether an earlier run epoch may have leased it: no further ahead than leases can be out at once."""
+        """Whether an earlier run epoch may have leased the ordinal: it lies no further ahead than leases can be out."""
         reach = (self._pacing.max_age + 1) * self._pacing.groups_per_step
         return self.in_range(ordinal) and ordinal < self._next_ordinal + reach
 
     def _may_have_been_granted(self, key: LeaseKey) -> bool:
-        """Earlier run epochs: cannot be known, so anything plausible. This one: exactly."""
+        """Known exactly for keys of this run epoch. For those of earlier ones, true of whatever is plausible."""
         if key.ordinal in self._settled:
             return True
         if key.attempt < self._first_attempt:
@@ -382,7 +362,7 @@ class LeaseBook:
         return key.attempt - self._first_attempt < self._tries[key.ordinal]
 
     def _learn_of(self, ordinal: int, now: float) -> None:
-        """An earlier run epoch had leased up to here: what lies between is leased again."""
+        """An earlier run epoch had leased this ordinal, hence all before it: those not known yet wait to be leased."""
         while self._next_ordinal <= ordinal:
             self._waiting[self._next_ordinal] = now
             self._next_ordinal += 1

@@ -1,4 +1,4 @@
-"""What the lease desk and its callers say to each other."""
+"""What the lease book and its callers say to each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from asyncrl.types import LeaseKey
+from asyncrl.types import Frontier, LeaseKey
 
 # Attempts of run epoch e are numbered from (e - 1) * 1000: a key of an earlier run epoch is never given out
 # again, though a restarted learner does not know which attempts were under way when it died.
@@ -34,17 +34,32 @@ class Verdict(StrEnum):
 
 
 class Acceptance(NamedTuple):
-    """`superseded` is the running lease of the same prompt, now needless: its holder should abandon it."""
+    """The verdict on a finished group.
+
+    superseded is the running lease of the same prompt, which is needless now: its holder should abandon it.
+    """
 
     verdict: Verdict
     superseded: LeaseRecord | None = None
 
 
 class Reconciled(NamedTuple):
-    """What differs between the desk's leases of one generator and those it says it works on."""
+    """What differs between the book's leases of one generator and those it says it works on."""
 
     lost: list[LeaseRecord]  # the generator does not know them: they are leased again
-    unexpected: list[LeaseKey]  # the desk does not count them as this generator's: adopt them or have them abandoned
+    unexpected: list[LeaseKey]  # not in the book as this generator's: adopt them or have them abandoned
+
+
+@dataclass(frozen=True, slots=True)
+class SavedLeases:
+    """What a checkpoint holds of the lease book: all that it was told to train. Accepted groups are in the journal."""
+
+    next_ordinal: int
+    next_eval_ordinal: int
+    settled: Frontier  # ordinals trained, given up or filtered
+    given_up: list[int]
+    num_filtered: int
+    failures: dict[int, int]  # ordinal -> failures that may have been the prompt's own
 
 
 def first_attempt(run_epoch: int) -> int:
@@ -53,5 +68,5 @@ def first_attempt(run_epoch: int) -> int:
 
 
 def blame(reason: str) -> bool:
-    """Whether a failure may be the prompt's own doing, so that repeating it for ever would wedge the run."""
+    """Whether a failure may be the prompt's own doing, so that leasing it again for ever would wedge the run."""
     return reason in {"reward_error", "reward_timeout", "engine", "deadline", "expired"}

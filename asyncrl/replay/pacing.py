@@ -43,9 +43,9 @@ filtered before a batch is taken is bounded as well.
 
 It would not be enough to wait only for leases that are over-age at the next step. With G = 1, A = 2:
 
-    desk.grant("a", 0, room=3)     # v=0  a0 a1 a2 run, issued at 0; admitted 3 = (0 + 2 + 1) * 1
+    leases.grant("a", 0, room=3)   # v=0  a0 a1 a2 run, issued at 0; admitted 3 = (0 + 2 + 1) * 1
     a2 finishes                    # v=0  taking it leaves 2 running, and 2 <= (0 + 2 - 0) * 1: trained, v=1
-    desk.grant("b", 1, room=9)     # v=1  b3 is issued at 1; admitted 4 = (1 + 2 + 1) * 1
+    leases.grant("b", 1, room=9)   # v=1  b3 is issued at 1; admitted 4 = (1 + 2 + 1) * 1
     b3 finishes                    # v=1  taking it would leave a0 a1, 2 > (0 + 2 - 1) * 1: one of them
                                    #      would be trained at version 3, with age 3. The learner waits
     a0 finishes                    # v=1  takes a0, the oldest (age 1); v=2 a1 (age 2); v=3 b3 (age 2)

@@ -1,11 +1,10 @@
 """What a restarted learner does, read from the newest checkpoint's state and the journal after it.
 
     journal = Journal.open(run_dir / "journal")
-    settled = Frontier.from_state(state["settled"])            # state: LeaseBook.state() at the checkpoint
-    plan = replay_plan(checkpoint_version, settled, journal.read_all())
-    desk.restore(state, plan.trained, [group.key for group in plan.buffered], plan.given_up, plan.filtered)
+    plan = replay_plan(checkpoint_version, saved.settled, journal.read_all())    # saved: LeaseBook.state()
+    leases.restore(saved, plan.trained, [group.key for group in plan.buffered], plan.given_up, plan.filtered)
     for group in plan.buffered: buffer.add(group)
-    for step in plan.steps: train [journal.read_at(place) for place in step.places]
+    for step in plan.steps: train [journal.read_group(place) for place in step.places]
 
 The last line trains the same batches in the same order again, and no rollout is generated for it.
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from asyncrl.replay.frontier import Frontier
 from asyncrl.storage.journal_reader import JournalReader, Location
 from asyncrl.storage.records import (
     GroupFiltered,
@@ -24,6 +22,7 @@ from asyncrl.storage.records import (
     StepTaken,
     StoredGroup,
 )
+from asyncrl.types import Frontier
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
         for group, location in groups.items()
         if group[0] not in done and group[0] not in settled and group not in dropped
     }
-    plan.buffered = [journal.read_at(left[ordinal]) for ordinal in sorted(left)]
+    plan.buffered = [journal.read_group(left[ordinal]) for ordinal in sorted(left)]
     return plan
 
 

@@ -44,7 +44,7 @@ _INCOMPLETE = re.compile(r"step_\d+\.tmp-[0-9a-f]+")
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint says about itself. `extra` is free for the writer; JSON values only."""
+    """What a checkpoint says about itself. `extra` is the writer's own, of JSON values."""
 
     path: Path
     version: int
@@ -55,6 +55,7 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
+        """Size of all its files."""
         return sum(size for size, _ in self.files.values())
 
 
@@ -87,7 +88,7 @@ def write_checkpoint(
         write_files(tmp)
         (tmp / DESK_STATE).write_bytes(desk_state)
         _write_manifest(tmp, version, run_epoch, extra or {})
-        _sync_tree(tmp)
+        _fsync_tree(tmp)
         final = _move_into_place(tmp, root / f"step_{version}")
         manifest = read_manifest(final)
         _point_latest(root, final.name)
@@ -105,8 +106,7 @@ def write_checkpoint(
 
 
 def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
-    """The manifest of the checkpoint folder `path`; with `verify`, every file is read and compared with its
-    digest.
+    """The manifest of the checkpoint folder `path`. With `verify`, every file is read and compared with its digest.
 
     Raises CheckpointError when the manifest is missing or damaged, or a file is missing, short or changed.
     """
@@ -134,9 +134,7 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
 
 
 def find_latest(root: Path) -> Manifest | None:
-    """The checkpoint of the highest version that verifies; None if there is none. Others are skipped with a
-    warning.
-    """
+    """The checkpoint of the highest version that verifies; None if there is none. Others are skipped, and logged."""
     for path in _complete_folders(root):
         try:
             return read_manifest(path)
@@ -162,15 +160,16 @@ def load_desk_state(manifest: Manifest) -> bytes:
 
 
 def write_folder_atomically(folder: Path, write_files: Callable[[Path], None]) -> None:
-    """Fills `folder` by way of a temporary one beside it; an existing folder is replaced. Raises
-    CheckpointError.
+    """Fills `folder` by way of a temporary one beside it; an existing folder is replaced.
+
+    Raises CheckpointError, whatever went wrong; what was there before stays.
     """
     tmp = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tmp.mkdir()
         write_files(tmp)
-        _sync_tree(tmp)
+        _fsync_tree(tmp)
         _move_into_place(tmp, folder)
         _remove_replaced(folder)
     except Exception as error:
@@ -200,22 +199,20 @@ def _move_into_place(tmp: Path, final: Path) -> Path:
     if final.exists():
         os.rename(final, final.with_name(f"{final.name}.old-{uuid.uuid4().hex}"))
     os.rename(tmp, final)
-    _sync(final.parent)
+    _fsync(final.parent)
     return final
 
 
 def _point_latest(root: Path, name: str) -> None:
     tmp = root / f"{LATEST}.tmp"
     tmp.write_text(name + "\n", encoding="utf-8")
-    _sync(tmp)
+    _fsync(tmp)
     os.replace(tmp, root / LATEST)
-    _sync(root)
+    _fsync(root)
 
 
 def _delete_older(root: Path, newest: Manifest, keep: int) -> None:
-    """Deletes all but `keep` checkpoints, and what the newest replaced. Failing to is no failure of the
-    save.
-    """
+    """Deletes all but `keep` checkpoints, and what the newest replaced. The save succeeded even if this fails."""
     folders = [path for path in _complete_folders(root) if path != newest.path]
     # Versions above the newest did not verify when the run resumed; they stay for people to look at.
     older = [path for path in folders if ".old-" not in path.name and _version_of(path) < newest.version]
@@ -301,16 +298,16 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_tree(folder: Path) -> None:
+def _fsync_tree(folder: Path) -> None:
     """Files first, then the folders that name them, innermost first."""
     for path in _files(folder):
-        _sync(path)
+        _fsync(path)
     folders = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
     for path in [*folders, folder]:
-        _sync(path)
+        _fsync(path)
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

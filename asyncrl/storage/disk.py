@@ -10,14 +10,14 @@ from asyncrl.errors import JournalError
 
 
 def make_folder(path: Path) -> None:
-    """Makes `path` and its parents, 0700, durable."""
+    """Makes `path` and its missing parents, with mode 0700, and makes their names durable."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Makes names in a folder (created, renamed, deleted) durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

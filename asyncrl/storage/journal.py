@@ -1,38 +1,38 @@
-"""The rollout journal: an append-only log on disk. A rollout is acknowledged only after `sync` returned.
+"""The rollout journal: an append-only log on disk. No rollout is acknowledged before `make_durable` returned.
 
 Layout: numbered segment files of about 64 MiB in one folder, laid out as `storage.segment` says.
 
 The order that makes "an acknowledged rollout is never lost, and none is trained twice" true:
 
-    append(StoredGroup) -> sync -> Ack goes out          a crash before sync: the generator sends it again
-    append(StepTaken)   -> sync -> batch to the trainer  a crash after sync: the same batch is trained again
+    append(StoredGroup) -> make_durable -> Ack goes out          a crash before: the generator sends it again
+    append(StepTaken)   -> make_durable -> batch to the trainer  a crash after: the same batch is trained again
     checkpoint of version v is durable -> delete_before(v)
 
 What `open` finds damaged is counted, never passed over in silence. An incomplete end of the last segment is
 what a crash in mid-write leaves: it was never acknowledged and is cut off (`torn_bytes`). Anything else is
 skipped up to the next whole record and listed in `damage`.
 
-A failed write or sync breaks the journal for good: after a failed fdatasync the kernel may have dropped the
-pages, so trying again could report success for data that is gone. The learner exits; nothing unsynced was
-acknowledged.
+A failed write or fdatasync breaks the journal for good: after a failed fdatasync the kernel may have dropped the
+pages, so trying again could report success for data that is gone. The learner exits; what was not durable was
+not acknowledged.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from asyncrl.errors import JournalError
-from asyncrl.storage.disk import lock_folder, make_folder, sync_folder, write_all
+from asyncrl.storage.disk import fsync_folder, lock_folder, make_folder, write_all
 from asyncrl.storage.journal_reader import JournalReader, Location, segment_path
 from asyncrl.storage.records import GroupsDropped, Record, StepTaken, StoredGroup
 from asyncrl.storage.segment import HEADER_BYTES, encode, new_header, read_salt, scan
 
-SYNC_AFTER_S = 0.020
-SYNC_AFTER_BYTES = 8 * 2**20
+DURABLE_AFTER_S = 0.020  # records that come within this time share one fdatasync
+DURABLE_AFTER_BYTES = 8 * 2**20
 SEGMENT_BYTES = 64 * 2**20
 
 
@@ -54,25 +54,27 @@ class _Segment:
     newest_step: int = -1  # newest version whose step trained a group of this segment
 
     def needed_only_before(self, version: int) -> bool:
+        """Whether every group in it was trained by a step below `version`, or dropped."""
         return not self.untrained and self.newest_step < version
 
 
 class Journal:
-    """Append, sync, read back, delete. Single-threaded; times are monotonic seconds passed in.
+    """Append, make durable, read back, delete. Single-threaded; times are monotonic seconds passed in.
 
         journal = Journal.open(run_dir / "journal")
         for entry in journal.read_all(): ...         # recovery, see replay.recovery
         journal.append(group, now)
-        if journal.next_sync_due <= now:             # a deadline of the caller's event loop
-            journal.sync()                           # now everything appended is durable
+        if journal.durable_due <= now:               # a deadline of the caller's event loop
+            journal.make_durable()
 
-    pending_bytes were appended and not synced; torn_bytes and damage are what `open` found.
+    pending_bytes were appended and are not durable yet; torn_bytes and damage are what `open` found.
     """
 
-    def __init__(self, folder: Path, lock_fd: int, segment_bytes: int) -> None:
+    def __init__(self, folder: Path, lock_fd: int, segment_bytes: int, flush: Callable[[int], None]) -> None:
         self._folder = folder
         self._lock_fd = lock_fd
         self._segment_bytes = segment_bytes
+        self._flush = flush
         self._segments: list[_Segment] = []
         self._segment_of_group: dict[tuple[int, int], _Segment] = {}
         self._steps: dict[int, tuple[int, StepTaken]] = {}  # version -> segment number, record
@@ -85,15 +87,21 @@ class Journal:
         self.damage: list[Damage] = []
 
     @classmethod
-    def open(cls, folder: Path | str, segment_bytes: int = SEGMENT_BYTES) -> Journal:
+    def open(
+        cls,
+        folder: Path | str,
+        segment_bytes: int = SEGMENT_BYTES,
+        flush: Callable[[int], None] = os.fdatasync,
+    ) -> Journal:
         """Locks the folder (made if missing), cuts off a torn end, and is ready to append.
 
+        flush(file descriptor) brings what was written to the disk, or raises OSError: a test lets a disk fail here.
         Raises JournalError when another learner holds the folder (its pid is named) or the disk fails.
         """
         folder = Path(folder)
         try:
             make_folder(folder)
-            journal = cls(folder, lock_folder(folder), segment_bytes)
+            journal = cls(folder, lock_folder(folder), segment_bytes, flush)
             try:
                 journal._load()
             except BaseException:
@@ -104,7 +112,7 @@ class Journal:
         return journal
 
     def close(self) -> None:
-        """Releases the files and the lock. What was not synced is not written: it was never acknowledged."""
+        """Releases the files and the lock. What is not durable is not written: it was never acknowledged."""
         self._pending.clear()
         self.pending_bytes = 0
         self._broken = self._broken or "it is closed"
@@ -116,22 +124,24 @@ class Journal:
     # -- writing ---------------------------------------------------------------------------------------------
 
     @property
-    def next_sync_due(self) -> float:
-        """When what is pending should be synced; infinity when nothing is."""
+    def durable_due(self) -> float:
+        """When `make_durable` should be called for what is pending; infinity when nothing is."""
         if not self._pending:
             return float("inf")
-        if self.pending_bytes >= SYNC_AFTER_BYTES:
+        if self.pending_bytes >= DURABLE_AFTER_BYTES:
             return self._pending_since
-        return self._pending_since + SYNC_AFTER_S
+        return self._pending_since + DURABLE_AFTER_S
 
     def append(self, record: Record, now: float) -> Location:
-        """Adds a record to the next sync. Raises JournalError if a new segment is due and the disk fails."""
+        """Adds a record, durable with the next `make_durable`. Raises JournalError when the journal is closed or
+        broken, or when a new segment is due and the disk fails.
+        """
         self._check_usable()
         segment = self._segments[-1]
         frame = encode(record, segment.salt)
         used = segment.num_bytes + self.pending_bytes
         if used > HEADER_BYTES and used + len(frame) > self._segment_bytes:
-            self.sync()
+            self.make_durable()
             segment = self._start_segment(segment.number + 1)
             frame = encode(record, segment.salt)
         if not self._pending:
@@ -142,7 +152,7 @@ class Journal:
         self._index(record, segment)
         return location
 
-    def sync(self) -> None:
+    def make_durable(self) -> None:
         """Makes everything appended durable. Raises JournalError; then nothing more may be acknowledged."""
         self._check_usable()
         if not self._pending:
@@ -150,13 +160,13 @@ class Journal:
         segment = self._segments[-1]
         try:
             write_all(self._fd, b"".join(self._pending))
-            os.fdatasync(self._fd)
+            self._flush(self._fd)
         except OSError as error:
             self._broken = f"an earlier write failed: {error}"
             self._cut_quietly(segment)
             raise JournalError(
-                f"cannot write {self.pending_bytes} bytes to {segment.path}: {error}; nothing of it was "
-                f"acknowledged. Free space on that file system and start the learner again: it resumes there"
+                f"cannot write {self.pending_bytes} bytes to {segment.path}: {error}; nothing of it was acknowledged. "
+                "Free space on that file system and start the learner again: it resumes there"
             ) from error
         segment.num_bytes += self.pending_bytes
         self._pending.clear()
@@ -172,9 +182,9 @@ class Journal:
         limit = self._steps[version - 1][0] if version - 1 in self._steps else -1
         deleted = 0
         while (segment := self._segments[0]).number < limit and segment.needed_only_before(version):
-            # One directory sync each: after a power loss the segments left are still without a gap.
+            # One fsync of the folder each: after a power loss the segments left are still without a gap.
             segment.path.unlink()
-            sync_folder(self._folder)
+            fsync_folder(self._folder)
             self._forget(segment)
             deleted += 1
         return deleted
@@ -187,12 +197,12 @@ class Journal:
         return sum(segment.num_bytes for segment in self._segments) + self.pending_bytes
 
     def read_all(self) -> JournalReader:
-        """Every whole synced record, oldest first."""
+        """Every whole durable record, oldest first."""
         return JournalReader(self._folder, [segment.number for segment in self._segments])
 
-    def read_at(self, location: Location) -> Record:
-        """The synced record at `location`. Raises JournalError when it is not there or damaged."""
-        return self.read_all().read_at(location)
+    def read_group(self, location: Location) -> StoredGroup:
+        """The durable group at `location`. Raises JournalError when it is not there or damaged."""
+        return self.read_all().read_group(location)
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -210,7 +220,7 @@ class Journal:
         if is_last and len(data) < HEADER_BYTES:
             # A crash while the segment was made: nothing is in it.
             path.unlink()
-            sync_folder(self._folder)
+            fsync_folder(self._folder)
             self.torn_bytes += len(data)
             return
         try:
@@ -238,7 +248,7 @@ class Journal:
             try:
                 write_all(fd, header)
                 os.fsync(fd)
-                sync_folder(self._folder)
+                fsync_folder(self._folder)
             except OSError:
                 os.close(fd)
                 raise
@@ -325,7 +335,7 @@ def next_run_epoch(run_dir: Path | str) -> int:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         raise JournalError(f"cannot write {path}: {error}; make the run folder writable") from error
     return epoch

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asyncrl.errors import JournalError
-from asyncrl.storage.records import Record
+from asyncrl.storage.records import Record, StoredGroup
 from asyncrl.storage.segment import FRAME_BYTES, HEADER_BYTES, payload_bytes, read_salt, scan, whole_record
 
 
@@ -26,11 +26,12 @@ class Entry(NamedTuple):
 
 
 def segment_path(folder: Path, number: int) -> Path:
+    """Where segment `number` of the journal in `folder` lies."""
     return folder / f"{number:08d}.segment"
 
 
 class JournalReader:
-    """The whole records that were synced so far. Iterating holds one segment in memory at a time."""
+    """The whole records that are durable so far. Iterating holds one segment in memory at a time."""
 
     def __init__(self, folder: Path, numbers: Sequence[int]) -> None:
         self._folder = folder
@@ -57,3 +58,14 @@ class JournalReader:
         if whole is None:
             raise JournalError(f"no whole record at byte {location.offset} of {path}: the file is damaged; restore it")
         return whole[1]
+
+    def read_group(self, location: Location) -> StoredGroup:
+        """The group at `location`. Raises JournalError when it is not there or damaged, or another record is."""
+        record = self.read_at(location)
+        if not isinstance(record, StoredGroup):
+            path = segment_path(self._folder, location.segment)
+            raise JournalError(
+                f"byte {location.offset} of {path} holds a {type(record).__name__}, not a group: "
+                "the place is of another journal; restore the whole folder"
+            )
+        return record

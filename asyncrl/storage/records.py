@@ -1,4 +1,4 @@
-"""What the journal holds: one class per kind of record, each with its own bytes.
+"""What the journal holds: one class per kind of record. `payload` writes its bytes and `from_payload` reads them.
 
 A record's payload is msgpack; a group's is a length-prefixed msgpack header followed by its frame body,
 untouched. Frame and checksum belong to `storage.segment`.
@@ -35,8 +35,8 @@ class RecordKind(IntEnum):
 class StoredGroup:
     """An accepted training group: what the buffer sorts by, whose message it was, and the message body.
 
-    issued_version is that of its lease; oldest_version and newest_version span its tokens, so
-    issued_version <= oldest_version <= newest_version for a lease that was kept to.
+    oldest_version and newest_version span the versions of its tokens. issued_version is at most oldest_version: the
+    version of its lease where that is known, else the same as oldest_version.
     """
 
     kind: ClassVar[RecordKind] = RecordKind.GROUP
@@ -54,22 +54,28 @@ class StoredGroup:
 
     @property
     def key(self) -> LeaseKey:
+        """The lease that it answers."""
         return LeaseKey(LeaseKind.TRAIN, self.ordinal, self.attempt)
 
     def payload(self) -> bytes:
-        header = msgpack.packb([*self._header(), list(self.num_tokens)])
+        header = _pack([getattr(self, name) for name in _GROUP_HEADER])
         return b"".join((_HEADER_LENGTH.pack(len(header)), header, self.body))
-
-    def _header(self) -> tuple[Any, ...]:
-        versions = (self.issued_version, self.oldest_version, self.newest_version)
-        return (self.generator_id, self.incarnation, self.seq, self.ordinal, self.attempt, *versions)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> StoredGroup:
         (length,) = _HEADER_LENGTH.unpack_from(payload)
         start = _HEADER_LENGTH.size
-        *fields, num_tokens = msgpack.unpackb(payload[start : start + length])
-        return cls(*fields, num_tokens=tuple(num_tokens), body=payload[start + length :])
+        header = msgpack.unpackb(payload[start : start + length])
+        fields: dict[str, Any] = dict(zip(_GROUP_HEADER, header, strict=True))
+        fields["num_tokens"] = tuple(fields["num_tokens"])
+        return cls(**fields, body=payload[start + length :])
+
+
+# A group's header, in the order of its bytes.
+_GROUP_HEADER = (
+    *("generator_id", "incarnation", "seq", "ordinal", "attempt"),
+    *("issued_version", "oldest_version", "newest_version", "num_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,7 @@ class StepTaken:
     groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
 
     def payload(self) -> bytes:
-        return msgpack.packb([self.version, [list(group) for group in self.groups]])
+        return _pack([self.version, [list(group) for group in self.groups]])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> StepTaken:
@@ -101,7 +107,7 @@ class MessageSeen:
     seq: int
 
     def payload(self) -> bytes:
-        return msgpack.packb([self.generator_id, self.incarnation, self.seq])
+        return _pack([self.generator_id, self.incarnation, self.seq])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> MessageSeen:
@@ -117,7 +123,7 @@ class GroupsDropped:
     groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
 
     def payload(self) -> bytes:
-        return msgpack.packb([list(group) for group in self.groups])
+        return _pack([list(group) for group in self.groups])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> GroupsDropped:
@@ -133,7 +139,7 @@ class PromptGivenUp:
     ordinal: int
 
     def payload(self) -> bytes:
-        return msgpack.packb(self.ordinal)
+        return _pack(self.ordinal)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> PromptGivenUp:
@@ -156,7 +162,7 @@ class GroupFiltered:
     attempt: int
 
     def payload(self) -> bytes:
-        return msgpack.packb([self.generator_id, self.incarnation, self.seq, self.ordinal, self.attempt])
+        return _pack([self.generator_id, self.incarnation, self.seq, self.ordinal, self.attempt])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> GroupFiltered:
@@ -182,6 +188,11 @@ def decode(kind: int, payload: bytes) -> Record:
             f"journal record of kind {record_class.kind.name} cannot be decoded ({error}); "
             f"another release wrote it: use that one"
         ) from error
+
+
+def _pack(value: object) -> bytes:
+    packed: bytes = msgpack.packb(value)
+    return packed
 
 
 def _pairs(items: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:

@@ -36,7 +36,8 @@ def read_salt(data: bytes) -> int:
     """The salt in a segment's header. Raises JournalError when the data does not begin with a header."""
     if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
         raise JournalError(f"begins with {data[: len(MAGIC)]!r}, a journal segment begins with {MAGIC!r}")
-    return _SALT.unpack_from(data, len(MAGIC))[0]
+    (salt,) = _SALT.unpack_from(data, len(MAGIC))
+    return int(salt)
 
 
 def encode(record: Record, salt: int) -> bytes:
@@ -48,7 +49,7 @@ def encode(record: Record, salt: int) -> bytes:
 
 def payload_bytes(frame: bytes) -> int:
     """The payload length that the first `FRAME_BYTES` of a frame state; 0 when there are fewer."""
-    return _FRAME.unpack_from(frame)[1] if len(frame) >= FRAME_BYTES else 0
+    return int(_FRAME.unpack_from(frame)[1]) if len(frame) >= FRAME_BYTES else 0
 
 
 def scan(data: bytes) -> Iterator[tuple[int, int, Record | None]]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
-from asyncrl.desk.daemon import make_sessions
+from asyncrl.desk.restoring import make_sessions
 from asyncrl.errors import AsyncRLError
 from asyncrl.link import messages
 from asyncrl.link.codec import body_of, decode, encode
@@ -33,7 +33,7 @@ from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import lease_to_grant, result_to_group, validate_group
 from asyncrl.link.session import DeskSession, Offer
 from asyncrl.link.sockets import ServerSocket, SocketPoller
-from asyncrl.storage.journal import SYNC_AFTER_S
+from asyncrl.storage.journal import DURABLE_AFTER_S
 from asyncrl.types import TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
 from asyncrl.weights.channels.rendezvous import ChannelSpec
 from asyncrl.weights.plan.round import canary_differences
@@ -257,7 +257,7 @@ class Peer:
             newest_version=self.version,
         )
         self.sessions.mark_durable(session, message.seq)
-        self.ack_due = min(self.ack_due, time.monotonic() + SYNC_AFTER_S)
+        self.ack_due = min(self.ack_due, time.monotonic() + DURABLE_AFTER_S)
         self.groups += 1
         self.rollouts += len(group.rollouts)
         self.tokens += group.num_tokens

@@ -256,7 +256,7 @@ def _journal_mb_per_s(folder: Path, group: Group, body: bytes, group_commit: int
             seq = next(sequence)
             journal.append(StoredGroup("generator", 1, seq, seq, 0, 41, 41, 42, lengths, body), time.monotonic())
             written += len(body)
-        journal.sync()
+        journal.make_durable()
     journal.close()
     return written / elapsed / 1e6
 

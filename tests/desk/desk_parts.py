@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,12 @@ from typing import Any
 import numpy as np
 
 from asyncrl.config import Config
-from asyncrl.desk.counters import Counters
-from asyncrl.desk.intake import Intake
+from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.counters import Counters, RunTotals
+from asyncrl.desk.intake import Intake, Taken
+from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.proofs import Proofs
+from asyncrl.desk.run_state import PolicyVersions, RunState
 from asyncrl.link import messages
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
@@ -79,43 +85,94 @@ def beat(run_epoch: int = 1, **changes: Any) -> messages.Beat:
 
 @dataclass
 class Parts:
-    """An intake and what it is connected to."""
+    """The state of a run, and the parts that take results in."""
 
     config: Config
-    leases: LeaseBook
-    buffer: ReplayBuffer
-    journal: Journal
-    sessions: DeskSessions
+    state: RunState
+    prompts: LeasedPrompts
+    proofs: Proofs
+    acknowledgements: Acknowledgements
     intake: Intake
+
+    @property
+    def leases(self) -> LeaseBook:
+        return self.state.leases
+
+    @property
+    def buffer(self) -> ReplayBuffer:
+        return self.state.buffer
+
+    @property
+    def journal(self) -> Journal:
+        return self.state.journal
+
+    @property
+    def sessions(self) -> DeskSessions:
+        return self.state.sessions
+
+    @property
+    def totals(self) -> RunTotals:
+        return self.state.counters.totals
 
     def connect(self, name: str = "g1", now: float = 0.0) -> DeskSession:
         admission = self.sessions.hello(name.encode(), hello(name), version=0, now=now)
         assert admission.session is not None
-        self.intake.note_proof(name, 1, 0)
+        self.proofs.add(name, 1, 0)
         return admission.session
 
-    def deliver(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> messages.Message | None:
+    def take(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> Taken:
         """Hands in a group as if it came over the wire."""
-        result = group_to_result(group, seq, 1)
+        result = group_to_result(group, seq, self.state.run_epoch)
         return self.intake.group(session, result, encode_body(result), now)
 
+    def deliver(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> messages.Message | None:
+        """As `take`; returns what the sender is told at once."""
+        return self.take(session, group, seq, now).reply
 
-def make_parts(folder: Path, config: Config | None = None, run_epoch: int = 1) -> Parts:
+    def make_durable(self) -> list[DeskSession]:
+        """Everything taken so far; returns the sessions to acknowledge."""
+        self.acknowledgements.make_durable()
+        return self.acknowledgements.take_sessions()
+
+
+def make_parts(
+    folder: Path,
+    config: Config | None = None,
+    run_epoch: int = 1,
+    flush: Callable[[int], None] = os.fdatasync,
+    num_evals: int = 3,
+) -> Parts:
     config = config or small_config()
     pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
-    leases = LeaseBook(pacing, config.generator.lease_timeout_s, run_epoch)
-    buffer = ReplayBuffer(pacing, config.staleness.over_age)
-    journal = Journal.open(folder / "journal")
-    sessions = DeskSessions(
+    state = RunState(
         run_epoch=run_epoch,
-        run_name="run",
-        expected=Expected("model", "tokenizer", "tests:Task"),
-        credit_bytes=MEBIBYTE,
-        max_frame_bytes=MEBIBYTE,
+        policy=PolicyVersions(),
+        leases=LeaseBook(pacing, config.generator.lease_timeout_s, run_epoch),
+        buffer=ReplayBuffer(pacing, config.staleness.over_age),
+        journal=Journal.open(folder / "journal", flush=flush),
+        sessions=DeskSessions(
+            run_epoch=run_epoch,
+            run_name="run",
+            expected=Expected("model", "tokenizer", "tests:Task"),
+            credit_bytes=MEBIBYTE,
+            max_frame_bytes=MEBIBYTE,
+        ),
+        counters=Counters(),
+        evals_done=set(),
     )
-    evals = [Prompt(np.array([40 + index], dtype=np.int32), {"index": -1}) for index in range(3)]
-    intake = Intake(config, VOCAB, Prompts(), evals, leases, buffer, journal, Counters(), sessions)  # type: ignore[arg-type]
-    return Parts(config, leases, buffer, journal, sessions, intake)
+    evals = [Prompt(np.array([40 + index], dtype=np.int32), {"index": -1}) for index in range(num_evals)]
+    prompts = LeasedPrompts(Prompts(), evals, state.leases)
+    proofs = Proofs(state.policy)
+    acknowledgements = Acknowledgements(state.journal, state.sessions, state.counters)
+    intake = Intake(
+        config,
+        vocab_size=VOCAB,
+        state=state,
+        prompts=prompts,
+        proofs=proofs,
+        acknowledgements=acknowledgements,
+    )
+    return Parts(config, state, prompts, proofs, acknowledgements, intake)
 
 
 def make_rollout(reward: float = 1.0, version: int = 0, num_tokens: int = 3) -> Rollout:

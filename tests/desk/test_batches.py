@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from asyncrl.desk.batches import BatchDealer, DecidedStep, _shards
-from asyncrl.replay.frontier import Frontier
+from asyncrl.desk.run_state import PolicyVersions
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
+from asyncrl.types import Frontier
 from tests.desk.desk_parts import stored_group
 
 
@@ -34,7 +35,7 @@ def step(version: int, *ordinals: int) -> DecidedStep:
 
 
 def test_a_batch_needs_a_decision_only_when_every_rank_waits_for_the_same_version(journal):
-    dealer = BatchDealer(journal, checkpoint_every=0, last_step=10)
+    dealer = BatchDealer(journal, PolicyVersions(), checkpoint_every=0, last_step=10)
     dealer.world_size = 2
     dealer.request(0, 3)
     assert dealer.needs_decision() is None
@@ -45,7 +46,7 @@ def test_a_batch_needs_a_decision_only_when_every_rank_waits_for_the_same_versio
 
 
 def test_a_decided_batch_is_dealt_once_per_request_and_again_to_who_asks_again(journal):
-    dealer, sent = BatchDealer(journal, checkpoint_every=0, last_step=10), Sent()
+    dealer, sent = BatchDealer(journal, PolicyVersions(), checkpoint_every=0, last_step=10), Sent()
     dealer.request(0, 0)
     assert not dealer.deal(sent)
     dealer.decide(step(0, 4, 2))
@@ -60,13 +61,13 @@ def test_a_decided_batch_is_dealt_once_per_request_and_again_to_who_asks_again(j
 
 
 def test_nothing_is_decided_beyond_the_last_step(journal):
-    dealer = BatchDealer(journal, checkpoint_every=0, last_step=2)
+    dealer = BatchDealer(journal, PolicyVersions(), checkpoint_every=0, last_step=2)
     dealer.request(0, 2)
     assert dealer.needs_decision() is None
 
 
 def test_checkpoints_are_asked_for_every_so_many_versions_but_not_for_the_last(journal):
-    dealer, saved = BatchDealer(journal, checkpoint_every=2, last_step=6), []
+    dealer, saved = BatchDealer(journal, PolicyVersions(), checkpoint_every=2, last_step=6), []
     for version in range(6):
         sent = Sent()
         dealer.request(0, version)
@@ -82,9 +83,9 @@ def test_after_a_restart_the_steps_of_the_journal_come_first_and_only_the_last_i
         for ordinal in (2 * version, 2 * version + 1):
             journal.append(stored_group(ordinal), 0.0)
         journal.append(StepTaken(version, ((2 * version + 1, 0), (2 * version, 0))), 0.0)
-    journal.sync()
-    dealer = BatchDealer(journal, checkpoint_every=1, last_step=10)
-    dealer.train_again(replay_plan(1, Frontier(2), journal.read_all()).steps, replay_to=3)
+    journal.make_durable()
+    dealer = BatchDealer(journal, PolicyVersions(replay_to=3), checkpoint_every=1, last_step=10)
+    dealer.train_again(replay_plan(1, Frontier(2), journal.read_all()).steps)
     dealt = []
     for version in (1, 2):
         sent = Sent()
@@ -101,7 +102,7 @@ def test_after_a_restart_the_steps_of_the_journal_come_first_and_only_the_last_i
 
 
 def test_a_trainer_that_died_is_forgotten_until_it_asks_again(journal):
-    dealer = BatchDealer(journal, checkpoint_every=0, last_step=10)
+    dealer = BatchDealer(journal, PolicyVersions(), checkpoint_every=0, last_step=10)
     dealer.request(0, 0)
     dealer.forget_ranks()
     assert dealer.needs_decision() is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncrl.desk.counters import Counters
+from asyncrl.desk.counters import Counters, RunTotals
 from asyncrl.link.messages import StepDone
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.pacing import Pacing
@@ -12,70 +12,73 @@ from asyncrl.weights.plan.records import Committed, RoundEnded
 from tests.desk.desk_parts import beat
 
 
-def step(account: Counters, version: int = 1, **metrics: float):
+def step(counters: Counters, version: int = 1, **metrics: float):
     figures = {"reward_mean": 0.5, "reward_std": 0.1, "policy_age_mean": 0.0, "policy_age_max": 0.0} | metrics
     done = StepDone(version, figures, step_s=0.5, idle_s=9.0)
-    return account.step_metrics(done, 2.0, ReplayBuffer(Pacing(2, 1, 5)), 1)
+    return counters.step_metrics(done, 2.0, ReplayBuffer(Pacing(2, 1, 5)), 1)
 
 
 def test_tokens_of_a_step_are_those_sampled_since_the_step_before():
-    account = Counters()
-    account.beat("a", 1, beat(tokens_generated=0))
-    account.beat("a", 1, beat(tokens_generated=100, busy_s=1.5, idle_s=0.5))
-    first = step(account)
-    account.beat("a", 1, beat(tokens_generated=150, busy_s=2.0, idle_s=0.5))
-    second = step(account, 2)
+    counters = Counters()
+    counters.beat("a", 1, beat(tokens_generated=0))
+    counters.beat("a", 1, beat(tokens_generated=100, busy_s=1.5, idle_s=0.5))
+    first = step(counters)
+    counters.beat("a", 1, beat(tokens_generated=150, busy_s=2.0, idle_s=0.5))
+    second = step(counters, 2)
     assert (first.tokens_generated, second.tokens_generated) == (100, 50)
     assert (first.generator_busy_s, first.generator_idle_s, second.generator_idle_s) == (1.5, 0.5, 0.0)
 
 
 def test_a_restarted_generator_counts_from_zero_and_nothing_is_lost_or_negative():
-    account = Counters()
-    account.beat("a", 1, beat(tokens_generated=0))
-    account.beat("a", 1, beat(tokens_generated=100))
-    account.beat("a", 2, beat(tokens_generated=7))
-    assert step(account).tokens_generated == 107
+    counters = Counters()
+    counters.beat("a", 1, beat(tokens_generated=0))
+    counters.beat("a", 1, beat(tokens_generated=100))
+    counters.beat("a", 2, beat(tokens_generated=7))
+    assert step(counters).tokens_generated == 107
 
 
 def test_what_a_generator_did_before_this_learner_started_belongs_to_no_step():
-    account = Counters()
-    account.beat("a", 1, beat(tokens_generated=1000))
-    account.beat("a", 1, beat(tokens_generated=1010))
-    assert step(account).tokens_generated == 10
+    counters = Counters()
+    counters.beat("a", 1, beat(tokens_generated=1000))
+    counters.beat("a", 1, beat(tokens_generated=1010))
+    assert step(counters).tokens_generated == 10
 
 
 def test_acknowledged_dropped_and_failed_rollouts_are_increments_by_reason():
-    account = Counters(rollouts_acked=8, rollouts_dropped=4)
-    account.lease_failed("engine", 4)
-    first = step(account)
-    account.rollouts_acked = 20
-    account.lease_failed("engine", 4)
-    account.lease_failed("reward_error", 1)
-    second = step(account, 2)
+    counters = Counters()
+    counters.totals = RunTotals(rollouts_acked=8, rollouts_dropped=4)
+    counters.lease_failed("engine", 4)
+    first = step(counters)
+    counters.totals.rollouts_acked = 20
+    counters.lease_failed("engine", 4)
+    counters.lease_failed("reward_error", 1)
+    second = step(counters, 2)
     assert (first.rollouts_acked, first.rollouts_dropped, first.rollouts_failed) == (8, 4, {"engine": 4})
     assert (second.rollouts_acked, second.rollouts_dropped) == (12, 0)
     assert second.rollouts_failed == {"engine": 4, "reward_error": 1}
 
 
 def test_filtered_groups_and_their_tokens_are_increments_and_a_share_of_what_was_sampled():
-    account = Counters(groups_filtered=1, tokens_filtered=30)
-    first = step(account, tokens_trained=90.0)
+    counters = Counters()
+    counters.totals = RunTotals(groups_filtered=1, tokens_filtered=30)
+    first = step(counters, tokens_trained=90.0)
     restored = Counters()
-    restored.restore(account.state())
-    restored.groups_filtered, restored.tokens_filtered = 3, 80
+    restored.restore(counters.state())
+    restored.totals.groups_filtered, restored.totals.tokens_filtered = 3, 80
     second = step(restored, 2, tokens_trained=50.0)
     assert (first.groups_filtered, first.tokens_filtered, first.filtered_token_share) == (1, 30, 0.25)
     assert (second.groups_filtered, second.tokens_filtered, second.filtered_token_share) == (2, 50, 0.5)
 
 
-def test_a_restored_account_goes_on_where_the_checkpoint_was():
-    account = Counters(rollouts_acked=8, rollouts_trained=6)
-    account.lease_failed("engine", 4)
+def test_restored_counters_go_on_where_the_checkpoint_was():
+    counters = Counters()
+    counters.totals = RunTotals(rollouts_acked=8)
+    counters.lease_failed("engine", 4)
     restored = Counters()
-    restored.restore(account.state())
-    restored.rollouts_acked += 3
+    restored.restore(counters.state())
+    restored.totals.rollouts_acked += 3
     figures = step(restored)
-    assert (restored.rollouts_trained, figures.rollouts_acked, figures.rollouts_failed) == (6, 3, {"engine": 0})
+    assert (figures.rollouts_acked, figures.rollouts_failed) == (3, {"engine": 0})
 
 
 def test_idle_time_is_never_longer_than_the_step():
@@ -112,12 +115,12 @@ def test_a_sync_reports_the_slowest_and_the_worst_canary_of_its_generators():
 
 
 def test_a_sync_tells_what_was_sent():
-    account = Counters()
-    dense = account.sync_metrics(ended(committed(), num_bytes=5000, dense_bytes=5000))
-    delta = account.sync_metrics(ended(committed(), num_bytes=40, dense_bytes=5000, base_version=0, encode_ms=2.0))
+    counters = Counters()
+    dense = counters.sync_metrics(ended(committed(), num_bytes=5000, dense_bytes=5000))
+    delta = counters.sync_metrics(ended(committed(), num_bytes=40, dense_bytes=5000, base_version=0, encode_ms=2.0))
     assert (dense.encoding, dense.num_bytes, dense.dense_bytes, dense.encode_ms) == ("dense", 5000, 5000, None)
     assert (delta.encoding, delta.num_bytes, delta.dense_bytes, delta.encode_ms) == ("delta", 40, 5000, 2.0)
-    assert not dense.catch_up and account.sync_metrics(ended(committed(), catch_up=True)).catch_up
+    assert not dense.catch_up and counters.sync_metrics(ended(committed(), catch_up=True)).catch_up
 
 
 @pytest.mark.parametrize(
@@ -134,26 +137,26 @@ def test_a_sync_tells_whether_any_engine_had_to_reload(timings, apply):
     assert Counters().sync_metrics(ended(*members)).apply == apply
 
 
-def synced(account: Counters, version: int, *means: float) -> None:
-    account.sync_metrics(ended(*(committed(f"g{i}", mean=mean) for i, mean in enumerate(means)), version=version))
+def synced(counters: Counters, version: int, *means: float) -> None:
+    counters.sync_metrics(ended(*(committed(f"g{i}", mean=mean) for i, mean in enumerate(means)), version=version))
 
 
 def test_the_gap_is_split_into_what_the_newest_sync_left_and_the_rest():
-    account = Counters()
-    unsynced = step(account, logprob_gap=0.03)
+    counters = Counters()
+    unsynced = step(counters, logprob_gap=0.03)
     assert (unsynced.gap_engine, unsynced.gap_drift) == (None, None)
-    synced(account, 1, 0.5)
-    synced(account, 2, 0.01, 0.02)
-    synced(account, 3)  # nobody committed: the one before stays the newest
-    measured = step(account, 2, logprob_gap=0.04)
+    synced(counters, 1, 0.5)
+    synced(counters, 2, 0.01, 0.02)
+    synced(counters, 3)  # nobody committed: the one before stays the newest
+    measured = step(counters, 2, logprob_gap=0.04)
     assert (measured.gap_engine, measured.gap_drift) == (pytest.approx(0.015), pytest.approx(0.025))
-    assert step(account, 3).gap_drift is None, "without a gap there is nothing to split"
+    assert step(counters, 3).gap_drift is None, "without a gap there is nothing to split"
 
 
 def test_a_gap_smaller_than_the_engines_is_no_negative_drift():
-    account = Counters()
-    synced(account, 1, 0.02)
-    assert step(account, logprob_gap=0.01).gap_drift == 0.0
+    counters = Counters()
+    synced(counters, 1, 0.02)
+    assert step(counters, logprob_gap=0.01).gap_drift == 0.0
 
 
 def test_figures_by_age_are_nested_by_bucket():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from asyncrl.desk.daemon import make_intake
+from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.daemon import load_prompts
+from asyncrl.desk.intake import Intake
+from asyncrl.desk.proofs import Proofs
+from asyncrl.desk.restoring import restore_run
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
-from tests.desk.desk_parts import hello, small_config, stored_group, train_group
+from tests.desk.desk_parts import VOCAB, hello, small_config, stored_group, train_group
 
 
 def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_trainer_is_not_up_yet(
@@ -23,23 +27,32 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
             for ordinal in ordinals:
                 journal.append(stored_group(ordinal, version=version), 0.0)
             journal.append(StepTaken(version, tuple((ordinal, 0) for ordinal in ordinals)), 0.0)
-        journal.sync()
-        intake, version, _ = make_intake(config, 2, journal)
-        assert (version, intake.newest_version) == (0, 2)
+        journal.make_durable()
+        state = restore_run(config, 2, journal)
+        assert (state.policy.trained, state.policy.newest) == (0, 2)
 
-        fingerprints = intake.sessions._expected
+        prompts = load_prompts(config, state.leases)
+        intake = Intake(
+            config,
+            vocab_size=VOCAB,
+            state=state,
+            prompts=prompts,
+            proofs=Proofs(state.policy),
+            acknowledgements=Acknowledgements(journal, state.sessions, state.counters),
+        )
+        fingerprints = state.sessions._expected
         greeting = hello("g2")
         fields = {name: getattr(greeting, name) for name in greeting.__slots__} | {
             "model_fingerprint": fingerprints.model_fingerprint,
             "tokenizer_fingerprint": fingerprints.tokenizer_fingerprint,
             "task": fingerprints.task,
         }
-        session = intake.sessions.hello(b"g2", type(greeting)(**fields), version=0, now=0.0).session
+        session = state.sessions.hello(b"g2", type(greeting)(**fields), version=0, now=0.0).session
         for seq, tokens_version, taken in ((1, 2, True), (2, 3, False)):
             group = train_group(3 + seq, version=tokens_version)
-            group.prompt_token_ids = intake.prompts.train(3 + seq).token_ids
+            group.prompt_token_ids = prompts.of(group.key).token_ids
             result = group_to_result(group, seq, 1)
-            answer = intake.group(session, result, encode_body(result), 0.0)
+            answer = intake.group(session, result, encode_body(result), 0.0).reply
             assert (answer is None) == taken, answer
     finally:
         journal.close()

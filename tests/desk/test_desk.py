@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,22 +10,18 @@ import sys
 
 import pytest
 
-from asyncrl.desk.batches import BatchDealer
-from asyncrl.desk.desk import FINAL_EVALUATION_LEASES, SIGNAL_STOP_TIMEOUT_S, Desk
-from asyncrl.desk.evaluation import Evaluator
-from asyncrl.desk.generators import Generators
-from asyncrl.desk.ranks import Ranks
+from asyncrl.desk.daemon import Surroundings, make_desk
+from asyncrl.desk.desk import FINAL_EVALUATION_LEASES, SIGNAL_STOP_TIMEOUT_S
 from asyncrl.desk.trainer_process import TrainerProcess
-from asyncrl.desk.versions import Versions
 from asyncrl.errors import CheckpointError, JournalError, TrainerFailed
 from asyncrl.link import messages
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import LAST_WORDS
-from asyncrl.weights.plan.planner import SyncPlanner
-from tests.desk.desk_parts import MEBIBYTE, hello, make_parts, small_config
+from tests.desk.desk_parts import MEBIBYTE, VOCAB, hello, make_parts, small_config
 
 STEPS = 5
 LEASE_TIMEOUT_S = 60.0
+FIGURES = {"reward_mean": 0.5, "reward_std": 0.1, "policy_age_mean": 0.0, "policy_age_max": 0.0}
 
 
 class Stop:
@@ -43,53 +40,31 @@ class Log:
 
 
 class World:
-    def __init__(self, folder, eval_prompts=0):
-        config = small_config(run__dir=str(folder), run__steps=STEPS, generator__lease_timeout_s=LEASE_TIMEOUT_S)
-        self.folder, self.parts = folder, make_parts(folder, config)
-        intake, journal = self.parts.intake, self.parts.journal
+    def __init__(self, folder, num_evals=0):
+        (folder / "config.json").write_text(json.dumps({"vocab_size": VOCAB}))
+        config = small_config(
+            run__dir=str(folder),
+            run__steps=STEPS,
+            model__path=str(folder),
+            generator__lease_timeout_s=LEASE_TIMEOUT_S,
+        )
+        self.folder = folder
+        self.parts = make_parts(folder, config, num_evals=num_evals)
         self.sockets = [ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MEBIBYTE) for _ in range(2)]
-        planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=5.0, tolerance=1e-4, cell_size=8)
-        generators = Generators(
-            config,
-            run_epoch=1,
-            socket=self.sockets[0],
-            sessions=self.parts.sessions,
-            intake=intake,
-            planner=planner,
+        self.process = TrainerProcess(
+            folder / "c",
+            "ipc:///n",
+            folder / "log",
+            num_ranks=1,
+            threads=1,
+            max_restarts=1,
+            weights_timeout_s=5.0,
         )
-        self.evaluator = Evaluator(config, eval_prompts, self.parts.leases, Log(), intake.sync, set())
-        self.trainers = Ranks(
-            run_epoch=1,
-            version=0,
-            socket=self.sockets[1],
-            intake=intake,
-            dealer=BatchDealer(journal, checkpoint_every=0, last_step=STEPS),
-            metrics=Log(),
-            last_logged_version=STEPS,
-            desk_state=dict,
-            checkpoints=folder / "checkpoints",
-        )
-        weights = Versions(
-            planner=planner,
-            socket=self.sockets[1],
-            generators=generators,
-            intake=intake,
-            evaluator=self.evaluator,
-            metrics=Log(),
-            on_first_proof=self.trainers.begin,
-        )
-        self.process = TrainerProcess(folder / "c", "ipc:///n", folder / "log", num_ranks=1, threads=1, max_restarts=1)
         self.stop = Stop()
-        self.desk = Desk(
-            config,
-            intake=intake,
-            generators=generators,
-            trainers=self.trainers,
-            weights=weights,
-            evaluator=self.evaluator,
-            trainer=self.process,
-            stop=self.stop,
-        )
+        surroundings = Surroundings(*self.sockets, self.process, Log(), self.stop)
+        self.desk = make_desk(config, self.parts.state, self.parts.prompts, surroundings)
+        self.ranks = self.desk.ranks
+        self.evaluator = self.desk.evaluator
 
     def trainer(self, code=""):
         """The trainer's process is at work, or about to end as `code` says."""
@@ -127,11 +102,11 @@ def test_the_run_ends_when_the_trainer_that_lives_has_made_the_last_step(world):
     world.trainer()
     world.asks_from(STEPS - 1)
     assert world.desk._stopping_since is None
-    world.desk._from_trainer(b"trainer", messages.StepDone(STEPS, {}, 0.1, 0.0), b"", 0.0)
-    assert world.trainers.version == STEPS
+    world.desk._from_trainer(b"trainer", messages.StepDone(STEPS, FIGURES, 0.1, 0.0), b"", 0.0)
+    assert world.parts.state.policy.trained == STEPS
     world.desk._over(0.0)
     assert world.desk._stopping_since is None, "it has not saved what it did, and may die before it does"
-    world.trainers.lost()
+    world.ranks.lost()
     world.desk._from_trainer(b"trainer", messages.BatchRequest(0, STEPS), b"", 0.0)  # was still on its way
     world.desk._over(0.0)
     world.asks_from(STEPS - 2, peer=b"next")
@@ -175,7 +150,7 @@ def test_a_last_checkpoint_that_failed_on_a_signal_is_an_error(world):
 
 def test_the_last_evaluation_is_waited_for_with_a_deadline_and_the_wait_is_said(tmp_path, caplog):
     caplog.set_level("INFO")
-    world = World(tmp_path, eval_prompts=3)
+    world = World(tmp_path, num_evals=3)
     try:
         world.trainer()
         world.asks_from(STEPS)
@@ -196,10 +171,10 @@ def test_the_last_evaluation_is_waited_for_with_a_deadline_and_the_wait_is_said(
 def test_a_snapshot_of_a_trainer_that_died_is_not_offered(world):
     ready = messages.SnapshotReady(1, {"digests": [1]}, [], [], 1.0)
     world.desk._from_trainer(b"publisher", ready, b"", 0.0)
-    assert world.desk.weights.planner.snapshot is None
+    assert world.desk.versions.planner.snapshot is None
     world.asks_from(1)
     world.desk._from_trainer(b"publisher", ready, b"", 0.0)
-    assert world.desk.weights.planner.snapshot is ready
+    assert world.desk.versions.planner.snapshot is ready
 
 
 def test_a_learner_whose_folder_was_taken_over_ends_and_one_whose_generator_knew_another_folder_goes_on(world):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncrl.desk.evaluation import Evaluation, Evaluator, evaluation_due
+from asyncrl.desk.evaluation import EvalResults, Evaluator, evaluation_due
 from tests.desk.desk_parts import eval_group, make_parts, small_config
 
 PROMPTS = 3
@@ -20,27 +20,49 @@ class Log:
         self.evals.append(figures)
 
 
+class Results:
+    """Stands for `Acknowledgements`: each result counts once it is durable."""
+
+    def __init__(self):
+        self.accepted = []
+        self.durable = []
+        self.times_made_durable = 0
+
+    def make_durable(self):
+        self.times_made_durable += 1
+        self.durable += self.accepted
+        self.accepted = []
+
+    def take_evaluated(self):
+        durable, self.durable = self.durable, []
+        return durable
+
+
 class World:
     """A desk's leases and one evaluator."""
 
     def __init__(self, folder, done=()):
         self.parts = make_parts(folder, small_config(eval__every=2, eval__prompts=PROMPTS))
         self.log = Log()
-        self.durable = 0
-        config, leases = self.parts.config, self.parts.leases
-        self.evaluator = Evaluator(config, PROMPTS, leases, self.log, self.make_durable, set(done))
-
-    def make_durable(self):
-        self.durable += 1
+        self.results = Results()
+        self.evaluator = Evaluator(
+            self.parts.config,
+            num_prompts=PROMPTS,
+            leases=self.parts.leases,
+            acknowledgements=self.results,
+            metrics=self.log,
+            done=set(done),
+        )
 
     def answer(self, version, rewards, now=0.0):
         """One generator that holds `version` answers as many prompts as there are rewards."""
-        for reward, record in zip(rewards, self.parts.leases.grant("g", version, PROMPTS, version, now), strict=False):
+        granted = self.parts.leases.grant("g", version, len(rewards), version, now)
+        for reward, record in zip(rewards, granted, strict=True):
             group = eval_group(
                 record.key.ordinal, prompt=40, version=version, reward=reward, attempt=record.key.attempt
             )
             self.parts.leases.accept(group.key)
-            self.evaluator.add(group)
+            self.results.accepted.append(group)
 
 
 @pytest.fixture
@@ -76,12 +98,12 @@ def test_its_figures_are_means_over_all_prompts_once_all_are_answered(world):
     assert (figures.version, figures.prompts, figures.prompts_failed, figures.reward_mean) == (0, 3, 0, 0.5)
     assert figures.reward_parts == {"exact": 0.5}
     assert figures.completion_tokens_mean == 3.0
-    assert world.durable == 1
+    assert world.results.times_made_durable == 1
     assert world.evaluator.idle
 
 
 def test_prompts_that_got_no_reward_are_counted_and_are_no_zeros():
-    evaluation = Evaluation(4, num_prompts=3, started=0.0)
+    evaluation = EvalResults(4, first_ordinal=0, num_prompts=3)
     assert evaluation.metrics() is None
     evaluation.add(eval_group(0, prompt=40, reward=1.0))
     evaluation.add(eval_group(0, prompt=40, reward=0.0))  # the first result of a prompt counts
@@ -101,7 +123,8 @@ def test_an_evaluation_that_nobody_can_finish_is_repeated_with_a_later_version(w
     world.evaluator.version_proven(1, 0.0)
     world.answer(1, [0.0, 0.0, 0.0])
     world.evaluator.advance(1, {1})
-    assert [(figures.version, figures.prompts, figures.reward_mean) for figures in world.log.evals] == [(1, 3, 0.0)]
+    (figures,) = world.log.evals
+    assert (figures.version, figures.prompts, figures.reward_mean) == (1, 3, 0.0), "the first result is of another one"
 
 
 def test_what_was_answered_of_an_evaluation_that_is_given_up_is_reported(world):
@@ -109,10 +132,13 @@ def test_what_was_answered_of_an_evaluation_that_is_given_up_is_reported(world):
     assert world.evaluator.describe() == "the evaluation of version 0 waits for a generator that proves it"
     world.evaluator.version_proven(0, 0.0)
     world.answer(0, [1.0])
+    world.results.make_durable()
+    world.evaluator.advance(0, {0})
     assert world.evaluator.describe() == "evaluation of version 0: 1 of 3 prompts are answered"
+    world.answer(0, [0.0])  # not durable yet
     world.evaluator.give_up()
-    assert [(figures.prompts, figures.prompts_failed) for figures in world.log.evals] == [(1, 2)]
-    assert world.evaluator.idle and world.durable == 1
+    assert [(figures.prompts, figures.prompts_failed) for figures in world.log.evals] == [(2, 1)]
+    assert world.evaluator.idle
 
 
 def test_while_it_runs_training_goes_on_and_a_later_evaluation_waits_its_turn(world):

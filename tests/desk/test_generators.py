@@ -38,25 +38,25 @@ class Wire:
 
 
 class World:
-    def __init__(self, folder, **changes):
-        self.parts = make_parts(folder, small_config(**changes))
+    def __init__(self, folder, run_epoch=1, **changes):
+        self.parts = make_parts(folder, small_config(**changes), run_epoch)
         self.wire = Wire()
         self.planner = SyncPlanner(run_epoch=1, run_name="run", timeout_s=10.0, tolerance=1e-4, cell_size=8)
-        self.side = Generators(
+        self.generators = Generators(
             self.parts.config,
-            run_epoch=1,
             socket=self.wire,
-            sessions=self.parts.sessions,
-            intake=self.parts.intake,
+            state=self.parts.state,
+            prompts=self.parts.prompts,
+            acknowledgements=self.parts.acknowledgements,
             planner=self.planner,
         )
 
     def join(self, name, wanted=0, incarnation=1, now=0.0, version=0, **changes):
         """Hello, first beat, and the proof of `version`."""
         peer = f"{name}.{incarnation}".encode()
-        self.side.hello(peer, hello(name, incarnation), 0, now)
-        session = self.side.session_of(peer, now)
-        self.side.beat(session, beat(sequences_wanted=wanted, **changes), now)
+        self.generators.hello(peer, hello(name, incarnation), now)
+        session = self.generators.session_of(peer, now)
+        self.generators.beat(session, beat(sequences_wanted=wanted, **changes), now)
         if name in self.planner.receivers:
             self.planner.receivers[name].held_version = version
         return session
@@ -73,17 +73,18 @@ def world(tmp_path):
 
 
 def test_a_generator_that_fits_is_welcomed_and_one_that_does_not_is_refused(world):
-    world.side.hello(b"p", hello("a"), 3, 0.0)
+    world.parts.state.policy.trained = 3
+    world.generators.hello(b"p", hello("a"), 0.0)
     ((_, welcome),) = world.wire.take(messages.Welcome)
     assert (welcome.run_epoch, welcome.version) == (1, 3)
-    world.side.hello(b"q", dataclasses.replace(hello("b"), tokenizer_fingerprint="other"), 3, 0.0)
+    world.generators.hello(b"q", dataclasses.replace(hello("b"), tokenizer_fingerprint="other"), 0.0)
     ((_, refused),) = world.wire.take(messages.Refused)
     assert (refused.code, refused.expected, refused.got) == ("tokenizer", "tokenizer", "other")
-    assert [session.generator_id for session in world.side.alive()] == ["a"]
+    assert [session.generator_id for session in world.generators.alive()] == ["a"]
 
 
 def test_an_unknown_peer_is_asked_to_say_hello(world):
-    assert world.side.session_of(b"stranger", 0.0) is None
+    assert world.generators.session_of(b"stranger", 0.0) is None
     ((_, nack),) = world.wire.take(messages.Nack)
     assert (nack.seq, nack.code) == (0, "hello")
 
@@ -96,28 +97,28 @@ def test_every_beat_is_answered(world):
 def test_weights_are_offered_only_once_the_engine_is_ready(world):
     session = world.join("a", ready=False)
     assert world.planner.receivers == {}
-    world.side.beat(session, beat(ready=True), 1.0)
+    world.generators.beat(session, beat(ready=True), 1.0)
     assert list(world.planner.receivers) == ["a"]
 
 
 def test_leases_fill_the_room_that_a_generator_says_it_has(world):
     """Two groups of four fit into nine sequences; the third is for the one sequence left over."""
     world.join("a", wanted=9)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert world.grants() == [("a.1", 0), ("a.1", 1), ("a.1", 2)]
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert world.grants() == []
 
 
 def test_room_is_cumulative_so_that_a_beat_on_its_way_asks_for_nothing_twice(world):
     session = world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert len(world.grants()) == 1
-    world.side.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), 0.1)
-    world.side.grant(0, 0.1)
+    world.generators.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), 0.1)
+    world.generators.grant(0.1)
     assert world.grants() == []
-    world.side.beat(session, beat(sequences_wanted=8, active=[["train", 0, 0, 0]]), 0.2)
-    world.side.grant(0, 0.2)
+    world.generators.beat(session, beat(sequences_wanted=8, active=[["train", 0, 0, 0]]), 0.2)
+    world.generators.grant(0.2)
     assert world.grants() == [("a.1", 1)]
 
 
@@ -125,20 +126,20 @@ def test_pacing_bounds_what_all_generators_get_together(world):
     """(version 0 + max_age 1 + 1) x 2 groups in a step."""
     world.join("a", wanted=100)
     world.join("b", wanted=100)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert len(world.grants()) == 4
 
 
 def test_a_generator_that_proved_no_version_gets_no_lease(world):
     world.join("a", wanted=100, version=None)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert world.grants() == []
 
 
 def test_a_lease_says_everything_that_is_needed(tmp_path):
     world = World(tmp_path, sampling__repeatable=True, run__seed=2)
     world.join("a", wanted=8)
-    world.side.grant(0, 5.0)
+    world.generators.grant(5.0)
     first, second = (message for _, message in world.wire.take(messages.LeaseGrant))
     assert (first.kind, first.ordinal, first.attempt, first.issued_version) == ("train", 0, 0, 0)
     assert (first.num_rollouts, first.max_new_tokens, first.temperature) == (4, 6, 1.0)
@@ -152,15 +153,15 @@ def test_a_lease_says_everything_that_is_needed(tmp_path):
 def test_a_greedy_completion_is_leased_when_it_is_the_baseline_and_counts_as_a_sequence(tmp_path):
     world = World(tmp_path, algorithm__advantage="remax")
     session = world.join("a", wanted=6)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     grants = [message for _, message in world.wire.take(messages.LeaseGrant)]
     assert [(grant.num_rollouts, grant.greedy_baseline) for grant in grants] == [(4, True)] * 2
-    world.side.beat(session, beat(sequences_wanted=10, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.1)
-    world.side.grant(0, 0.1)
+    world.generators.beat(session, beat(sequences_wanted=10, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.1)
+    world.generators.grant(0.1)
     assert world.grants() == []  # two leases are ten sequences
     world.parts.leases.start_eval(0, 1, 60.0, 0.1)
-    world.side.beat(session, beat(sequences_wanted=11, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.2)
-    world.side.grant(0, 0.2)
+    world.generators.beat(session, beat(sequences_wanted=11, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.2)
+    world.generators.grant(0.2)
     ((_, grant),) = world.wire.take(messages.LeaseGrant)
     assert (grant.kind, grant.num_rollouts, grant.greedy_baseline) == ("eval", 1, False)
     world.parts.journal.close()
@@ -168,50 +169,50 @@ def test_a_greedy_completion_is_leased_when_it_is_the_baseline_and_counts_as_a_s
 
 def test_without_it_no_greedy_completion_is_leased(world):
     world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert [message.greedy_baseline for _, message in world.wire.take(messages.LeaseGrant)] == [False]
 
 
 def test_what_a_leaving_generator_held_goes_to_another_one_at_once(world):
     leaving = world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert world.grants() == [("a.1", 0)]
-    world.side.bye(leaving, messages.Bye("signal"), 1.0)
+    world.generators.bye(leaving, messages.Bye("signal"), 1.0)
     assert world.planner.receivers == {}
     world.join("b", wanted=4)
-    world.side.grant(0, 1.0)
+    world.generators.grant(1.0)
     assert world.grants() == [("b.1", 0)]
 
 
 def test_a_silent_generator_is_dead_after_its_deadline_and_its_leases_go_back(world):
     world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
-    world.side.expire(limits.DEAD_S - 0.1)
+    world.generators.grant(0.0)
+    world.generators.expire(limits.DEAD_S - 0.1)
     assert world.parts.leases.num_running == 1
-    world.side.expire(limits.DEAD_S)
+    world.generators.expire(limits.DEAD_S)
     assert world.parts.leases.num_running == 0
-    assert world.side.alive() == []
+    assert world.generators.alive() == []
 
 
 def test_a_silent_generator_without_a_connection_is_dead_long_before_that(world):
     """Killed: its leases would hold the learner up once they are max_age old."""
     session = world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     world.wire.gone.add(b"a.1")
-    world.side.expire(limits.SUSPECT_S - 0.1)
-    assert world.side.alive() == [session]  # for all we know it is back in a moment
-    world.side.expire(limits.SUSPECT_S)
+    world.generators.expire(limits.SUSPECT_S - 0.1)
+    assert world.generators.alive() == [session]  # for all we know it is back in a moment
+    world.generators.expire(limits.SUSPECT_S)
     assert world.parts.leases.num_running == 0
-    assert world.side.alive() == []
+    assert world.generators.alive() == []
 
 
 def test_a_connection_that_came_back_in_time_was_never_gone(world):
     world.join("a", wanted=4)
     world.wire.gone.add(b"a.1")
-    world.side.expire(limits.SUSPECT_S - 0.5)
-    world.side.hello(b"a.again", hello("a"), 0, limits.SUSPECT_S - 0.1)
-    world.side.expire(limits.SUSPECT_S)
-    assert [session.peer for session in world.side.alive()] == [b"a.again"]
+    world.generators.expire(limits.SUSPECT_S - 0.5)
+    world.generators.hello(b"a.again", hello("a"), limits.SUSPECT_S - 0.1)
+    world.generators.expire(limits.SUSPECT_S)
+    assert [session.peer for session in world.generators.alive()] == [b"a.again"]
 
 
 def test_the_connection_of_a_silent_generator_is_looked_at_once_a_beat(world):
@@ -219,75 +220,65 @@ def test_the_connection_of_a_silent_generator_is_looked_at_once_a_beat(world):
     world.wire.take(messages.Ack)
     times = [step * limits.BEAT_S / 10 for step in range(50)]
     for now in times:
-        world.side.expire(now)
+        world.generators.expire(now)
     assert len(world.wire.take(messages.Ack)) == 3  # after 2, 3 and 4 beats
 
 
 def test_a_generator_that_comes_back_gets_no_more_than_it_has_room_for(world):
     """What it had received before counts: its wish is cumulative."""
     session = world.join("a", wanted=8)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     assert len(world.grants()) == 2
-    world.side.expire(limits.DEAD_S)
+    world.generators.expire(limits.DEAD_S)
     back = limits.DEAD_S + 1
-    assert world.side.session_of(b"a.1", back) is session
-    world.side.expire(back)
-    world.side.grant(0, back)
+    assert world.generators.session_of(b"a.1", back) is session
+    world.generators.expire(back)
+    world.generators.grant(back)
     assert world.grants() == []  # nothing is known of its room yet
-    world.side.beat(session, beat(sequences_wanted=12, sequences_received=8), back)
+    world.generators.beat(session, beat(sequences_wanted=12, sequences_received=8), back)
     world.planner.receivers["a"].held_version = 0
-    world.side.grant(0, back)
+    world.generators.grant(back)
     assert len(world.grants()) == 1
 
 
 def test_a_generator_taken_for_dead_that_comes_back_begins_with_the_weights(world):
     session = world.join("a", wanted=4)
-    world.side.expire(limits.DEAD_S)
+    world.generators.expire(limits.DEAD_S)
     assert world.planner.held_version("a") is None
-    assert world.side.session_of(b"a.1", limits.DEAD_S + 1) is session
-    world.side.beat(session, beat(sequences_wanted=4), limits.DEAD_S + 1)
-    world.side.expire(limits.DEAD_S + 1)
-    assert world.side.alive() == [session]
+    assert world.generators.session_of(b"a.1", limits.DEAD_S + 1) is session
+    world.generators.beat(session, beat(sequences_wanted=4), limits.DEAD_S + 1)
+    world.generators.expire(limits.DEAD_S + 1)
+    assert world.generators.alive() == [session]
     assert world.planner.receivers["a"].held_version is None
-    world.side.grant(0, limits.DEAD_S + 1)
+    world.generators.grant(limits.DEAD_S + 1)
     assert world.grants() == []
 
 
 def test_a_newer_incarnation_takes_the_place_of_the_older_and_of_its_leases(world):
     world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     world.grants()
     world.join("a", wanted=4, incarnation=2, now=1.0)
     assert world.parts.leases.num_running == 0
-    world.side.grant(0, 1.0)
+    world.generators.grant(1.0)
     assert world.grants() == [("a.2", 0)]
-    assert world.side.session_of(b"a.1", 1.0) is None
+    assert world.generators.session_of(b"a.1", 1.0) is None
 
 
 def test_a_lease_that_the_generator_does_not_know_is_leased_again(world):
     session = world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     world.grants()
-    world.side.beat(session, beat(sequences_wanted=4), 1.0)  # too early: the grant may be on its way
+    world.generators.beat(session, beat(sequences_wanted=4), 1.0)  # too early: the grant may be on its way
     assert world.parts.leases.num_running == 1
-    world.side.beat(session, beat(sequences_wanted=4, held_version=0), 60.0)
+    world.generators.beat(session, beat(sequences_wanted=4, held_version=0), 60.0)
     assert world.parts.leases.num_running == 0
-    world.side.grant(0, 60.0)
+    world.generators.grant(60.0)
     assert world.grants() == [("a.1", 0)]
 
 
 def test_a_lease_that_nobody_wants_is_abandoned_and_one_of_an_earlier_learner_adopted(tmp_path):
-    world = World(tmp_path)
-    world.parts.journal.close()
-    world.parts = make_parts(tmp_path / "second", small_config(), run_epoch=2)
-    world.side = Generators(
-        world.parts.config,
-        run_epoch=2,
-        socket=world.wire,
-        sessions=world.parts.sessions,
-        intake=world.parts.intake,
-        planner=world.planner,
-    )
+    world = World(tmp_path, run_epoch=2)
     world.join("a", run_epoch=2, active=[["train", 1, 0, 0], ["train", 9999, 0, 0]])
     ((_, abandon),) = world.wire.take(messages.Abandon)
     assert abandon.leases == [["train", 9999, 0]]
@@ -297,12 +288,12 @@ def test_a_lease_that_nobody_wants_is_abandoned_and_one_of_an_earlier_learner_ad
 
 def test_an_expired_lease_is_abandoned_by_its_holder_and_leased_again(world):
     session = world.join("a", wanted=4)
-    world.side.grant(0, 0.0)
+    world.generators.grant(0.0)
     world.grants()
     deadline = world.parts.config.generator.lease_timeout_s
-    world.side.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), deadline - 1)
+    world.generators.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), deadline - 1)
     world.parts.sessions.of(b"a.1", deadline)
-    world.side.expire(deadline)
+    world.generators.expire(deadline)
     ((_, abandon),) = world.wire.take(messages.Abandon)
     assert abandon.leases == [["train", 0, 0]]
     assert world.parts.leases.num_running == 0
@@ -311,5 +302,5 @@ def test_an_expired_lease_is_abandoned_by_its_holder_and_leased_again(world):
 def test_all_generators_are_told_when_the_learner_stops(world):
     world.join("a")
     world.join("b")
-    world.side.stop(True, "the run is finished")
+    world.generators.stop(True, "the run is finished")
     assert [(peer, stop.finished) for peer, stop in world.wire.take(messages.Stop)] == [(b"a.1", True), (b"b.1", True)]

@@ -7,16 +7,16 @@ import math
 import numpy as np
 import pytest
 
+from asyncrl.desk.intake import Taken
 from asyncrl.errors import JournalError
 from asyncrl.link.codec import decode_body
 from asyncrl.link.messages import Ack, GroupResult, LeaseFailed, Nack
 from asyncrl.link.rollouts import result_to_group
 from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP
-from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.recovery import replay_plan
-from asyncrl.storage.journal import SYNC_AFTER_S
+from asyncrl.storage.journal import DURABLE_AFTER_S
 from asyncrl.storage.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
-from asyncrl.types import LeaseKey, LeaseKind, VersionSpan
+from asyncrl.types import Frontier, LeaseKey, LeaseKind, VersionSpan
 from tests.desk.desk_parts import eval_group, flat_group, make_parts, make_rollout, small_config, train_group
 
 
@@ -45,47 +45,52 @@ def test_a_result_is_acknowledged_only_after_the_journal_is_synced(parts, sessio
     assert parts.deliver(session, train_group(0), seq=1) is None
     assert parts.sessions.ack(session).acked_seq == 0
     assert records(parts, StoredGroup) == []
-    assert parts.intake.sync() == [session]
+    assert parts.make_durable() == [session]
     assert parts.sessions.ack(session).acked_seq == 1
     assert [record.ordinal for record in records(parts, StoredGroup)] == [0]
 
 
-def test_nothing_is_acknowledged_when_the_disk_fails(parts, session, monkeypatch):
+def full(fd: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_nothing_is_acknowledged_when_the_disk_fails(tmp_path):
+    parts = make_parts(tmp_path, flush=full)
+    session = parts.connect()
     lease(parts)
     parts.deliver(session, train_group(0), seq=1)
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fdatasync", full)
     with pytest.raises(JournalError, match="No space left"):
-        parts.intake.sync()
+        parts.make_durable()
     assert parts.sessions.ack(session).acked_seq == 0
+    assert parts.acknowledgements.take_sessions() == []
+    parts.journal.close()
 
 
 def test_the_sync_is_put_off_until_it_is_due_so_that_results_share_it(parts, session):
     lease(parts, 2)
     parts.deliver(session, train_group(0), seq=1, now=10.0)
-    assert parts.intake.sync_if_due(10.0) == []
+    parts.acknowledgements.make_durable_if_due(10.0)
+    assert parts.acknowledgements.take_sessions() == []
     parts.deliver(session, train_group(1), seq=2, now=10.0)
-    assert parts.intake.sync_if_due(10.0 + SYNC_AFTER_S) == [session]
+    parts.acknowledgements.make_durable_if_due(10.0 + DURABLE_AFTER_S)
+    assert parts.acknowledgements.take_sessions() == [session]
     assert parts.sessions.ack(session).acked_seq == 2
 
 
 def test_an_accepted_group_is_buffered_and_counted_by_its_rollouts(parts, session):
     lease(parts)
     parts.deliver(session, train_group(0, num_rollouts=3), seq=1)
-    parts.intake.sync()
+    parts.make_durable()
     assert len(parts.buffer) == 1
     assert parts.leases.num_running == 0
-    assert parts.intake.account.rollouts_acked == 3
+    assert parts.totals.rollouts_acked == 3
 
 
 def test_a_result_sent_twice_is_stored_once_and_acknowledged_again(parts, session):
     lease(parts)
     parts.deliver(session, train_group(0), seq=1)
     assert parts.deliver(session, train_group(0), seq=1) is None  # still being written: no answer yet
-    parts.intake.sync()
+    parts.make_durable()
     answer = parts.deliver(session, train_group(0), seq=1)
     assert isinstance(answer, Ack)
     assert answer.acked_seq == 1
@@ -98,7 +103,7 @@ def test_a_second_group_for_a_prompt_is_acknowledged_and_forgotten(parts, sessio
     parts.deliver(session, train_group(0), seq=1)
     other = parts.connect("g2")
     assert parts.deliver(other, train_group(0), seq=1) is None
-    parts.intake.sync()
+    parts.make_durable()
     assert parts.sessions.ack(other).acked_seq == 1
     assert len(parts.buffer) == 1
     assert [record.generator_id for record in records(parts, MessageSeen)] == ["g2"]
@@ -108,10 +113,7 @@ def test_a_faster_group_cancels_the_lease_that_runs_elsewhere(parts, session):
     (first,) = lease(parts)
     parts.leases.expire(first.deadline_at)
     (second,) = parts.leases.grant("g2", 0, 1, 0, first.deadline_at + 100.0)
-    cancelled = []
-    parts.intake.on_cancel = cancelled.append
-    parts.deliver(session, train_group(0), seq=1)
-    assert cancelled == [second]
+    assert parts.take(session, train_group(0), seq=1).superseded == second
 
 
 def spoil_prompt(group):
@@ -156,8 +158,7 @@ def test_a_group_that_does_not_fit_is_refused_for_good_and_its_prompt_leased_aga
     assert answer.code == "invalid"
     assert "group train 0" in answer.reason or "rollouts" in answer.reason
     assert (len(parts.buffer), parts.leases.num_running) == (0, 0)
-    assert parts.intake.account.results_refused == 1
-    assert parts.intake.account.rollouts_failed == {"invalid": 4}
+    assert parts.totals.rollouts_failed == {"invalid": 4}
     assert isinstance(parts.deliver(session, group, seq=1), Nack)  # repeated: the same answer again
     (again,) = lease(parts, now=100.0)
     assert (again.key.ordinal, again.key.attempt) == (0, 1)
@@ -169,9 +170,9 @@ def test_a_group_that_does_not_fit_is_refused_for_good_and_its_prompt_leased_aga
     ids=["its own", "of another version", "of another incarnation", "of another generator", "none"],
 )
 def test_tokens_are_taken_of_versions_alone_that_this_generator_proved_to_this_learner(parts, session, proof, taken):
-    parts.intake.newest_version = 2
+    parts.state.policy.newest = 2
     if proof:
-        parts.intake.note_proof(*proof)
+        parts.proofs.add(*proof)
     lease(parts, 1)
     answer = parts.deliver(session, train_group(0, version=2), seq=1)
     assert (answer is None) == taken
@@ -180,7 +181,7 @@ def test_tokens_are_taken_of_versions_alone_that_this_generator_proved_to_this_l
 
 
 def test_what_was_proven_to_an_earlier_learner_of_the_run_is_taken(parts, session):
-    parts.intake.newest_version, parts.intake.proven_before = 3, 2
+    parts.state.policy.newest, parts.state.policy.proven_before = 3, 2
     lease(parts, 2)
     assert parts.deliver(session, train_group(0, version=2), seq=1) is None
     assert isinstance(parts.deliver(session, train_group(1, version=3), seq=2), Nack)
@@ -205,10 +206,10 @@ def failure(ordinal: int, seq: int, reason: str = "reward_error", attempt: int =
 
 def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts, session):
     lease(parts)
-    assert parts.intake.failed(session, failure(0, seq=1), 100, 0.0) is None
-    parts.intake.sync()
+    assert parts.intake.failed(session, failure(0, seq=1), 100, 0.0) == Taken()
+    parts.make_durable()
     assert parts.sessions.ack(session).acked_seq == 1
-    assert parts.intake.account.rollouts_failed == {"reward_error": 4}
+    assert parts.totals.rollouts_failed == {"reward_error": 4}
     assert len(parts.buffer) == 0
     (again,) = lease(parts, now=100.0)
     assert (again.key.ordinal, again.key.attempt) == (0, 1)
@@ -217,7 +218,7 @@ def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts
 def test_an_unknown_reason_of_failure_is_not_taken_over(parts, session):
     lease(parts)
     parts.intake.failed(session, failure(0, seq=1, reason="x" * 1000), 100, 0.0)
-    assert parts.intake.account.rollouts_failed == {"engine": 4}
+    assert parts.totals.rollouts_failed == {"engine": 4}
 
 
 def test_a_prompt_that_always_fails_is_given_up_in_the_journal(parts, session):
@@ -227,7 +228,7 @@ def test_a_prompt_that_always_fails_is_given_up_in_the_journal(parts, session):
         assert [record.key.ordinal for record in lease(parts, now=now)] == [0]
         parts.intake.failed(session, failure(0, seq=attempt + 1, attempt=attempt), 100, now)
     parts.intake.note_given_up(now)
-    parts.intake.sync()
+    parts.make_durable()
     assert records(parts, PromptGivenUp) == [PromptGivenUp(0)]
     assert [record.key.ordinal for record in lease(parts, now=now + 1000.0)] == [1]
 
@@ -236,19 +237,17 @@ def test_evaluated_groups_reach_the_evaluation_once_durable_and_never_the_buffer
     parts.leases.start_eval(0, 3, 60.0, 0.0)
     granted = parts.leases.grant("g1", 0, 2, 0, 0.0)
     assert [record.key.kind for record in granted] == [LeaseKind.EVAL] * 2
-    evaluated = []
-    parts.intake.on_eval = evaluated.append
     parts.deliver(session, eval_group(0, prompt=40), seq=1)
-    assert evaluated == []
-    parts.intake.sync()
-    assert [group.key for group in evaluated] == [LeaseKey(LeaseKind.EVAL, 0, 0)]
+    assert parts.acknowledgements.take_evaluated() == []
+    parts.make_durable()
+    assert [group.key for group in parts.acknowledgements.take_evaluated()] == [LeaseKey(LeaseKind.EVAL, 0, 0)]
     assert len(parts.buffer) == 0
-    assert parts.intake.account.rollouts_acked == 0
+    assert parts.totals.rollouts_acked == 0
 
 
 def test_an_evaluated_group_with_tokens_of_another_version_is_refused(parts, session):
-    parts.intake.newest_version = 5
-    parts.intake.note_proof("g1", 1, 1)
+    parts.state.policy.newest = 5
+    parts.proofs.add("g1", 1, 1)
     parts.leases.start_eval(0, 3, 60.0, 0.0)
     parts.leases.grant("g1", 0, 1, 0, 0.0)
     answer = parts.deliver(session, eval_group(0, prompt=40, version=1), seq=1)
@@ -259,14 +258,12 @@ def test_an_evaluated_group_of_an_evaluation_that_is_over_is_acknowledged_and_co
     parts, session, caplog
 ):
     """A restarted learner begins its evaluation anew: what comes late of the old one is no fault of anybody."""
-    evaluated = []
-    parts.intake.on_eval = evaluated.append
     assert parts.deliver(session, eval_group(7, prompt=40), seq=1) is None
     parts.leases.start_eval(0, 3, 60.0, 0.0)
     assert parts.deliver(session, eval_group(7, prompt=40), seq=2) is None
-    assert parts.intake.sync() == [session]
+    assert parts.make_durable() == [session]
     assert parts.sessions.ack(session).acked_seq == 2
-    assert evaluated == [] and parts.intake.account.results_refused == 0
+    assert parts.acknowledgements.take_evaluated() == []
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -277,11 +274,11 @@ def test_what_is_over_the_credit_is_ignored_and_comes_again(tmp_path):
     lease(parts, 2)
     parts.deliver(session, train_group(0), seq=1)
     parts.deliver(session, train_group(1), seq=2)
-    parts.intake.sync()
+    parts.make_durable()
     assert parts.sessions.ack(session).acked_seq == 1
     assert parts.leases.num_running == 1
     parts.deliver(session, train_group(1), seq=2)
-    parts.intake.sync()
+    parts.make_durable()
     assert parts.sessions.ack(session).acked_seq == 2
     parts.journal.close()
 
@@ -302,13 +299,13 @@ def test_a_group_with_equal_rewards_is_recorded_acknowledged_and_not_trained_on(
     assert filtering.deliver(session, flat_group(0), seq=1) is None
     assert filtering.deliver(session, train_group(1), seq=2) is None
     assert filtering.sessions.ack(session).acked_seq == 0
-    assert filtering.intake.sync() == [session]
+    assert filtering.make_durable() == [session]
     assert filtering.sessions.ack(session).acked_seq == 2
     assert records(filtering, GroupFiltered) == [GroupFiltered("g1", 1, 1, 0, 0)]
     assert [record.ordinal for record in records(filtering, StoredGroup)] == [1]
     assert len(filtering.buffer) == 1
-    account = filtering.intake.account
-    assert (account.groups_filtered, account.tokens_filtered, account.rollouts_acked) == (1, 12, 8)
+    totals = filtering.totals
+    assert (totals.groups_filtered, totals.tokens_filtered, totals.rollouts_acked) == (1, 12, 8)
     assert [record.key.ordinal for record in lease(filtering, 9)] == [4]  # in its place: the ceiling is 4
 
 
@@ -316,10 +313,10 @@ def test_a_filtered_group_that_comes_again_is_acknowledged_and_changes_nothing(f
     session, other = filtering.connect(), filtering.connect("g2")
     lease(filtering)
     filtering.deliver(session, flat_group(0), seq=1)
-    filtering.intake.sync()
+    filtering.make_durable()
     assert isinstance(filtering.deliver(session, flat_group(0), seq=1), Ack)
     assert filtering.deliver(other, train_group(0), seq=1) is None  # the same prompt, late, with a signal
-    filtering.intake.sync()
+    filtering.make_durable()
     assert filtering.sessions.ack(other).acked_seq == 1
     assert len(filtering.buffer) == 0
     assert filtering.leases.num_filtered == 1
@@ -330,7 +327,7 @@ def test_a_restarted_learner_neither_trains_nor_leases_what_was_filtered(filteri
     lease(filtering, 3)
     filtering.deliver(session, flat_group(1), seq=1)
     filtering.deliver(session, train_group(0), seq=2)
-    filtering.intake.sync()
+    filtering.make_durable()
     plan = replay_plan(0, Frontier(), filtering.journal.read_all())
     filtering.journal.close()
     again = make_parts(tmp_path, filtering.config, run_epoch=2)
@@ -350,7 +347,7 @@ def test_a_group_that_was_not_durable_when_the_learner_died_comes_again_and_is_j
     assert replay_plan(0, Frontier(), again.journal.read_all()).filtered == []
     session = again.connect()
     again.deliver(session, flat_group(0), seq=1)
-    again.intake.sync()
+    again.make_durable()
     assert again.sessions.ack(session).acked_seq == 1
     assert [record.ordinal for record in records(again, GroupFiltered)] == [0]
     again.journal.close()
@@ -377,11 +374,9 @@ def test_evaluations_are_never_filtered(filtering):
     session = filtering.connect()
     filtering.leases.start_eval(0, 3, 60.0, 0.0)
     filtering.leases.grant("g1", 0, 1, 0, 0.0)
-    evaluated = []
-    filtering.intake.on_eval = evaluated.append
     filtering.deliver(session, eval_group(0, prompt=40), seq=1)
-    filtering.intake.sync()
-    assert len(evaluated) == 1
+    filtering.make_durable()
+    assert len(filtering.acknowledgements.take_evaluated()) == 1
 
 
 def test_a_task_whose_rewards_are_always_equal_is_said_once_and_trained_on(filtering, caplog):
@@ -391,10 +386,10 @@ def test_a_task_whose_rewards_are_always_equal_is_said_once_and_trained_on(filte
         while len(filtering.buffer) < 2:
             (record,) = filtering.leases.grant("g1", version, 1, version, now)
             seq += 1
-            filtering.intake.newest_version = version
-            filtering.intake.note_proof("g1", 1, version)
+            filtering.state.policy.newest = version
+            filtering.proofs.add("g1", 1, version)
             filtering.deliver(session, flat_group(record.key.ordinal, version=version), seq)
-            filtering.intake.sync()
+            filtering.make_durable()
         assert filtering.leases.num_filtered == limit * (version + 1)
         batch = filtering.buffer.take(version)
         filtering.leases.train(group.key for group in batch)
@@ -435,7 +430,7 @@ def test_the_baseline_is_in_the_journal_and_an_evaluation_needs_none(tmp_path):
     parts.leases.start_eval(0, 3, 60.0, 0.0)
     parts.leases.grant("g1", 0, 1, 0, 0.0)
     assert parts.deliver(session, eval_group(0, prompt=40), seq=2) is None
-    parts.intake.sync()
+    parts.make_durable()
     (stored,) = records(parts, StoredGroup)
     assert result_to_group(decode_body(GroupResult, stored.body)).baseline_reward == 0.25
     parts.journal.close()

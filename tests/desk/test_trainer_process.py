@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,8 @@ import sys, time
 from pathlib import Path
 from asyncrl.desk.trainer_process import TrainerProcess
 folder = Path(sys.argv[1])
-trainer = TrainerProcess(folder / "missing", "ipc:///nowhere", folder / "log", num_ranks=1, threads=1, max_restarts=0)
+counts = {"num_ranks": 1, "threads": 1, "max_restarts": 0}
+trainer = TrainerProcess(folder / "missing", "ipc:///nowhere", folder / "log", weights_timeout_s=5.0, **counts)
 trainer.start()
 print(trainer.pid, flush=True)
 time.sleep(60)
@@ -49,7 +51,7 @@ leave({code})
 """
 
 
-def make(folder: Path, max_restarts: int) -> TrainerProcess:
+def make(folder: Path, max_restarts: int, **seams: Any) -> TrainerProcess:
     return TrainerProcess(
         folder / "missing.yaml",
         "ipc:///nowhere",
@@ -58,6 +60,7 @@ def make(folder: Path, max_restarts: int) -> TrainerProcess:
         threads=1,
         max_restarts=max_restarts,
         weights_timeout_s=7.0,
+        **seams,
     )
 
 
@@ -176,15 +179,22 @@ def test_killing_a_trainer_that_is_gone_does_nothing(trainer):
     assert trainer.wait(1.0) == -signal.SIGKILL
 
 
-def test_a_trainer_that_ignores_its_kill_is_waited_for_with_a_deadline(trainer, monkeypatch, caplog):
-    """As one does that sits in a system call which hangs; here it is not killed at all."""
-    monkeypatch.setattr("asyncrl.desk.trainer_process.KILL_TIMEOUT_S", 0.1)
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "killpg", lambda *_: os.kill(trainer.pid, signal.SIGSTOP))
+def test_a_trainer_that_ignores_its_kill_is_waited_for_with_a_deadline(tmp_path, caplog):
+    """As one does that sits in a system call which hangs; here it is stopped and not killed."""
+
+    def stop(group: int, _: int) -> None:
+        os.killpg(group, signal.SIGSTOP)
+
+    trainer = make(tmp_path, max_restarts=1, kill_timeout_s=0.1, signal_group=stop)
+    trainer.start()
+    try:
         trainer.kill()
-    assert "does not end 0.1 s after SIGKILL" in caplog.text
-    with pytest.raises(TrainerFailed, match="did not end well"):
-        trainer.check_end()
+        assert "does not end 0.1 s after SIGKILL" in caplog.text
+        with pytest.raises(TrainerFailed, match="did not end well"):
+            trainer.check_end()
+    finally:
+        os.killpg(trainer.pid, signal.SIGKILL)
+        trainer.wait(DEADLINE_S)
 
 
 def test_a_missing_log_is_said_and_not_raised(tmp_path):

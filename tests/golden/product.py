@@ -23,7 +23,6 @@ from asyncrl.config import host_checks
 from asyncrl.config.loading import load_config
 from asyncrl.link import codec, messages
 from asyncrl.link.rollouts import group_to_result, result_to_group
-from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage import records, segment
 from asyncrl.storage.checkpoint_files import read_manifest
@@ -33,7 +32,7 @@ from asyncrl.trainer.critic import Critic
 from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.trainable import apply_update
 from asyncrl.trainer.step import PolicyTrainer
-from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
+from asyncrl.types import FinishReason, Frontier, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 from asyncrl.weights.bytes.layout import DeltaInfo, TensorEntry
 from asyncrl.weights.bytes.patch import Patch
 from asyncrl.weights.channels.channel import WeightLayout, WeightManifest
@@ -207,7 +206,7 @@ def write_journal(folder: Path, entries: Iterable[Any], segment_bytes: int = 2**
     with contextlib.closing(Journal.open(folder, segment_bytes)) as journal:
         for record in entries:
             journal.append(record, now=0.0)
-        journal.sync()
+        journal.make_durable()
 
 
 def read_journal(folder: Path) -> list[Any]:

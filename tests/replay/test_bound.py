@@ -1,4 +1,4 @@
-"""The bound on policy age: a whole run of desk, buffer, journal and erratic generators, without processes or clocks.
+"""The bound on policy age: whole runs of lease book, buffer, journal and erratic generators, without clocks.
 
 Guarantees, in every schedule:
 1. No trained token is older than max_age.
@@ -13,20 +13,19 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP, DynamicSampling
-from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.lease_records import Verdict
 from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage.journal_reader import Entry, Location
 from asyncrl.storage.records import GroupFiltered, GroupsDropped, PromptGivenUp, StepTaken
+from asyncrl.types import Frontier
 from tests.replay.replay_making import make_group
 
 LEASE_TIMEOUT_S = 10.0
@@ -48,7 +47,7 @@ class InMemory(list):
     def __iter__(self):
         return (Entry(Location(0, index), record) for index, record in enumerate(super().__iter__()))
 
-    def read_at(self, location):
+    def read_group(self, location):
         return self[location.offset]
 
 
@@ -61,7 +60,7 @@ class Run:
         self.num_filtered = 0  # since the last step
         self.flat_trained = set()
         self.now, self.version, self.epoch = 0.0, 0, 1
-        self.desk = LeaseBook(pacing, LEASE_TIMEOUT_S)
+        self.leases = LeaseBook(pacing, LEASE_TIMEOUT_S)
         self.buffer = ReplayBuffer(pacing)
         self.log = []
         self.checkpoint = (0, None)
@@ -76,12 +75,12 @@ class Run:
         self.held[name] = self.rng.randint(min(held, self.version), self.version) if version is None else version
 
     def beat(self, name, room):
-        unexpected = self.desk.reconcile(name, self.work[name], self.now).unexpected
+        unexpected = self.leases.reconcile(name, self.work[name], self.now).unexpected
         for key in unexpected:
-            adopted = self.desk.adopt(name, key, self.work[name][key].issued, self.now)
+            adopted = self.leases.adopt(name, key, self.work[name][key].issued, self.now)
             if not adopted and not self.late_results:
                 del self.work[name][key]
-        for lease in self.desk.grant(name, self.held[name], room, self.version, self.now):
+        for lease in self.leases.grant(name, self.held[name], room, self.version, self.now):
             oldest = self.rng.randint(lease.issued_version, max(lease.issued_version, self.held[name]))
             self.work[name][lease.key] = Work(lease.key, lease.issued_version, oldest)
 
@@ -93,16 +92,16 @@ class Run:
 
     def finish(self, name, key):
         work = self.work[name].pop(key)
-        if not self.late_results and self.desk.lease(key) is None:
+        if not self.late_results and self.leases.lease(key) is None:
             return
-        verdict, superseded = self.desk.accept(key)
+        verdict, superseded = self.leases.accept(key)
         if superseded is not None:
             self.work[superseded.holder].pop(superseded.key, None)
         if verdict != Verdict.ACCEPTED:
             return
         is_flat = self.rng.random() < self.flat_share
         if self.sampling.leaves_out(is_flat):
-            self.desk.filter(key)
+            self.leases.filter(key)
             self.log.append(GroupFiltered("g", 1, key.ordinal, key.ordinal, key.attempt))
             self.num_filtered += 1
         else:
@@ -117,26 +116,26 @@ class Run:
         if self.work[name]:
             key = self.rng.choice(sorted(self.work[name]))
             del self.work[name][key]
-            self.desk.fail(key, self.rng.choice(FAILURES), self.now)
+            self.leases.fail(key, self.rng.choice(FAILURES), self.now)
             self.write_given_up()
 
     def die(self, name):
         self.work[name].clear()
         self.held[name] = None
-        self.desk.release(name, self.now)
+        self.leases.release(name, self.now)
         self.write_given_up()
 
     # What the learner does.
 
     def pass_time(self, seconds):
         self.now += seconds
-        for lease in self.desk.expire(self.now):
+        for lease in self.leases.expire(self.now):
             if not self.late_results:
                 self.work[lease.holder].pop(lease.key, None)
         self.write_given_up()
 
     def write_given_up(self):
-        self.log.extend(PromptGivenUp(ordinal) for ordinal in self.desk.take_given_up())
+        self.log.extend(PromptGivenUp(ordinal) for ordinal in self.leases.take_given_up())
 
     def step(self):
         if self.version == self.pacing.steps:
@@ -146,14 +145,14 @@ class Run:
         if dropped:
             self.log.append(GroupsDropped(tuple((group.ordinal, group.attempt) for group in dropped)))
         for group in dropped:
-            self.desk.drop(group.key, self.now)
+            self.leases.drop(group.key, self.now)
         self.write_given_up()
-        if not self.buffer.can_take(self.version, self.desk.running_by_version):
+        if not self.buffer.can_take(self.version, self.leases.running_by_version):
             self.num_blocked += len(self.buffer) >= self.pacing.groups_per_step
-            assert self.buffer.waiting_for(self.version, self.desk.running())
+            assert self.buffer.waiting_for(self.version, self.leases.running())
             return
         batch = self.buffer.take(self.version)
-        self.desk.train(group.key for group in batch)
+        self.leases.train(group.key for group in batch)
         self.sampling.batch_taken()
         self.num_filtered = 0
         self.log.append(StepTaken(self.version, tuple((group.ordinal, group.attempt) for group in batch)))
@@ -162,12 +161,11 @@ class Run:
         self.version += 1
 
     def save(self):
-        state = msgpack.unpackb(msgpack.packb(self.desk.state()))
-        self.checkpoint = (self.version, state)
+        self.checkpoint = (self.version, self.leases.state())
 
     def crash_and_resume(self):
         version, state = self.checkpoint
-        settled = Frontier.from_state(state["settled"]) if state else Frontier()
+        settled = state.settled if state else Frontier()
         plan = replay_plan(version, settled, InMemory(self.log))
         assert plan.broken_at is None and version + len(plan.steps) == self.version
         for step in plan.steps:
@@ -176,10 +174,10 @@ class Run:
             assert [(group.ordinal, group.attempt) for group in read_back] == self.batches[step.version]
         self.epoch += 1
         accepted = [group.key for group in plan.buffered]
-        filtered_before = self.desk.num_filtered
-        self.desk = LeaseBook(self.pacing, LEASE_TIMEOUT_S, run_epoch=self.epoch)
-        self.desk.restore(state, plan.trained, accepted, plan.given_up, plan.filtered)
-        assert self.desk.num_filtered == filtered_before
+        filtered_before = self.leases.num_filtered
+        self.leases = LeaseBook(self.pacing, LEASE_TIMEOUT_S, run_epoch=self.epoch)
+        self.leases.restore(state, plan.trained, accepted, plan.given_up, plan.filtered)
+        assert self.leases.num_filtered == filtered_before
         self.sampling, self.num_filtered = DynamicSampling(self.pacing.groups_per_step), 0
         self.buffer = ReplayBuffer(self.pacing)
         for group in plan.buffered:
@@ -224,7 +222,7 @@ class Run:
                         self.finish(name, key)
             self.step()
             self.pass_time(1.0)
-        pytest.fail(f"stuck: {self.buffer.waiting_for(self.version, self.desk.running())}")
+        pytest.fail(f"stuck: {self.buffer.waiting_for(self.version, self.leases.running())}")
 
 
 def make_run(seed, groups_per_step, max_age, late_results, pacing_class=Pacing, flat_share=0.0):
@@ -242,7 +240,7 @@ def check_every_prompt_once(run):
     filtered = [record.ordinal for record in run.log if isinstance(record, GroupFiltered)]
     assert len(trained) == run.pacing.total_groups
     assert sorted(trained + given_up + filtered) == list(range(len(trained) + len(given_up) + len(filtered)))
-    assert (run.desk.num_given_up, run.desk.num_filtered) == (len(given_up), len(filtered))
+    assert (run.leases.num_given_up, run.leases.num_filtered) == (len(given_up), len(filtered))
     return trained, filtered
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from asyncrl.replay.frontier import Frontier
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import GroupFiltered, GroupsDropped, MessageSeen, PromptGivenUp, StepTaken
+from asyncrl.types import Frontier
 from tests.replay.replay_making import make_group
 
 
@@ -15,14 +15,14 @@ def plan_for(folder, records, version, settled=(), damage=()):
     """Writes records to a journal, flips a byte in those listed in `damage`, and plans from a checkpoint."""
     journal = Journal.open(folder)
     locations = [journal.append(record, now=0.0) for record in records]
-    journal.sync()
+    journal.make_durable()
     [path] = folder.glob("*.segment")
     data = bytearray(path.read_bytes())
     for index in damage:
         data[locations[index].offset + 20] ^= 1
     path.write_bytes(data)
     plan = replay_plan(version, Frontier(0, settled), journal.read_all())
-    batches = [[journal.read_at(place).ordinal for place in step.places] for step in plan.steps]
+    batches = [[journal.read_group(place).ordinal for place in step.places] for step in plan.steps]
     journal.close()
     return plan, batches
 
@@ -123,14 +123,3 @@ def test_what_was_filtered_stays_so_when_the_record_that_dropped_its_first_group
     records = [make_group(0), dropped, GroupFiltered("g1", 1, 2, 0, 1)]
     plan, _ = plan_for(tmp_path, records, version=0, damage=[1])
     assert (plan.buffered, plan.filtered) == ([], [0])
-
-
-def test_a_frontier_is_the_set_it_stands_for():
-    frontier = Frontier()
-    for ordinal, watermark in [(0, 1), (2, 1), (4, 1), (1, 3), (3, 5), (3, 5)]:
-        frontier.add(ordinal)
-        assert frontier.watermark == watermark
-    assert len(frontier) == 5 and 4 in frontier and 5 not in frontier and -1 not in frontier
-    frontier.add(9)
-    again = Frontier.from_state(frontier.state())
-    assert (again.watermark, again.above, len(again)) == (5, {9}, 6)

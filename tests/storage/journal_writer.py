@@ -23,7 +23,7 @@ def main(folder: str, seed: int) -> None:
         batch = range(ordinal, ordinal + rng.randint(1, 5))
         for ordinal in batch:
             journal.append(make_group(ordinal, body=rng.randbytes(rng.randint(0, 3000))), now=0.0)
-        journal.sync()
+        journal.make_durable()
         os.write(1, f"{batch[-1]}\n".encode())
         ordinal += 1
 

@@ -1,4 +1,4 @@
-"""The journal: what was synced is there after any crash, and what is damaged is counted."""
+"""The journal: what was made durable is there after any crash, and what is damaged is counted."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.errors import JournalError
-from asyncrl.storage import journal as journal_module
-from asyncrl.storage.journal import SYNC_AFTER_BYTES, SYNC_AFTER_S, Journal, next_run_epoch, run_epoch_of
+from asyncrl.storage.journal import DURABLE_AFTER_BYTES, DURABLE_AFTER_S, Journal, next_run_epoch, run_epoch_of
 from asyncrl.storage.records import (
     GroupFiltered,
     GroupsDropped,
@@ -31,10 +30,10 @@ ROOT = HERE.parent.parent
 
 
 def write(folder, records, **options):
-    """Writes records with one sync and returns their locations."""
+    """Writes records, makes them durable together and returns their locations."""
     journal = Journal.open(folder, **options)
     locations = [journal.append(record, now=0.0) for record in records]
-    journal.sync()
+    journal.make_durable()
     journal.close()
     return locations
 
@@ -69,7 +68,7 @@ def test_every_kind_of_record_comes_back_as_it_was(tmp_path):
     locations = write(tmp_path, EVERY_KIND)
     assert read(tmp_path) == (EVERY_KIND, 0, [])
     journal = Journal.open(tmp_path)
-    assert [journal.read_at(location) for location in locations] == EVERY_KIND
+    assert [journal.read_all().read_at(location) for location in locations] == EVERY_KIND
     assert [entry.location for entry in journal.read_all()] == locations
 
 
@@ -79,24 +78,24 @@ def test_records_of_several_runs_of_the_learner_follow_each_other(tmp_path):
     assert read(tmp_path)[0] == EVERY_KIND
 
 
-def test_nothing_is_on_disk_before_sync(tmp_path):
+def test_nothing_is_on_disk_before_it_is_made_durable(tmp_path):
     journal = Journal.open(tmp_path)
     journal.append(make_group(0), now=0.0)
     assert journal.pending_bytes > 0 and list(journal.read_all()) == []
-    journal.sync()
+    journal.make_durable()
     assert journal.pending_bytes == 0 and len(list(journal.read_all())) == 1
 
 
-def test_a_sync_is_due_soon_after_the_first_record_and_at_once_when_much_is_pending(tmp_path):
+def test_making_durable_is_due_soon_after_the_first_record_and_at_once_when_much_is_pending(tmp_path):
     journal = Journal.open(tmp_path)
-    assert journal.next_sync_due == float("inf")
+    assert journal.durable_due == float("inf")
     journal.append(make_group(0), now=100.0)
     journal.append(make_group(1), now=100.01)
-    assert journal.next_sync_due == 100.0 + SYNC_AFTER_S
-    journal.append(make_group(2, body=bytes(SYNC_AFTER_BYTES)), now=100.015)
-    assert journal.next_sync_due <= 100.015
-    journal.sync()
-    assert journal.next_sync_due == float("inf")
+    assert journal.durable_due == 100.0 + DURABLE_AFTER_S
+    journal.append(make_group(2, body=bytes(DURABLE_AFTER_BYTES)), now=100.015)
+    assert journal.durable_due <= 100.015
+    journal.make_durable()
+    assert journal.durable_due == float("inf")
 
 
 def test_segments_rotate_and_a_record_larger_than_a_segment_gets_its_own(tmp_path):
@@ -191,9 +190,9 @@ def test_reading_a_damaged_record_by_its_place_fails_by_name(tmp_path):
     journal = Journal.open(tmp_path)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(JournalError, match=f"no whole record at byte {location.offset} of .*00000001.segment"):
-        journal.read_at(location)
+        journal.read_all().read_at(location)
     with pytest.raises(JournalError, match="No such file"):
-        journal.read_at(location._replace(segment=8))
+        journal.read_all().read_at(location._replace(segment=8))
 
 
 def test_a_record_of_another_release_stops_the_start_and_is_not_skipped(tmp_path):
@@ -221,7 +220,7 @@ def journal_of_steps(folder, num_steps):
     for version in range(num_steps):
         journal.append(make_group(version, body=bytes(150)), now=0.0)
         journal.append(StepTaken(version, ((version, 0),)), now=0.0)
-    journal.sync()
+    journal.make_durable()
     return journal
 
 
@@ -243,10 +242,10 @@ def test_a_segment_with_a_group_that_waits_in_the_buffer_stays(tmp_path):
     for version in range(3):
         journal.append(make_group(version, body=bytes(150)), now=0.0)
         journal.append(StepTaken(version, ((version, 0),)), now=0.0)
-    journal.sync()
+    journal.make_durable()
     assert journal.delete_before(3) == 0
     journal.append(StepTaken(3, ((100, 0),)), now=0.0)
-    journal.sync()
+    journal.make_durable()
     assert journal.delete_before(3) == 0, "a restart from version 3 trains it again"
     assert journal.delete_before(4) == 3
 
@@ -258,7 +257,7 @@ def test_a_dropped_group_keeps_no_segment(tmp_path):
     journal.append(GroupsDropped(((100, 0),)), now=0.0)
     journal.append(make_group(1, body=bytes(150)), now=0.0)
     journal.append(StepTaken(0, ((0, 0), (1, 0))), now=0.0)
-    journal.sync()
+    journal.make_durable()
     assert journal.delete_before(1) == 2
 
 
@@ -275,7 +274,7 @@ def test_a_step_taken_anew_makes_the_groups_of_the_old_one_wait_again(tmp_path):
     journal.append(make_group(51, body=bytes(150)), now=0.0)
     journal.append(StepTaken(2, ((51, 0),)), now=0.0)
     journal.append(StepTaken(3, ((1, 0),)), now=0.0)
-    journal.sync()
+    journal.make_durable()
     assert journal.delete_before(3) == 1, "ordinal 1 was trained at version 3 and ordinal 2 not yet"
     assert journal.delete_before(4) == 1
     assert Path(segments(tmp_path)[0]).stem == "00000003"
@@ -351,12 +350,12 @@ def write_until_full(folder):
     with pytest.raises(JournalError, match=r"cannot write \d+ bytes .*nothing of it was acknowledged"):
         while True:
             journal.append(make_group(synced, body=bytes(10_000)), now=0.0)
-            journal.sync()
+            journal.make_durable()
             synced += 1
     with pytest.raises(JournalError, match="takes no more records: an earlier write failed"):
         journal.append(make_group(999), now=0.0)
     with pytest.raises(JournalError, match="takes no more records"):
-        journal.sync()
+        journal.make_durable()
     journal.close()
     return synced
 
@@ -389,21 +388,23 @@ def test_a_file_that_may_not_grow_is_handled_as_a_full_disk(tmp_path):
     assert [record.ordinal for record in read(tmp_path / "journal")[0]] == list(range(synced))
 
 
-def test_a_failed_sync_is_final_because_trying_again_could_lie(tmp_path, monkeypatch):
-    journal = Journal.open(tmp_path)
+def test_a_failed_write_is_final_because_trying_again_could_lie(tmp_path):
+    failing = []
+
+    def flush(fd):
+        if failing:
+            raise failing.pop()
+        os.fdatasync(fd)
+
+    journal = Journal.open(tmp_path, flush=flush)
     journal.append(make_group(0), now=0.0)
-    journal.sync()
+    journal.make_durable()
     journal.append(make_group(1), now=0.0)
-
-    def fails_once(fd):
-        monkeypatch.undo()
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(journal_module.os, "fdatasync", fails_once)
+    failing.append(OSError(5, "Input/output error"))
     with pytest.raises(JournalError, match="Input/output error"):
-        journal.sync()
+        journal.make_durable()
     with pytest.raises(JournalError, match="takes no more records"):
-        journal.sync()
+        journal.make_durable()
     journal.close()
     assert read(tmp_path) == ([make_group(0)], 0, [])
 

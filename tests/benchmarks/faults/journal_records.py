@@ -26,5 +26,5 @@ def write_journal(folder: Path, *records: StoredGroup | StepTaken) -> None:
     journal = Journal.open(folder)
     for record in records:
         journal.append(record, 0.0)
-    journal.sync()
+    journal.make_durable()
     journal.close()

@@ -1,0 +1,130 @@
+"""Where a learner that starts goes on: what the newest checkpoint and the journal after it hold, as a `RunState`.
+
+Without either, that is a run from its beginning. Nothing is lost that was acknowledged: results of before the crash are
+in the buffer again or trained again, prompts that were under way are leased again, and the sessions know which results
+they have seen, so that a generator that sends one again gets its acknowledgement and nothing more.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from asyncrl.config import Config
+from asyncrl.desk.counters import Counters
+from asyncrl.desk.run_state import PolicyVersions, RunState
+from asyncrl.desk.saved_state import SavedDesk
+from asyncrl.errors import ConfigError
+from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.link.session import DeskSessions, Expected, SavedSession
+from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.replay.lease_book import LeaseBook
+from asyncrl.replay.lease_records import SavedLeases
+from asyncrl.replay.pacing import Pacing
+from asyncrl.replay.recovery import ReplayPlan, replay_plan
+from asyncrl.storage.checkpoint_files import find_latest, load_desk_state
+from asyncrl.storage.journal import Journal
+from asyncrl.types import Frontier
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where the checkpoints of a run are."""
+    return Path(config.run.dir) / "checkpoints"
+
+
+def refuse_used_folder(config: Config, journal: Journal) -> None:
+    """Raises ConfigError when the run folder holds an earlier run and the configuration forbids to go on with it."""
+    used = journal.num_bytes > 0 and any(True for _ in journal.read_all())
+    if config.checkpoint.resume == "never" and (used or find_latest(checkpoint_folder(config))):
+        raise ConfigError(
+            f"run.dir={config.run.dir} holds an earlier run and checkpoint.resume=never; "
+            "use checkpoint.resume=auto to go on with it, or another run.dir (or run.name)"
+        )
+
+
+def restore_run(config: Config, run_epoch: int, journal: Journal) -> RunState:
+    """The run as it stands after what is on disk. Raises CheckpointError or JournalError when that cannot be read."""
+    manifest = find_latest(checkpoint_folder(config))
+    version = manifest.version if manifest is not None else 0
+    saved = SavedDesk.decode(load_desk_state(manifest)) if manifest is not None else None
+    plan = replay_plan(version, saved.leases.settled if saved is not None else Frontier(), journal.read_all())
+    counters = Counters()
+    if saved is not None:
+        counters.restore(saved.totals)
+    _say_restored(version, plan, journal)
+    pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
+    return RunState(
+        run_epoch=run_epoch,
+        policy=PolicyVersions.at_start(version, version + len(plan.steps), run_epoch),
+        leases=_restore_leases(config, pacing, run_epoch, saved.leases if saved is not None else None, plan),
+        buffer=_restore_buffer(config, pacing, plan),
+        journal=journal,
+        sessions=_restore_sessions(config, run_epoch, saved.sessions if saved is not None else {}, plan),
+        counters=counters,
+        evals_done=set(saved.evals_done) if saved is not None else set(),
+    )
+
+
+def make_sessions(config: Config, run_epoch: int) -> DeskSessions:
+    """The desk's end of all sessions, which expects generators of the same model, tokenizer and task."""
+    return DeskSessions(
+        run_epoch=run_epoch,
+        run_name=config.run.name,
+        expected=Expected(
+            model_folder_fingerprint(config.model.path),
+            tokenizer_fingerprint(Path(config.model.path)),
+            config.task.path,
+        ),
+        credit_bytes=config.transport.credit_bytes,
+        max_frame_bytes=config.transport.max_frame_bytes,
+    )
+
+
+def _restore_leases(
+    config: Config, pacing: Pacing, run_epoch: int, saved: SavedLeases | None, plan: ReplayPlan
+) -> LeaseBook:
+    leases = LeaseBook(pacing, config.generator.lease_timeout_s, run_epoch)
+    leases.restore(
+        saved,
+        trained=plan.trained,
+        accepted=[group.key for group in plan.buffered],
+        given_up=plan.given_up,
+        filtered=plan.filtered,
+    )
+    return leases
+
+
+def _restore_buffer(config: Config, pacing: Pacing, plan: ReplayPlan) -> ReplayBuffer:
+    buffer = ReplayBuffer(pacing, config.staleness.over_age)
+    for group in plan.buffered:
+        buffer.add(group)
+    return buffer
+
+
+def _restore_sessions(config: Config, run_epoch: int, saved: dict[str, SavedSession], plan: ReplayPlan) -> DeskSessions:
+    sessions = make_sessions(config, run_epoch)
+    now = time.monotonic()
+    sessions.restore(saved, now=now)
+    for (generator_id, incarnation), seqs in plan.seen.items():
+        for seq in sorted(seqs):
+            sessions.replay(generator_id, incarnation, seq, now=now)
+    return sessions
+
+
+def _say_restored(version: int, plan: ReplayPlan, journal: Journal) -> None:
+    if journal.torn_bytes:
+        log.info("cut %d bytes of an unfinished write off the journal; none was acknowledged", journal.torn_bytes)
+    for damage in journal.damage:
+        log.error("journal is damaged at %s: %d bytes are skipped", damage.location, damage.num_bytes)
+    if plan.broken_at is not None:
+        log.error("the batch of version %d cannot be read back: training goes on with other batches", plan.broken_at)
+    if version or plan.steps or plan.buffered:
+        log.info(
+            "resuming: checkpoint at version %d, %d steps to train again, %d groups in the buffer",
+            version,
+            len(plan.steps),
+            len(plan.buffered),
+        )
