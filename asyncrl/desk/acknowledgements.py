@@ -2,10 +2,11 @@
 
     add(...)               what the journal was given is owed an acknowledgement
     make_durable()         one write and one fdatasync for all of them; then each is settled in its session
-    take_sessions()        who is to be told, since the last call
-    take_evaluated()       results of evaluations that are durable now, since the last call
+    take_sessions()        the sessions that have something new to be told since the last call
+    take_evaluated()       the results of evaluations that became durable since the last call
 
-Nothing is acknowledged before `make_durable` returned, and nothing is called back: whoever passes the news on takes it.
+Nothing is acknowledged before `make_durable` returned. Nothing is called back either: the desk takes the sessions and
+tells them, and the evaluator takes its results.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class _Owed:
 
 
 class Acknowledgements:
-    """Owed ones and due ones. See the module docstring."""
+    """Acknowledgements that are owed until the journal is durable, and due from then on."""
 
     def __init__(self, journal: Journal, sessions: DeskSessions, counters: Counters) -> None:
         self._journal = journal
@@ -52,8 +53,9 @@ class Acknowledgements:
             self.make_durable()
 
     def make_durable(self) -> None:
-        """Makes everything in the journal durable, then settles what is owed. Raises JournalError; nothing is
-        settled then.
+        """Makes everything in the journal durable, then settles what is owed.
+
+        Raises JournalError when the disk fails; nothing is settled then.
         """
         self._journal.make_durable()
         owed, self._owed = self._owed, []

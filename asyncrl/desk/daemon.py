@@ -90,13 +90,7 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
     metrics = surroundings.metrics
     proofs = Proofs(state.policy)
     acknowledgements = Acknowledgements(state.journal, state.sessions, state.counters)
-    planner = SyncPlanner(
-        run_epoch=state.run_epoch,
-        run_name=config.run.name,
-        timeout_s=config.weights.timeout_s,
-        tolerance=canary_tolerance(config),
-        cell_size=config.weights.cell_size,
-    )
+    planner = _sync_planner(config, state)
     intake = Intake(
         config,
         vocab_size=_vocab_size(config.model.path),
@@ -121,17 +115,7 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         metrics=metrics,
         done=state.evals_done,
     )
-    ranks = Ranks(
-        socket=surroundings.trainer_socket,
-        state=state,
-        acknowledgements=acknowledgements,
-        dealer=BatchDealer(
-            state.journal, state.policy, checkpoint_every=config.checkpoint.every, last_step=config.run.steps
-        ),
-        metrics=metrics,
-        last_logged_version=_last_logged_version(Path(config.run.dir)),
-        checkpoints=checkpoint_folder(config),
-    )
+    ranks = _ranks(config, state, acknowledgements, surroundings)
     versions = Versions(
         planner=planner,
         socket=surroundings.trainer_socket,
@@ -153,6 +137,31 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         evaluator=evaluator,
         process=surroundings.process,
         stop=surroundings.stop,
+    )
+
+
+def _sync_planner(config: Config, state: RunState) -> SyncPlanner:
+    return SyncPlanner(
+        run_epoch=state.run_epoch,
+        run_name=config.run.name,
+        timeout_s=config.weights.timeout_s,
+        tolerance=canary_tolerance(config),
+        cell_size=config.weights.cell_size,
+    )
+
+
+def _ranks(config: Config, state: RunState, acknowledgements: Acknowledgements, surroundings: Surroundings) -> Ranks:
+    dealer = BatchDealer(
+        state.journal, state.policy, checkpoint_every=config.checkpoint.every, last_step=config.run.steps
+    )
+    return Ranks(
+        socket=surroundings.trainer_socket,
+        state=state,
+        acknowledgements=acknowledgements,
+        dealer=dealer,
+        metrics=surroundings.metrics,
+        last_logged_version=_last_logged_version(Path(config.run.dir)),
+        checkpoints=checkpoint_folder(config),
     )
 
 

@@ -68,7 +68,8 @@ MAX_WAIT_S = 0.5
 SAY_WAITING_EVERY_S = 30.0
 SIGNAL_STOP_TIMEOUT_S = 20.0  # systems that send it often kill 30 s later
 FINISH_TIMEOUT_S = 600.0  # the last checkpoint and the export of a large model
-# Of generator.lease_timeout_s, the last evaluation may take: one until a generator proves the version, one for itself.
+# The last evaluation may take so many times generator.lease_timeout_s: one until a generator proves the version, and
+# one for itself.
 FINAL_EVALUATION_LEASES = 2
 # Prompts without a group after all their attempts: more than this, and more than a tenth of all, ends the run.
 MAX_GIVEN_UP = 16
@@ -230,11 +231,11 @@ class Desk:
             )
 
     def _check_superseded(self) -> None:
-        """Raises JournalError when another learner took over the run folder: whatever this one does now is lost."""
+        """Raises JournalError when another learner took over the run folder: all that this one does is lost then."""
         sessions = self.state.sessions
         if sessions.superseded_by is None:
             return
-        # Not on a generator's word alone: it may as well come from a run of this name in a folder that was deleted.
+        # Not on a generator's word alone: it may come from a run of this name in a folder that was deleted.
         run_dir = self.config.run.dir
         newest = run_epoch_of(run_dir)
         if newest > sessions.run_epoch:
@@ -305,7 +306,7 @@ class Desk:
         self.ranks.stop(finished, reason)
 
     def _say_waiting(self, now: float) -> None:
-        """Every 30 s without a batch, or with all steps trained: what is missing, by name."""
+        """Logs what is missing, by name, every SAY_WAITING_EVERY_S without a batch or after the last step."""
         version = self.ranks.waiting_version
         waits = version is not None or self._evaluating_since is not None
         if not waits or self._stopping_since is not None:

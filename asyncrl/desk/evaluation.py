@@ -110,7 +110,7 @@ class Evaluator:
         if self._running is None or leased is None:
             return
         if not leased.done and not leased.running and self._running.version not in held_versions:
-            # The generators that held it died or were reloaded: what is left can never be answered.
+            # The generators that held it died or were reloaded: the prompts that are left can never be answered.
             log.warning("evaluation of version %d: no generator holds it any more; repeated", self._running.version)
             self._leases.abandon_eval()
             self._due, self._running = version, None

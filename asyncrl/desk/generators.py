@@ -124,7 +124,7 @@ class Generators:
     def _admit(self, session: DeskSession, now: float) -> None:
         assert session.hello is not None
         log.info("generator %s joined (incarnation %d)", session.generator_id, session.incarnation)
-        # One that was taken for dead counts on from what it has received; whatever else was granted is forgotten.
+        # A generator that was taken for dead goes on counting from what its next beat says it received.
         self._granted[session.generator_id] = None
 
     def _free(self, name: str, why: str, now: float) -> None:
@@ -241,7 +241,7 @@ class Generators:
             self._to_peer(session.peer, message)
 
     def _to_peer(self, peer: bytes, message: Message) -> None:
-        """Best effort: what is lost is repeated by whoever needs it, or ends by its deadline."""
+        """Best effort: a message that is lost is asked for again, or its cause ends by a deadline."""
         if not self.socket.send(peer, encode(message, max_bytes=self.socket.max_frame_bytes)):
             log.debug("%s not sent: the peer is gone or reads nothing", type(message).__name__)
 

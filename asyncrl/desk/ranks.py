@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class Ranks:
-    """All ranks of the trainer. Steps up to `last_logged_version` are in the metrics already; `checkpoints` is the
-    folder they are saved under.
+    """All ranks of the trainer.
+
+    last_logged_version is the newest step that is in the metrics already; checkpoints is the folder of those.
     """
 
     def __init__(

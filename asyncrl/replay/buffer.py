@@ -1,8 +1,7 @@
 """Accepted groups between journal and trainer: ordered by the age of their oldest token, taken by the batch.
 
-Its size is bounded by admission: at most (max_age + 1) * groups_per_step groups (`replay.pacing`). A worked
-trace, with groups_per_step = 2, max_age = 1, at version 5; `o7@4` is ordinal 7 with oldest token of version
-4:
+Its size is bounded by admission: at most (max_age + 1) * groups_per_step groups (`replay.pacing`). A worked trace
+with groups_per_step = 2 and max_age = 1, at version 5, where `o7@4` is ordinal 7 whose oldest token is of version 4:
 
     buffer.add(o12@5); buffer.add(o10@4)       # [o10@4, o12@5]
     buffer.can_take(5, {4: 1})                 # False: the lease of o11, issued at 4, must be trained now

@@ -23,7 +23,7 @@ from asyncrl.replay.pacing import Pacing
 from asyncrl.types import Frontier, LeaseKey, LeaseKind
 
 MAX_BLAMED_FAILURES = 3
-# Of one ordinal in one run epoch, whoever was to blame: a prompt that kills its generator comes to an end too.
+# Leases of one ordinal in one run epoch, for whatever reason they fail: a prompt that kills its generator ends too.
 MAX_ATTEMPTS = 32
 BACKOFF_S = 1.0  # after a failure that may be the prompt's doing; doubles
 RECONCILE_AFTER_S = 5.0  # a grant younger than this may still be on its way when the generator beats
@@ -354,7 +354,7 @@ class LeaseBook:
         return self.in_range(ordinal) and ordinal < self._next_ordinal + reach
 
     def _may_have_been_granted(self, key: LeaseKey) -> bool:
-        """Known exactly for keys of this run epoch. For those of earlier ones, true of whatever is plausible."""
+        """Whether the key was granted: known in this run epoch, assumed of what is plausible of an earlier one."""
         if key.ordinal in self._settled:
             return True
         if key.attempt < self._first_attempt:

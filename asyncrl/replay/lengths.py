@@ -24,8 +24,8 @@ class LengthHistogram:
     def by_decile_of(self, population: LengthHistogram) -> list[float]:
         """Spreads these counts over the deciles of `population`, shortest tenth first; they sum to the total.
 
-        A bin that lies across several deciles (many equal lengths) is shared among them by how much of each
-        it covers, so counts drawn from the population at random come out even.
+        A bin that lies across several deciles (many equal lengths) is shared among them by how much of each it covers,
+        so that counts drawn from the population at random come out even.
         """
         deciles = np.zeros(10)
         upper = np.cumsum(population._counts) / max(population._counts.sum(), 1) * 10

@@ -38,10 +38,10 @@ class ReplayStep:
 class ReplayPlan:
     """What to train again, what to buffer, what to remember.
 
-    seen holds, for each (generator id, incarnation), the seqs the journal knows: the dedup state to merge.
-    broken_at is the version of the first step whose batch cannot be read back (its record or one of its
-    groups was damaged): from there on training goes on with other batches, and the groups of later steps are
-    buffered again.
+    seen holds, for each (generator id, incarnation), the seqs of the results in the journal: those were taken, and are
+    to be merged into what the sessions know. broken_at is the version of the first step whose batch cannot be read back
+    (its record or one of its groups was damaged): training goes on from there with other batches, and the groups of
+    later steps are buffered again.
     """
 
     steps: list[ReplayStep] = field(default_factory=list)
@@ -62,10 +62,11 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
 
     checkpoint_version  version of the checkpoint that is resumed; 0 without one
     settled             ordinals trained, given up or filtered by then; empty without one
-    Bodies are read for the buffer only: memory stays within its bound, however long the journal. Every
-    accepted group ends in exactly one of: settled, a step, the buffer; what was filtered stays filtered. A step
-    taken anew replaces its earlier record and all later ones: those were of a future that a damaged journal had
-    made impossible to repeat.
+
+    Bodies are read for the buffer only: memory stays within its bound, however long the journal. Every accepted group
+    ends in exactly one of: settled, a step, the buffer; and a group that was filtered stays so. A step taken anew
+    replaces its earlier record and all later ones: those are of a future that a damaged journal made impossible to
+    repeat. Raises JournalError when a group for the buffer cannot be read.
     """
     plan = ReplayPlan()
     groups: dict[tuple[int, int], Location] = {}

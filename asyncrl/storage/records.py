@@ -58,11 +58,13 @@ class StoredGroup:
         return LeaseKey(LeaseKind.TRAIN, self.ordinal, self.attempt)
 
     def payload(self) -> bytes:
+        """Its bytes in the journal."""
         header = _pack([getattr(self, name) for name in _GROUP_HEADER])
         return b"".join((_HEADER_LENGTH.pack(len(header)), header, self.body))
 
     @classmethod
     def from_payload(cls, payload: bytes) -> StoredGroup:
+        """The record that these bytes are."""
         (length,) = _HEADER_LENGTH.unpack_from(payload)
         start = _HEADER_LENGTH.size
         header = msgpack.unpackb(payload[start : start + length])
@@ -88,10 +90,12 @@ class StepTaken:
     groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
 
     def payload(self) -> bytes:
+        """Its bytes in the journal."""
         return _pack([self.version, [list(group) for group in self.groups]])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> StepTaken:
+        """The record that these bytes are."""
         version, groups = msgpack.unpackb(payload)
         return cls(version, _pairs(groups))
 
@@ -107,10 +111,12 @@ class MessageSeen:
     seq: int
 
     def payload(self) -> bytes:
+        """Its bytes in the journal."""
         return _pack([self.generator_id, self.incarnation, self.seq])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> MessageSeen:
+        """The record that these bytes are."""
         return cls(*msgpack.unpackb(payload))
 
 
@@ -123,10 +129,12 @@ class GroupsDropped:
     groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
 
     def payload(self) -> bytes:
+        """Its bytes in the journal."""
         return _pack([list(group) for group in self.groups])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> GroupsDropped:
+        """The record that these bytes are."""
         return cls(_pairs(msgpack.unpackb(payload)))
 
 
@@ -139,10 +147,12 @@ class PromptGivenUp:
     ordinal: int
 
     def payload(self) -> bytes:
+        """Its bytes in the journal."""
         return _pack(self.ordinal)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> PromptGivenUp:
+        """The record that these bytes are."""
         return cls(msgpack.unpackb(payload))
 
 
@@ -162,10 +172,12 @@ class GroupFiltered:
     attempt: int
 
     def payload(self) -> bytes:
+        """Its bytes in the journal."""
         return _pack([self.generator_id, self.incarnation, self.seq, self.ordinal, self.attempt])
 
     @classmethod
     def from_payload(cls, payload: bytes) -> GroupFiltered:
+        """The record that these bytes are."""
         return cls(*msgpack.unpackb(payload))
 
 
@@ -185,8 +197,8 @@ def decode(kind: int, payload: bytes) -> Record:
         return record_class.from_payload(payload)
     except (ValueError, TypeError, struct.error, msgpack.UnpackException) as error:
         raise JournalError(
-            f"journal record of kind {record_class.kind.name} cannot be decoded ({error}); "
-            f"another release wrote it: use that one"
+            f"journal record of kind {record_class.kind.name} cannot be decoded ({error}); another release wrote it: "
+            "use that one"
         ) from error
 
 

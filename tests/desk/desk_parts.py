@@ -1,4 +1,7 @@
-"""The desk's parts put together for tests: the real ones, except that prompts come without a tokenizer."""
+"""The desk's parts put together for tests: the real ones, except that prompts come without a tokenizer.
+
+Groups as the journal holds them are made by `tests.replay.replay_making`.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,28 @@ from asyncrl.link import messages
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.link.session import DeskSession, DeskSessions, Expected
+from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.pacing import Pacing
 from asyncrl.storage.journal import Journal
-from asyncrl.storage.records import StoredGroup
 from asyncrl.tasks.prompts import Prompt
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 VOCAB = 50
 MEBIBYTE = 2**20
+
+
+class MetricsLog:
+    """Takes what would go to metrics.jsonl."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepMetrics] = []
+        self.evals: list[EvalMetrics] = []
+        self.syncs: list[SyncMetrics] = []
+        self.log_step = self.steps.append
+        self.log_eval = self.evals.append
+        self.log_sync = self.syncs.append
 
 
 class Prompts:
@@ -199,13 +214,6 @@ def flat_group(ordinal: int, attempt: int = 0, *, version: int = 0) -> Group:
     for rollout in group.rollouts:
         rollout.reward = 1.0
     return group
-
-
-def stored_group(ordinal: int, *, num_tokens: tuple[int, ...] = (4, 5), version: int = 0) -> StoredGroup:
-    """A group as the journal holds it; its body is a few bytes that name it."""
-    return StoredGroup(
-        "g1", 1, ordinal + 1, ordinal, 0, version, version, version, num_tokens, f"body {ordinal}.0".encode()
-    )
 
 
 def eval_group(ordinal: int, prompt: int, *, version: int = 0, reward: float = 1.0, attempt: int = 0) -> Group:

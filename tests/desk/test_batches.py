@@ -10,7 +10,7 @@ from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
 from asyncrl.types import Frontier
-from tests.desk.desk_parts import stored_group
+from tests.replay.replay_making import make_group
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ class Sent:
 
 
 def step(version: int, *ordinals: int) -> DecidedStep:
-    return DecidedStep(version, [stored_group(ordinal) for ordinal in ordinals], f"state {version}".encode())
+    return DecidedStep(version, [make_group(ordinal) for ordinal in ordinals], f"state {version}".encode())
 
 
 def test_a_batch_needs_a_decision_only_when_every_rank_waits_for_the_same_version(journal):
@@ -81,7 +81,7 @@ def test_checkpoints_are_asked_for_every_so_many_versions_but_not_for_the_last(j
 def test_after_a_restart_the_steps_of_the_journal_come_first_and_only_the_last_is_published(journal):
     for version in range(3):
         for ordinal in (2 * version, 2 * version + 1):
-            journal.append(stored_group(ordinal), 0.0)
+            journal.append(make_group(ordinal), 0.0)
         journal.append(StepTaken(version, ((2 * version + 1, 0), (2 * version, 0))), 0.0)
     journal.make_durable()
     dealer = BatchDealer(journal, PolicyVersions(replay_to=3), checkpoint_every=1, last_step=10)
@@ -110,7 +110,7 @@ def test_a_trainer_that_died_is_forgotten_until_it_asks_again(journal):
 
 def test_shards_are_even_in_tokens_and_in_order_of_ordinals_whatever_the_order_of_arrival():
     lengths = {0: 10, 1: 90, 2: 40, 3: 30, 4: 20}
-    groups = [stored_group(ordinal, num_tokens=(tokens,)) for ordinal, tokens in lengths.items()]
+    groups = [make_group(ordinal, num_tokens=(tokens,)) for ordinal, tokens in lengths.items()]
     shards = _shards(groups, 2)
     assert shards == _shards(groups[::-1], 2)
     assert shards == [[b"body 0.0", b"body 1.0"], [b"body 2.0", b"body 3.0", b"body 4.0"]]

@@ -11,7 +11,8 @@ from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
-from tests.desk.desk_parts import VOCAB, hello, small_config, stored_group, train_group
+from tests.desk.desk_parts import VOCAB, hello, small_config, train_group
+from tests.replay.replay_making import make_group
 
 
 def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_trainer_is_not_up_yet(
@@ -25,7 +26,7 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
     try:
         for version, ordinals in enumerate(([0, 1], [2, 3])):
             for ordinal in ordinals:
-                journal.append(stored_group(ordinal, version=version), 0.0)
+                journal.append(make_group(ordinal, version=version), 0.0)
             journal.append(StepTaken(version, tuple((ordinal, 0) for ordinal in ordinals)), 0.0)
         journal.make_durable()
         state = restore_run(config, 2, journal)

@@ -17,7 +17,7 @@ from asyncrl.errors import CheckpointError, JournalError, TrainerFailed
 from asyncrl.link import messages
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import LAST_WORDS
-from tests.desk.desk_parts import MEBIBYTE, VOCAB, hello, make_parts, small_config
+from tests.desk.desk_parts import MEBIBYTE, VOCAB, MetricsLog, hello, make_parts, small_config
 
 STEPS = 5
 LEASE_TIMEOUT_S = 60.0
@@ -27,16 +27,6 @@ FIGURES = {"reward_mean": 0.5, "reward_std": 0.1, "policy_age_mean": 0.0, "polic
 class Stop:
     def __init__(self):
         self.fd, self.received = os.eventfd(0), None
-
-
-class Log:
-    """Takes what would go to metrics.jsonl."""
-
-    def log_step(self, figures):
-        pass
-
-    def log_eval(self, figures):
-        pass
 
 
 class World:
@@ -61,14 +51,15 @@ class World:
             weights_timeout_s=5.0,
         )
         self.stop = Stop()
-        surroundings = Surroundings(*self.sockets, self.process, Log(), self.stop)
+        self.log = MetricsLog()
+        surroundings = Surroundings(*self.sockets, self.process, self.log, self.stop)
         self.desk = make_desk(config, self.parts.state, self.parts.prompts, surroundings)
         self.ranks = self.desk.ranks
         self.evaluator = self.desk.evaluator
 
     def trainer(self, code=""):
         """The trainer's process is at work, or about to end as `code` says."""
-        code = code or "import time; time.sleep(60)"
+        code = code or "import signal; signal.pause()"
         self.process._process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
     def asks_from(self, version, peer=b"trainer"):
@@ -104,6 +95,7 @@ def test_the_run_ends_when_the_trainer_that_lives_has_made_the_last_step(world):
     assert world.desk._stopping_since is None
     world.desk._from_trainer(b"trainer", messages.StepDone(STEPS, FIGURES, 0.1, 0.0), b"", 0.0)
     assert world.parts.state.policy.trained == STEPS
+    assert [figures.version for figures in world.log.steps] == [STEPS]
     world.desk._over(0.0)
     assert world.desk._stopping_since is None, "it has not saved what it did, and may die before it does"
     world.ranks.lost()

@@ -5,19 +5,9 @@ from __future__ import annotations
 import pytest
 
 from asyncrl.desk.evaluation import EvalResults, Evaluator, evaluation_due
-from tests.desk.desk_parts import eval_group, make_parts, small_config
+from tests.desk.desk_parts import MetricsLog, eval_group, make_parts, small_config
 
 PROMPTS = 3
-
-
-class Log:
-    """Takes what would go to metrics.jsonl."""
-
-    def __init__(self):
-        self.evals = []
-
-    def log_eval(self, figures):
-        self.evals.append(figures)
 
 
 class Results:
@@ -43,7 +33,7 @@ class World:
 
     def __init__(self, folder, done=()):
         self.parts = make_parts(folder, small_config(eval__every=2, eval__prompts=PROMPTS))
-        self.log = Log()
+        self.log = MetricsLog()
         self.results = Results()
         self.evaluator = Evaluator(
             self.parts.config,

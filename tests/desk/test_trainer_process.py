@@ -23,7 +23,7 @@ from tests.trainer.tiny import save_tiny_model
 DEADLINE_S = 60.0
 
 DESK = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from asyncrl.desk.trainer_process import TrainerProcess
 folder = Path(sys.argv[1])
@@ -31,21 +31,25 @@ counts = {"num_ranks": 1, "threads": 1, "max_restarts": 0}
 trainer = TrainerProcess(folder / "missing", "ipc:///nowhere", folder / "log", weights_timeout_s=5.0, **counts)
 trainer.start()
 print(trainer.pid, flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 BUSY_THREAD = """
-import threading, time
+import threading
 import torch
 from asyncrl.host.processes import leave
 
+working = threading.Barrier(5)
+
 def work():
+    torch.ones(1000).sum()
+    working.wait()
     while True:
         torch.ones(1000).sum()
 
 for _ in range(4):
     threading.Thread(target=work, daemon=True).start()
-time.sleep(0.2)
+working.wait()
 print("last words", end="")
 leave({code})
 """
