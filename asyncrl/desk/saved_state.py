@@ -1,6 +1,7 @@
 """What a checkpoint holds of the desk, and its bytes: `desk_state.bin`, one msgpack map.
 
-    leases     {next_ordinal, next_eval_ordinal, settled: {watermark, above}, given_up, num_filtered, failures}
+    leases     {next_ordinal, next_eval_ordinal, settled: {watermark, above}, given_up, num_filtered, failures,
+               counters: {}}
     sessions   generator id → {incarnation, instance, watermark, beyond}
     account    {rollouts_acked, rollouts_dropped, groups_filtered, tokens_filtered, rollouts_failed}
     evals_done versions whose evaluation was asked for
@@ -71,6 +72,7 @@ def _leases_to_map(leases: SavedLeases) -> dict[str, Any]:
         "given_up": leases.given_up,
         "num_filtered": leases.num_filtered,
         "failures": [[ordinal, count] for ordinal, count in leases.failures.items()],
+        "counters": {},  # a release that still counted leases cannot load a checkpoint without it
     }
 
 

@@ -58,7 +58,7 @@ class LeaseBook:
     @property
     def num_trained(self) -> int:
         """Groups trained, those of the batch in training included."""
-        return len(self._settled) - len(self._given_up) - self._num_filtered
+        return len(self._settled) - self.num_given_up - self.num_filtered
 
     @property
     def num_running(self) -> int:
@@ -68,7 +68,7 @@ class LeaseBook:
     @property
     def num_admitted(self) -> int:
         """Groups trained, in training, buffered and running: what admission counts."""
-        return self.num_trained + len(self._accepted) + len(self._running)
+        return self.num_trained + len(self._accepted) + self.num_running
 
     @property
     def num_given_up(self) -> int:
@@ -89,17 +89,9 @@ class LeaseBook:
         """Running training leases, oldest grant first."""
         return list(self._running.values())
 
-    def lease(self, key: LeaseKey) -> LeaseRecord | None:
-        """The running lease of this key, train or eval."""
-        if key.kind == LeaseKind.EVAL:
-            record = self.evaluation.running.get(key.ordinal) if self.evaluation else None
-        else:
-            record = self._running.get(key.ordinal)
-        return record if record is not None and record.key == key else None
-
     def in_range(self, ordinal: int) -> bool:
         """Ordinals the run can need: one for each group it trains on, one more for each given up or filtered."""
-        return 0 <= ordinal < self._pacing.total_groups + len(self._given_up) + self._num_filtered
+        return 0 <= ordinal < self._pacing.total_groups + self.num_given_up + self.num_filtered
 
     def next_deadline(self, now: float) -> float:
         """When `expire` has something to do or a back-off ends; infinity when never."""

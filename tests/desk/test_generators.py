@@ -282,7 +282,7 @@ def test_a_lease_that_nobody_wants_is_abandoned_and_one_of_an_earlier_learner_ad
     world.join("a", run_epoch=2, active=[["train", 1, 0, 0], ["train", 9999, 0, 0]])
     ((_, abandon),) = world.wire.take(messages.Abandon)
     assert abandon.leases == [["train", 9999, 0]]
-    assert world.parts.leases.lease(LeaseKey(LeaseKind.TRAIN, 1, 0)) is not None
+    assert [record.key for record in world.parts.leases.running()] == [LeaseKey(LeaseKind.TRAIN, 1, 0)]
     world.parts.journal.close()
 
 

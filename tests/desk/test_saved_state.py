@@ -21,6 +21,7 @@ MAP = {
         "given_up": [5],
         "num_filtered": 1,
         "failures": [[4, 2], [8, 1]],
+        "counters": {},
     },
     "sessions": {"g1": {"incarnation": 2, "instance": "g1.2", "watermark": 11, "beyond": [13, 14]}},
     "account": {

@@ -92,7 +92,7 @@ class Run:
 
     def finish(self, name, key):
         work = self.work[name].pop(key)
-        if not self.late_results and self.leases.lease(key) is None:
+        if not self.late_results and all(record.key != key for record in self.leases.running()):
             return
         verdict, superseded = self.leases.accept(key)
         if superseded is not None:

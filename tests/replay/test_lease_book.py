@@ -233,7 +233,7 @@ def test_a_generator_that_outlived_the_learner_goes_on_with_its_leases():
     fresh = restored(make_book(groups_per_step=2, max_age=1))
     assert fresh.adopt("a", train_key(1), issued_version=0, now=3.0)
     assert not fresh.adopt("b", train_key(1), issued_version=0, now=3.0)
-    assert fresh.lease(train_key(1)).deadline_at == 63.0
+    assert [(lease.key, lease.deadline_at) for lease in fresh.running()] == [(train_key(1), 63.0)]
     assert keys(fresh.grant("b", 0, 9, 0, now=3.0)) == [train_key(n, 1000) for n in (0, 2, 3)]
     assert fresh.accept(train_key(1)) == (Verdict.ACCEPTED, None)
 
