@@ -64,7 +64,7 @@ class Generators:
         if admission.session is None:
             log.warning("refused %s: %s", hello.generator_id, admission.reply)
         elif hello.generator_id not in self._granted:
-            self._admit(admission.session, now)
+            self._admit(admission.session)
 
     def session_of(self, peer: bytes, now: float) -> DeskSession | None:
         """The session of a frame's sender. A peer that is not known is asked to say hello, and None is returned."""
@@ -97,7 +97,7 @@ class Generators:
                 log.warning("generator %s is silent", name)
             elif session.liveness is Liveness.ALIVE and name not in self._granted and session.hello is not None:
                 # It was taken for dead and is here again: what it held is gone, so it begins with the weights.
-                self._admit(session, now)
+                self._admit(session)
 
     def _probe_silent(self, now: float) -> None:
         """Sends silent generators an Ack that nobody asked for: if it cannot be sent, the connection is gone."""
@@ -121,7 +121,7 @@ class Generators:
         names = [f"{s.generator_id} at version {self._planner.held_version(s.generator_id)}" for s in self.alive()]
         return f"{len(names)} generators alive: {', '.join(names)}" if names else "no generator is alive"
 
-    def _admit(self, session: DeskSession, now: float) -> None:
+    def _admit(self, session: DeskSession) -> None:
         assert session.hello is not None
         log.info("generator %s joined (incarnation %d)", session.generator_id, session.incarnation)
         # A generator that was taken for dead goes on counting from what its next beat says it received.

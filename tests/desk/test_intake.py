@@ -40,7 +40,7 @@ def records(parts, kind):
     return [record for _, record in parts.journal.read_all() if isinstance(record, kind)]
 
 
-def test_a_result_is_acknowledged_only_after_the_journal_is_synced(parts, session):
+def test_a_result_is_acknowledged_only_after_the_journal_is_durable(parts, session):
     lease(parts)
     assert parts.deliver(session, train_group(0), seq=1) is None
     assert parts.sessions.ack(session).acked_seq == 0
@@ -66,7 +66,7 @@ def test_nothing_is_acknowledged_when_the_disk_fails(tmp_path):
     parts.journal.close()
 
 
-def test_the_sync_is_put_off_until_it_is_due_so_that_results_share_it(parts, session):
+def test_making_durable_is_put_off_until_it_is_due_so_that_results_share_it(parts, session):
     lease(parts, 2)
     parts.deliver(session, train_group(0), seq=1, now=10.0)
     parts.acknowledgements.make_durable_if_due(10.0)
@@ -342,7 +342,7 @@ def test_a_group_that_was_not_durable_when_the_learner_died_comes_again_and_is_j
     session = filtering.connect()
     lease(filtering)
     filtering.deliver(session, flat_group(0), seq=1)
-    filtering.journal.close()  # before the sync
+    filtering.journal.close()  # before it was durable
     again = make_parts(tmp_path, filtering.config, run_epoch=2)
     assert replay_plan(0, Frontier(), again.journal.read_all()).filtered == []
     session = again.connect()

@@ -42,7 +42,7 @@ class Work:
 
 
 class InMemory(list):
-    """Stands in for the reader of a journal: records of which all were synced."""
+    """Stands in for the reader of a journal: records of which all are durable."""
 
     def __iter__(self):
         return (Entry(Location(0, index), record) for index, record in enumerate(super().__iter__()))

@@ -344,20 +344,20 @@ def test_nothing_acknowledged_is_lost_when_the_learner_is_killed_at_any_moment(t
 
 
 def write_until_full(folder):
-    """Appends 10 kB groups until the disk refuses. Returns how many were synced, and checks what the journal says."""
+    """Appends 10 kB groups until the disk refuses. Returns how many were durable, and checks what the journal says."""
     journal = Journal.open(folder)
-    synced = 0
+    durable = 0
     with pytest.raises(JournalError, match=r"cannot write \d+ bytes .*nothing of it was acknowledged"):
         while True:
-            journal.append(make_group(synced, body=bytes(10_000)), now=0.0)
+            journal.append(make_group(durable, body=bytes(10_000)), now=0.0)
             journal.make_durable()
-            synced += 1
+            durable += 1
     with pytest.raises(JournalError, match="takes no more records: an earlier write failed"):
         journal.append(make_group(999), now=0.0)
     with pytest.raises(JournalError, match="takes no more records"):
         journal.make_durable()
     journal.close()
-    return synced
+    return durable
 
 
 def test_a_full_disk_acknowledges_nothing_more_and_the_journal_resumes_where_it_was(tmp_path):
@@ -365,10 +365,10 @@ def test_a_full_disk_acknowledges_nothing_more_and_the_journal_resumes_where_it_
     if mounted.returncode != 0:
         pytest.skip("mounting a tmpfs is not permitted here")
     try:
-        synced = write_until_full(tmp_path / "journal")
-        assert 10 < synced < 26
+        durable = write_until_full(tmp_path / "journal")
+        assert 10 < durable < 26
         records, torn_bytes, damage = read(tmp_path / "journal")
-        assert ([record.ordinal for record in records], torn_bytes, damage) == (list(range(synced)), 0, [])
+        assert ([record.ordinal for record in records], torn_bytes, damage) == (list(range(durable)), 0, [])
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -383,9 +383,9 @@ def test_a_file_that_may_not_grow_is_handled_as_a_full_disk(tmp_path):
     child = run_python(["-c", code], tmp_path / "journal")
     out, err = child.communicate(timeout=30)
     assert child.returncode == 0, err.decode()
-    synced = int(out)
-    assert synced == 9
-    assert [record.ordinal for record in read(tmp_path / "journal")[0]] == list(range(synced))
+    durable = int(out)
+    assert durable == 9
+    assert [record.ordinal for record in read(tmp_path / "journal")[0]] == list(range(durable))
 
 
 def test_a_failed_write_is_final_because_trying_again_could_lie(tmp_path):
