@@ -55,9 +55,8 @@ def health_sums(log_ratios: Tensor, policy_ages: Tensor, *, is_clipped: Tensor, 
     return sums
 
 
-def health_metrics(sums: Mapping[str, float | Sequence[float]]) -> dict[str, float]:
-    """Metrics from the sums of `health_sums`, merged and turned into lists (`losses.sums_to_floats`); other keys
-    are ignored.
+def health_metrics(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Metrics from the sums of `health_sums`, merged and turned into lists by `losses.sums_to_floats`.
 
     For each bucket that has tokens, under age/<bucket>/:
 
@@ -65,7 +64,7 @@ def health_metrics(sums: Mapping[str, float | Sequence[float]]) -> dict[str, flo
         kl_behaviour   mean log mu - log pi: the k1 estimate of KL(behaviour || current)
         ess_share      ESS / N of the ratios, see `effective_sample_share`; absent when all ratios are 0
 
-    and masked_share over all tokens. Nothing was measured, nothing is returned: no key is made up.
+    and masked_share over all tokens. A bucket without tokens has no keys, and without any token there is none at all.
 
     Example: the one of `health_sums`: age/4-7/tokens 2, age/4-7/ratio_mean 3, age/4-7/ess_share 36 / 40.
     """

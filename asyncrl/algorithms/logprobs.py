@@ -49,7 +49,10 @@ def chunked_logprobs(
     # The head keeps the dtype of its weight: under autocast the products would silently run in half
     # precision.
     with torch.autocast(device_type=hidden.device.type, enabled=False):
-        return _ChunkedLogprobs.apply(hidden.to(weight.dtype), weight, token_ids, 1.0 / temperature, rows)
+        outputs: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]  # torch's `apply`
+            hidden.to(weight.dtype), weight, token_ids, 1.0 / temperature, rows
+        )
+    return outputs
 
 
 def require_finite(values: Tensor, what: str) -> None:

@@ -1,6 +1,6 @@
 """What is known of a batch before its first update: log-probs, values, advantages, targets, masks over all of it.
 
-    groups → rewards → sequence advantages → micro-batches → forward passes without gradient → token advantages
+    groups → plan → forward passes without gradient → finish: token advantages, whitening, targets, masks
 
 A forward pass is made only for what the configuration needs: the usual methods need none. What depends on the whole
 batch (whitening, the second-moment mask) is settled here, so that a loss may be computed micro-batch by micro-batch.
@@ -27,212 +27,220 @@ from asyncrl.algorithms.kl import kl_estimate
 from asyncrl.algorithms.layout import pad_sequences, unpad_sequences
 from asyncrl.algorithms.masks import second_moment_mask
 from asyncrl.algorithms.value_targets import gae, importance_weighted_gae, token_rewards, vtrace
-from asyncrl.config import AlgorithmConfig, Config
+from asyncrl.config import Config
 from asyncrl.errors import ShapeError
-from asyncrl.trainer.critic import Critic
-from asyncrl.trainer.engines.policy import Policy, to_device
-from asyncrl.trainer.packing import MicroBatch, check_group, pack_groups
+from asyncrl.trainer.engines.base import Engines, Want
+from asyncrl.trainer.engines.policy import to_device
+from asyncrl.trainer.packing import MicroBatch, Rows
+from asyncrl.trainer.plan import BatchPlan, MiniBatch, Planner, RewardTable
 from asyncrl.types import Group
 
-# Up to this many inputs, one row with a full attention mask beats one row per completion on a CPU (measured
-# with prompts of 12 and completions of 6: 2.4 times faster). On a GPU the mask would switch off flash
-# attention.
+# Up to this many inputs, one row with a full attention mask beats one row per completion on a CPU (measured with
+# prompts of 12 and completions of 6 tokens: 2.4 times faster).
 CPU_SHARED_ROW_TOKENS = 192
 
 
 @dataclass(slots=True)
-class Prepared:
+class MicroBatchData:
     """A micro-batch of N completion tokens in S sequences and what its losses need; tensors without gradient.
 
     What was not asked for is None. start_logprobs are the actor's at the start of the step.
     """
 
-    batch: MicroBatch
-    rollouts: Tensor  # int64 [S], index of each sequence's rollout in the whole batch
+    rows: Rows
+    rollout_index: Tensor  # int64 [S], index of each sequence's rollout in the whole batch
     sequence_index: Tensor  # int64 [N]
-    behaviour_logprobs: Tensor  # [N]
+    behaviour_logprobs: Tensor  # float32 [N]
     policy_ages: Tensor  # int64 [N]
-    advantages: Tensor  # [N]
+    advantages: Tensor  # float32 [N], 0 before `Preparation.finish`
     start_logprobs: Tensor | None = None  # [N]
     reference_logprobs: Tensor | None = None  # [N]
     values: Tensor | None = None  # [N], of the critic at the start of the step
     targets: Tensor | None = None  # [N]
-    stays: Tensor | None = None  # bool [N], False where a mask over the whole batch leaves a token out
+    keep_mask: Tensor | None = None  # bool [N], False where a mask over the whole batch leaves a token out
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens."""
+        return self.rows.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class MiniBatch:
-    """The micro-batches of one optimizer update. Counts include groups that need no forward pass."""
+class MiniBatchData:
+    """The micro-batches of one optimizer update on this rank. Counts are those of `MiniBatch`: over ALL ranks."""
 
-    micro_batches: list[Prepared]
+    micro_batches: list[MicroBatchData]
     num_tokens: int
     num_sequences: int
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedBatch:
-    """A whole batch, cut into mini-batches."""
-
-    mini_batches: list[MiniBatch]
-    is_flat: np.ndarray  # bool [G], groups whose rewards are all equal
-
-
 class Preparation:
-    """Prepares batches for one policy and, with algorithm.advantage=gae, its critic."""
+    """Prepares batches for the engines of one step: `plan`, then `forward`, then `finish`."""
 
-    def __init__(self, config: Config, policy: Policy, critic: Critic | None) -> None:
-        self._algorithm: AlgorithmConfig = config.algorithm
-        self._learner = config.learner
-        self._seed = config.run.seed
+    def __init__(self, config: Config, engines: Engines) -> None:
+        self._algorithm = config.algorithm
         self._temperature = config.sampling.temperature
-        self._policy = policy
-        self._critic = critic
-        shares_rows = policy.device.type == "cpu" and policy.allows_shared_rows
-        self.shared_row_tokens = CPU_SHARED_ROW_TOKENS if shares_rows else 0
-        self._kl_in_reward = policy.reference is not None and self._algorithm.kl_in == "reward"
+        self._engines = engines
+        self._has_reference = engines.actor.has_reference
+        self._kl_in_reward = self._has_reference and self._algorithm.kl_in == "reward"
         self._needs_start = needs_start_logprobs(config) or self._kl_in_reward
+        self.planner = Planner(
+            seed=config.run.seed,
+            num_mini_batches=config.learner.mini_batches,
+            micro_batch_tokens=config.learner.micro_batch_tokens,
+            shared_row_tokens=CPU_SHARED_ROW_TOKENS if engines.actor.prefers_shared_rows else 0,
+        )
 
-    def prepare(self, groups: Sequence[Group], version: int, kl_coef: float) -> PreparedBatch:
-        """Everything about `groups` under the policy of `version`, in their order.
+    # -- before the forward passes ---------------------------------------------------------------------------------
 
-        Raises what `pack_groups` raises, and NonFiniteError for rewards that are not finite.
+    def plan(self, groups: Sequence[Group], version: int) -> BatchPlan:
+        """The whole batch, cut for the step from `version`. No model looks at it, no device is touched.
+
+        Raises what `pack_groups` raises, NonFiniteError for rewards that are not finite, and ShapeError where
+        algorithm.advantage=remax meets a group without a greedy completion.
         """
-        rewards, group_index = _rewards(groups)
-        is_flat = zero_variance_groups(rewards, group_index, len(groups)).numpy()
-        advantages = torch.zeros_like(rewards)
+        rewards = RewardTable.of(groups)
+        is_flat = zero_variance_groups(
+            torch.from_numpy(rewards.rewards), torch.from_numpy(rewards.group_index), rewards.num_groups
+        )
+        if self._algorithm.advantage == "remax":
+            _require_baselines(groups)
+        advantages = None
         if not self._waits_for_forward_passes:
-            advantages = self._sequence_advantages(groups, rewards, group_index)
+            advantages = self._sequence_advantages(rewards, torch.from_numpy(rewards.rewards)).numpy()
         # Equal rewards give no gradient unless the loss has other terms: such groups count in every denominator but
         # need no forward pass.
         is_active = np.ones(len(groups), dtype=bool)
-        if not self._needs_all:
-            is_active = np.bincount(group_index.numpy(), advantages.numpy() != 0.0, len(groups)) > 0
-        mini_batches = self._pack(groups, is_active, version)
-        prepared = [one for mini_batch in mini_batches for one in mini_batch.micro_batches]
-        self._forward(prepared)
-        if self._kl_in_reward and self._critic is None:
-            rewards = rewards - kl_coef * _sums_of_kl(prepared, len(rewards), self._algorithm.kl_estimator)
-            advantages = self._sequence_advantages(groups, rewards, group_index)
-        if self._critic is None:
-            for one in prepared:
-                one.advantages = advantages.to(one.advantages)[one.rollouts][one.sequence_index]
-        else:
-            self._value_advantages(prepared, rewards, kl_coef)
-        if "second_moment" in self._algorithm.masks:
-            _mask_second_moment(prepared, self._algorithm.second_moment)
-        return PreparedBatch(mini_batches, is_flat)
+        if advantages is not None and not self._needs_all:
+            is_active = np.bincount(rewards.group_index, advantages != 0.0, rewards.num_groups) > 0
+        return BatchPlan(
+            mini_batches=self.planner.mini_batches(groups, is_active, version),
+            rewards=rewards,
+            advantages=advantages,
+            is_flat=is_flat.numpy(),
+            num_tokens=sum(group.num_tokens for group in groups),
+            num_rollouts=len(rewards.rewards),
+        )
 
     @property
     def _waits_for_forward_passes(self) -> bool:
         """Whether advantages depend on more than rewards."""
-        return self._critic is not None or self._kl_in_reward
+        return self._engines.has_critic or self._kl_in_reward
 
     @property
     def _needs_all(self) -> bool:
         """Whether every token has a gradient, whatever its advantage."""
-        has_kl = self._policy.reference is not None
-        return self._waits_for_forward_passes or has_kl or self._algorithm.entropy_coef > 0.0
+        return self._waits_for_forward_passes or self._has_reference or self._algorithm.entropy_coef > 0.0
 
-    def _sequence_advantages(self, groups: Sequence[Group], rewards: Tensor, group_index: Tensor) -> Tensor:
-        """One advantage per rollout, float64 [R]."""
+    def _sequence_advantages(self, table: RewardTable, rewards: Tensor) -> Tensor:
+        """One advantage per rollout, float64 [R], from `rewards` [R]: those of the table, or with a KL subtracted."""
+        group_index, num_groups = torch.from_numpy(table.group_index), table.num_groups
         match self._algorithm.advantage:
             case "group":
                 std = self._algorithm.normalize_std
-                return group_relative_advantages(rewards, group_index, len(groups), normalize_std=std)
+                return group_relative_advantages(rewards, group_index, num_groups, normalize_std=std)
             case "rloo":
-                return rloo_advantages(rewards, group_index, len(groups))
+                return rloo_advantages(rewards, group_index, num_groups)
             case "reinforce_pp":
                 return reinforce_pp_advantages(rewards)
             case "reinforce_pp_baseline":
-                return reinforce_pp_advantages(rewards, group_index=group_index, num_groups=len(groups))
+                return reinforce_pp_advantages(rewards, group_index=group_index, num_groups=num_groups)
             case "remax":
-                return remax_advantages(rewards, _baselines(groups)[group_index])
+                return remax_advantages(rewards, torch.from_numpy(table.baselines)[group_index])
         raise AssertionError(f"advantage {self._algorithm.advantage!r} is not one of a sequence")
-
-    # -- layout ----------------------------------------------------------------------------------------------------
-
-    def _pack(self, groups: Sequence[Group], is_active: np.ndarray, version: int) -> list[MiniBatch]:
-        """Cuts the groups into mini-batches, by a permutation that depends on seed and version alone."""
-        for index in np.flatnonzero(~is_active):
-            check_group(groups[index], version)  # skipped or not, bad data is an error
-        first_rollout = np.cumsum([0, *(len(group.rollouts) for group in groups)])
-        order = np.arange(len(groups))
-        if self._learner.mini_batches > 1:
-            order = np.random.default_rng((self._seed, version)).permutation(len(groups))
-        mini_batches = []
-        for part in np.array_split(order, self._learner.mini_batches):
-            part = np.sort(part)
-            active = part[is_active[part]]
-            packed = pack_groups(
-                [groups[index] for index in active],
-                version,
-                self._learner.micro_batch_tokens,
-                shared_row_tokens=self.shared_row_tokens,
-            )
-            ranges = [np.arange(first_rollout[index], first_rollout[index + 1]) for index in active]
-            rollouts = np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
-            mini_batches.append(
-                MiniBatch(
-                    [self._on_device(batch, rollouts[batch.rollout_index]) for batch in packed],
-                    sum(groups[index].num_tokens for index in part),
-                    sum(len(groups[index].rollouts) for index in part),
-                )
-            )
-        return mini_batches
-
-    def _on_device(self, batch: MicroBatch, rollouts: np.ndarray) -> Prepared:
-        device = self._policy.device
-        behaviour = to_device(batch.behaviour_logprobs, device)
-        return Prepared(
-            batch=batch,
-            rollouts=to_device(rollouts, device),
-            sequence_index=to_device(batch.sequence_index, device),
-            behaviour_logprobs=behaviour,
-            policy_ages=to_device(batch.policy_ages, device),
-            advantages=torch.zeros_like(behaviour),
-        )
 
     # -- forward passes --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _forward(self, prepared: list[Prepared]) -> None:
-        critic, reference = self._critic, self._policy.reference
-        for one in prepared:
-            hidden = None
-            if self._needs_start or (critic is not None and critic.is_shared):
-                hidden = self._policy.hidden(one.batch)
-            if self._needs_start:
-                one.start_logprobs, _ = self._policy.logprobs_from(hidden, one.batch, self._temperature)
-            if reference is not None:
-                one.reference_logprobs, _ = reference.logprobs(one.batch, self._temperature)
-            if critic is not None:
-                one.values = critic.values(one.batch, hidden)
+    def forward(self, plan: BatchPlan) -> list[MiniBatchData]:
+        """The mini-batches of a plan on the engines' device, with the log-probs and values that `finish` needs."""
+        mini_batches = [self._on_device(mini_batch) for mini_batch in plan.mini_batches]
+        data = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches]
+        rows = [micro_batch.rows for micro_batch in data]
+        actor, critic = self._engines.actor, self._engines.critic
+        want = Want(logprobs=self._needs_start, values=actor.has_values)
+        if want.logprobs or want.values:
+            for micro_batch, outputs in zip(data, actor.forward(rows, want, self._temperature), strict=True):
+                micro_batch.start_logprobs = outputs.logprobs
+                micro_batch.values = outputs.values
+        if self._has_reference:
+            reference = actor.forward(rows, Want(logprobs=True, frozen=True), self._temperature)
+            for micro_batch, outputs in zip(data, reference, strict=True):
+                micro_batch.reference_logprobs = outputs.logprobs
+        if critic is not None:
+            values = critic.forward(rows, Want(values=True), self._temperature)
+            for micro_batch, outputs in zip(data, values, strict=True):
+                micro_batch.values = outputs.values
+        return mini_batches
 
-    def _value_advantages(self, prepared: list[Prepared], rewards: Tensor, kl_coef: float) -> None:
+    def _on_device(self, mini_batch: MiniBatch) -> MiniBatchData:
+        return MiniBatchData(
+            [self._micro_batch_on_device(micro_batch) for micro_batch in mini_batch.micro_batches],
+            mini_batch.num_tokens,
+            mini_batch.num_sequences,
+        )
+
+    def _micro_batch_on_device(self, micro_batch: MicroBatch) -> MicroBatchData:
+        device = self._engines.actor.device
+        behaviour_logprobs = to_device(micro_batch.behaviour_logprobs, device)
+        return MicroBatchData(
+            rows=micro_batch.rows,
+            rollout_index=to_device(micro_batch.rollout_index, device),
+            sequence_index=to_device(micro_batch.sequence_index, device),
+            behaviour_logprobs=behaviour_logprobs,
+            policy_ages=to_device(micro_batch.policy_ages, device),
+            advantages=torch.zeros_like(behaviour_logprobs),
+        )
+
+    # -- after them ------------------------------------------------------------------------------------------------
+
+    def finish(self, plan: BatchPlan, mini_batches: Sequence[MiniBatchData], kl_coef: float) -> None:
+        """Fills in advantages, targets and the mask over the whole batch; `mini_batches` are `forward`'s."""
+        data = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches]
+        if self._engines.has_critic:
+            self._set_value_advantages(plan, data, kl_coef)
+        else:
+            self._set_sequence_advantages(plan, data, kl_coef)
+        if "second_moment" in self._algorithm.masks:
+            _mask_second_moment(data, self._algorithm.second_moment)
+
+    def _set_sequence_advantages(self, plan: BatchPlan, data: list[MicroBatchData], kl_coef: float) -> None:
+        """Gives every token the advantage of its rollout."""
+        if plan.advantages is not None:
+            advantages = torch.from_numpy(plan.advantages)
+        else:
+            kl = _sums_of_kl(data, plan.num_rollouts, self._algorithm.kl_estimator)
+            advantages = self._sequence_advantages(plan.rewards, torch.from_numpy(plan.rewards.rewards) - kl_coef * kl)
+        for micro_batch in data:
+            own = advantages.to(micro_batch.advantages)[micro_batch.rollout_index]
+            micro_batch.advantages = own[micro_batch.sequence_index]
+
+    def _set_value_advantages(self, plan: BatchPlan, data: list[MicroBatchData], kl_coef: float) -> None:
         """Advantages and targets of every token from rewards and values; advantages whitened over the batch."""
-        for one in prepared:
+        rewards = torch.from_numpy(plan.rewards.rewards)
+        for micro_batch in data:
             penalties = None
             if self._kl_in_reward:
-                penalties = kl_coef * _kl(one, self._algorithm.kl_estimator)
-            own = rewards.to(one.advantages)[one.rollouts]
-            steps = token_rewards(own, one.sequence_index, penalties)
-            one.advantages, one.targets = self._from_values(one, steps)
-        whitened = whiten(torch.cat([one.advantages for one in prepared]))
-        for one, advantages in zip(prepared, whitened.split([len(p.advantages) for p in prepared]), strict=True):
-            one.advantages = advantages
+                penalties = kl_coef * _kl(micro_batch, self._algorithm.kl_estimator)
+            own = rewards.to(micro_batch.advantages)[micro_batch.rollout_index]
+            steps = token_rewards(own, micro_batch.sequence_index, penalties)
+            micro_batch.advantages, micro_batch.targets = self._from_values(micro_batch, steps)
+        whitened = whiten(torch.cat([micro_batch.advantages for micro_batch in data]))
+        parts = whitened.split([micro_batch.num_tokens for micro_batch in data])
+        for micro_batch, advantages in zip(data, parts, strict=True):
+            micro_batch.advantages = advantages
 
-    def _from_values(self, one: Prepared, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def _from_values(self, data: MicroBatchData, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Advantages and targets of a micro-batch's tokens, both [N], from their rewards `steps` [N]."""
-        algorithm, count = self._algorithm, len(one.rollouts)
-        assert one.values is not None
-        padded, mask = pad_sequences(steps, one.sequence_index, count)
-        values, _ = pad_sequences(one.values, one.sequence_index, count)
+        algorithm, count = self._algorithm, len(data.rollout_index)
+        assert data.values is not None
+        padded, mask = pad_sequences(steps, data.sequence_index, count)
+        values, _ = pad_sequences(data.values, data.sequence_index, count)
         gamma, lam = algorithm.gamma, algorithm.lam
         if algorithm.value_targets == "gae":
             advantages, targets = gae(padded, values, mask, gamma=gamma, lam=lam)
         else:
-            assert one.start_logprobs is not None
-            log_ratios, _ = pad_sequences(one.start_logprobs - one.behaviour_logprobs, one.sequence_index, count)
+            assert data.start_logprobs is not None
+            log_ratios, _ = pad_sequences(data.start_logprobs - data.behaviour_logprobs, data.sequence_index, count)
             if algorithm.value_targets == "is_gae":
                 advantages, targets = importance_weighted_gae(
                     padded, values, log_ratios, mask, gamma=gamma, lam=lam, c_bar=algorithm.c_bar
@@ -259,40 +267,33 @@ def needs_start_logprobs(config: Config) -> bool:
     )
 
 
-def _rewards(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """Reward of each rollout, float64 [R], and its group, int64 [R]."""
-    rewards = torch.tensor([rollout.reward for group in groups for rollout in group.rollouts], dtype=torch.float64)
-    sizes = [len(group.rollouts) for group in groups]
-    return rewards, torch.from_numpy(np.repeat(np.arange(len(groups)), sizes))
-
-
-def _baselines(groups: Sequence[Group]) -> Tensor:
-    """Reward of each group's greedy completion, float64 [G]."""
+def _require_baselines(groups: Sequence[Group]) -> None:
     missing = [group.key for group in groups if group.baseline_reward is None]
     if missing:
         raise ShapeError(f"{missing[0]} has no greedy completion; algorithm.advantage=remax needs one in every group")
-    return torch.tensor([group.baseline_reward for group in groups], dtype=torch.float64)
 
 
-def _kl(one: Prepared, estimator: str) -> Tensor:
-    assert one.start_logprobs is not None and one.reference_logprobs is not None
-    return kl_estimate(one.start_logprobs, one.reference_logprobs, estimator)
+def _kl(data: MicroBatchData, estimator: str) -> Tensor:
+    """KL of the actor at the start of the step to the reference, [N]."""
+    assert data.start_logprobs is not None and data.reference_logprobs is not None
+    return kl_estimate(data.start_logprobs, data.reference_logprobs, estimator)
 
 
-def _sums_of_kl(prepared: list[Prepared], num_rollouts: int, estimator: str) -> Tensor:
+def _sums_of_kl(data: list[MicroBatchData], num_rollouts: int, estimator: str) -> Tensor:
     """KL to the reference summed over the tokens of each rollout, float64 [R]."""
     sums = torch.zeros(num_rollouts, dtype=torch.float64)
-    for one in prepared:
-        sums.index_add_(0, one.rollouts[one.sequence_index].cpu(), _kl(one, estimator).double().cpu())
+    for micro_batch in data:
+        rollouts = micro_batch.rollout_index[micro_batch.sequence_index].cpu()
+        sums.index_add_(0, rollouts, _kl(micro_batch, estimator).double().cpu())
     return sums
 
 
-def _mask_second_moment(prepared: list[Prepared], threshold: float) -> None:
+def _mask_second_moment(data: list[MicroBatchData], threshold: float) -> None:
     """M2PO's mask: the threshold is one of the whole batch, so all of it is looked at together."""
-    log_ratios = [one.start_logprobs - one.behaviour_logprobs for one in prepared if one.start_logprobs is not None]
-    assert len(log_ratios) == len(prepared)
-    if not prepared:
+    log_ratios = [batch.start_logprobs - batch.behaviour_logprobs for batch in data if batch.start_logprobs is not None]
+    assert len(log_ratios) == len(data)
+    if not data:
         return
-    stays = second_moment_mask(torch.cat(log_ratios), threshold)
-    for one, part in zip(prepared, stays.split([len(ratios) for ratios in log_ratios]), strict=True):
-        one.stays = part
+    keep_mask = second_moment_mask(torch.cat(log_ratios), threshold)
+    for micro_batch, part in zip(data, keep_mask.split([len(ratios) for ratios in log_ratios]), strict=True):
+        micro_batch.keep_mask = part

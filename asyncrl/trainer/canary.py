@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from asyncrl.trainer.engines.lora import adapter_layers
 from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.trainable import named_parameters
 from asyncrl.weights.bytes.layout import SnapshotBuffer
@@ -37,12 +38,11 @@ class SnapshotScorer:
         shared = {id(parameter): parameter for _, parameter in named if id(parameter) not in own}
         model = copy.deepcopy(policy.model, {**shared, **own})
         if source.adapted:  # published merged: the modules' own adapters would count twice
-            for layer in model.modules():
-                if hasattr(layer, "base_layer"):
-                    layer.enable_adapters(False)
+            for _, layer in adapter_layers(model):
+                layer.enable_adapters(False)
         self._places = {name: own[id(parameter)] for name, parameter in named if name in names}
         self._policy = copy.copy(policy)
-        self._policy.model, self._policy.reference = model, None
+        self._policy.model = model
         self._policy.head_weight = model.get_output_embeddings().weight
         self._wide = {id(self._policy.head_weight), id(model.get_input_embeddings().weight)}
 

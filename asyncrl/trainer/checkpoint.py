@@ -1,4 +1,4 @@
-"""What the trainer puts into a checkpoint and takes out again, and the export for everybody else.
+"""What the trainer puts into a checkpoint and takes out again.
 
 Weights are safetensors; optimizer and random state are written by torch.save and only ever read with
 weights_only=True. Folders, digests and retention are `checkpoint_files`.
@@ -6,9 +6,8 @@ weights_only=True. Folders, digests and retention are `checkpoint_files`.
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,60 +23,46 @@ from asyncrl.storage.checkpoint_files import (
     find_latest,
     load_desk_state,
     write_checkpoint,
-    write_folder_atomically,
 )
-from asyncrl.trainer.engines.policy import Policy
-from asyncrl.trainer.engines.trainable import describe_update, merged_state
-from asyncrl.trainer.step import PolicyTrainer
+from asyncrl.trainer.engines.base import EngineState, ModelIdentity, PartState
+from asyncrl.trainer.step import StepRunner, StepState
 
 WEIGHTS = "weights.safetensors"
 CRITIC_WEIGHTS = "critic.safetensors"
 TRAINER_STATE = "trainer.pt"
 
-# Beside weights and config.json, what AutoTokenizer and `vllm serve` look for.
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
-
 
 def save_checkpoint(
     root: Path,
-    trainer: PolicyTrainer,
+    runner: StepRunner,
     *,
     run_epoch: int,
     desk_state: bytes = b"",
     keep: int = 2,
 ) -> Path:
-    """Saves weights, optimizer state and random state of the trainer's version; see `write_checkpoint`.
+    """Saves weights, optimizer state and random state of the runner's version; see `write_checkpoint`.
 
-    Returns the checkpoint's folder.
-
-    Raises CheckpointError; then earlier checkpoints are as they were.
+    Returns the checkpoint's folder. Raises CheckpointError; then earlier checkpoints are as they were.
     """
-    weights = _own_tensors(trainer.policy)
-    critic_weights = _critic_tensors(trainer)
+    state = runner.state()
+    policy, critic = _parts(state)
 
     def write_files(folder: Path) -> None:
-        save_file(weights, folder / WEIGHTS)
-        if critic_weights:
-            save_file(critic_weights, folder / CRITIC_WEIGHTS)
-        torch.save(trainer.state_dict(), folder / TRAINER_STATE)
+        save_file(policy.weights, folder / WEIGHTS)
+        if critic is not None:
+            save_file(critic.weights, folder / CRITIC_WEIGHTS)
+        torch.save(_trainer_state(state), folder / TRAINER_STATE)
 
+    tensors = [*policy.weights.values(), *(critic.weights.values() if critic else ())]
     manifest = write_checkpoint(
         root,
-        trainer.version,
+        state.version,
         write_files,
         run_epoch=run_epoch,
         desk_state=desk_state,
-        extra={**_identity(trainer.policy), "torch": torch.__version__},
+        extra={**dataclasses.asdict(runner.engines.actor.identity()), "torch": torch.__version__},
         keep=keep,
-        # Weights and two moments of the same size.
-        expected_bytes=3 * sum(tensor.nbytes for tensor in (*weights.values(), *critic_weights.values())),
+        expected_bytes=3 * sum(tensor.nbytes for tensor in tensors),  # weights and two moments of the same size
     )
     return manifest.path
 
@@ -92,53 +77,76 @@ class Restored:
     desk_state: bytes
 
 
-def load_checkpoint(root: Path, trainer: PolicyTrainer) -> Restored | None:
-    """Puts the newest checkpoint under `root` that verifies into `trainer`; None, and no change, if there is
-    none.
+def load_checkpoint(root: Path, runner: StepRunner) -> Restored | None:
+    """Puts the newest checkpoint under `root` that verifies into `runner`.
 
-    Training then goes on bit for bit as if it had not been interrupted. Checkpoints that do not verify are
-    skipped with a warning. Raises CheckpointError when the newest is of another model, or verifies but cannot
-    be loaded.
+    Returns None, and changes nothing, if there is none. Training then goes on bit for bit as if it had not been
+    interrupted. Checkpoints that do not verify are skipped with a warning.
+
+    Raises CheckpointError when the newest is of another model, or verifies but cannot be loaded.
     """
     manifest = find_latest(root)
     if manifest is None:
         return None
-    _restore(manifest, trainer)
+    _restore(manifest, runner)
     return Restored(manifest.path, manifest.version, manifest.run_epoch, load_desk_state(manifest))
 
 
-def _restore(manifest: Manifest, trainer: PolicyTrainer) -> None:
+def _restore(manifest: Manifest, runner: StepRunner) -> None:
     path = manifest.path
-    _check_identity(manifest, trainer.policy)
-    own_critic = _critic_tensors(trainer)
-    if bool(own_critic) != (path / CRITIC_WEIGHTS).exists():
+    _check_identity(manifest, runner.engines.actor.identity())
+    policy, critic = _parts(runner.state())
+    if (critic is not None) != (path / CRITIC_WEIGHTS).exists():
         raise CheckpointError(
-            f"{path} was saved {'without' if own_critic else 'with'} a critic and algorithm.advantage asks for the"
+            f"{path} was saved {'without' if critic else 'with'} a critic and algorithm.advantage asks for the"
             " opposite; resume with the method the run was started with, or use another run.dir"
         )
     try:
         weights = load_file(path / WEIGHTS)
-        critic_weights = load_file(path / CRITIC_WEIGHTS) if own_critic else {}
+        critic_weights = load_file(path / CRITIC_WEIGHTS) if critic else {}
         state: dict[str, Any] = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"{path} verifies but cannot be loaded: {type(error).__name__}: {error}") from error
-    _copy_weights(path, weights, _own_tensors(trainer.policy))
-    _copy_weights(path, critic_weights, own_critic)
-    trainer.load_state_dict(state)
+    _check_weights(path / WEIGHTS, weights, policy.weights)
+    if critic is not None:
+        _check_weights(path / CRITIC_WEIGHTS, critic_weights, critic.weights)
+    engines = EngineState(
+        policy=PartState(weights, state["optimizer"]),
+        critic=PartState(critic_weights, state["critic_optimizer"]) if critic else None,
+    )
+    runner.load_state(
+        StepState(
+            version=state["version"],
+            kl_coef=state["kl_coef"],
+            engines=engines,
+            cpu_rng=state["cpu_rng"],
+            cuda_rng=state.get("cuda_rng"),
+        )
+    )
 
 
-def _identity(policy: Policy) -> dict[str, str]:
-    """What a policy must share with a checkpoint for its weights to mean the same."""
-    frozen = repr(sorted(policy.frozen_digests.items())).encode()
-    return {
-        "architecture": policy.architecture,
-        "update": describe_update(policy.update),
-        "frozen": sha256(frozen).hexdigest()[:16] if policy.frozen_digests else "",
+def _parts(state: StepState) -> tuple[PartState, PartState | None]:
+    assert state.engines.policy is not None, "a step has a policy"
+    return state.engines.policy, state.engines.critic
+
+
+def _trainer_state(state: StepState) -> dict[str, Any]:
+    """What is in TRAINER_STATE: all but the weights."""
+    policy, critic = _parts(state)
+    trainer_state: dict[str, Any] = {
+        "version": state.version,
+        "optimizer": policy.optimizer,
+        "kl_coef": state.kl_coef,
+        "cpu_rng": state.cpu_rng,
     }
+    if critic is not None:
+        trainer_state["critic_optimizer"] = critic.optimizer
+    if state.cuda_rng is not None:
+        trainer_state["cuda_rng"] = state.cuda_rng
+    return trainer_state
 
 
-def _check_identity(manifest: Manifest, policy: Policy) -> None:
-    own = _identity(policy)
+def _check_identity(manifest: Manifest, own: ModelIdentity) -> None:
     # Checkpoints of the time before there was a choice are of full updates.
     saved = {"update": "full", "frozen": ""} | manifest.extra
     for name, what, remedy in (
@@ -146,61 +154,18 @@ def _check_identity(manifest: Manifest, policy: Policy) -> None:
         ("update", "update", "the section update"),
         ("frozen", "frozen weights", "the weights in model.path and the section update"),
     ):
-        if saved.get(name) != own[name]:
+        if saved.get(name) != getattr(own, name):
             raise CheckpointError(
-                f"{manifest.path} is of {what} {saved.get(name)}, the trainer holds {own[name]}; use {remedy} the run "
-                "was started with, or another run.dir"
+                f"{manifest.path} is of {what} {saved.get(name)}, the trainer holds {getattr(own, name)}; use {remedy} "
+                "the run was started with, or another run.dir"
             )
 
 
-def export_model(policy: Policy, source: Path | None, folder: Path) -> None:
-    """Writes the policy in Hugging Face format, tokenizer files included, for AutoModelForCausalLM and `vllm
-    serve`. Adapters are merged into their weights.
-
-    Tokenizer files come from `source`, a model folder; None = where the policy was loaded from. An existing
-    folder is replaced as a whole. Weights stay float32. Raises CheckpointError.
-    """
-
-    def write_files(target: Path) -> None:
-        policy.model.save_pretrained(target, state_dict=merged_state(policy.model))
-        tokenizer_folder = source if source is not None and source.is_dir() else policy.source
-        if tokenizer_folder is None:
-            return
-        for pattern in TOKENIZER_PATTERNS:
-            for path in tokenizer_folder.glob(pattern):
-                shutil.copyfile(path, target / path.name)
-
-    write_folder_atomically(folder, write_files)
-
-
-def _own_tensors(policy: Policy) -> dict[str, Tensor]:
-    """What training changes, by name, a shared tensor once, under its first name: of a full update parameters and
-    persistent buffers, else the parameters that are trained.
-    """
-    if policy.update.what != "full":
-        return policy.trained_tensors()
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in policy.model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.data
-    return tensors
-
-
-def _critic_tensors(trainer: PolicyTrainer) -> dict[str, Tensor]:
-    """The critic's parameters by name; empty without a critic."""
-    return {} if trainer.critic is None else {name: value.data for name, value in trainer.critic.named_parameters()}
-
-
-def _copy_weights(path: Path, weights: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    if weights.keys() != targets.keys():
-        differing = sorted(weights.keys() ^ targets.keys())
-        raise CheckpointError(f"{path / WEIGHTS}: {len(differing)} names differ from the model's, {differing[0]} first")
-    for name, target in targets.items():
-        if weights[name].shape != target.shape:
-            raise CheckpointError(
-                f"{path / WEIGHTS}: {name} is {tuple(weights[name].shape)}, the model's {tuple(target.shape)}"
-            )
-    for name, target in targets.items():
-        target.copy_(weights[name])
+def _check_weights(file: Path, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raises CheckpointError unless the `weights` of `file` fit into the trainer's `own`."""
+    if weights.keys() != own.keys():
+        differing = sorted(weights.keys() ^ own.keys())
+        raise CheckpointError(f"{file}: {len(differing)} names differ from the model's, {differing[0]} first")
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            raise CheckpointError(f"{file}: {name} is {tuple(weights[name].shape)}, the model's {tuple(tensor.shape)}")

@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from asyncrl.config import Config
 from asyncrl.host.model_folder import find_model
 from asyncrl.trainer.engines.policy import Policy, completion_hidden, compute_dtype, load_float32
-from asyncrl.trainer.packing import MicroBatch
+from asyncrl.trainer.packing import Rows
 
 
 def load_critic(config: Config, policy: Policy) -> Critic | None:
@@ -30,7 +30,10 @@ def load_critic(config: Config, policy: Policy) -> Critic | None:
 
 
 class Critic(nn.Module):
-    """A linear head on hidden states. It starts at 0: until it has learnt something, advantages are returns."""
+    """A linear head on hidden states. It starts at 0: until it has learnt something, advantages are returns.
+
+    Names of its parameters (`head.*`, `trunk.*`) are those in checkpoints.
+    """
 
     def __init__(self, trunk: PreTrainedModel | None, hidden_size: int, *, dtype: str, device: torch.device) -> None:
         """`trunk` None: the head sits on the actor's hidden states (shared trunk)."""
@@ -47,10 +50,10 @@ class Critic(nn.Module):
         """Whether the trunk is the actor's."""
         return self.trunk is None
 
-    def values(self, batch: MicroBatch, actor_hidden: Tensor | None = None) -> Tensor:
+    def values(self, rows: Rows, actor_hidden: Tensor | None = None) -> Tensor:
         """Value of the state before each completion token, [N], float32 as the head is; carries the gradient.
 
-        actor_hidden [N, H] from `Policy.hidden`, needed by a shared trunk only.
+        actor_hidden  [N, H] from `Policy.hidden`; needed by a shared trunk only
         """
         if self.trunk is None:
             assert actor_hidden is not None, "a shared trunk needs the actor's hidden states"
@@ -58,5 +61,6 @@ class Critic(nn.Module):
         else:
             device = self.head.weight.device
             with compute_dtype(self.dtype_name, device):
-                hidden = completion_hidden(self.trunk, batch, device)
-        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+                hidden = completion_hidden(self.trunk, rows, device)
+        values: Tensor = self.head(hidden.to(self.head.weight.dtype))
+        return values.squeeze(-1)

@@ -1,6 +1,8 @@
 """The actor's loss on one micro-batch, as the section `algorithm` of the configuration puts it together.
 
-ratio against (behaviour | recomputed | interpolated) → policy loss x correction weights x masks → + KL - entropy
+    ratio against (behaviour | recomputed | interpolated) → policy loss x loss factors → + KL - entropy
+
+A loss factor is 0 where a mask leaves a token out, else the correction that the ratio of the loss lacks.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from asyncrl.algorithms.policy_losses import (
     topr_loss,
 )
 from asyncrl.config import Config
-from asyncrl.trainer.batch import Prepared
+from asyncrl.trainer.batch import MicroBatchData
 
 
 class ActorLosses(NamedTuple):
-    """What is minimised, [N]; its part without KL and entropy, [N] without gradient; sums for the metrics."""
+    """The actor's losses on the N completion tokens of a micro-batch."""
 
-    losses: Tensor
-    policy_losses: Tensor
-    sums: Sums
+    losses: Tensor  # [N], what is minimised; carries the gradient
+    policy_losses: Tensor  # [N], the same without KL and entropy, and without gradient
+    sums: Sums  # for the metrics
 
 
 class ActorObjective:
@@ -47,28 +49,30 @@ class ActorObjective:
     def __init__(self, config: Config) -> None:
         self._algorithm = config.algorithm
 
-    def losses(self, one: Prepared, logprobs: Tensor, entropies: Tensor, kl_coef: float) -> ActorLosses:
-        """Losses with the gradient of `logprobs` [N] and `entropies` [N]."""
+    def losses(self, data: MicroBatchData, logprobs: Tensor, entropies: Tensor, kl_coef: float) -> ActorLosses:
+        """Losses with the gradient of `logprobs` [N] and `entropies` [N], the actor's as it is now."""
         algorithm = self._algorithm
-        log_ratios = logprobs.detach() - one.behaviour_logprobs
-        proximal = self._proximal_logprobs(one, logprobs)
-        drift = log_ratios if proximal is None else proximal - one.behaviour_logprobs
-        stays = self._stays(one, drift)
-        weights = self._weights(one, drift, stays, has_proximal=proximal is not None)
-        policy = self._policy_loss(one, logprobs, proximal, weights)
+        log_ratios = logprobs.detach() - data.behaviour_logprobs
+        proximal = self._proximal_logprobs(data, logprobs)
+        # From the behaviour policy to the one the loss takes its ratio against or, where that is the behaviour policy
+        # itself, to the current data.
+        correction_log_ratios = log_ratios if proximal is None else proximal - data.behaviour_logprobs
+        keep_mask = self._keep_mask(data, correction_log_ratios)
+        loss_factors = self._loss_factors(data, correction_log_ratios, keep_mask, has_proximal=proximal is not None)
+        policy = self._policy_loss(data, logprobs, proximal, loss_factors)
         losses = policy.losses
         sums: Sums = {}
-        if one.reference_logprobs is not None:
-            kl = kl_estimate(logprobs, one.reference_logprobs, algorithm.kl_estimator)
+        if data.reference_logprobs is not None:
+            kl = kl_estimate(logprobs, data.reference_logprobs, algorithm.kl_estimator)
             sums["kl_reference_sum"] = kl.detach().sum()
             if algorithm.kl_in == "loss":
                 losses = losses + kl_coef * kl
         if algorithm.entropy_coef > 0.0:
             losses = losses - algorithm.entropy_coef * entropies
-        cap = self._cap(one) if algorithm.correction != "none" else None
+        cap = self._cap(data) if algorithm.correction != "none" else None
         sums |= ratio_sums(log_ratios, policy.is_clipped, cap=cap)
-        sums |= health_sums(log_ratios, one.policy_ages, is_clipped=policy.is_clipped, is_masked=~stays)
-        is_fresh = one.policy_ages == 0
+        sums |= health_sums(log_ratios, data.policy_ages, is_clipped=policy.is_clipped, is_masked=~keep_mask)
+        is_fresh = data.policy_ages == 0
         sums |= {
             "entropy_sum": entropies.detach().sum(),
             "gap_age0_sum": (log_ratios.abs() * is_fresh).sum(),
@@ -77,72 +81,78 @@ class ActorObjective:
         }
         return ActorLosses(losses, policy.losses.detach(), sums)
 
-    def _proximal_logprobs(self, one: Prepared, logprobs: Tensor) -> Tensor | None:
-        """Log-probs of the policy at the start of the step; None when ratios are against the behaviour policy."""
+    def _proximal_logprobs(self, data: MicroBatchData, logprobs: Tensor) -> Tensor | None:
+        """Log-probs [N] of the policy the ratio is taken against; None = the behaviour policy."""
         if self._algorithm.proximal == "recomputed":
             # Not prepared when the step has one update: then the policy in training is the one at its start.
-            return logprobs.detach() if one.start_logprobs is None else one.start_logprobs
+            return logprobs.detach() if data.start_logprobs is None else data.start_logprobs
         if self._algorithm.proximal == "interpolated":
-            return interpolated_proximal_logprobs(logprobs, one.behaviour_logprobs, one.policy_ages)
+            return interpolated_proximal_logprobs(logprobs, data.behaviour_logprobs, data.policy_ages)
         return None
 
-    def _stays(self, one: Prepared, drift: Tensor) -> Tensor:
-        """Tokens that no mask leaves out, bool [N]; `drift` [N] as in `_weights`."""
+    def _keep_mask(self, data: MicroBatchData, log_ratios: Tensor) -> Tensor:
+        """Tokens that no mask leaves out, bool [N]; `log_ratios` [N] as in `_loss_factors`."""
         algorithm = self._algorithm
-        stays = torch.ones_like(drift, dtype=torch.bool) if one.stays is None else one.stays
+        keep_mask = torch.ones_like(log_ratios, dtype=torch.bool) if data.keep_mask is None else data.keep_mask
         low, high = algorithm.mask_low, algorithm.mask_high
         if "band" in algorithm.masks:
-            stays = stays & band_mask(drift, low, high)
+            keep_mask = keep_mask & band_mask(log_ratios, low, high)
         if "sequence_band" in algorithm.masks:
-            stays = stays & sequence_band_mask(drift, one.sequence_index, low, high)
+            keep_mask = keep_mask & sequence_band_mask(log_ratios, data.sequence_index, low, high)
         if "opsm" in algorithm.masks:
-            stays = stays & opsm_mask(drift, one.sequence_index, one.advantages, algorithm.opsm_delta)
-        return stays
+            keep_mask = keep_mask & opsm_mask(log_ratios, data.sequence_index, data.advantages, algorithm.opsm_delta)
+        return keep_mask
 
-    def _weights(self, one: Prepared, drift: Tensor, stays: Tensor, *, has_proximal: bool) -> Tensor:
-        """Constant factors of the losses, [N]: 0 under a mask, else the correction that the ratio lacks.
+    def _loss_factors(
+        self, data: MicroBatchData, log_ratios: Tensor, keep_mask: Tensor, *, has_proximal: bool
+    ) -> Tensor:
+        """Constant factors of the losses, [N]: 0 under a mask, else the correction that the loss's ratio lacks.
 
-        drift [N] is the log-ratio from the behaviour policy to the proximal one, or to the current without one.
+        log_ratios  [N], from the behaviour policy to the proximal one, or to the current one without a proximal
 
-        Where ratios are against the behaviour policy they are the correction themselves, and only their cap is left
-        to the loss; against a proximal policy the step from behaviour to proximal is a weight.
+        A ratio against the behaviour policy is the correction itself, and only its cap is left to the loss. With a
+        proximal policy the ratio starts there, so the way from the behaviour policy to it becomes a factor.
         """
         algorithm = self._algorithm
-        weights = stays.to(drift.dtype)
+        factors = keep_mask.to(log_ratios.dtype)
         if algorithm.correction == "sequence_tis":
-            return weights * sequence_truncated_weights(drift, one.sequence_index, algorithm.tis_cap)
+            return factors * sequence_truncated_weights(log_ratios, data.sequence_index, algorithm.tis_cap)
         if algorithm.correction == "tis" and has_proximal:
-            return weights * truncated_ratios(drift, self._cap(one))
-        return weights
+            return factors * truncated_ratios(log_ratios, self._cap(data))
+        return factors
 
-    def _policy_loss(self, one: Prepared, logprobs: Tensor, proximal: Tensor | None, weights: Tensor) -> PolicyLoss:
-        algorithm, advantages = self._algorithm, one.advantages
-        old = one.behaviour_logprobs if proximal is None else proximal
-        cap = self._cap(one) if proximal is None and algorithm.correction == "tis" else None
-        low, high = self._clip(one, algorithm.clip_low), self._clip(one, algorithm.clip_high)
+    def _policy_loss(
+        self, data: MicroBatchData, logprobs: Tensor, proximal: Tensor | None, loss_factors: Tensor
+    ) -> PolicyLoss:
+        algorithm, advantages = self._algorithm, data.advantages
+        old = data.behaviour_logprobs if proximal is None else proximal
+        cap = self._cap(data) if proximal is None and algorithm.correction == "tis" else None
+        low, high = self._clip(data, algorithm.clip_low), self._clip(data, algorithm.clip_high)
         match algorithm.loss:
             case "ppo_clip":
                 return ppo_clip_loss(
                     logprobs, old, advantages, clip_low=low, clip_high=high, ratio_cap=cap,
-                    dual_clip=algorithm.dual_clip or None, weights=weights,
+                    dual_clip=algorithm.dual_clip or None, weights=loss_factors,
                 )  # fmt: skip
             case "gspo":
                 return gspo_loss(
-                    logprobs, old, advantages, one.sequence_index, clip_low=low, clip_high=high, ratio_cap=cap,
-                    weights=weights,
+                    logprobs, old, advantages, data.sequence_index, clip_low=low, clip_high=high, ratio_cap=cap,
+                    weights=loss_factors,
                 )  # fmt: skip
             case "cispo":
-                return cispo_loss(logprobs, old, advantages, clip_low=None, clip_high=high, weights=weights)
+                return cispo_loss(logprobs, old, advantages, clip_low=None, clip_high=high, weights=loss_factors)
             case "reinforce":
                 has_ratio = algorithm.correction == "tis"
-                return reinforce_loss(logprobs, old, advantages, ratio_cap=cap, importance=has_ratio, weights=weights)
+                return reinforce_loss(
+                    logprobs, old, advantages, ratio_cap=cap, importance=has_ratio, weights=loss_factors
+                )
             case "topr":
-                return topr_loss(logprobs, old, advantages, weights=weights)
+                return topr_loss(logprobs, old, advantages, weights=loss_factors)
         raise AssertionError(f"loss {algorithm.loss!r} is not known")
 
-    def _cap(self, one: Prepared) -> float | Tensor:
+    def _cap(self, data: MicroBatchData) -> float | Tensor:
         cap = self._algorithm.tis_cap
-        return age_cap(cap, one.policy_ages) if self._algorithm.age_schedule == "cap" else cap
+        return age_cap(cap, data.policy_ages) if self._algorithm.age_schedule == "cap" else cap
 
-    def _clip(self, one: Prepared, clip: float) -> float | Tensor:
-        return age_clip(clip, one.policy_ages) if self._algorithm.age_schedule == "clip" else clip
+    def _clip(self, data: MicroBatchData, clip: float) -> float | Tensor:
+        return age_clip(clip, data.policy_ages) if self._algorithm.age_schedule == "clip" else clip

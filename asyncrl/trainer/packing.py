@@ -1,7 +1,7 @@
 """Groups to micro-batches: numpy only, deterministic, and the same for any order of arrival.
 
 A *row* of a micro-batch is one sequence of model inputs: a prompt and one completion, or a prompt and several
-completions of it (`shared prompt`), each of which sees the prompt and itself. The last token of a completion
+completions of it (a *shared row*), each of which sees the prompt and itself. The last token of a completion
 is never an input: nothing is predicted from it.
 
     plain row     p0 p1 p2 a0 a1 a2                   positions 0 1 2 3 4 5
@@ -25,11 +25,10 @@ PADDING_SEGMENT = -1
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """One forward and backward pass: B rows of L inputs, padded, and their N completion tokens, flat.
+class Rows:
+    """What a model is given: B rows of L inputs, padded, and the N completion tokens it is asked about, flat.
 
-    predictor is where the log-prob of a completion token is read off, in the flattened [B * L] inputs.
-    policy_ages counts optimizer steps between the policy that sampled a token and the one being trained.
+    `predictor` says where each completion token is predicted: an index into the flattened [B * L] inputs.
     """
 
     input_ids: np.ndarray  # int64 [B, L], right-padded with 0
@@ -37,11 +36,6 @@ class MicroBatch:
     segment_ids: np.ndarray | None  # int64 [B, L]; None in plain rows; 0 prompt, 1.. completions, -1 padding
     predictor: np.ndarray  # int64 [N]
     token_ids: np.ndarray  # int64 [N]
-    sequence_index: np.ndarray  # int64 [N], completion of this micro-batch, 0-based
-    rollout_index: np.ndarray  # int64 [S], which rollout each completion is, counted over the packed groups
-    behaviour_logprobs: np.ndarray  # float32 [N]
-    token_versions: np.ndarray  # int64 [N]
-    policy_ages: np.ndarray  # int64 [N]
 
     @property
     def num_tokens(self) -> int:
@@ -50,14 +44,22 @@ class MicroBatch:
 
     @property
     def padded_tokens(self) -> int:
-        """What the forward pass costs: rows times the longest of them."""
+        """What the forward pass costs: the number of rows times the length of the longest."""
         return self.input_ids.size
 
-    def completion_mask(self) -> np.ndarray:
-        """Inputs a log-prob is read off, bool [B, L]."""
-        mask = np.zeros(self.input_ids.size, dtype=bool)
-        mask[self.predictor] = True
-        return mask.reshape(self.input_ids.shape)
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The rows of one forward and backward pass, and what is known of their N tokens and S completions.
+
+    A policy age counts optimizer steps between the policy that sampled a token and the one being trained.
+    """
+
+    rows: Rows
+    sequence_index: np.ndarray  # int64 [N], completion of this micro-batch, 0-based
+    rollout_index: np.ndarray  # int64 [S], which rollout each completion is, counted over all groups
+    behaviour_logprobs: np.ndarray  # float32 [N]
+    policy_ages: np.ndarray  # int64 [N]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class _Row:
     order: tuple[int, int, int]  # ordinal, attempt, index of its first rollout: makes the sort unique
     prompt: np.ndarray
     rollouts: list[Rollout]
-    indices: list[int]  # of the rollouts, counted over the packed groups
+    rollout_indices: list[int]  # counted over the packed groups
 
     @property
     def length(self) -> int:
@@ -73,9 +75,7 @@ class _Row:
 
 
 def sorted_groups(groups: Iterable[Group]) -> list[Group]:
-    """Groups in the canonical order, by ordinal and attempt: what is computed from them no longer depends on
-    arrival.
-    """
+    """Groups in the canonical order, by ordinal and attempt, so that nothing depends on their order of arrival."""
     return sorted(groups, key=lambda group: (group.key.kind, group.key.ordinal, group.key.attempt))
 
 
@@ -86,17 +86,17 @@ def pack_groups(
     *,
     shared_row_tokens: int = 0,
 ) -> list[MicroBatch]:
-    """Lays out groups as micro-batches of at most `token_budget` padded inputs; a longer row gets one of its
-    own.
+    """Lays out groups as micro-batches of at most `token_budget` padded inputs.
 
-    version            the learner's policy version, from which ages are counted
-    shared_row_tokens  completions share their prompt in rows of up to this many inputs, where that saves a
-    quarter
-                       or more; 0 = never. Shared rows need a full attention mask, so they pay for short rows
-                       only.
+    version            the trainer's policy version, from which ages are counted
+    token_budget       a row that is longer than this gets a micro-batch of its own
+    shared_row_tokens  completions share their prompt in rows of up to this many inputs, where that saves a quarter
+                       or more; 0 = never. Shared rows need a full attention mask, so only short rows are worth it
 
-    Raises ShapeError when lengths do not fit or spans do not cover a rollout, NonFiniteError on a log-prob that
-    is NaN or infinite, ProtocolError when a token is newer than the learner.
+    `rollout_index` of the micro-batches counts over `groups`.
+
+    Raises ShapeError when lengths do not fit or version spans do not cover a rollout, NonFiniteError on a log-prob
+    that is NaN or infinite, ProtocolError when a token is newer than the trainer's policy.
     """
     assert token_budget > 0, token_budget
     plain: list[_Row] = []
@@ -115,7 +115,7 @@ def pack_groups(
 
 
 def check_group(group: Group, version: int) -> None:
-    """Refuses a group that cannot be trained on; what is raised when, see `pack_groups`."""
+    """Refuses a group that cannot be trained on; raises what `pack_groups` raises."""
     where = f"group ({group.key.kind}, ordinal {group.key.ordinal}, attempt {group.key.attempt})"
     if len(group.prompt_token_ids) == 0:
         raise ShapeError(f"{where} has an empty prompt: nothing predicts its first token")
@@ -127,9 +127,8 @@ def _check_rollout(rollout: Rollout, version: int, where: str, index: int) -> No
     num_tokens = rollout.num_tokens
     if num_tokens == 0 or len(rollout.behaviour_logprobs) != num_tokens:
         raise ShapeError(
-            f"rollout {index} of {where} has {num_tokens} tokens and"
-            f" {len(rollout.behaviour_logprobs)} log-probs; it needs as many of"
-            " one as of the other, and at least one"
+            f"rollout {index} of {where} has {num_tokens} tokens and {len(rollout.behaviour_logprobs)} log-probs; "
+            "it needs as many of one as of the other, and at least one"
         )
     if not np.isfinite(rollout.behaviour_logprobs).all():
         raise NonFiniteError(f"rollout {index} of {where} has behaviour log-probs that are NaN or infinite")
@@ -170,9 +169,9 @@ def _rows(group: Group, first: int, shared_row_tokens: int) -> list[_Row]:
     for row in sorted(plain, key=lambda row: (row.length, row.order)):
         if shared and shared[-1].length + row.rollouts[0].num_tokens - 1 <= shared_row_tokens:
             shared[-1].rollouts.extend(row.rollouts)
-            shared[-1].indices.extend(row.indices)
+            shared[-1].rollout_indices.extend(row.rollout_indices)
         else:
-            shared.append(_Row(row.order, row.prompt, list(row.rollouts), list(row.indices)))
+            shared.append(_Row(row.order, row.prompt, list(row.rollouts), list(row.rollout_indices)))
     saves = sum(row.length for row in shared) <= 0.75 * sum(row.length for row in plain)
     return shared if saves else plain
 
@@ -207,41 +206,43 @@ def _micro_batch(rows: list[_Row], version: int, is_shared: bool) -> MicroBatch:
     inside = _ramps(lengths)
     flat = np.repeat(places, lengths) + inside
     shape = (len(rows), width)
+    rollouts = [rollout for row in rows for rollout in row.rollouts]
+    token_counts = np.array([rollout.num_tokens for rollout in rollouts], dtype=np.int64)
     return MicroBatch(
-        input_ids=_scatter(shape, flat, np.concatenate(pieces), 0),
-        position_ids=_scatter(shape, flat, np.repeat(positions, lengths) + inside, 0) if is_shared else None,
-        segment_ids=_scatter(shape, flat, np.repeat(segments, lengths), PADDING_SEGMENT) if is_shared else None,
-        **_completion_tokens(rows, np.array(reads, dtype=np.int64), version),
+        rows=Rows(
+            input_ids=_scatter(shape, flat, np.concatenate(pieces), 0),
+            position_ids=_scatter(shape, flat, np.repeat(positions, lengths) + inside, 0) if is_shared else None,
+            segment_ids=_scatter(shape, flat, np.repeat(segments, lengths), PADDING_SEGMENT) if is_shared else None,
+            predictor=_predictors(np.array(reads, dtype=np.int64)),
+            token_ids=np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64),
+        ),
+        sequence_index=np.repeat(np.arange(len(rollouts), dtype=np.int64), token_counts),
+        rollout_index=np.array([index for row in rows for index in row.rollout_indices], dtype=np.int64),
+        behaviour_logprobs=np.concatenate([rollout.behaviour_logprobs for rollout in rollouts]).astype(np.float32),
+        policy_ages=version - np.concatenate([rollout.token_versions() for rollout in rollouts]),
     )
 
 
-def _completion_tokens(rows: list[_Row], reads: np.ndarray, version: int) -> dict[str, np.ndarray]:
-    rollouts = [rollout for row in rows for rollout in row.rollouts]
+def _predictors(reads: np.ndarray) -> np.ndarray:
+    """Where each completion token is predicted, int64 [N].
+
+    reads  int64 [S, 3]: of each completion its tokens, the predictor of its first token, and that of its second; the
+           others follow the second one by one
+    """
     lengths, first, second = reads.T
     inside = _ramps(lengths)
-    predictor = np.where(inside == 0, np.repeat(first, lengths), np.repeat(second, lengths) + inside - 1)
-    spans = [span for rollout in rollouts for span in rollout.version_spans]
-    versions = np.repeat(
-        np.array([span.version for span in spans], dtype=np.int64), [span.stop - span.start for span in spans]
-    )
-    return {
-        "predictor": predictor,
-        "token_ids": np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64),
-        "sequence_index": np.repeat(np.arange(len(rollouts), dtype=np.int64), lengths),
-        "rollout_index": np.array([index for row in rows for index in row.indices], dtype=np.int64),
-        "behaviour_logprobs": np.concatenate([r.behaviour_logprobs for r in rollouts]).astype(np.float32),
-        "token_versions": versions,
-        "policy_ages": version - versions,
-    }
+    return np.where(inside == 0, np.repeat(first, lengths), np.repeat(second, lengths) + inside - 1)
 
 
 def _ramps(lengths: np.ndarray) -> np.ndarray:
     """0 1 2 ... for each length, one after the other: (2, 3) -> (0, 1, 0, 1, 2)."""
     starts = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)
+    ramps: np.ndarray = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)
+    return ramps
 
 
 def _scatter(shape: tuple[int, int], places: np.ndarray, values: np.ndarray, padding: int) -> np.ndarray:
-    out = np.full(shape[0] * shape[1], padding, dtype=np.int64)
-    out[places] = values
-    return out.reshape(shape)
+    """int64 of `shape` with `values` at `places` of the flattened array, and `padding` elsewhere."""
+    flat = np.full(shape[0] * shape[1], padding, dtype=np.int64)
+    flat[places] = values
+    return flat.reshape(shape)

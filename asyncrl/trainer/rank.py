@@ -37,13 +37,11 @@ from asyncrl.link.messages import (
 from asyncrl.link.rollouts import result_to_group
 from asyncrl.link.trainer_link import LAST_WORDS, TrainerLink
 from asyncrl.metrics.types import REWARD_PART
-from asyncrl.trainer.canary import SnapshotScorer
-from asyncrl.trainer.checkpoint import export_model, load_checkpoint, save_checkpoint
-from asyncrl.trainer.critic import load_critic
-from asyncrl.trainer.engines.policy import load_policy
-from asyncrl.trainer.step import PolicyTrainer
+from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.engines.single import load_engines
+from asyncrl.trainer.step import StepRunner
 from asyncrl.types import FinishReason, Group
-from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.bytes.layout import SnapshotBuffer
 from asyncrl.weights.publisher import Publisher
 
 log = logging.getLogger(__name__)
@@ -52,127 +50,121 @@ ASK_AGAIN_S = 5.0  # a request that was lost is repeated after this long
 CANARY_LENGTH = 32
 
 
-class Trainer:
-    """One rank. Rank 0 also publishes and checkpoints."""
+class Rank:
+    """One rank: the steps, and the link to the desk. Rank 0 also publishes and checkpoints."""
 
     def __init__(self, config: Config, desk_address: str, rank: int, world_size: int) -> None:
+        """Loads the initial model, or the newest checkpoint of this run.
+
+        Raises ModelError, ConfigError and CheckpointError for what the user must put right.
+        """
         self.config = config
         self.desk_address = desk_address
         self.rank = rank
         self.world_size = world_size
-        self.device = _device(config.learner.device)
         self.run_dir = Path(config.run.dir)
         self.link = TrainerLink(desk_address)
-        self.policy: PolicyTrainer
+        torch.manual_seed(config.run.seed)
+        engines = load_engines(config, _device(config.learner.device))
+        self.actor = engines.actor
+        self.runner = StepRunner(engines, config)
+        restored = load_checkpoint(self.run_dir / "checkpoints", self.runner)
+        if restored is not None:
+            log.info("resumed from %s at version %d", restored.path, self.runner.version)
+        self.desk_state = b"" if restored is None else restored.desk_state
         self.publisher: Publisher | None = None
         self.run_epoch = 0
-        self.replay_to = 0
-        self.desk_state = b""
 
     def run(self) -> int:
         """Trains until the desk says stop. Returns the exit code."""
-        self._load()
-        self._greet()
-        self._start_publisher()
+        welcome = self._greet()
+        self.run_epoch = welcome.run_epoch
+        if self.rank == 0:
+            self.publisher = self._start_publisher(welcome.replay_to)
         while True:
-            message, idle_s = self._ask(BatchRequest(self.rank, self.policy.version))
-            match message:
+            answer, idle_s = self._ask(BatchRequest(self.rank, self.runner.version))
+            match answer:
                 case Batch():
-                    self._train(message, idle_s)
+                    self._train(answer, idle_s)
                 case TrainerStop():
-                    return self._finish(message)
+                    return self._finish(answer)
                 case _:
-                    log.warning("unexpected %s from the desk", type(message).__name__)
+                    log.warning("unexpected %s from the desk", type(answer).__name__)
 
     # -- start -----------------------------------------------------------------------------------------------------
 
-    def _load(self) -> None:
-        """The initial model, or the newest checkpoint of this run."""
+    def _greet(self) -> TrainerWelcome:
+        hello = TrainerHello(self.rank, self.world_size, self.runner.version, os.getpid())
+        answer, _ = self._ask(hello)
+        if not isinstance(answer, TrainerWelcome):
+            raise AsyncRLError(f"the desk answered a trainer's hello with {type(answer).__name__}")
+        return answer
+
+    def _start_publisher(self, replay_to: int) -> Publisher:
+        """Publishes the version there is, unless steps up to `replay_to` are to be made again first."""
         config = self.config
-        torch.manual_seed(config.run.seed)
-        policy = load_policy(
-            config.model,
-            self.device,
-            update=config.update,
-            seed=config.run.seed,
-            with_reference=config.algorithm.kl_coef > 0,
+        length = min(CANARY_LENGTH, config.model.max_length)
+        publisher = Publisher(
+            self.desk_address,
+            self._snapshot_buffer(),
+            self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed),
+            self.actor.snapshot_scorer(),
+            host=config.weights.host,
+            backend=weight_backend(config, gpu_here=self.actor.device.type == "cuda"),
         )
-        self.policy = PolicyTrainer(policy, config, critic=load_critic(config, policy))
-        restored = load_checkpoint(self.run_dir / "checkpoints", self.policy)
-        if restored is not None:
-            self.desk_state = restored.desk_state
-            log.info("resumed from %s at version %d", restored.path, self.policy.version)
+        publisher.start()
+        if self.runner.version >= replay_to:
+            publisher.publish(self.runner.version)
+        return publisher
 
-    def _greet(self) -> None:
-        hello = TrainerHello(self.rank, self.world_size, self.policy.version, os.getpid())
-        message, _ = self._ask(hello)
-        if not isinstance(message, TrainerWelcome):
-            raise AsyncRLError(f"the desk answered a trainer's hello with {type(message).__name__}")
-        self.run_epoch, self.replay_to = message.run_epoch, message.replay_to
-
-    def _start_publisher(self) -> None:
-        if self.rank != 0:
-            return
-        weights = self.config.weights
-        source = self.policy.policy.sync_source()
-        # The engine computes in bfloat16 then: sending the float32 masters would double the bytes for nothing.
-        wire_dtype = torch.bfloat16 if self.config.model.dtype == "bfloat16" else None
-        buffer = SnapshotBuffer(
+    def _snapshot_buffer(self) -> SnapshotBuffer:
+        source = self.actor.tensors()
+        return SnapshotBuffer(
             source.named,
-            weights.bucket_bytes,
-            wire_dtype,
+            self.config.weights.bucket_bytes,
+            # Where generators compute in bfloat16, float32 would double the bytes for nothing.
+            torch.bfloat16 if self.config.model.dtype == "bfloat16" else None,
             adapted=source.adapted,
             patch=source.patch,
-            shared=weights.backend == "ipc",
+            shared=self.config.weights.backend == "ipc",
         )
-        length = min(CANARY_LENGTH, self.config.model.max_length)
-        canary = self.policy.policy.sample_sequences(weights.canary_sequences, length, self.config.run.seed)
-        self.publisher = Publisher(
-            self.desk_address,
-            buffer,
-            canary,
-            SnapshotScorer(self.policy.policy),
-            host=weights.host,
-            backend=weight_backend(self.config, gpu_here=self.device.type == "cuda"),
-        )
-        self.publisher.start()
-        if self.policy.version >= self.replay_to:
-            self.publisher.publish(self.policy.version)
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def _train(self, batch: Batch, idle_s: float) -> None:
-        if batch.version != self.policy.version:
-            log.warning("batch for version %d ignored, at %d", batch.version, self.policy.version)
+        if batch.version != self.runner.version:
+            log.warning("batch for version %d ignored, at %d", batch.version, self.runner.version)
             return
         started = time.monotonic()
         groups = [result_to_group(decode_body(GroupResult, body)) for body in batch.groups]
-        result = self.policy.step(groups)
+        result = self.runner.step(groups)
         step_s = time.monotonic() - started
         metrics = result.metrics | outcome_metrics(groups)
         self.desk_state = batch.desk_state
         if self.publisher and batch.publish:
             self._check_publisher()
-            metrics["publish_blocked_ms"] = self.publisher.publish(self.policy.version)
-        self.link.send(StepDone(self.policy.version, metrics, step_s, idle_s))
+            metrics["publish_blocked_ms"] = self.publisher.publish(result.version)
+        self.link.send(StepDone(result.version, metrics, step_s, idle_s))
         if batch.checkpoint:
             self._checkpoint()
 
     def _check_publisher(self) -> None:
-        assert self.publisher is not None
-        if self.publisher.crash is not None:
+        """Raises AsyncRLError when the publisher's thread has died: without it no generator gets a new policy."""
+        if self.publisher and self.publisher.crash is not None:
             raise AsyncRLError(f"the publisher thread died: {self.publisher.crash!r}") from self.publisher.crash
 
     def _checkpoint(self) -> str:
         """Saves. Returns what failed: it is reported, and training goes on with the older checkpoints intact."""
         if self.rank != 0:
             return ""
-        started, path, error = time.monotonic(), "", ""
+        started = time.monotonic()
+        path = ""
+        error = ""
         try:
             path = str(
                 save_checkpoint(
                     self.run_dir / "checkpoints",
-                    self.policy,
+                    self.runner,
                     run_epoch=self.run_epoch,
                     desk_state=self.desk_state,
                     keep=self.config.checkpoint.keep,
@@ -181,7 +173,7 @@ class Trainer:
         except CheckpointError as failure:
             error = str(failure)
             log.error("%s", failure)
-        self.link.send(CheckpointDone(self.policy.version, path, error, time.monotonic() - started))
+        self.link.send(CheckpointDone(self.runner.version, path, error, time.monotonic() - started))
         return error
 
     # -- end -------------------------------------------------------------------------------------------------------
@@ -193,7 +185,7 @@ class Trainer:
         try:
             problem = self._checkpoint() if stop.checkpoint and self.desk_state else ""
             if stop.export and self.rank == 0:
-                export_model(self.policy.policy, Path(self.config.model.path), self.run_dir / "export")
+                self.actor.export(self.run_dir / "export", Path(self.config.model.path))
         finally:
             self.link.close(flush_s=5.0)
         if problem:
@@ -211,8 +203,7 @@ class Trainer:
             self.link.send(request)
             if (message := self.link.receive(ASK_AGAIN_S)) is not None:
                 return message, time.monotonic() - started
-            if self.publisher:
-                self._check_publisher()
+            self._check_publisher()
 
 
 def outcome_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -246,9 +237,8 @@ def main() -> int:
     pin_to(config.learner.cpus, "learner.cpus")
     torch.set_num_threads(config.learner.threads)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    trainer = Trainer(config, desk_address, rank, world_size)
     try:
-        return trainer.run()
+        return Rank(config, desk_address, rank, world_size).run()
     except (UserError, CheckpointError) as error:
         # Starting again would end the same way: the desk tells the user instead.
         print(f"{LAST_WORDS}{error}", file=sys.stderr, flush=True)

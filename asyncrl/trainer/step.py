@@ -1,6 +1,6 @@
 """One step: groups in, policy version v -> v + 1. No sockets, no clocks, no files.
 
-    groups → preparation → [mini-batch → actor loss, critic loss → gradients → update] × updates → figures
+    groups → plan → preparation → [mini-batch → actor loss, critic loss → gradients → update] × updates → figures
 
 A step is `learner.epochs` x `learner.mini_batches` updates of the same batch, and always one policy version.
 The same groups, weights and optimizer state give the same bits, in whatever order the groups come.
@@ -8,24 +8,23 @@ The same groups, weights and optimizer state give the same bits, in whatever ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from asyncrl.algorithms.kl import adapted_kl_coef
-from asyncrl.algorithms.losses import Sums, aggregate_loss, merge_sums
+from asyncrl.algorithms.losses import Sums, aggregate_loss
 from asyncrl.algorithms.value_targets import value_loss
 from asyncrl.config import Config
 from asyncrl.errors import NonFiniteError
-from asyncrl.trainer.batch import MiniBatch, Preparation, Prepared, PreparedBatch
-from asyncrl.trainer.critic import Critic
-from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.batch import MicroBatchData, MiniBatchData, Preparation
+from asyncrl.trainer.engines.base import Engines, EngineState, Gradients, Outputs, Want
 from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import sorted_groups
-from asyncrl.trainer.step_metrics import batch_metrics, token_metrics
+from asyncrl.trainer.step_metrics import batch_metrics, layout_metrics, update_metrics
 from asyncrl.types import Group
 
 
@@ -37,26 +36,31 @@ class StepResult:
     metrics: dict[str, float]
 
 
-class PolicyTrainer:
-    """Actor, critic, optimizers and losses of one trainer rank."""
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """All that the next step depends on; weights and optimizer state by reference."""
 
-    def __init__(self, policy: Policy, config: Config, *, critic: Critic | None = None, version: int = 0) -> None:
-        """`policy` and `critic` are those of `version`. Log-probs are taken at the temperature of sampling."""
+    version: int
+    kl_coef: float
+    engines: EngineState
+    cpu_rng: Tensor
+    cuda_rng: Tensor | None  # None without a GPU
+
+
+class StepRunner:
+    """Makes steps with the engines of actor and critic: it knows the method, they know the models."""
+
+    def __init__(self, engines: Engines, config: Config, *, version: int = 0) -> None:
+        """`engines` hold the models of `version`. Log-probs are taken at the temperature of sampling."""
         algorithm = config.algorithm
-        assert policy.reference is not None or algorithm.kl_coef == 0.0, "kl_coef > 0 needs a reference policy"
-        assert (critic is not None) == (algorithm.advantage == "gae"), "a critic, and only for algorithm.advantage=gae"
+        assert engines.actor.has_reference or algorithm.kl_coef == 0.0, "kl_coef > 0 needs a reference policy"
+        assert engines.has_critic == (algorithm.advantage == "gae"), "a critic, and only for algorithm.advantage=gae"
         self.config = config
-        self.policy = policy
-        self.critic = critic
+        self.engines = engines
         self.version = version
-        self.temperature = config.sampling.temperature
         self.kl_coef = algorithm.kl_coef
-        self.preparation = Preparation(config, policy, critic)
-        self.objective = ActorObjective(config)
-        self.optimizer = make_optimizer(policy.trainable_parameters(), config, config.learner.lr)
-        self.critic_optimizer: torch.optim.AdamW | None = None
-        if critic is not None:
-            self.critic_optimizer = make_optimizer(list(critic.parameters()), config, config.critic.lr)
+        self.preparation = Preparation(config, engines)
+        self._objective = ActorObjective(config)
 
     def step(self, groups: Sequence[Group]) -> StepResult:
         """Trains on one batch: weights and optimizer state move to version + 1.
@@ -66,140 +70,111 @@ class PolicyTrainer:
         with one update per step it always does, weights, optimizer state and version are as they were.
         """
         groups, version = sorted_groups(groups), self.version
-        assert sum(group.num_tokens for group in groups) > 0, "a step needs at least one group"
-        batch = self.preparation.prepare(groups, version, self.kl_coef)
+        plan = self.preparation.plan(groups, version)
+        assert plan.num_tokens > 0, "a step needs at least one group"
+        mini_batches = self.preparation.forward(plan)
+        self.preparation.finish(plan, mini_batches, self.kl_coef)
         lr = warmed_up_lr(self.config.learner.lr, self.config.learner.lr_warmup_steps, version)
-        set_lr(self.optimizer, lr)
-        sums: Sums = {}
-        norms: dict[str, list[float]] = {}
-        for _ in range(self.config.learner.epochs):
-            for mini_batch in batch.mini_batches:
-                part = self._update(mini_batch, norms)
-                sums = merge_sums(sums, part)
-        num_updates = self.config.learner.epochs * len(batch.mini_batches)
-        metrics = batch_metrics(groups, batch.is_flat, version) | token_metrics(sums, num_updates)
-        metrics |= {name: sum(values) / len(values) for name, values in norms.items()}
-        metrics |= _layout_metrics(batch, groups) | {"lr": lr}
+        self.engines.actor.set_lr(lr)
+        updates = [self._update(mini_batch) for _ in range(self.config.learner.epochs) for mini_batch in mini_batches]
+        metrics = batch_metrics(groups, plan.is_flat, version) | update_metrics(updates)
+        metrics |= layout_metrics(plan) | {"lr": lr}
         metrics |= self._adapt_kl(metrics)
         self.version = version + 1
         return StepResult(self.version, metrics)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Version, optimizer and random state: with the weights, all that the next step depends on."""
-        state: dict[str, Any] = {
-            "version": self.version,
-            "optimizer": self.optimizer.state_dict(),
-            "kl_coef": self.kl_coef,
-            "cpu_rng": torch.get_rng_state(),
-        }
-        if self.critic_optimizer is not None:
-            state["critic_optimizer"] = self.critic_optimizer.state_dict()
-        if self.policy.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.policy.device)
-        return state
+    def state(self) -> StepState:
+        """Version, weights, optimizer and random state."""
+        device = self.engines.actor.device
+        return StepState(
+            version=self.version,
+            kl_coef=self.kl_coef,
+            engines=self.engines.state(),
+            cpu_rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undoes `state_dict`."""
-        self.version = state["version"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.kl_coef = state["kl_coef"]
-        if self.critic_optimizer is not None:
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        torch.set_rng_state(state["cpu_rng"])
-        if "cuda_rng" in state and self.policy.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.policy.device)
+    def load_state(self, state: StepState) -> None:
+        """Undoes `state`; weights are copied."""
+        self.version = state.version
+        self.kl_coef = state.kl_coef
+        self.engines.load_state(state.engines)
+        torch.set_rng_state(state.cpu_rng)
+        device = self.engines.actor.device
+        if state.cuda_rng is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state.cuda_rng, device)
 
     # -- one update ------------------------------------------------------------------------------------------------
 
     @property
     def _trains_actor(self) -> bool:
-        return self.critic is None or self.version >= self.config.critic.warmup_steps
+        return not self.engines.has_critic or self.version >= self.config.critic.warmup_steps
 
-    def _update(self, mini_batch: MiniBatch, norms: dict[str, list[float]]) -> Sums:
-        """One optimizer update from one mini-batch; gradients add up over its micro-batches."""
-        self._zero_gradients()
-        sums: Sums = {}
+    def _update(self, mini_batch: MiniBatchData) -> Gradients:
+        """One optimizer update from one mini-batch, of all engines or of none."""
         try:
-            for one in mini_batch.micro_batches:
-                loss, part = self._loss(one, mini_batch)
-                loss.backward()
-                sums = merge_sums(sums, part)
-            clipped = self._clip_gradients(sums)
+            gradients = self._gradients(mini_batch)
+            _require_finite(gradients)
         except BaseException:
-            self._zero_gradients()
+            # Whatever ends an update, an interrupt too, must leave no gradient for the next one to add to.
+            for engine in self.engines.all:
+                engine.discard()
             raise
-        for name, norm in clipped.items():
-            norms.setdefault(name, []).append(norm)
-        if self._trains_actor:
-            self.optimizer.step()
-        if self.critic_optimizer is not None:
-            self.critic_optimizer.step()
-        self._zero_gradients()
-        return sums
+        for engine in self.engines.all:
+            engine.update()
+        return gradients
 
-    def _zero_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.critic_optimizer is not None:
-            self.critic_optimizer.zero_grad(set_to_none=True)
+    def _gradients(self, mini_batch: MiniBatchData) -> Gradients:
+        """Gradients of every engine, accumulated over the micro-batches."""
+        rows = [data.rows for data in mini_batch.micro_batches]
+        actor, critic = self.engines.actor, self.engines.critic
+        temperature, max_norm = self.config.sampling.temperature, self.config.learner.grad_clip
 
-    def _loss(self, one: Prepared, mini_batch: MiniBatch) -> tuple[Tensor, Sums]:
-        """This micro-batch's part of the loss, and its sums. Counts are those of the whole mini-batch."""
-        trains_actor = self._trains_actor
-        with torch.set_grad_enabled(trains_actor):
-            hidden = self.policy.hidden(one.batch)
-            logprobs, entropies = self.policy.logprobs_from(hidden, one.batch, self.temperature)
-            losses, policy_losses, sums = self.objective.losses(one, logprobs, entropies, self.kl_coef)
-        loss = self._aggregate(losses, one, mini_batch, self.config.algorithm.aggregation)
+        def actor_loss(index: int, outputs: Outputs) -> tuple[Tensor, Sums]:
+            return self._actor_loss(mini_batch, index, outputs)
+
+        def critic_loss(index: int, outputs: Outputs) -> tuple[Tensor, Sums]:
+            return self._critic_loss(mini_batch, index, outputs)
+
+        want = Want(logprobs=True, values=actor.has_values)
+        gradients = actor.accumulate(
+            rows, want, temperature, actor_loss, max_norm=max_norm, train_policy=self._trains_actor
+        )
+        if critic is None:
+            return gradients
+        return gradients.merged(critic.accumulate(rows, Want(values=True), temperature, critic_loss, max_norm=max_norm))
+
+    def _actor_loss(self, mini_batch: MiniBatchData, index: int, outputs: Outputs) -> tuple[Tensor, Sums]:
+        """A micro-batch's part of the actor's loss and, on a shared trunk, of the critic's; sums for the metrics."""
+        assert outputs.logprobs is not None and outputs.entropies is not None
+        data, mode = mini_batch.micro_batches[index], self.config.algorithm.aggregation
+        losses, policy_losses, sums = self._objective.losses(data, outputs.logprobs, outputs.entropies, self.kl_coef)
+        loss = self._aggregate(losses, data, mini_batch, mode)
         sums["loss"] = loss.detach()
-        sums["policy_loss"] = self._aggregate(policy_losses, one, mini_batch, self.config.algorithm.aggregation)
-        if self.critic is None:
+        sums["policy_loss"] = self._aggregate(policy_losses, data, mini_batch, mode)
+        if outputs.values is None:
             return loss, sums
-        critic_loss, critic_sums = self._critic_loss(one, hidden, mini_batch)
-        return (loss + critic_loss if trains_actor else critic_loss), sums | critic_sums
+        critic_loss, critic_sums = self._critic_loss(mini_batch, index, outputs)
+        return loss + self.config.critic.coef * critic_loss, sums | critic_sums
 
-    def _critic_loss(self, one: Prepared, hidden: Tensor, mini_batch: MiniBatch) -> tuple[Tensor, Sums]:
-        critic = self.config.critic
-        assert self.critic is not None and one.values is not None and one.targets is not None
-        values = self.critic.values(one.batch, hidden)
-        losses, sums = value_loss(values, one.values, one.targets, clip=critic.value_clip or None, kind=critic.loss)
-        loss = self._aggregate(losses, one, mini_batch, "token-mean")
-        return (critic.coef * loss if self.critic.is_shared else loss), sums
+    def _critic_loss(self, mini_batch: MiniBatchData, index: int, outputs: Outputs) -> tuple[Tensor, Sums]:
+        """A micro-batch's part of the critic's loss; sums for the metrics."""
+        data, critic = mini_batch.micro_batches[index], self.config.critic
+        assert outputs.values is not None and data.values is not None and data.targets is not None
+        losses, sums = value_loss(
+            outputs.values, data.values, data.targets, clip=critic.value_clip or None, kind=critic.loss
+        )
+        return self._aggregate(losses, data, mini_batch, "token-mean"), sums
 
-    def _aggregate(self, losses: Tensor, one: Prepared, mini_batch: MiniBatch, mode: str) -> Tensor:
+    def _aggregate(self, losses: Tensor, data: MicroBatchData, mini_batch: MiniBatchData, mode: str) -> Tensor:
         return aggregate_loss(
             losses,
-            one.sequence_index,
+            data.sequence_index,
             num_tokens=mini_batch.num_tokens,
             num_sequences=mini_batch.num_sequences,
             mode=mode,
             max_tokens=self.config.sampling.max_new_tokens,
         )
-
-    def _clip_gradients(self, sums: Sums) -> dict[str, float]:
-        """Scales gradients to the largest allowed norm; returns the norms before. Raises NonFiniteError."""
-        if int(sums.get("non_finite", 0)):
-            raise NonFiniteError(
-                f"{int(sums['non_finite'])} of {int(sums['tokens'])} log-probs under the policy are NaN or"
-                " infinite; no update made"
-            )
-        norms = {}
-        if self._trains_actor:
-            norms["grad_norm"] = self._clip("policy", self.policy.trainable_parameters(), sums)
-        if self.critic is not None:
-            norms["critic_grad_norm"] = self._clip("critic", list(self.critic.parameters()), sums)
-        return norms
-
-    def _clip(self, what: str, parameters: list[torch.nn.Parameter], sums: Sums) -> float:
-        for parameter in parameters:
-            # A batch without gradient is a step like any other: momentum and weight decay act on it too.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learner.grad_clip)
-        if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(sums.get("loss", norm))):
-            raise NonFiniteError(
-                f"{what}: gradient norm {float(norm)}, loss {float(sums.get('loss', 0.0))}: not finite; no update made"
-            )
-        return float(norm)
 
     def _adapt_kl(self, metrics: dict[str, float]) -> dict[str, float]:
         """Moves kl_coef towards algorithm.kl_target, for the next step; says which one this step used."""
@@ -210,38 +185,20 @@ class PolicyTrainer:
         return {"kl_coef": used}
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: Config, lr: float) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on norms and biases."""
-    learner = config.learner
-    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": learner.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(learner.betas[0], learner.betas[1]),
-        fused=True,
-    )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every parameter group."""
-    for parameter_group in optimizer.param_groups:
-        parameter_group["lr"] = lr
-
-
 def warmed_up_lr(lr: float, warmup_steps: int, version: int) -> float:
     """Learning rate of the step from `version`: linear up to `lr` at the last warm-up step, then constant."""
     return lr * min(1.0, (version + 1) / (warmup_steps + 1))
 
 
-def _layout_metrics(batch: PreparedBatch, groups: Sequence[Group]) -> dict[str, float]:
-    micro_batches = [one.batch for mini_batch in batch.mini_batches for one in mini_batch.micro_batches]
-    num_tokens = sum(group.num_tokens for group in groups)
-    return {
-        "micro_batches": float(len(micro_batches)),
-        "padded_tokens": float(sum(one.padded_tokens for one in micro_batches)),
-        "tokens_without_gradient": float(num_tokens - sum(one.num_tokens for one in micro_batches)),
-    }
+def _require_finite(gradients: Gradients) -> None:
+    """Raises NonFiniteError when log-probs, loss or gradient norms of an update are NaN or infinite."""
+    sums = gradients.sums
+    if int(sums.get("non_finite", 0)):
+        raise NonFiniteError(
+            f"{int(sums['non_finite'])} of {int(sums['tokens'])} log-probs under the policy are NaN or"
+            " infinite; no update made"
+        )
+    loss = float(sums.get("loss", 0.0))
+    for part, norm in (("policy", gradients.policy_norm), ("critic", gradients.critic_norm)):
+        if norm is not None and not (math.isfinite(norm) and math.isfinite(loss)):
+            raise NonFiniteError(f"{part}: gradient norm {norm}, loss {loss}: not finite; no update made")

@@ -13,14 +13,18 @@ import torch
 
 from asyncrl.algorithms.corrections import effective_sample_share_from_sums
 from asyncrl.algorithms.health import health_metrics
-from asyncrl.algorithms.losses import Sums, sums_to_floats
+from asyncrl.algorithms.losses import Sums, merge_sums, sums_to_floats
 from asyncrl.algorithms.value_targets import explained_variance_from_sums
+from asyncrl.trainer.engines.base import Gradients
+from asyncrl.trainer.plan import BatchPlan
 from asyncrl.types import Group
 
 
 def batch_metrics(groups: Sequence[Group], is_flat: np.ndarray, version: int) -> dict[str, float]:
-    """What the groups say by themselves: reward_mean, reward_std, completion_tokens_mean, policy_age_mean,
-    policy_age_max, tokens_trained, rollouts_trained, groups_trained, groups_zero_variance.
+    """What the groups say by themselves.
+
+    reward_mean, reward_std, completion_tokens_mean, policy_age_mean, policy_age_max, tokens_trained, rollouts_trained,
+    groups_trained, groups_zero_variance. `is_flat` is bool [G]: groups whose rewards are all equal.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = np.array([rollout.reward for rollout in rollouts], dtype=np.float64)
@@ -38,6 +42,31 @@ def batch_metrics(groups: Sequence[Group], is_flat: np.ndarray, version: int) ->
         "groups_trained": float(len(groups)),
         "groups_zero_variance": float(is_flat.sum()),
     }
+
+
+def layout_metrics(plan: BatchPlan) -> dict[str, float]:
+    """What the forward passes of one epoch cost: micro_batches, padded_tokens, tokens_without_gradient."""
+    rows = [micro_batch.rows for mini_batch in plan.mini_batches for micro_batch in mini_batch.micro_batches]
+    return {
+        "micro_batches": float(len(rows)),
+        "padded_tokens": float(sum(batch.padded_tokens for batch in rows)),
+        "tokens_without_gradient": float(plan.num_tokens - sum(batch.num_tokens for batch in rows)),
+    }
+
+
+def update_metrics(updates: Sequence[Gradients]) -> dict[str, float]:
+    """What the updates of a step measured: those of `token_metrics`, grad_norm and critic_grad_norm (before clipping,
+    mean over the updates; absent where that model was not trained).
+    """
+    sums: Sums = {}
+    for update in updates:
+        sums = merge_sums(sums, update.sums)
+    metrics = token_metrics(sums, len(updates))
+    norms = {
+        "grad_norm": [update.policy_norm for update in updates if update.policy_norm is not None],
+        "critic_grad_norm": [update.critic_norm for update in updates if update.critic_norm is not None],
+    }
+    return metrics | {name: sum(values) / len(values) for name, values in norms.items() if values}
 
 
 def token_metrics(sums: Sums, num_updates: int) -> dict[str, float]:
@@ -74,7 +103,7 @@ def token_metrics(sums: Sums, num_updates: int) -> dict[str, float]:
         metrics["logprob_gap_age0"] = flat["gap_age0_sum"] / flat["tokens_age0"]
     if "value_tokens" in flat:
         metrics |= _critic_metrics(flat)
-    return metrics | health_metrics(values)
+    return metrics | health_metrics({name: value for name, value in values.items() if isinstance(value, list)})
 
 
 def _critic_metrics(flat: dict[str, float]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Training at a forced policy age, in one process: step v is sampled by the policy of version v - age.
 
 The rollouts are real (tokens sampled by the old weights, their log-probs as sampled, rewards of the task, version spans
-that say which policy it was) and go through the very `PolicyTrainer` of the learner. What is left out is what makes age
+that say which policy it was) and go through the very `StepRunner` of the trainer. What is left out is what makes age
 random: engine, link and clocks. While the learner is younger than `age`, version 0 samples.
 
 Run as a program it is a worker: a job per line comes in on stdin, a result per line goes out on stdout.
@@ -29,8 +29,9 @@ from asyncrl.tasks.base import Task, checked_reward, load_task
 from asyncrl.tasks.prompts import Prompt, PromptSource, load_tokenizer
 from asyncrl.trainer.critic import load_critic
 from asyncrl.trainer.engines.policy import Policy, load_policy
+from asyncrl.trainer.engines.single import engines_for
 from asyncrl.trainer.packing import pack_groups
-from asyncrl.trainer.step import PolicyTrainer
+from asyncrl.trainer.step import StepRunner
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 from benchmarks import common
 from benchmarks.studies import shared
@@ -123,7 +124,11 @@ class DelayedTraining:
         self.config = config
         self.age = age
         torch.manual_seed(config.run.seed)
-        self.trainer = make_trainer(config)
+        self.policy = load_policy(config.model, torch.device("cpu"), update=config.update, seed=config.run.seed)
+        reference = self.policy.initial_policy() if config.algorithm.kl_coef > 0 else None
+        self.critic = load_critic(config, self.policy)
+        engines = engines_for(self.policy, config, reference=reference, critic=self.critic)
+        self.trainer = StepRunner(engines, config)
         self.task: Task = load_task(config.task.path, config.task.args)
         self.tokenizer = load_tokenizer(config.model.path)
         sampling = config.sampling
@@ -182,7 +187,7 @@ class DelayedTraining:
 
         The trainer's own figure is measured against the targets it trains on, which differ from method to method.
         """
-        critic, policy = self.trainer.critic, self.trainer.policy
+        critic, policy = self.critic, self.policy
         if critic is None:
             return None
         groups = self.fresh_batch(num_groups)
@@ -190,7 +195,8 @@ class DelayedTraining:
         values, returns = [], []
         with torch.no_grad():
             for batch in pack_groups(groups, self.trainer.version, self.config.learner.micro_batch_tokens):
-                values.append(critic.values(batch, policy.hidden(batch) if critic.is_shared else None).numpy())
+                hidden = policy.hidden(batch.rows) if critic.is_shared else None
+                values.append(critic.values(batch.rows, hidden).numpy())
                 returns.append(rewards[batch.rollout_index][batch.sequence_index])
         errors, variance = np.concatenate(returns) - np.concatenate(values), np.concatenate(returns).var()
         return float(1.0 - errors.var() / variance) if variance > 0 else None
@@ -211,20 +217,8 @@ class DelayedTraining:
         return checked_reward(self.task, text, prompt.payload)
 
     def _keep(self) -> None:
-        weights = {name: value.clone() for name, value in self.trainer.policy.model.state_dict().items()}
+        weights = {name: value.clone() for name, value in self.policy.model.state_dict().items()}
         self.versions.append((self.trainer.version, weights))
-
-
-def make_trainer(config: Config) -> PolicyTrainer:
-    """The trainer as the learner makes it."""
-    policy = load_policy(
-        config.model,
-        torch.device("cpu"),
-        update=config.update,
-        seed=config.run.seed,
-        with_reference=config.algorithm.kl_coef > 0,
-    )
-    return PolicyTrainer(policy, config, critic=load_critic(config, policy))
 
 
 def run_job(job: shared.Job) -> dict[str, Any]:

@@ -116,19 +116,19 @@ def test_the_exported_model_is_the_policy_of_the_last_checkpoint(run, tied_model
 
     from asyncrl.config.loading import load_config
     from asyncrl.trainer.checkpoint import load_checkpoint
-    from asyncrl.trainer.engines.policy import load_policy
-    from asyncrl.trainer.step import PolicyTrainer
+    from asyncrl.trainer.engines.single import load_engines
+    from asyncrl.trainer.step import StepRunner
     from tests.tolerances import assert_near
 
     config = load_config(run.run_dir / "config.yaml")
-    trainer = PolicyTrainer(load_policy(config.model, torch.device("cpu")), config)
+    trainer = StepRunner(load_engines(config, torch.device("cpu")), config)
     restored = load_checkpoint(run.run_dir / "checkpoints", trainer)
     assert restored is not None
     assert trainer.version == STEPS
     model = AutoModelForCausalLM.from_pretrained(run.run_dir / "export", dtype=torch.float32).eval()
     assert AutoTokenizer.from_pretrained(run.run_dir / "export").eos_token == "<end>"
     sequence = list(range(2, 60))
-    ours = trainer.policy.score([sequence])[0]
+    ours = trainer.engines.actor.policy.score([sequence])[0]
     assert_near(_logprobs(model, sequence), ours)
     initial = AutoModelForCausalLM.from_pretrained(tied_model_dir, dtype=torch.float32).eval()
     assert np.abs(_logprobs(initial, sequence) - ours).max() > 1e-3

@@ -29,13 +29,13 @@ def trained_policy(run: Run):
 
     from asyncrl.config.loading import load_config
     from asyncrl.trainer.checkpoint import load_checkpoint
-    from asyncrl.trainer.engines.policy import load_policy
-    from asyncrl.trainer.step import PolicyTrainer
+    from asyncrl.trainer.engines.single import load_engines
+    from asyncrl.trainer.step import StepRunner
 
     config = load_config(run.run_dir / "config.yaml")
-    policy = load_policy(config.model, torch.device("cpu"), update=config.update, with_reference=True)
-    assert load_checkpoint(run.run_dir / "checkpoints", PolicyTrainer(policy, config)) is not None
-    return policy
+    runner = StepRunner(load_engines(config, torch.device("cpu")), config)
+    assert load_checkpoint(run.run_dir / "checkpoints", runner) is not None
+    return runner.engines.actor.policy
 
 
 @pytest.mark.parametrize("name", list(UPDATES))

@@ -30,8 +30,9 @@ from asyncrl.storage.journal import Journal, next_run_epoch, run_epoch_of
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.critic import Critic
 from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.engines.single import SingleCriticEngine, SinglePolicyEngine, engines_for
 from asyncrl.trainer.engines.trainable import apply_update
-from asyncrl.trainer.step import PolicyTrainer
+from asyncrl.trainer.step import StepRunner
 from asyncrl.types import FinishReason, Frontier, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 from asyncrl.weights.bytes.layout import DeltaInfo, TensorEntry
 from asyncrl.weights.bytes.patch import Patch
@@ -59,7 +60,7 @@ METHODS = {
 }
 
 
-def new_trainer(method: str, *, version: int) -> PolicyTrainer:
+def new_trainer(method: str, *, version: int) -> StepRunner:
     """A trainer of `version` that computes in float64; the same weights at every call."""
     config = load_config(None, [*SETTINGS, *METHODS[method]])
     model = float64_qwen2()
@@ -68,13 +69,12 @@ def new_trainer(method: str, *, version: int) -> PolicyTrainer:
     fill(model, seed=1)
     policy = Policy(model)
     policy.update = config.update
-    if config.algorithm.kl_coef > 0:
-        policy.reference = policy.initial_policy()
+    reference = policy.initial_policy() if config.algorithm.kl_coef > 0 else None
     critic = None
     if config.algorithm.advantage == "gae":
         critic = new_critic(float64_qwen2(layers=1), hidden=16, seed=2).double()
         fill(critic, seed=2)
-    return PolicyTrainer(policy, config, critic=critic, version=version)
+    return StepRunner(engines_for(policy, config, reference=reference, critic=critic), config, version=version)
 
 
 def new_critic(model: Any, *, hidden: int, seed: int) -> Critic:
@@ -83,23 +83,30 @@ def new_critic(model: Any, *, hidden: int, seed: int) -> Critic:
     return critic
 
 
-def train(trainer: PolicyTrainer, groups: list[Group]) -> dict[str, float]:
+def train(trainer: StepRunner, groups: list[Group]) -> dict[str, float]:
     """One step; what it measured."""
     return trainer.step(groups).metrics
 
 
-def trained_weights(trainer: PolicyTrainer) -> dict[str, np.ndarray]:
+def trained_weights(trainer: StepRunner) -> dict[str, np.ndarray]:
     """Copies of what is trained, by name; the critic's names begin with `critic.`."""
-    weights = {name: tensor.numpy().copy() for name, tensor in trainer.policy.trained_tensors().items()}
-    if trainer.critic is not None:
-        critic = trainer.critic.named_parameters()
+    weights = {name: tensor.numpy().copy() for name, tensor in _policy(trainer).trained_tensors().items()}
+    engine = trainer.engines.critic
+    if engine is not None:
+        assert isinstance(engine, SingleCriticEngine)
+        critic = engine.critic.named_parameters()
         weights |= {f"critic.{name}": value.detach().numpy().copy() for name, value in critic}
     return weights
 
 
-def score(trainer: PolicyTrainer, tokens: Iterable[int]) -> np.ndarray:
+def score(trainer: StepRunner, tokens: Iterable[int]) -> np.ndarray:
     """Log-prob of each token after the first."""
-    return trainer.policy.score([list(tokens)])[0]
+    return _policy(trainer).score([list(tokens)])[0]
+
+
+def _policy(trainer: StepRunner) -> Policy:
+    assert isinstance(trainer.engines.actor, SinglePolicyEngine)
+    return trainer.engines.actor.policy
 
 
 # -- groups and the journal
@@ -265,20 +272,20 @@ def _plain(value: Any) -> Any:
 # -- checkpoints
 
 
-def small_trainer(*, seed: int, version: int) -> PolicyTrainer:
+def small_trainer(*, seed: int, version: int) -> StepRunner:
     """A float32 trainer with a critic whose checkpoint takes little room."""
     config = load_config(None, [*SETTINGS, *METHODS["ppo"]])
     model = qwen2(hidden=8, layers=1)
     fill(model, seed)
     critic = new_critic(qwen2(hidden=8, layers=1), hidden=8, seed=seed + 1)
-    return PolicyTrainer(Policy(model), config, critic=critic, version=version)
+    return StepRunner(engines_for(Policy(model), config, critic=critic), config, version=version)
 
 
-def save(root: Path, trainer: PolicyTrainer, *, run_epoch: int, desk_state: bytes) -> Path:
+def save(root: Path, trainer: StepRunner, *, run_epoch: int, desk_state: bytes) -> Path:
     return save_checkpoint(root, trainer, run_epoch=run_epoch, desk_state=desk_state)
 
 
-def restore(root: Path, trainer: PolicyTrainer) -> dict[str, Any] | None:
+def restore(root: Path, trainer: StepRunner) -> dict[str, Any] | None:
     """Loads the newest checkpoint that verifies; what it says of itself, as JSON has it."""
     restored = load_checkpoint(root, trainer)
     if restored is None:
@@ -298,11 +305,12 @@ def manifest_values(folder: Path) -> dict[str, Any]:
     return {"version": manifest.version, "run_epoch": manifest.run_epoch, "files": files, "extra": manifest.extra}
 
 
-def optimizer_values(trainer: PolicyTrainer) -> dict[str, np.ndarray]:
+def optimizer_values(trainer: StepRunner) -> dict[str, np.ndarray]:
     """Copies of both optimizers' state, by optimizer, parameter number and name."""
-    state, values = trainer.state_dict(), {}
-    for which in ("optimizer", "critic_optimizer"):
-        for number, tensors in state[which]["state"].items():
+    state, values = trainer.engines.state(), {}
+    for which, part in (("optimizer", state.policy), ("critic_optimizer", state.critic)):
+        assert part is not None
+        for number, tensors in part.optimizer["state"].items():
             values |= {f"{which}.{number}.{name}": tensor.numpy().copy() for name, tensor in tensors.items()}
     return values
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from asyncrl.trainer.canary import SnapshotScorer
-from asyncrl.trainer.engines.trainable import merged_state, named_parameters
+from asyncrl.trainer.engines.lora import merged_state
+from asyncrl.trainer.engines.trainable import named_parameters
 from asyncrl.weights.bytes.layout import SnapshotBuffer
 from tests.tolerances import STEPS, assert_near
 from tests.trainer.engines.test_trainable import SEQUENCES, UPDATES, lora, policy_with, trainer_with
-from tests.trainer.tiny import random_groups, tiny_policy
+from tests.trainer.tiny import policy_of, random_groups, tiny_policy
 
 pytestmark = pytest.mark.numeric
 
@@ -112,10 +113,11 @@ def test_a_scorer_has_no_memory_of_its_own_for_what_is_published():
 )
 def test_scoring_in_another_thread_changes_neither_the_training_nor_the_scores(mode, dtype):
     alone, trainer = trainer_with(MODES[mode]), trainer_with(MODES[mode])
-    alone.policy.dtype = trainer.policy.dtype = dtype
+    policy = policy_of(trainer)
+    policy_of(alone).dtype = policy.dtype = dtype
     for step in range(6):
         alone.step(random_groups(3, 4, seed=step))
-    scorer, buffer = SnapshotScorer(trainer.policy), snapshot_of(trainer.policy, getattr(torch, dtype))
+    scorer, buffer = SnapshotScorer(policy), snapshot_of(policy, getattr(torch, dtype))
     expected, differences, stopped = scorer(SEQUENCES, buffer), [], threading.Event()
 
     def score():
@@ -132,5 +134,5 @@ def test_scoring_in_another_thread_changes_neither_the_training_nor_the_scores(m
         stopped.set()
         thread.join(20.0)
     assert differences and max(differences) == 0.0
-    for name, value in trainer.policy.trained_tensors().items():
-        assert torch.equal(value, alone.policy.trained_tensors()[name]), name
+    for name, value in policy.trained_tensors().items():
+        assert torch.equal(value, policy_of(alone).trained_tensors()[name]), name

@@ -25,7 +25,8 @@ from asyncrl.storage.checkpoint_files import (
     read_manifest,
     write_checkpoint,
 )
-from asyncrl.trainer.checkpoint import export_model, load_checkpoint, save_checkpoint
+from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.engines.export import export_model
 from asyncrl.trainer.engines.policy import Policy
 from tests.tolerances import assert_near
 from tests.trainer.test_step import make_trainer, weights_of

@@ -12,9 +12,19 @@ from asyncrl.errors import CheckpointError, ModelError, ShapeError
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.critic import Critic, load_critic
 from asyncrl.trainer.engines.policy import Policy
-from asyncrl.trainer.step import PolicyTrainer
+from asyncrl.trainer.engines.single import engines_for
+from asyncrl.trainer.step import StepRunner
 from tests.tolerances import near, slack
-from tests.trainer.tiny import make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
+from tests.trainer.tiny import (
+    critic_of,
+    make_group,
+    make_rollout,
+    policy_of,
+    random_groups,
+    save_tiny_model,
+    tiny_model,
+    tiny_policy,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -26,10 +36,10 @@ BASE = ["model.path=unused", f"sampling.max_new_tokens={MAX_NEW_TOKENS}", "learn
 def make_trainer(name, *overrides, policy=None, reference=None, critic=None, version=VERSION):
     config = load_config(None, [*BASE, f"algorithm.name={name}", *overrides])
     policy = policy or tiny_policy()
-    policy.reference = reference
     if config.algorithm.advantage == "gae" and critic is None:
         critic = make_critic()
-    return PolicyTrainer(policy, config, critic=critic, version=version)
+    engines = engines_for(policy, config, reference=reference, critic=critic)
+    return StepRunner(engines, config, version=version)
 
 
 def make_critic(seed=4):
@@ -104,7 +114,7 @@ def clipped(ratio, advantage, low, high, cap=None):
 def assert_same_step(trainer, groups, losses, count):
     """The trainer's loss and gradient norm are those of the sum of `losses` over `count`."""
     expected, scale = sum(losses) / count, sum(abs(float(loss.detach())) for loss in losses) / count
-    gradients = torch.autograd.grad(expected, trainer.policy.trainable_parameters())
+    gradients = torch.autograd.grad(expected, policy_of(trainer).trainable_parameters())
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     metrics = trainer.step(groups).metrics
     assert metrics["loss"] == near(float(expected.detach()), scale)
@@ -115,7 +125,7 @@ def assert_same_step(trainer, groups, losses, count):
 def test_dr_grpo_neither_divides_by_std_nor_by_lengths():
     trainer, groups = make_trainer("dr_grpo"), old_groups()
     advantages = [[reward - np.mean(row) for reward in row] for row in rewards_of(groups)]
-    tokens = tokens_of(trainer.policy, groups, advantages)
+    tokens = tokens_of(policy_of(trainer), groups, advantages)
     losses = [clipped(token.ratio, token.advantage, 0.2, 0.28, cap=2.0) for token in tokens]
     assert_same_step(trainer, groups, losses, 12 * MAX_NEW_TOKENS)
 
@@ -123,7 +133,7 @@ def test_dr_grpo_neither_divides_by_std_nor_by_lengths():
 def test_rloo_compares_with_the_mean_of_the_others():
     trainer, groups = make_trainer("rloo", "algorithm.tis_cap=1.3"), old_groups()
     advantages = [[r - (sum(row) - r) / (len(row) - 1) for r in row] for row in rewards_of(groups)]
-    tokens = tokens_of(trainer.policy, groups, advantages)
+    tokens = tokens_of(policy_of(trainer), groups, advantages)
     losses = [-min(token.rho, 1.3) * token.advantage * token.logprob for token in tokens]
     metrics = assert_same_step(trainer, groups, losses, 12)
     assert 0 < metrics["cap_fraction"] < 1
@@ -135,14 +145,14 @@ def test_reinforce_pp_whitens_over_the_batch(name):
     rows = rewards_of(groups)
     if name == "reinforce_pp_baseline":
         rows = [[reward - np.mean(row) for reward in row] for row in rows]
-    tokens = tokens_of(trainer.policy, groups, whitened(np.concatenate(rows)).reshape(3, 4))
+    tokens = tokens_of(policy_of(trainer), groups, whitened(np.concatenate(rows)).reshape(3, 4))
     losses = [clipped(token.ratio, token.advantage, 0.2, 0.2, cap=2.0) for token in tokens]
     assert_same_step(trainer, groups, losses, len(tokens))
 
 
 def test_remax_compares_with_the_greedy_completion_and_refuses_a_group_without_one():
     trainer, groups = make_trainer("remax"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, [[reward - 0.25 for reward in row] for row in rewards_of(groups)])
+    tokens = tokens_of(policy_of(trainer), groups, [[reward - 0.25 for reward in row] for row in rewards_of(groups)])
     losses = [-min(token.rho, 2.0) * token.advantage * token.logprob for token in tokens]
     assert_same_step(trainer, groups, losses, 12)
     groups[1].baseline_reward = None
@@ -152,7 +162,7 @@ def test_remax_compares_with_the_greedy_completion_and_refuses_a_group_without_o
 
 def test_gspo_has_one_ratio_per_sequence():
     trainer, groups = make_trainer("gspo", "algorithm.clip_low=0.02", "algorithm.clip_high=0.04"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     losses = []
     for sequence in range(12):
         own = [token for token in tokens if token.sequence == sequence]
@@ -164,14 +174,14 @@ def test_gspo_has_one_ratio_per_sequence():
 
 def test_cispo_keeps_every_tokens_gradient_under_a_bounded_weight():
     trainer, groups = make_trainer("cispo", "algorithm.clip_high=0.2"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     losses = [-min(token.rho, 1.2) * token.advantage * token.logprob for token in tokens]
     assert_same_step(trainer, groups, losses, len(tokens))
 
 
 def test_topr_tapers_bad_completions_only():
     trainer, groups = make_trainer("topr"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     losses = [-(1 if t.advantage > 0 else min(t.rho, 1.0)) * t.advantage * t.logprob for t in tokens]
     assert_same_step(trainer, groups, losses, len(tokens))
 
@@ -179,7 +189,7 @@ def test_topr_tapers_bad_completions_only():
 @pytest.mark.parametrize("name", ["decoupled", "a3po"])
 def test_decoupled_ppo_clips_around_the_proximal_policy_and_weights_the_way_to_it(name):
     trainer, groups = make_trainer(name, "algorithm.tis_cap=1.2", "algorithm.clip_low=0.01"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     losses = []
     for token in tokens:
         share = 1.0 if name == "decoupled" else token.age / (token.age + 1)
@@ -191,7 +201,7 @@ def test_decoupled_ppo_clips_around_the_proximal_policy_and_weights_the_way_to_i
 
 def test_m2po_leaves_out_the_largest_log_ratios_of_the_whole_batch():
     trainer, groups = make_trainer("m2po", "learner.micro_batch_tokens=40", "model.max_length=40"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     squares = sorted(math.log(token.rho) ** 2 for token in tokens)
     kept = [n for n in range(1, len(squares) + 1) if sum(squares[:n]) / n <= 0.04]
     bound = squares[max(kept) - 1]
@@ -205,7 +215,7 @@ def test_m2po_leaves_out_the_largest_log_ratios_of_the_whole_batch():
 def test_masks_and_the_narrowing_with_age_act_token_by_token():
     overrides = ["algorithm.masks=[band]", "algorithm.mask_low=0.8", "algorithm.mask_high=1.25"]
     trainer, groups = make_trainer("grpo", *overrides, "algorithm.age_schedule=clip"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     losses = []
     for token in tokens:
         room = 1 / math.sqrt(1 + token.age)
@@ -217,7 +227,7 @@ def test_masks_and_the_narrowing_with_age_act_token_by_token():
 
 def test_sequence_truncation_weights_whole_completions():
     trainer, groups = make_trainer("reinforce", "algorithm.correction=sequence_tis"), old_groups()
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     rho = {s: math.prod(token.rho for token in tokens if token.sequence == s) for s in range(12)}
     losses = [-min(rho[token.sequence], 2.0) * token.advantage * token.logprob for token in tokens]
     assert_same_step(trainer, groups, losses, len(tokens))
@@ -228,13 +238,13 @@ def test_kl_in_the_reward_lowers_the_reward_of_completions_that_left_the_referen
     overrides = ["algorithm.kl_coef=0.3", "algorithm.kl_in=reward", "algorithm.kl_estimator=k1"]
     trainer, groups = make_trainer("grpo", *overrides, reference=reference), old_groups()
     zeros = [[0.0] * 4] * 3
-    own, others = tokens_of(trainer.policy, groups, zeros), tokens_of(reference, groups, zeros)
+    own, others = tokens_of(policy_of(trainer), groups, zeros), tokens_of(reference, groups, zeros)
     kl = [0.0] * 12
     for token, other in zip(own, others, strict=True):
         kl[token.sequence] += float(token.logprob.detach()) - float(other.logprob.detach())
     for index, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         rollout.reward -= 0.3 * kl[index]
-    tokens = tokens_of(trainer.policy, groups, grpo_advantages(groups))
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     for index, rollout in enumerate(rollout for group in groups for rollout in group.rollouts):
         rollout.reward += 0.3 * kl[index]
     losses = [clipped(token.ratio, token.advantage, 0.2, 0.28, cap=2.0) for token in tokens]
@@ -247,7 +257,7 @@ def test_an_adaptive_kl_coefficient_rises_above_its_target_and_survives_a_checkp
     metrics = trainer.step(old_groups()).metrics
     assert metrics["kl_coef"] == 0.1 and trainer.kl_coef == pytest.approx(0.102)
     other = make_trainer("grpo", "algorithm.kl_coef=0.1", "algorithm.kl_target=1e-6", reference=reference)
-    other.load_state_dict(trainer.state_dict())
+    other.load_state(trainer.state())
     assert other.kl_coef == trainer.kl_coef
 
 
@@ -289,7 +299,7 @@ def test_ppo_with_a_critic_equals_the_slow_loop(kind):
     critic = make_critic()
     trainer = make_trainer("ppo", f"algorithm.value_targets={kind}", "algorithm.lam=0.9", critic=critic)
     groups = old_groups()
-    tokens = tokens_of(trainer.policy, groups, [[0.0] * 4] * 3)
+    tokens = tokens_of(policy_of(trainer), groups, [[0.0] * 4] * 3)
     values = slow_values(critic, groups)
     advantages, targets = [], []
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -333,15 +343,15 @@ def test_a_shared_trunk_is_trained_by_both_losses():
 def test_the_actor_rests_while_the_critic_warms_up():
     trainer = make_trainer("ppo", "critic.warmup_steps=2", version=0)
     groups = random_groups(3, 4)
-    actor = [parameter.detach().clone() for parameter in trainer.policy.trainable_parameters()]
-    head = trainer.critic.head.weight.detach().clone()
+    actor = [parameter.detach().clone() for parameter in policy_of(trainer).trainable_parameters()]
+    head = critic_of(trainer).head.weight.detach().clone()
     for _ in range(2):
         metrics = trainer.step(groups).metrics
         assert "grad_norm" not in metrics and metrics["critic_grad_norm"] > 0
-    assert all(torch.equal(a, b) for a, b in zip(actor, trainer.policy.trainable_parameters(), strict=True))
-    assert not torch.equal(head, trainer.critic.head.weight)
+    assert all(torch.equal(a, b) for a, b in zip(actor, policy_of(trainer).trainable_parameters(), strict=True))
+    assert not torch.equal(head, critic_of(trainer).head.weight)
     assert trainer.step(groups).metrics["grad_norm"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(actor, trainer.policy.trainable_parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(actor, policy_of(trainer).trainable_parameters(), strict=True))
 
 
 def test_the_critic_starts_from_the_folder_it_is_given_and_only_ppo_has_one(tmp_path):
@@ -374,9 +384,13 @@ def test_a_run_with_a_critic_resumes_bit_for_bit(tmp_path):
     assert load_checkpoint(tmp_path, second).version == 2
     for batch in batches[2:]:
         second.step(batch)
-    for one, other in zip(whole.critic.parameters(), second.critic.parameters(), strict=True):
+    for one, other in zip(critic_of(whole).parameters(), critic_of(second).parameters(), strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(whole.policy.trainable_parameters(), second.policy.trainable_parameters(), strict=True):
+    for one, other in zip(
+        policy_of(whole).trainable_parameters(),
+        policy_of(second).trainable_parameters(),
+        strict=True,
+    ):
         assert torch.equal(one, other)
 
 
@@ -393,7 +407,7 @@ def test_a_step_of_several_updates_is_one_version_and_clips_around_its_start():
     trainer = make_trainer("decoupled", "learner.epochs=2", "learner.mini_batches=3", "learner.lr=0.05")
     result = trainer.step(old_groups(6))
     assert result.version == VERSION + 1
-    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    steps = {int(state["step"]) for state in trainer.engines.actor.optimizer.state.values()}
     assert steps == {6}
     assert result.metrics["clip_fraction"] > 0  # with one update per step the ratio would be 1 everywhere
 
@@ -403,7 +417,7 @@ def test_mini_batches_of_one_step_depend_on_seed_and_version_alone():
     for _ in range(2):
         trainer = make_trainer("grpo", "learner.mini_batches=3")
         trainer.step(list(reversed(old_groups(6))) if weights else old_groups(6))
-        weights.append([parameter.detach().clone() for parameter in trainer.policy.trainable_parameters()])
+        weights.append([parameter.detach().clone() for parameter in policy_of(trainer).trainable_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 

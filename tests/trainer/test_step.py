@@ -9,16 +9,17 @@ import torch
 
 from asyncrl.config import Config
 from asyncrl.errors import NonFiniteError, ProtocolError
-from asyncrl.trainer.step import PolicyTrainer, warmed_up_lr
+from asyncrl.trainer.engines.single import engines_for
+from asyncrl.trainer.step import StepRunner, warmed_up_lr
 from tests.tolerances import near, slack
-from tests.trainer.tiny import make_group, make_rollout, random_groups, tiny_policy
+from tests.trainer.tiny import make_group, make_rollout, policy_of, random_groups, tiny_policy
 
 pytestmark = pytest.mark.numeric
 
 LOGPROB = 4.0  # about the size of the tiny model's log-probs
 
 
-def make_trainer(policy=None, *, with_reference=False, version=0, temperature=1.0, **settings):
+def make_trainer(policy=None, *, with_reference=False, reference=None, version=0, temperature=1.0, **settings):
     config = Config()
     config.sampling.temperature = temperature
     config.learner.lr = 1e-2
@@ -28,12 +29,12 @@ def make_trainer(policy=None, *, with_reference=False, version=0, temperature=1.
         setattr(section, name, value)
     policy = policy or tiny_policy()
     if with_reference:
-        policy.reference = tiny_policy(seed=9).freeze()
-    return PolicyTrainer(policy, config, version=version)
+        reference = tiny_policy(seed=9).freeze()
+    return StepRunner(engines_for(policy, config, reference=reference), config, version=version)
 
 
 def weights_of(trainer):
-    return [parameter.detach().clone() for parameter in trainer.policy.trainable_parameters()]
+    return [parameter.detach().clone() for parameter in policy_of(trainer).trainable_parameters()]
 
 
 def slow_losses(policy, reference, groups, *, temperature, clip_low, clip_high, cap, kl_coef, entropy_coef):
@@ -70,11 +71,11 @@ def test_loss_and_gradient_equal_the_slow_loop():
         tis_cap=1.5, clip_low=0.1, clip_high=0.3, grad_clip=1e9,
     )  # fmt: skip
     losses = slow_losses(
-        trainer.policy, trainer.policy.reference, groups, temperature=0.8,
+        policy_of(trainer), trainer.engines.actor.reference, groups, temperature=0.8,
         clip_low=0.1, clip_high=0.3, cap=1.5, kl_coef=0.1, entropy_coef=0.01,
     )  # fmt: skip
     expected, scale = (sum(terms) / len(terms) for terms in (losses, [abs(loss.item()) for loss in losses]))
-    gradients = torch.autograd.grad(expected, trainer.policy.trainable_parameters())
+    gradients = torch.autograd.grad(expected, policy_of(trainer).trainable_parameters())
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
     result = trainer.step(groups)
     assert result.metrics["loss"] == near(expected.item(), scale)
@@ -91,7 +92,7 @@ def test_any_cut_into_micro_batches_makes_the_same_step(budget, shared_row_token
     results, weights = [], []
     for tokens, shared in ((10_000, 0), (budget, shared_row_tokens)):
         trainer = make_trainer(with_reference=True, kl_coef=0.05, micro_batch_tokens=tokens)
-        trainer.preparation.shared_row_tokens = shared
+        trainer.preparation.planner.shared_row_tokens = shared
         results.append(trainer.step(groups).metrics)
         weights.append(weights_of(trainer))
     whole, parts = results
@@ -182,10 +183,8 @@ def test_skipping_flat_groups_changes_no_weights():
     groups = random_groups(4, 4, seed=6)
     for rollout in groups[1].rollouts:
         rollout.reward = 1.0
-    skipping, forwarding = make_trainer(), make_trainer()
     # A KL coefficient too small to matter keeps every token in the forward pass.
-    forwarding.policy.reference = tiny_policy(seed=9).freeze()
-    forwarding.kl_coef = 1e-30
+    skipping, forwarding = make_trainer(), make_trainer(with_reference=True, kl_coef=1e-30)
     for _ in range(3):
         one, other = skipping.step(groups).metrics, forwarding.step(groups).metrics
     assert one["tokens_without_gradient"] > other["tokens_without_gradient"] == 0
@@ -227,7 +226,7 @@ def test_a_batch_that_does_not_fit_moves_nothing(groups, error, message):
     with pytest.raises(error, match=message):
         trainer.step(groups)
     assert trainer.version == 0
-    assert not trainer.optimizer.state
+    assert not trainer.engines.actor.optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(trainer), strict=True))
 
 
@@ -237,7 +236,7 @@ def test_a_policy_that_is_not_finite_takes_no_step_and_recovers(poison):
     groups = random_groups(3, 4)
     trainer.step(groups)
     clean.step(groups)
-    norm = trainer.policy.model.model.norm.weight
+    norm = policy_of(trainer).model.model.norm.weight
     with torch.no_grad():
         healthy, norm[0] = norm[0].clone(), poison
     with pytest.raises(NonFiniteError, match="log-probs under the policy are NaN or infinite; no update made"):
@@ -263,13 +262,13 @@ def test_the_gradient_is_clipped_to_its_norm():
     groups = random_groups(3, 4)
     trainer = make_trainer(grad_clip=1e-3)
     seen = []
-    real = trainer.optimizer.step
+    real = trainer.engines.actor.optimizer.step
 
     def watched():
-        seen.extend(p.grad.clone() for p in trainer.policy.trainable_parameters())
+        seen.extend(p.grad.clone() for p in policy_of(trainer).trainable_parameters())
         return real()
 
-    trainer.optimizer.step = watched
+    trainer.engines.actor.optimizer.step = watched
     metrics = trainer.step(groups).metrics
     norm = math.sqrt(sum(float(g.square().sum()) for g in seen))
     assert metrics["grad_norm"] > 1e-3
@@ -285,8 +284,8 @@ def test_warm_up_rises_to_the_learning_rate_and_stays():
 
 def test_weight_decay_spares_norms_and_biases():
     trainer = make_trainer(weight_decay=0.5, lr=0.1)
-    norm = trainer.policy.model.model.norm.weight
-    embedding = trainer.policy.head_weight
+    norm = policy_of(trainer).model.model.norm.weight
+    embedding = policy_of(trainer).head_weight
     before = norm.detach().clone(), embedding.detach().clone()
     trainer.step([make_group(0, [1], [make_rollout([2], reward=1.0)] * 2)])  # no gradient: decay alone
     assert torch.equal(norm, before[0])

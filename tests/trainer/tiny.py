@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from asyncrl.trainer.critic import Critic
 from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.step import StepRunner
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
 
 VOCAB = 23
@@ -35,6 +37,15 @@ def tiny_model(*, tied: bool = True, seed: int = 0, vocab: int = VOCAB, hidden: 
 
 def tiny_policy(**kwargs) -> Policy:
     return Policy(tiny_model(**kwargs))
+
+
+def policy_of(runner: StepRunner) -> Policy:
+    return runner.engines.actor.policy
+
+
+def critic_of(runner: StepRunner) -> Critic:
+    """Of a critic with a trunk of its own."""
+    return runner.engines.critic.critic
 
 
 def save_tiny_model(folder: Path, **kwargs) -> Path:

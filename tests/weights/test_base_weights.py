@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save, save_file
 
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ProtocolError
+from asyncrl.trainer.engines.lora import merged_state
 from asyncrl.trainer.engines.policy import load_policy
-from asyncrl.trainer.engines.trainable import merged_state
 from asyncrl.weights.base_weights import BaseWeights, complete_names
 from asyncrl.weights.bytes.layout import SnapshotBuffer, WeightManifest
 from asyncrl.weights.bytes.patch import fold_adapter

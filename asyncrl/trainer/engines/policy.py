@@ -1,6 +1,4 @@
-"""The policy: a transformers causal LM with master weights in float32, its log-probs, its parameters by
-name.
-"""
+"""The policy: a transformers causal LM with master weights in float32, its log-probs, its parameters by name."""
 
 from __future__ import annotations
 
@@ -14,24 +12,23 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncrl.algorithms.logprobs import chunked_logprobs
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ShapeError
 from asyncrl.host.fingerprints import model_fingerprint
 from asyncrl.host.model_folder import find_model
+from asyncrl.trainer.engines.lora import adapters_off, is_adapter
 from asyncrl.trainer.engines.trainable import (
-    adapters_off,
     apply_update,
     frozen_copy,
     frozen_digests,
-    is_adapter,
     named_parameters,
     sync_source,
     tensors_of,
 )
-from asyncrl.trainer.packing import MicroBatch
+from asyncrl.trainer.packing import Rows
 from asyncrl.weights.bytes.patch import SyncSource
 
 HEAD_TOLERANCE = 1e-3
@@ -43,32 +40,29 @@ def load_policy(
     *,
     update: UpdateConfig | None = None,
     seed: int = 0,
-    with_reference: bool = False,
 ) -> Policy:
-    """The actor that `model` names, of which `update` is trained, and with it, if wanted, the reference policy.
+    """The actor that `model` names, of which `update` is trained; None = all of it.
 
-    `seed` draws the first values of adapters. Raises ModelError, see `Policy.load`, and ConfigError, see
-    `apply_update`.
+    `seed` draws the first values of adapters. Raises what `Policy.load` and `apply_update` raise: ModelError and
+    ConfigError.
     """
     policy = Policy.load(model.path, dtype=model.dtype, device=device)
     if update is not None:
         apply_update(policy.model, update, seed)
         policy.update = update
-    if with_reference:
-        policy.reference = policy.initial_policy()
     return policy
 
 
 class Reference(Protocol):
-    """A frozen policy that the KL term holds on to."""
+    """A frozen policy that the KL term compares the trained one with."""
 
-    def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
         """See `Policy.logprobs`."""
         ...
 
 
 class Policy:
-    """A causal LM as the learner uses it. Dropout is off: the policy trained is the policy that samples.
+    """A causal LM as the trainer uses it. Dropout is off: the policy trained is the policy that samples.
 
     With dtype bfloat16 the layers compute in bfloat16 under autocast; weights, head and log-softmax stay
     float32, because rounding in the logits is what trainer and rollout engine disagree about most.
@@ -77,13 +71,12 @@ class Policy:
     def __init__(self, model: PreTrainedModel, *, dtype: str = "float32", source: Path | None = None) -> None:
         """`source` is the folder the model came from; exports copy its tokenizer.
 
-        Raises ModelError when the log-probs are not softmax(head(hidden)): a bias, a cap or a scale behind
-        the head.
+        Raises ModelError when the probabilities are not softmax(head(hidden)): a bias, a cap or a scale follows the
+        head.
         """
         self.model = model.eval()
         self.dtype = dtype
         self.source = source
-        self.reference: Reference | None = None
         self.update = UpdateConfig()  # what of the model is trained
         head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
@@ -96,26 +89,19 @@ class Policy:
 
     @classmethod
     def load(cls, path: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
-        """Loads a Hugging Face model folder (or cached hub name); weights in float32 whatever they are stored
-        in.
+        """Loads a Hugging Face model folder (or cached hub name), in float32 whatever dtype it is stored in.
 
         Raises ModelError when the folder is missing or incomplete, or lacks weights that the model needs.
         """
         folder = find_model(path).folder
         model = load_float32(AutoModelForCausalLM, folder, f"model.path={path}")
-        return cls(model.to(device), dtype=dtype, source=folder)
-
-    @classmethod
-    def from_config(cls, folder: str | Path, *, seed: int = 0) -> Policy:
-        """A float32 policy with fresh weights on the CPU, from a folder's config.json."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="sdpa")
-        return cls(model.float(), source=Path(folder))
+        module: torch.nn.Module = model  # transformers decorates its own `to` so that its types are lost
+        module.to(torch.device(device))
+        return cls(model, dtype=dtype, source=folder)
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.head_weight.device
 
     @property
     def vocab_size(self) -> int:
@@ -128,9 +114,7 @@ class Policy:
 
     @property
     def allows_shared_rows(self) -> bool:
-        """Whether several completions may share a prompt in one row. Sliding windows count positions in a
-        row.
-        """
+        """Whether several completions may share a prompt in one row: not where sliding windows count its positions."""
         config = self.model.config
         layers = set(getattr(config, "layer_types", None) or ["full_attention"])
         return layers == {"full_attention"}
@@ -141,13 +125,13 @@ class Policy:
         return self
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """Each parameter once, in a fixed order; tied ones are one parameter."""
+        """Each parameter that is trained, once, in a fixed order; tied ones are one parameter."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def named_sync_parameters(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) of all parameters under their names in a Hugging Face checkpoint, in a fixed order.
 
-        Adapters are left out: their weights come without them.
+        Adapters are left out: weights that have one come as they are without it.
 
         A tied head is listed under its own name too, with the very tensor it shares: a rollout engine that is
         not sent `lm_head.weight` keeps the old head, and its log-probs go wrong without an error.
@@ -160,6 +144,21 @@ class Policy:
         first = {id(tensor): name for name, tensor in reversed(named)}
         return {name: tensor for name, tensor in named if first[id(tensor)] == name}
 
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """What training changes, by name and by reference, a shared tensor once, under its first name.
+
+        Of a full update these are parameters and persistent buffers, else the parameters that are trained.
+        """
+        if self.update.what != "full":
+            return self.trained_tensors()
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensors[name] = tensor.data
+        return tensors
+
     @cached_property
     def frozen_digests(self) -> dict[str, int]:
         """Digest of each parameter that is not trained, by name. Computed once: they never change."""
@@ -170,25 +169,23 @@ class Policy:
         return sync_source(self.model, self.update, self.frozen_digests)
 
     def initial_policy(self) -> Reference:
-        """The policy as it is before its first step: a frozen copy of what is trained, or the adapters off."""
+        """The policy as it is now, for good: a frozen copy of what is trained, or the same model with adapters off."""
         if self.update.what == "lora":
             return AdaptersOff(self)
         return Policy(frozen_copy(self.model), dtype=self.dtype, source=self.source)
 
-    def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of each completion token of a micro-batch, float32 [N]; carries the
-        gradient.
-        """
-        return self.logprobs_from(self.hidden(batch), batch, temperature)
+    def logprobs(self, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy (nats) of each completion token, both float32 [N]; they carry the gradient."""
+        return self.logprobs_from(self.hidden(rows), rows, temperature)
 
-    def hidden(self, batch: MicroBatch) -> Tensor:
+    def hidden(self, rows: Rows) -> Tensor:
         """Final hidden state that each completion token is predicted from, [N, H]; carries the gradient."""
         with compute_dtype(self.dtype, self.device):
-            return completion_hidden(self.model.base_model, batch, self.device)
+            return completion_hidden(self.model.base_model, rows, self.device)
 
-    def logprobs_from(self, hidden: Tensor, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """`logprobs` from the hidden states of `hidden`: for who needs those too."""
-        token_ids = to_device(batch.token_ids, self.device)
+    def logprobs_from(self, hidden: Tensor, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+        """`logprobs` of `rows` from their hidden states [N, H], for callers that use those twice."""
+        token_ids = to_device(rows.token_ids, self.device)
         return chunked_logprobs(hidden, self.head_weight, token_ids, temperature=temperature)
 
     @torch.no_grad()
@@ -250,15 +247,15 @@ class Policy:
 
 
 class AdaptersOff:
-    """The policy that adapters are trained beside: the same model with them off, without memory of its own."""
+    """The policy as it was before its adapters: the same model with them off, without memory of its own."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def logprobs(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
         """See `Policy.logprobs`."""
         with adapters_off(self._policy.model):
-            return self._policy.logprobs(batch, temperature)
+            return self._policy.logprobs(rows, temperature)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """See `Policy.score`."""
@@ -267,7 +264,11 @@ class AdaptersOff:
 
 
 def load_float32(auto_class: Any, folder: Path, key: str) -> PreTrainedModel:
-    """A model of `auto_class` from a folder, weights in float32. Raises ModelError, naming `key` (`model.path=...`)."""
+    """A model of `auto_class` (AutoModel, ...) from a folder, weights in float32.
+
+    Raises ModelError, which names `key` (`model.path=...`), when it cannot be loaded or lacks weights.
+    """
+    model: PreTrainedModel
     try:
         model, info = auto_class.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
@@ -281,17 +282,17 @@ def load_float32(auto_class: Any, folder: Path, key: str) -> PreTrainedModel:
     return model
 
 
-def completion_hidden(trunk: torch.nn.Module, batch: MicroBatch, device: torch.device) -> Tensor:
+def completion_hidden(trunk: torch.nn.Module, rows: Rows, device: torch.device) -> Tensor:
     """Final hidden states of a transformer at the places completion tokens are predicted from, [N, H]."""
     # Rows are padded on the right, where causal attention never looks: without a mask and with the
     # default positions transformers takes SDPA's is_causal path.
-    inputs: dict[str, Any] = {"input_ids": to_device(batch.input_ids, device)}
-    if batch.segment_ids is not None:
-        assert batch.position_ids is not None
-        inputs["position_ids"] = to_device(batch.position_ids, device)
-        inputs["attention_mask"] = shared_prompt_mask(to_device(batch.segment_ids, device))
-    hidden = trunk(**inputs, use_cache=False).last_hidden_state
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, to_device(batch.predictor, device))
+    inputs: dict[str, Any] = {"input_ids": to_device(rows.input_ids, device)}
+    if rows.segment_ids is not None:
+        assert rows.position_ids is not None
+        inputs["position_ids"] = to_device(rows.position_ids, device)
+        inputs["attention_mask"] = shared_prompt_mask(to_device(rows.segment_ids, device))
+    hidden: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, to_device(rows.predictor, device))
 
 
 def compute_dtype(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -307,11 +308,9 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def shared_prompt_mask(segment_ids: Tensor) -> Tensor:
-    """Who sees whom in shared rows: bool [B, 1, L, L], True where query (third axis) may look at key (last
-    axis).
+    """Who sees whom in shared rows: bool [B, 1, L, L], True where the query (third axis) may look at the key (last).
 
-    A token sees the prompt (segment 0) and its own segment, never the future. segment_ids [B, L], -1 on
-    padding.
+    A token sees the prompt (segment 0) and its own segment, never the future. segment_ids [B, L], -1 on padding.
 
     Example: segments (0, 1, 2) -> ((1, 0, 0), (1, 1, 0), (1, 0, 1)).
     """

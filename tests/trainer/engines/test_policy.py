@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from asyncrl.config import ModelConfig
 from asyncrl.errors import ModelError, ShapeError
-from asyncrl.trainer.engines.policy import Policy, load_policy, shared_prompt_mask
+from asyncrl.trainer.engines.policy import Policy, shared_prompt_mask
 from asyncrl.trainer.packing import pack_groups
 from tests.tolerances import assert_near, near
 from tests.trainer.tiny import VOCAB, make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
@@ -29,14 +28,14 @@ def packed_logprobs(policy, groups, temperature=1.0, **kwargs):
     out = {}
     for batch in pack_groups(groups, 0, kwargs.pop("budget", 64), **kwargs):
         with torch.no_grad():
-            logprobs, entropies = policy.logprobs(batch, temperature)
+            logprobs, entropies = policy.logprobs(batch.rows, temperature)
         assert (entropies >= 0).all()
-        width = batch.input_ids.shape[1]
-        for place, token, value in zip(batch.predictor, batch.token_ids, logprobs.tolist(), strict=True):
+        width = batch.rows.input_ids.shape[1]
+        for place, token, value in zip(batch.rows.predictor, batch.rows.token_ids, logprobs.tolist(), strict=True):
             row, column = divmod(int(place), width)
-            context = batch.input_ids[row, : column + 1]
-            if batch.segment_ids is not None:
-                segments = batch.segment_ids[row, : column + 1]
+            context = batch.rows.input_ids[row, : column + 1]
+            if batch.rows.segment_ids is not None:
+                segments = batch.rows.segment_ids[row, : column + 1]
                 context = context[(segments == 0) | (segments == segments[-1])]
             out[(*context.tolist(), int(token))] = value
     return out
@@ -64,9 +63,9 @@ def test_gradients_do_not_depend_on_the_layout():
     for shared in (0, 64):
         policy = tiny_policy()
         batches = pack_groups(groups, 0, 80, shared_row_tokens=shared)
-        assert (batches[0].segment_ids is None) == (shared == 0)
+        assert (batches[0].rows.segment_ids is None) == (shared == 0)
         for batch in batches:
-            logprobs, entropies = policy.logprobs(batch, 1.0)
+            logprobs, entropies = policy.logprobs(batch.rows, 1.0)
             (weights[batch.rollout_index][batch.sequence_index] * logprobs + entropies).sum().backward()
         gradients.append([parameter.grad for parameter in policy.trainable_parameters()])
     for plain, shared in zip(*gradients, strict=True):
@@ -138,17 +137,15 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_log_probs():
     assert not np.array_equal(half.score(tokens)[0], exact.score(tokens)[0])
 
 
-def test_a_reference_is_a_frozen_copy(tmp_path):
-    folder = save_tiny_model(tmp_path / "model")
-    policy = load_policy(ModelConfig(path=str(folder)), torch.device("cpu"), with_reference=True)
-    assert policy.reference is not None
-    assert policy.reference.trainable_parameters() == []
-    before = policy.reference.score([[1, 2, 3]])[0]
+def test_the_initial_policy_is_a_frozen_copy():
+    policy = tiny_policy()
+    reference = policy.initial_policy()
+    assert reference.trainable_parameters() == []
+    before = reference.score([[1, 2, 3]])[0]
     with torch.no_grad():
         policy.head_weight.mul_(0.5)
-    np.testing.assert_array_equal(policy.reference.score([[1, 2, 3]])[0], before)
+    np.testing.assert_array_equal(reference.score([[1, 2, 3]])[0], before)
     assert not np.allclose(policy.score([[1, 2, 3]])[0], before)
-    assert load_policy(ModelConfig(path=str(folder)), torch.device("cpu")).reference is None
 
 
 def test_a_folder_that_lacks_weights_is_refused_instead_of_filled_with_noise(tmp_path):

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from asyncrl.config import ModelConfig, UpdateConfig
+from asyncrl.config import Config, ModelConfig, UpdateConfig
 from asyncrl.errors import CheckpointError, ConfigError
-from asyncrl.trainer.checkpoint import export_model, load_checkpoint, save_checkpoint
+from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.engines.export import export_model
+from asyncrl.trainer.engines.lora import merged_state, plain_name
 from asyncrl.trainer.engines.policy import AdaptersOff, Policy, load_policy
-from asyncrl.trainer.engines.trainable import apply_update, frozen_digests, merged_state, named_parameters, plain_name
+from asyncrl.trainer.engines.single import load_engines
+from asyncrl.trainer.engines.trainable import apply_update, frozen_digests, named_parameters
 from asyncrl.trainer.packing import pack_groups
 from asyncrl.weights.bytes.layout import ALIGNMENT, SnapshotBuffer
 from tests.tolerances import assert_near
 from tests.trainer.test_step import make_trainer
-from tests.trainer.tiny import random_groups, save_tiny_model, tiny_model, tiny_policy
+from tests.trainer.tiny import policy_of, random_groups, save_tiny_model, tiny_model, tiny_policy
 
 pytestmark = pytest.mark.numeric
 
@@ -32,18 +35,17 @@ def partial(*names):
     return UpdateConfig(what="partial", names=list(names))
 
 
-def policy_with(update, *, with_reference=False, seed=0, **model):
+def policy_with(update, *, seed=0, **model):
     policy = tiny_policy(**model)
     apply_update(policy.model, update, seed)
     policy.update = update
-    if with_reference:
-        policy.reference = policy.initial_policy()
     return policy
 
 
 def trainer_with(update, *, steps=0, seed=0, with_reference=False, tied=True, **settings):
-    policy = policy_with(update, with_reference=with_reference, seed=seed, tied=tied)
-    trainer = make_trainer(policy, weight_decay=0.1, **settings)
+    policy = policy_with(update, seed=seed, tied=tied)
+    reference = policy.initial_policy() if with_reference else None
+    trainer = make_trainer(policy, reference=reference, weight_decay=0.1, **settings)
     for step in range(steps):
         trainer.step(random_groups(3, 4, seed=step))
     return trainer
@@ -146,19 +148,21 @@ def test_a_fresh_adapter_changes_no_log_prob_and_not_the_architecture():
 @pytest.mark.parametrize("name", list(UPDATES))
 def test_gradient_and_optimizer_state_exist_for_what_is_trained_alone_and_the_rest_keeps_its_bits(name):
     trainer = trainer_with(UPDATES[name])
-    policy = trainer.policy
+    policy = policy_of(trainer)
     before = tensors(policy)
     batches = pack_groups(random_groups(3, 4), 0, 64)
     for batch in batches:
-        policy.logprobs(batch, 1.0)[0].sum().backward()
+        policy.logprobs(batch.rows, 1.0)[0].sum().backward()
     with_gradient = {name for name, value in named_parameters(policy.model) if value.grad is not None}
     names = {name for name, value in named_parameters(policy.model) if value.requires_grad}
     assert with_gradient == names
     for step in range(2):
         trainer.step(random_groups(3, 4, seed=step))
     trained = policy.trainable_parameters()
-    assert {id(parameter) for parameter in trainer.optimizer.state} == {id(parameter) for parameter in trained}
-    moments = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in trainer.optimizer.state.values())
+    assert {id(parameter) for parameter in trainer.engines.actor.optimizer.state} == {
+        id(parameter) for parameter in trained
+    }
+    moments = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in trainer.engines.actor.optimizer.state.values())
     assert moments == 2 * sum(parameter.nbytes for parameter in trained)
     after = tensors(policy)
     assert {name for name in before if not torch.equal(before[name], after[name])} == names
@@ -168,7 +172,7 @@ def test_gradient_and_optimizer_state_exist_for_what_is_trained_alone_and_the_re
 def test_the_reference_stays_the_initial_policy_and_takes_memory_for_what_is_trained_alone(name):
     update = UPDATES[name]
     trainer = trainer_with(update, with_reference=True, kl_coef=0.1)
-    policy, reference = trainer.policy, trainer.policy.reference
+    policy, reference = policy_of(trainer), trainer.engines.actor.reference
     initial = policy.score(SEQUENCES)
     metrics = [trainer.step(random_groups(3, 4, seed=step)).metrics for step in range(3)]
     assert metrics[0]["kl_reference"] == pytest.approx(0.0, abs=1e-7)
@@ -188,15 +192,15 @@ def test_the_reference_stays_the_initial_policy_and_takes_memory_for_what_is_tra
 def test_asking_the_reference_between_forward_and_backward_changes_no_gradient():
     gradients = []
     for ask in (False, True):
-        policy = policy_with(lora(), with_reference=True)
+        policy = policy_with(lora())
         with torch.no_grad():
             for value in policy.trainable_parameters():
                 value.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
         (batch,) = pack_groups(random_groups(2, 2), 0, 4096)
-        logprobs, _ = policy.logprobs(batch, 1.0)
+        logprobs, _ = policy.logprobs(batch.rows, 1.0)
         if ask:
             with torch.no_grad():
-                there, _ = policy.reference.logprobs(batch, 1.0)
+                there, _ = policy.initial_policy().logprobs(batch.rows, 1.0)
             assert (there - logprobs).abs().max() > 1e-3
         logprobs.sum().backward()
         gradients.append([value.grad for value in policy.trainable_parameters()])
@@ -205,7 +209,7 @@ def test_asking_the_reference_between_forward_and_backward_changes_no_gradient()
 
 
 def test_adapters_are_on_again_after_an_error_in_the_reference():
-    policy = trainer_with(lora(), steps=2).policy
+    policy = policy_of(trainer_with(lora(), steps=2))
     before = policy.score(SEQUENCES)[0]
     with pytest.raises(ValueError, match="at least 2 tokens"):
         policy.initial_policy().score([[1]])
@@ -258,7 +262,7 @@ def test_what_travels_and_what_stays_make_up_the_model(tied):
 
 def test_merged_snapshots_hold_the_weights_plus_scaled_b_times_a_and_follow_training():
     trainer = trainer_with(lora(lora_sync="merged", lora_alpha=6.0), steps=2)
-    policy = trainer.policy
+    policy = policy_of(trainer)
     before = tensors(policy)
     buffer, views = snapshot_of(policy)
     trained = policy.trained_tensors()
@@ -297,11 +301,11 @@ def test_training_resumes_bit_for_bit_from_what_was_trained_alone(tmp_path, name
     path = save_checkpoint(tmp_path, first, run_epoch=1)
     if name != "full":
         with safe_open(path / "weights.safetensors", "pt") as stored:
-            assert set(stored.keys()) == set(first.policy.trained_tensors())
+            assert set(stored.keys()) == set(policy_of(first).trained_tensors())
     second = trainer_with(UPDATES[name], with_reference=True, kl_coef=0.1, seed=5)
     assert load_checkpoint(tmp_path, second).version == 3
     assert [second.step(random_groups(3, 4, seed=step)).metrics for step in (3, 4)] == expected[3:]
-    one, other = tensors(straight.policy), tensors(second.policy)
+    one, other = tensors(policy_of(straight)), tensors(policy_of(second))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -319,10 +323,10 @@ def test_training_resumes_bit_for_bit_from_what_was_trained_alone(tmp_path, name
 def test_a_checkpoint_of_another_update_is_refused_with_both_values(tmp_path, saved, own, message):
     save_checkpoint(tmp_path, trainer_with(saved), run_epoch=1)
     trainer = trainer_with(own)
-    before = tensors(trainer.policy)
+    before = tensors(policy_of(trainer))
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path, trainer)
-    assert all(torch.equal(value, before[name]) for name, value in tensors(trainer.policy).items())
+    assert all(torch.equal(value, before[name]) for name, value in tensors(policy_of(trainer)).items())
 
 
 def test_how_adapters_are_published_may_change_between_two_starts(tmp_path):
@@ -389,9 +393,13 @@ def test_the_merged_state_of_a_model_without_adapters_is_its_state():
     assert all(state[name].data_ptr() == merged[name].data_ptr() for name in state)
 
 
-def test_load_policy_applies_the_update_before_it_makes_the_reference(tmp_path):
-    folder = save_tiny_model(tmp_path / "model")
-    model = ModelConfig(path=str(folder))
-    policy = load_policy(model, torch.device("cpu"), update=copy.deepcopy(lora()), with_reference=True)
-    assert isinstance(policy.reference, AdaptersOff)
-    assert policy.update.what == "lora" and len(policy.trainable_parameters()) == 8
+def test_the_update_is_applied_before_the_reference_is_made(tmp_path):
+    config = Config()
+    config.model.path = str(save_tiny_model(tmp_path / "model"))
+    config.update = copy.deepcopy(lora())
+    config.algorithm.kl_coef = 0.1
+    actor = load_engines(config, torch.device("cpu")).actor
+    assert isinstance(actor.reference, AdaptersOff)
+    assert actor.policy.update.what == "lora" and len(actor.policy.trainable_parameters()) == 8
+    config.algorithm.kl_coef = 0.0
+    assert load_engines(config, torch.device("cpu")).actor.reference is None

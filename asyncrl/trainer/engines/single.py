@@ -1,0 +1,276 @@
+"""The engine of one process and one device: plain backward passes, AdamW, nothing sharded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from asyncrl.algorithms.losses import Sums, merge_sums
+from asyncrl.config import Config
+from asyncrl.config.schema import LearnerConfig
+from asyncrl.trainer.canary import SnapshotScorer
+from asyncrl.trainer.critic import Critic, load_critic
+from asyncrl.trainer.engines.base import (
+    Engines,
+    EngineState,
+    Gradients,
+    LossFunction,
+    ModelIdentity,
+    Outputs,
+    PartState,
+    Scorer,
+    Want,
+)
+from asyncrl.trainer.engines.export import export_model
+from asyncrl.trainer.engines.policy import Policy, Reference, load_policy
+from asyncrl.trainer.engines.trainable import describe_update
+from asyncrl.trainer.packing import Rows
+from asyncrl.weights.bytes.patch import SyncSource
+
+
+def load_engines(config: Config, device: torch.device) -> Engines:
+    """Actor, reference and critic that `config` names, at the start of a run.
+
+    Raises ModelError when a folder cannot be loaded, ConfigError when the section `update` names nothing in the model.
+    """
+    policy = load_policy(config.model, device, update=config.update, seed=config.run.seed)
+    reference = policy.initial_policy() if config.algorithm.kl_coef > 0 else None
+    return engines_for(policy, config, reference=reference, critic=load_critic(config, policy))
+
+
+def engines_for(
+    policy: Policy, config: Config, *, reference: Reference | None = None, critic: Critic | None = None
+) -> Engines:
+    """Engines around models that are there already."""
+    if critic is None:
+        return Engines(SinglePolicyEngine(policy, config, reference=reference))
+    if critic.is_shared:
+        return Engines(SinglePolicyEngine(policy, config, reference=reference, value_head=critic))
+    return Engines(SinglePolicyEngine(policy, config, reference=reference), SingleCriticEngine(critic, config))
+
+
+class _Part:
+    """Parameters that share a gradient norm, an optimizer and a learning rate."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], weights: dict[str, Tensor], learner: LearnerConfig, lr: float
+    ) -> None:
+        """`parameters` are trained; `weights` is what a checkpoint holds of them, by reference."""
+        self.parameters = parameters
+        self.weights = weights
+        self.optimizer = make_optimizer(parameters, learner, lr)
+
+    def clip(self, max_norm: float) -> float:
+        """Scales the gradient to `max_norm` where it is larger; returns its norm before. Waits for the device."""
+        for parameter in self.parameters:
+            # A batch without gradient is a step like any other: momentum and weight decay act on it too.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
+
+    def state(self) -> PartState:
+        return PartState(self.weights, self.optimizer.state_dict())
+
+    def load(self, state: PartState) -> None:
+        for name, target in self.weights.items():
+            target.copy_(state.weights[name])
+        self.optimizer.load_state_dict(state.optimizer)
+
+
+class _SingleEngine(ABC):
+    """What the engines of actor and critic have in common; see `ModelEngine` for the methods."""
+
+    def __init__(self, policy: _Part | None, critic: _Part | None) -> None:
+        self._policy = policy
+        self._critic = critic
+        self._pending: list[_Part] = []  # parts whose gradients wait for `update` or `discard`
+
+    @abstractmethod
+    def _outputs(self, rows: Rows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+        """One forward pass; without `train_policy` the policy's part of it leaves no graph."""
+
+    def forward(self, rows: Sequence[Rows], want: Want, temperature: float) -> list[Outputs]:
+        """See `ModelEngine.forward`."""
+        with torch.no_grad():
+            return [self._outputs(batch, want, temperature, train_policy=False) for batch in rows]
+
+    def accumulate(
+        self,
+        rows: Sequence[Rows],
+        want: Want,
+        temperature: float,
+        loss: LossFunction,
+        *,
+        max_norm: float,
+        train_policy: bool = True,
+    ) -> Gradients:
+        """See `ModelEngine.accumulate`."""
+        self.discard()
+        policy, critic = self._policy if train_policy else None, self._critic
+        self._pending = [part for part in (policy, critic) if part is not None]
+
+        def backward(index: int, batch: Rows) -> Sums:
+            total, sums = loss(index, self._outputs(batch, want, temperature, train_policy=train_policy))
+            if self._pending:
+                torch.autograd.backward(total)
+            return sums
+
+        sums: Sums = {}
+        for index, batch in enumerate(rows):
+            sums = merge_sums(sums, backward(index, batch))
+        return Gradients(
+            sums,
+            policy_norm=None if policy is None else policy.clip(max_norm),
+            critic_norm=None if critic is None else critic.clip(max_norm),
+        )
+
+    def update(self) -> None:
+        """See `ModelEngine.update`."""
+        for part in self._pending:
+            part.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """See `ModelEngine.discard`."""
+        for part in (self._policy, self._critic):
+            if part is not None:
+                part.optimizer.zero_grad(set_to_none=True)
+        self._pending = []
+
+    def state(self) -> EngineState:
+        """See `ModelEngine.state`."""
+        return EngineState(
+            policy=None if self._policy is None else self._policy.state(),
+            critic=None if self._critic is None else self._critic.state(),
+        )
+
+    def load_state(self, state: EngineState) -> None:
+        """See `ModelEngine.load_state`."""
+        for part, part_state in ((self._policy, state.policy), (self._critic, state.critic)):
+            if part is not None:
+                assert part_state is not None, "the state lacks a part of this engine"
+                part.load(part_state)
+
+
+class SinglePolicyEngine(_SingleEngine):
+    """A policy, the reference it is compared with, and a value head on its hidden states; see `PolicyEngine`."""
+
+    def __init__(
+        self, policy: Policy, config: Config, *, reference: Reference | None = None, value_head: Critic | None = None
+    ) -> None:
+        learner = config.learner
+        part = _Part(policy.trainable_parameters(), policy.checkpoint_tensors(), learner, learner.lr)
+        super().__init__(part, None if value_head is None else _critic_part(value_head, config))
+        self.optimizer = part.optimizer
+        self.policy = policy
+        self.reference = reference
+        self.value_head = value_head
+
+    @property
+    def device(self) -> torch.device:
+        """See `ModelEngine.device`."""
+        return self.policy.device
+
+    @property
+    def has_values(self) -> bool:
+        """See `ModelEngine.has_values`."""
+        return self.value_head is not None
+
+    @property
+    def has_reference(self) -> bool:
+        """See `PolicyEngine.has_reference`."""
+        return self.reference is not None
+
+    @property
+    def prefers_shared_rows(self) -> bool:
+        """See `PolicyEngine.prefers_shared_rows`."""
+        # On a GPU the attention mask that shared rows need would switch off flash attention.
+        return self.device.type == "cpu" and self.policy.allows_shared_rows
+
+    def _outputs(self, rows: Rows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+        if want.frozen:
+            assert self.reference is not None, "there is no reference policy"
+            return Outputs(*self.reference.logprobs(rows, temperature))
+        outputs = Outputs()
+        with torch.set_grad_enabled(train_policy):
+            hidden = self.policy.hidden(rows)
+            if want.logprobs:
+                outputs = Outputs(*self.policy.logprobs_from(hidden, rows, temperature))
+        if want.values:
+            assert self.value_head is not None, "there is no value head"
+            outputs = replace(outputs, values=self.value_head.values(rows, hidden))
+        return outputs
+
+    def set_lr(self, lr: float) -> None:
+        """See `PolicyEngine.set_lr`."""
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = lr
+
+    def identity(self) -> ModelIdentity:
+        """See `PolicyEngine.identity`."""
+        digests = self.policy.frozen_digests
+        frozen = sha256(repr(sorted(digests.items())).encode()).hexdigest()[:16] if digests else ""
+        return ModelIdentity(self.policy.architecture, describe_update(self.policy.update), frozen)
+
+    def tensors(self) -> SyncSource:
+        """See `PolicyEngine.tensors`."""
+        return self.policy.sync_source()
+
+    def sample_sequences(self, count: int, length: int, seed: int) -> list[np.ndarray]:
+        """See `PolicyEngine.sample_sequences`."""
+        return self.policy.sample_sequences(count, length, seed)
+
+    def snapshot_scorer(self) -> Scorer:
+        """See `PolicyEngine.snapshot_scorer`."""
+        return SnapshotScorer(self.policy)
+
+    def export(self, folder: Path, tokenizer_folder: Path | None) -> None:
+        """See `PolicyEngine.export`."""
+        export_model(self.policy, tokenizer_folder, folder)
+
+
+class SingleCriticEngine(_SingleEngine):
+    """A critic with a trunk of its own; see `ModelEngine`."""
+
+    def __init__(self, critic: Critic, config: Config) -> None:
+        assert not critic.is_shared, "a critic on the actor's hidden states is part of the actor's engine"
+        super().__init__(None, _critic_part(critic, config))
+        self.critic = critic
+
+    @property
+    def device(self) -> torch.device:
+        """See `ModelEngine.device`."""
+        return self.critic.head.weight.device
+
+    @property
+    def has_values(self) -> bool:
+        """See `ModelEngine.has_values`."""
+        return True
+
+    def _outputs(self, rows: Rows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+        assert want.values and not want.logprobs, "a critic gives values alone"
+        return Outputs(values=self.critic.values(rows))
+
+
+def make_optimizer(parameters: list[nn.Parameter], learner: LearnerConfig, lr: float) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on norms and biases."""
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": learner.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(learner.betas[0], learner.betas[1]),
+        fused=True,
+    )
+
+
+def _critic_part(critic: Critic, config: Config) -> _Part:
+    weights = {name: parameter.data for name, parameter in critic.named_parameters()}
+    return _Part(list(critic.parameters()), weights, config.learner, config.critic.lr)
