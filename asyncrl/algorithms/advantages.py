@@ -1,5 +1,6 @@
-"""Advantages from rewards alone: against the group, the batch or a greedy completion. Those that need a critic
-are in `value_targets`.
+"""Advantages from rewards alone: against the group, the batch or a greedy completion.
+
+Those that need a critic are in `value_targets`. Rewards and advantages are in the task's own units.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ def group_relative_advantages(
     group_index  [R] int64 in [0, num_groups): which group a rollout belongs to, in any order
     The standard deviation is the unbiased one, as in verl, TRL and AReaL; epsilon is verl's.
 
-    Groups whose rewards are all equal, groups of one among them, tell nothing about the policy: their
-    advantages are exactly 0.0, not rounding noise divided by epsilon (see `zero_variance_groups` to count
-    them).
+    Groups whose rewards are all equal, groups of one among them, tell nothing about the policy: their advantages are
+    exactly 0.0, not rounding noise divided by epsilon. `zero_variance_groups` says which groups those are.
 
     Example: rewards (1, 0, 0) of one group: mean 1/3, std 0.57735 -> (1.1547, -0.57735, -0.57735).
 
@@ -46,8 +46,9 @@ def group_relative_advantages(
 
 
 def zero_variance_groups(rewards: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
-    """Which groups have no two different rewards, bool [num_groups]. Arguments as
-    `group_relative_advantages`.
+    """Which groups have no two different rewards, bool [num_groups].
+
+    Arguments and errors are those of `group_relative_advantages`.
     """
     _check_groups(rewards, group_index)
     lowest = rewards.new_full((num_groups,), torch.inf).scatter_reduce(0, group_index, rewards, "amin")
@@ -56,8 +57,9 @@ def zero_variance_groups(rewards: Tensor, group_index: Tensor, num_groups: int) 
 
 
 def rloo_advantages(rewards: Tensor, group_index: Tensor, num_groups: int) -> Tensor:
-    """Reward of each rollout minus the mean of the others of its group: REINFORCE leave-one-out (Ahmadian et
-    al. 2024, "Back to Basics"; Kool et al. 2019).
+    """Reward of each rollout minus the mean of the others of its group (REINFORCE leave-one-out).
+
+    Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics", 2402.14740.
 
         A_i = R_i - 1 / (n - 1) sum_{j != i} R_j = n / (n - 1) (R_i - mean(R))
 
@@ -65,6 +67,7 @@ def rloo_advantages(rewards: Tensor, group_index: Tensor, num_groups: int) -> Te
     the factor n / (n - 1). Nothing is divided by a standard deviation.
 
     rewards, group_index, num_groups  as in `group_relative_advantages`
+
     Groups whose rewards are all equal get exactly 0.0. A group of one has no others to compare with: 0.0 too,
     so it gives no gradient. (verl keeps its bare reward, which is on another scale than all other advantages.)
 
@@ -91,15 +94,15 @@ def reinforce_pp_advantages(
         A_i = (R_i - mean(R)) / (std(R) + epsilon)                                      over the batch
         A_i = R'_i / (std(R') + epsilon),  R'_i = R_i - mean(R of the group of i)       with groups: "baseline"
 
-    rewards      [R] of the whole global batch: the rewards of one micro-batch or rank would be whitened apart
-    group_index, num_groups  both or neither; as in `group_relative_advantages`. With them it is the paper's
-                 variant with a baseline: the group takes away how hard a prompt is, the batch sets the scale
+    rewards                  [R] of the whole batch: those of one micro-batch or rank alone would be whitened apart
+    group_index, num_groups  both or neither, as in `group_relative_advantages`. With them it is the paper's variant
+                             with a baseline: the group takes away how hard a prompt is, the batch sets the scale
 
     The mean and the (unbiased) standard deviation count every rollout once. verl and OpenRLHF repeat a
     rollout's reward for each of its tokens and whiten those, so that long completions weigh more: that is
     `whiten(rewards[sequence_index])`.
 
-    All rewards equal: exactly 0.0; with groups, also for each group whose rewards are all equal.
+    Where all rewards are equal, or with groups all rewards of a group, advantages are exactly 0.0.
 
     Example: rewards (1, 0, 0): mean 1/3, std 0.57735 -> (1.1547, -0.57735, -0.57735). Groups (0, 0, 1):
     R' = (0.5, -0.5, 0), std 0.5 -> (1, -1, 0).
@@ -121,22 +124,21 @@ def reinforce_pp_advantages(
 
 
 def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
-    """Reward of each rollout minus that of the greedy completion of its prompt (ReMax, Li et al. 2023,
-    2310.10505).
+    """Reward of each rollout minus that of the greedy completion of its prompt (ReMax, Li et al. 2023, 2310.10505).
 
         A_i = R_i - R(greedy completion of the prompt of i)
 
     rewards    [R]
-    baselines  [R] reward of the greedy completion, repeated for the rollouts of a prompt. It must come from
-               the policy that sampled the rollouts, or one near it
+    baselines  [R], reward of the greedy completion, repeated for the rollouts of a prompt. That completion must come
+               from the policy that sampled the rollouts, or one near it
 
-    A greedy completion that could not be scored has no reward: its baseline is NaN and refused here, never
-    taken as 0.
+    A greedy completion that could not be scored has no reward. Its baseline is NaN, which is refused here and never
+    taken for a reward of 0.
 
     Example: rewards (1, 0, 0.5), baselines (0.5, 0.5, 0.5) -> (0.5, -0.5, 0).
 
-    Returns [R]. Raises ShapeError on differing shapes and NonFiniteError on a reward or baseline that is NaN
-    or infinite.
+    Returns [R]. Raises ShapeError on differing shapes and NonFiniteError on a reward or baseline that is NaN or is
+    infinite.
     """
     if rewards.dim() != 1 or rewards.shape != baselines.shape:
         shapes = tuple(rewards.shape), tuple(baselines.shape)
@@ -147,13 +149,14 @@ def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-6) -> Tensor:
-    """Values shifted and scaled to mean 0 and standard deviation 1 over all tokens, for advantages of GAE
-    (advantage normalisation; Andrychowicz et al. 2021, "What matters for on-policy deep actor-critic methods?").
+    """Values shifted and scaled to mean 0 and standard deviation 1 over all tokens: for the advantages of a critic.
+
+    Advantage normalisation; Andrychowicz et al. 2021, "What matters for on-policy deep actor-critic methods?".
 
         (x - mean(x)) / (std(x) + epsilon)
 
-    values  [N] or [B, T]: all tokens of the global batch
-    mask    bool, shape of values: only these count, the others become 0.0. None: all count
+    values  [N] or [B, T]: all tokens of the whole batch
+    mask    bool, shape of values: only tokens inside count, the others become 0.0. None: all count
 
     The standard deviation is the unbiased one (divisor N - 1), as in `group_relative_advantages` and verl;
     OpenRLHF divides by N. All values equal, one value among them: exactly 0.0.

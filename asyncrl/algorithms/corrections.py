@@ -1,6 +1,4 @@
-"""Importance ratios between the policy that sampled a token and the one being trained, and how to bound
-them.
-"""
+"""Importance ratios between the policy that sampled a token and the one being trained, and how to bound them."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ def log_importance_ratios(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tenso
 
 
 def truncated_ratios(log_ratios: Tensor, cap: float | Tensor | None) -> Tensor:
-    """min(rho, cap), with the gradient of a truncated importance weight (TIS; Espeholt et al. 2018, section
-    4.1).
+    """min(rho, cap), with the gradient of a truncated importance weight (TIS; Espeholt et al. 2018, section 4.1).
 
         value  min(rho, cap)            gradient  min(rho, cap) * d log pi
 
@@ -31,10 +28,12 @@ def truncated_ratios(log_ratios: Tensor, cap: float | Tensor | None) -> Tensor:
     stay so. Truncation keeps pushing it back, with a bounded weight. Both agree below the cap. Without a cap
     the ratio is held below e^20 in the same way.
 
-    log_ratios [N] from `log_importance_ratios`; -inf gives 0, NaN stays NaN, no value overflows.
-    cap        float, or [N] for a cap per token (`age_cap`); above 0
+    log_ratios  [N] from `log_importance_ratios`; -inf gives 0, NaN stays NaN, no value overflows
+    cap         float, or [N] for a cap per token (`age_cap`); above 0
 
     Example: rho = (0.5, 1, 4), cap 2: value (0.5, 1, 2); d value / d log pi = (0.5, 1, 2).
+
+    Returns [N]. Raises ShapeError when `cap` is a tensor of another shape.
     """
     limit: float | Tensor
     if isinstance(cap, Tensor):
@@ -43,14 +42,8 @@ def truncated_ratios(log_ratios: Tensor, cap: float | Tensor | None) -> Tensor:
     else:
         limit = MAX_LOG_RATIO if cap is None else min(math.log(cap), MAX_LOG_RATIO)
     excess = (log_ratios.detach() - limit).clamp(min=0.0)
-    # inf - inf would be NaN: an infinite ratio is truncated like any other, its cause is reported by the
-    # caller.
+    # inf - inf would be NaN: an infinite ratio is truncated like any other, and the caller reports its cause.
     return torch.exp(torch.where(torch.isposinf(excess), limit, log_ratios - excess))
-
-
-def truncated_importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float | Tensor) -> Tensor:
-    """TIS weights w = sg(min(pi / mu, cap)), [N], without gradient. Raises ShapeError."""
-    return truncated_ratios(log_importance_ratios(logprobs, behaviour_logprobs).detach(), cap)
 
 
 def sequence_truncated_weights(
@@ -61,9 +54,10 @@ def sequence_truncated_weights(
         w = min(exp(sum over the sequence of log rho), cap)       the ratio of the sequence; verl, SkyRL
         w = min(exp(mean over the sequence of log rho), cap)      with `mean`: its geometric mean; AReaL
 
-    The sum is unbiased below the cap, and after some thousand tokens either near 0 or at the cap.
+    The sum is unbiased below the cap, but after some thousand tokens it is either near 0 or at the cap.
 
-    log_ratios      [N] log rho, detached here; one -inf makes its sequence 0, NaN or both infinities NaN
+    log_ratios      [N] log rho, detached here. One -inf makes the weight of its sequence 0; a NaN, or -inf and inf
+                    together, make it NaN
     sequence_index  [N] int64, see `sequences`
 
     Example: rho = (2, 2, 0.5), sequences (0, 0, 1), cap 3: (3, 3, 0.5); with mean: (2, 2, 0.5).
@@ -79,9 +73,9 @@ def interpolated_proximal_logprobs(logprobs: Tensor, behaviour_logprobs: Tensor,
 
         log pi_p = log mu + a (log pi - log mu)        a = (v_p - v_mu) / (v_pi - v_mu) = d / (d + 1)
 
-    v_mu is the version that sampled the token, v_p the learner's, v_pi = v_p + 1 the one being made: d = v_p -
-    v_mu is the policy age. So a fresh token has pi_p = mu, and the ratio pi / pi_p = (pi / mu)^(1 / (d + 1))
-    of an old one is that of one step out of d + 1 equal ones.
+    v_mu is the version that sampled the token, v_p the trainer's, v_pi = v_p + 1 the one being made, and d = v_p - v_mu
+    the policy age. So a fresh token has pi_p = mu, and the ratio pi / pi_p = (pi / mu)^(1 / (d + 1)) of an old one is
+    that of one step out of d + 1 equal ones.
 
     logprobs, behaviour_logprobs  [N]; policy_ages [N] int64, >= 0
 
@@ -98,9 +92,14 @@ def interpolated_proximal_logprobs(logprobs: Tensor, behaviour_logprobs: Tensor,
 def age_cap(cap: float, policy_ages: Tensor) -> Tensor:
     """Cap of importance ratios that falls with the policy age d of a token: C(d) = 1 + (cap - 1) / (1 + d).
 
-    Our own schedule, not a published one: old ratios are noisier, so they may amplify less, down to 1.
+    The schedule is ours, not a published one: old ratios are noisier, so they may amplify less, down to 1.
 
-    Example: cap 3, ages (0, 1, 3): (3, 2, 1.5).  [N], float32.
+    cap          a ratio, above 1
+    policy_ages  [N] int64, optimizer steps, >= 0
+
+    Example: cap 3, ages (0, 1, 3): (3, 2, 1.5).
+
+    Returns float32 [N].
     """
     return 1.0 + (cap - 1.0) / (1.0 + policy_ages)
 
@@ -108,21 +107,26 @@ def age_cap(cap: float, policy_ages: Tensor) -> Tensor:
 def age_clip(clip: float, policy_ages: Tensor) -> Tensor:
     """Clip distance that falls with the policy age d of a token: eps(d) = clip / sqrt(1 + d).
 
-    Our own schedule, not a published one.
+    The schedule is ours, not a published one.
 
-    Example: clip 0.2, ages (0, 3, 8): (0.2, 0.1, 0.0667).  [N], float32.
+    clip         distance of a ratio from 1
+    policy_ages  [N] int64, optimizer steps, >= 0
+
+    Example: clip 0.2, ages (0, 3, 8): (0.2, 0.1, 0.0667).
+
+    Returns float32 [N].
     """
     return clip * torch.rsqrt(1.0 + policy_ages)
 
 
-def effective_sample_share(weights: Tensor) -> Tensor:
-    """ESS / N = (sum w)^2 / (N sum w^2) in [1/N, 1] (Kong 1992); alarm below about 0.3.
+def effective_sample_share(total: Tensor, total_of_squares: Tensor, count: int | Tensor) -> Tensor:
+    """Effective sample size over N, (sum w)^2 / (N sum w^2), in [1/N, 1] (Kong 1992).
 
-    Example: w = (1, 1, 1) -> 1; w = (3, 0, 0) -> 1/3. No weights, or only zeros -> NaN: nothing was measured.
+    total, total_of_squares  sums of the N weights w >= 0 and of their squares: they add up over micro-batches and ranks
+    count                    N
+
+    Example: w = (1, 1, 1) -> 1; w = (3, 0, 0) -> 1/3.
+
+    Returns a scalar; NaN without weights, or where all are 0: nothing was measured.
     """
-    return effective_sample_share_from_sums(weights.sum(), weights.square().sum(), weights.numel())
-
-
-def effective_sample_share_from_sums(total: Tensor, total_of_squares: Tensor, count: int | Tensor) -> Tensor:
-    """`effective_sample_share` from sums, which add up over micro-batches and ranks."""
     return total.square() / (count * total_of_squares)

@@ -1,4 +1,4 @@
-"""Off-policy health by policy age: how far the policy has moved from what sampled its tokens."""
+"""Off-policy health by policy age: how far the policy has moved from the one that sampled its tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _COLUMNS = ("tokens", "ratio_sum", "ratio_square_sum", "log_ratio_sum", "clipped
 
 
 def age_buckets(policy_ages: Tensor) -> Tensor:
-    """Index into AGE_BUCKETS of each token, [N] int64.
+    """Index into AGE_BUCKETS of each token, int64 [N].
+
+    policy_ages  [N] int64, optimizer steps, >= 0
 
     Example: ages (0, 5, 64): (0, 3, 7).
     """
@@ -33,7 +35,7 @@ def health_sums(log_ratios: Tensor, policy_ages: Tensor, *, is_clipped: Tensor, 
     is_clipped   [N] bool, as a policy loss returns it
     is_masked    [N] bool, True = left out of the loss; masked tokens count in all other sums too
 
-    Ratios are held below e^20. NaN stays NaN, in its own bucket.
+    Ratios are held below e^20. A NaN stays NaN, in the bucket of its token alone.
 
     Example: r = (1, 2, 4), ages (0, 5, 6): age_tokens (1, 0, 0, 2, 0, 0, 0, 0), age_ratio_sum (1, 0, 0, 6, 0,
     ...), age_ratio_max (1, 0, 0, 4, 0, ...).

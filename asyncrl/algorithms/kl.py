@@ -15,8 +15,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """Estimate of KL(policy || reference) from the sampled tokens (Schulman 2020, "Approximating KL
-    divergence").
+    """Estimate of KL(policy || reference), in nats, from sampled tokens (Schulman 2020, "Approximating KL divergence").
 
     With d = log pi_ref - log pi of a token sampled from pi:
 
@@ -47,15 +46,14 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str = "
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, *, horizon_steps: float = 10.0) -> float:
-    """Weight of the KL for the next step, so that the KL comes near its target (Ziegler et al. 2019, section
-    2.2).
+    """Weight of the KL for the next step, so that the KL comes near its target (Ziegler et al. 2019, section 2.2).
 
         e = clip(kl / target - 1, -0.2, 0.2)        coef' = coef (1 + e / horizon_steps)
 
     kl, target     nats per token, of this step and wanted; target > 0
-    horizon_steps  optimizer steps; 10 is the paper's K_beta = 0.1. A step changes coef by 2 % at most then
+    horizon_steps  optimizer steps; 10 is the paper's K_beta = 0.1, with which a step changes coef by 2 % at most
 
-    Estimators that may be negative are welcome: below the target is below the target.
+    `kl` may be negative, as some estimators are: that is below any target.
 
     Example: coef 0.1, target 0.05: kl 0.055 -> 0.101, kl 0.5 -> 0.102, kl 0 -> 0.098.
 

@@ -1,7 +1,7 @@
 """Two layouts of completion tokens: flat [N], one sequence after the other, and padded [B, T].
 
-Losses are sums over tokens and take them flat, as `trainer.packing` lays them out. Recursions over time (GAE,
-V-trace) run over all sequences at once and take them padded.
+Losses are sums over tokens and take them flat, as `trainer.packing` lays them out. Recursions over time (GAE, V-trace)
+run over all sequences at once and take them padded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ def sequence_lengths(sequence_index: Tensor, num_sequences: int | None = None) -
 
     Example: (0, 0, 1) -> (2, 1).
 
-    Raises ShapeError where the index is not [N], does not start at 0, goes back, leaves out a sequence or
-    does not end at the last one: then some sequence has no token, or its tokens do not lie together. Waits for
-    the device.
+    Raises ShapeError where the index is not [N], does not start at 0, goes back, leaves out a sequence or does not end
+    at the last one: then some sequence has no token, or its tokens do not lie together. Waits for the device.
     """
     if sequence_index.dim() != 1:
         raise ShapeError(f"sequence_index must be [N]; got {tuple(sequence_index.shape)}")
@@ -45,8 +44,8 @@ def sequence_lengths(sequence_index: Tensor, num_sequences: int | None = None) -
 def pad_sequences(flat: Tensor, sequence_index: Tensor, num_sequences: int | None = None) -> tuple[Tensor, Tensor]:
     """Flat tokens to one row per sequence; rows start at column 0 and are as wide as the longest sequence.
 
-    flat            [N] values of any dtype; keeps the gradient
-    sequence_index  [N] int64, see `sequence_lengths`; num_sequences likewise
+    flat                            [N] values of any dtype; keeps the gradient
+    sequence_index, num_sequences   see `sequence_lengths`
 
     Example: (1, 2, 3) of sequences (0, 0, 1) -> rows (1, 2), (3, 0), mask (True, True), (True, False).
 
@@ -69,7 +68,7 @@ def unpad_sequences(padded: Tensor, mask: Tensor) -> Tensor:
 
     Example: rows (1, 2), (3, 9) with mask (True, True), (True, False) -> (1, 2, 3).
 
-    Raises ShapeError when shapes differ.
+    Raises ShapeError when the shapes of `padded` and `mask` differ or are not [B, T].
     """
     if padded.shape != mask.shape or padded.dim() != 2:
         raise ShapeError(f"padded and mask must both be [B, T]; got {tuple(padded.shape)} and {tuple(mask.shape)}")

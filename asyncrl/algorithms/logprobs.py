@@ -9,8 +9,7 @@ from torch import Tensor
 
 from asyncrl.errors import NonFiniteError, ShapeError
 
-# Rows of one chunk hold about this many logits; 2**24 in float32 are 64 MiB for each of the two buffers alive
-# at once.
+# The rows of one chunk hold about this many logits; 2**24 in float32 are 64 MiB, and two such buffers live at once.
 CHUNK_LOGITS = 2**24
 MIN_CHUNK_ROWS = 256
 
@@ -23,20 +22,21 @@ def chunked_logprobs(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of softmax(hidden @ weight.T / temperature) for one chosen token per row.
+    """Log-prob and entropy, in nats, of softmax(hidden @ weight.T / temperature) for one chosen token per row.
 
-    hidden     [N, H] final hidden states; carries the gradient
-    weight     [V, H] the language-model head; carries the gradient. Matrix products run in its dtype
-    token_ids  [N] int64, the tokens whose log-probs are wanted
-    chunk_rows rows of logits alive at once; None derives it from V
+    hidden       [N, H] final hidden states; carries the gradient
+    weight       [V, H] the language-model head; carries the gradient. Matrix products run in its dtype
+    token_ids    [N] int64, the tokens whose log-probs are wanted
+    temperature  above 0; logits z are divided by it
+    chunk_rows   rows of logits alive at once; None derives it from V
 
-    Returns (logprobs [N], entropies [N]), float32 (float64 for float64 weights): the log-softmax never runs
-    in half precision. Memory is two chunks of logits in each direction, whatever N is: the backward pass
-    computes the logits of a chunk again and, with p = softmax(z / temperature) and H its entropy,
+    Memory is two chunks of logits in each direction, whatever N is: the backward pass computes the logits of a chunk
+    again and, with p = softmax(z / temperature) and H its entropy,
 
         d logprob / dz = (onehot - p) / temperature        dH / dz = -p (log p + H) / temperature
 
-    Raises ShapeError when shapes do not belong together.
+    Returns (logprobs [N], entropies [N]), float32 (float64 for float64 weights): the log-softmax never runs in half
+    precision. Raises ShapeError when shapes do not belong together.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ShapeError(
@@ -46,8 +46,7 @@ def chunked_logprobs(
         raise ShapeError(f"token_ids must be [N] = [{hidden.shape[0]}]; got {tuple(token_ids.shape)}")
     assert temperature > 0.0, temperature
     rows = chunk_rows or max(MIN_CHUNK_ROWS, CHUNK_LOGITS // weight.shape[0])
-    # The head keeps the dtype of its weight: under autocast the products would silently run in half
-    # precision.
+    # The head keeps the dtype of its weight: under autocast the products would silently run in half precision.
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         outputs: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]  # torch's `apply`
             hidden.to(weight.dtype), weight, token_ids, 1.0 / temperature, rows
@@ -56,9 +55,7 @@ def chunked_logprobs(
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Raises NonFiniteError, naming `what` and how many, unless every value is finite. Waits for the
-    device.
-    """
+    """Raises NonFiniteError, which names `what` and how many, unless every value is finite. Waits for the device."""
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise NonFiniteError(f"{bad} of {values.numel()} values of {what} are NaN or infinite")

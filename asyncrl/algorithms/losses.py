@@ -1,8 +1,8 @@
 """Per-token losses become one number for the global batch; sums of micro-batches become those of the batch.
 
 Completion tokens come flat, [N], as `trainer.packing` lays them out: there is no padding here and so no mask.
-`policy_losses` makes the losses. `Sums` are detached tensors that add up over micro-batches (`merge_sums`)
-and ranks; they leave the device once per step (`sums_to_floats`).
+`policy_losses` makes the losses. `Sums` are detached tensors that add up over micro-batches (`merge_sums`) and ranks;
+they leave the device once per step (`sums_to_floats`).
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ def aggregate_loss(
         seq-mean-token-sum        sum over tokens / num_sequences
         seq-mean-token-sum-norm   sum over tokens / (num_sequences * max_tokens)                  (Dr. GRPO)
 
-    losses          [N]; sequence_index [N] int64, which sequence of the micro-batch a token belongs to
-    num_tokens, num_sequences   of the global batch: all ranks, all micro-batches
-    max_tokens      the constant length of the last mode
+    losses                     [N]
+    sequence_index             [N] int64, which sequence of the micro-batch a token belongs to
+    num_tokens, num_sequences  of the global batch: all micro-batches of all ranks
+    max_tokens                 the constant length of the last mode
 
-    Masked tokens have loss 0 and still count in every denominator, as in AReaL: a mask never makes the tokens
-    that stay louder.
+    Masked tokens have loss 0 and still count in every denominator, as in AReaL: a mask never gives more weight to
+    the tokens that stay.
 
-    Example: losses (1, 2, 3), sequences (0, 0, 1), alone: token-mean 2, seq-mean-token-mean (1.5 + 3) / 2 =
-    2.25.
+    Example: losses (1, 2, 3), sequences (0, 0, 1), in one micro-batch: token-mean is 2, seq-mean-token-mean
+    (1.5 + 3) / 2 = 2.25.
 
-    Returns a scalar; 0 (with a graph) for N = 0. Raises ShapeError on differing shapes, ConfigError for an
-    unknown mode.
+    Returns a scalar; 0 (with a graph) for N = 0.
+
+    Raises ShapeError on differing shapes, ConfigError for an unknown mode.
     """
     require_same_shape(losses=losses, sequence_index=sequence_index)
     if mode == "token-mean":
@@ -70,9 +72,9 @@ def ratio_sums(log_ratios: Tensor, is_clipped: Tensor, *, cap: float | Tensor | 
 
     log_ratios  [N] without gradient: log pi - log mu
     is_clipped  [N] bool, as a policy loss returns it
-    cap         float or [N]: where ratios are truncated, if they are
+    cap         float or [N], where the loss truncates ratios; None: it does not
 
-    Ratios here are before the cap, held below e^20.
+    The ratios summed here are those before the cap, held below e^20.
 
     Example: r = (1.5, 0.5, 4), cap 2, the first two clipped: tokens 3, ratio_sum 6, ratio_square_sum 18.5,
     ratio_max 4, clipped 2, capped 1.
@@ -98,9 +100,7 @@ def ratio_sums(log_ratios: Tensor, is_clipped: Tensor, *, cap: float | Tensor | 
 
 
 def merge_sums(total: Sums, part: Sums) -> Sums:
-    """Adds the sums of one micro-batch to those so far, elementwise; keys ending in `_max` keep the larger.
-    Returns a new dict.
-    """
+    """The sums so far plus those of one micro-batch, elementwise, as a new dict; keys in `_max` keep the larger."""
     merged = dict(total)
     for name, value in part.items():
         if name not in merged:

@@ -3,8 +3,10 @@
     log_ratios      [N] without gradient: log pi - log mu
     sequence_index  [N] int64, see `sequences`
 
-A token whose log-ratio is NaN or infinite never stays, nor does its sequence where sequences are judged. That
-hides no broken number: the losses let NaN through a weight of 0. All raise ShapeError when shapes differ.
+A token whose log-ratio is NaN or infinite never stays, nor does its sequence where sequences are judged. That hides no
+broken number: the losses let NaN through a weight of 0.
+
+All raise ShapeError when shapes differ.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from asyncrl.algorithms.sequences import require_same_shape, sequence_means
 def band_mask(log_ratios: Tensor, low: float, high: float) -> Tensor:
     """Tokens whose ratio lies in [low, high] (IcePop, Ring-1T 2025; masked importance sampling).
 
-    Masks only: where IcePop weights the rest by their ratio, that is the loss's or the correction's part.
+    This only masks: the ratio that IcePop multiplies the other tokens by is the part of the loss or the correction.
+
     low, high  ratios, 0 <= low <= high; both ends belong to the band
 
     Example: r = (0.4, 1, 6) in [0.5, 5]: (False, True, False).
@@ -42,8 +45,7 @@ def sequence_band_mask(log_ratios: Tensor, sequence_index: Tensor, low: float, h
 
 
 def opsm_mask(log_ratios: Tensor, sequence_index: Tensor, advantages: Tensor, delta: float) -> Tensor:
-    """Off-policy sequence masking (DeepSeek-V3.2 2025, section 3.1): bad sequences the policy has left behind
-    go.
+    """Off-policy sequence masking (DeepSeek-V3.2 2025, section 3.1): bad sequences the policy has left behind go.
 
         stays:  A >= 0  or  mean over the sequence of (log mu - log pi) <= delta
 
@@ -53,22 +55,21 @@ def opsm_mask(log_ratios: Tensor, sequence_index: Tensor, advantages: Tensor, de
     Example: sequences (0, 0, 1), log-ratios (-1, -1, -1), A = (-1, 1, -1), delta 0.5: (False, True, False).
     """
     require_same_shape(log_ratios=log_ratios, sequence_index=sequence_index, advantages=advantages)
-    drift = -sequence_means(log_ratios, sequence_index)
-    return ((advantages >= 0) | (drift <= delta)) & torch.isfinite(drift)
+    mean_log_ratios = sequence_means(log_ratios, sequence_index)
+    return ((advantages >= 0) | (-mean_log_ratios <= delta)) & torch.isfinite(mean_log_ratios)
 
 
 def second_moment_mask(log_ratios: Tensor, threshold: float) -> Tensor:
-    """M2PO (Zheng et al. 2025, 2510.01161): the largest log-ratios go, until the second moment of
-    the rest is small.
+    """M2PO (Zheng et al. 2025, 2510.01161): the largest log-ratios go, until the second moment of the rest is small.
 
         stays:  the most tokens, smallest (log r)^2 first, whose mean of (log r)^2 is <= threshold
 
     log_ratios  [N] of ALL tokens of the batch, not of one micro-batch: which tokens go depends on the others
-    threshold   0.04 in the paper
+    threshold   nats squared; 0.04 in the paper
 
-    Tokens of equal (log r)^2 stay or go together, so the order of tokens does not matter; so when the budget
-    ends among equals, all of them go. When every (log r)^2 is above the threshold nothing stays; AReaL keeps
-    one token then, and its bound is `<`. N log N, in float64.
+    Tokens of equal (log r)^2 stay or go together, so that the order of tokens does not matter: where the bound falls
+    among equals, all of them go. Where every (log r)^2 is above the threshold nothing stays; AReaL keeps one token
+    then, and its bound is `<`. Sorts in float64.
 
     Example: log r = (0.1, -0.2, 0.5), threshold 0.04: the squares (0.01, 0.04, 0.25) average 0.1; without the
     largest 0.025: (True, True, False).

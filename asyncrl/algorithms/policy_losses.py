@@ -1,19 +1,19 @@
-"""Policy losses, one value per token. Minimise them; `losses.aggregate_loss` makes one number of them.
+"""Policy losses, one value per token. They are minimised; `losses.aggregate_loss` makes one number of them.
 
-What all of them share. Tokens come flat, [N]; pi is the policy being trained, mu the one the ratio r = pi / mu
-is taken against: the policy that sampled the token, or the proximal one of decoupled PPO.
+All of them take tokens flat, [N]. pi is the policy being trained; mu is the one the ratio r = pi / mu is taken
+against, which is the policy that sampled the token or the proximal one of decoupled PPO.
 
     logprobs      [N] log pi; carries the gradient
     old_logprobs  [N] log mu, without gradient
     advantages    [N], without gradient; a whole completion shares one, or each token has its own
-    weights       [N] or None, without gradient: multiplies the losses. Correction weights and masks; 0 leaves
-                  a token out
+    loss_factors  [N] or None, without gradient: multiplies the losses. Correction weights and masks; 0 leaves a token
+                  out
     clip_low, clip_high, ratio_cap   float, or [N] when older tokens get less room
 
-They look at no value (that would wait for the device). Ratios are held below e^20, so log-ratios of any size,
-+-inf too, give finite ratios. NaN stays NaN, under a weight of 0 too: check inputs with `require_finite`.
-log pi = -inf is ratio 0 in `ppo_clip_loss` and `gspo_loss`; the others, and the token gradient of GSPO, need
-log pi itself and give a loss that is not finite.
+They look at no value (that would wait for the device). Ratios are held below e^20, so log-ratios of any size, +-inf
+too, give finite ratios. NaN stays NaN, even under a factor of 0: check inputs with `require_finite`. Where log pi is
+-inf, the ratio of `ppo_clip_loss` and `gspo_loss` is 0; the others, and the token gradient of GSPO, need log pi itself
+and give a loss that is not finite.
 
 All raise ShapeError when shapes differ.
 """
@@ -33,13 +33,15 @@ GSPO_GRADIENTS = ("sequence", "token")
 
 
 class PolicyLoss(NamedTuple):
-    """losses [N] with the gradient; is_clipped [N] bool, where the loss's own bound acted on a token: its
-    gradient is off (ppo_clip, gspo), or its weight is held at the bound (cispo, reinforce, topr). Weights do
-    not count, nor does the cap of ppo_clip and gspo: see `losses.ratio_sums`.
+    """What a policy loss returns for N tokens.
+
+    is_clipped says where the loss's own bound acted on a token: its gradient is off (ppo_clip, gspo), or its weight is
+    held at the bound (cispo, reinforce, topr). Loss factors do not count, nor does the cap of ppo_clip and gspo, which
+    `losses.ratio_sums` counts.
     """
 
-    losses: Tensor
-    is_clipped: Tensor
+    losses: Tensor  # [N], with the gradient
+    is_clipped: Tensor  # bool [N]
 
 
 def ppo_clip_loss(
@@ -51,7 +53,7 @@ def ppo_clip_loss(
     clip_high: float | Tensor,
     ratio_cap: float | Tensor | None = None,
     dual_clip: float | None = None,
-    weights: Tensor | None = None,
+    loss_factors: Tensor | None = None,
 ) -> PolicyLoss:
     """PPO clipped surrogate (Schulman et al. 2017, eq. 7) with a truncated importance ratio, per token.
 
@@ -68,18 +70,18 @@ def ppo_clip_loss(
 
     PPO's clip is one-sided: for A < 0 it leaves the ratio unbounded above, and one stale token can own the
     gradient. The cap (above 1 + clip_high as a rule) bounds it there only, and keeps the gradient.
-    Taking the ratio against the policy that sampled, not against that at the start of the step, makes the
-    clip a trust region around what was sampled: with one optimizer step per batch the latter ratio is 1 and
-    clips nothing.
 
-    Decoupled PPO (Hilton et al. 2021, eq. 8) is the same function: give the proximal log-probs as
-    `old_logprobs` and sg(min(pi_prox / mu, C)) as `weights`.
+    The ratio against the policy that sampled makes the clip a trust region around what was sampled. The ratio against
+    the policy at the start of the step does not: with one optimizer step per batch it is 1 and clips nothing.
 
-    Peers: dual clip is always on in verl (c = 3) and off by default in AReaL and here; TRL's `delta` caps the
-    unclipped ratio for either sign, which for A > 0 changes nothing above 1 + clip_high.
+    Decoupled PPO (Hilton et al. 2021, eq. 8) is the same function: give the proximal log-probs as `old_logprobs` and
+    sg(min(pi_prox / mu, C)) as `loss_factors`.
 
-    Example: A = (1, -1, -1), r = (1.5, 0.5, 4), clip 0.2 / 0.2, cap 2: losses (-1.2, 0.8, 2), the first two
-    clipped.
+    In other projects: dual clip is always on in verl (c = 3), and off by default in AReaL and here; TRL's `delta` caps
+    the unclipped ratio for either sign, which for A > 0 changes nothing above 1 + clip_high.
+
+    Example: A = (1, -1, -1), r = (1.5, 0.5, 4), clip 0.2 / 0.2, cap 2: losses (-1.2, 0.8, 2), of which the bounds clip
+    the first two.
     """
     require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     ratios = truncated_ratios(log_importance_ratios(logprobs, old_logprobs), ratio_cap)
@@ -89,7 +91,7 @@ def ppo_clip_loss(
         is_bounded = (advantages < 0) & (bound < losses)
         losses = torch.where(is_bounded, bound, losses)
         is_clipped = is_clipped | is_bounded
-    return PolicyLoss(_weighted(losses, weights), is_clipped)
+    return PolicyLoss(_scaled(losses, loss_factors), is_clipped)
 
 
 def gspo_loss(
@@ -101,7 +103,7 @@ def gspo_loss(
     clip_low: float | Tensor,
     clip_high: float | Tensor,
     ratio_cap: float | Tensor | None = None,
-    weights: Tensor | None = None,
+    loss_factors: Tensor | None = None,
     gradient: str = "sequence",
 ) -> PolicyLoss:
     """GSPO: PPO's clip on one ratio per sequence (Zheng et al. 2025, eqs. 5 and 7).
@@ -110,16 +112,16 @@ def gspo_loss(
 
     sequence_index  [N] int64, see `sequences`
     ratio_cap       truncates s as it truncates r in `ppo_clip_loss`
-    gradient        "sequence": s is differentiated, so a token's loss moves all tokens of its sequence
-                    (eq. 10; TRL, AReaL). "token": s_t = sg(s) pi_t / sg(pi_t), so it moves its own token
-                    alone (GSPO-token, eq. 14; verl). Values are equal always; gradients are as long as all
-                    tokens of a sequence have one advantage and one weight.
+    gradient        "sequence": s is differentiated, so a token's loss moves all tokens of its sequence (eq. 10; TRL,
+                    AReaL). "token": s_t = sg(s) pi_t / sg(pi_t), so a token's loss moves that token alone (GSPO-token,
+                    eq. 14; verl). Their losses are always equal, their gradients as long as all tokens of a sequence
+                    have one advantage and one loss factor
 
-    A weight of 0 takes a token's loss out, not its part in s. The paper clips at 3e-4 / 4e-4 and averages by
-    seq-mean-token-mean; with old rollouts such a clip silences most sequences, see is_clipped.
+    A factor of 0 takes a token's loss out, not its part in s. The paper clips at 3e-4 / 4e-4 and averages by
+    seq-mean-token-mean; with old rollouts such a clip silences most sequences, which is_clipped shows.
 
-    Example: sequences (0, 0, 1), r = (0.5, 2, 1.5), A = 1, clip 0.2 / 0.2: s = (1, 1, 1.5), losses (-1, -1,
-    -1.2), the third clipped.
+    Example: sequences (0, 0, 1), r = (0.5, 2, 1.5), A = 1, clip 0.2 / 0.2: s = (1, 1, 1.5), losses (-1, -1, -1.2), the
+    third clipped.
 
     Raises ConfigError for an unknown gradient.
     """
@@ -131,7 +133,7 @@ def gspo_loss(
         raise ConfigError(f"GSPO gradient {gradient!r} is not one of {', '.join(GSPO_GRADIENTS)}")
     ratios = truncated_ratios(mean_log_ratios, ratio_cap)
     losses, is_clipped = _clipped_surrogate(ratios, advantages, clip_low, clip_high)
-    return PolicyLoss(_weighted(losses, weights), is_clipped)
+    return PolicyLoss(_scaled(losses, loss_factors), is_clipped)
 
 
 def cispo_loss(
@@ -141,18 +143,18 @@ def cispo_loss(
     *,
     clip_low: float | Tensor | None,
     clip_high: float | Tensor,
-    weights: Tensor | None = None,
+    loss_factors: Tensor | None = None,
 ) -> PolicyLoss:
     """CISPO: the clipped ratio is a weight, and every token keeps its gradient (MiniMax-M1 2025, eqs. 4 and 5).
 
         loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi
 
-    clip_low  None for no floor, as MiniMax-M1 trained it and TRL has it
+    clip_low  None for no floor: so MiniMax-M1 was trained, and so TRL has it
 
     Bounds are distances from 1, as in verl and the paper: TRL's `epsilon_high` 5 is clip_high 4 here.
 
-    Example: log pi = -1, A = (1, 1, -1), r = (0.5, 1, 8), clip_high 4. No floor: losses (0.5, 1, -5), the
-    third clipped; with clip_low 0.2: (0.8, 1, -5), the first and the third.
+    Example: log pi = -1, A = (1, 1, -1), r = (0.5, 1, 8), clip_high 4. Without a floor: losses (0.5, 1, -5), the third
+    clipped. With clip_low 0.2: (0.8, 1, -5), the first and the third clipped.
     """
     require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     ratios = truncated_ratios(log_importance_ratios(logprobs, old_logprobs).detach(), None)
@@ -160,7 +162,7 @@ def cispo_loss(
     if clip_low is not None:
         bounded = bounded.clamp(min=1.0 - clip_low)
     is_clipped = (bounded < ratios) | (bounded > ratios)
-    return PolicyLoss(_weighted(-bounded * advantages * logprobs, weights), is_clipped)
+    return PolicyLoss(_scaled(-bounded * advantages * logprobs, loss_factors), is_clipped)
 
 
 def reinforce_loss(
@@ -170,17 +172,18 @@ def reinforce_loss(
     *,
     ratio_cap: float | Tensor | None,
     importance: bool = True,
-    weights: Tensor | None = None,
+    loss_factors: Tensor | None = None,
 ) -> PolicyLoss:
-    """REINFORCE (Williams 1992) with truncated importance weights; with a cap in [2, 10] it is AIPO (Wu et al.
-    2025, LlamaRL, 2505.24034).
+    """REINFORCE (Williams 1992) with truncated importance weights.
+
+    With a cap in [2, 10] it is AIPO (Wu et al. 2025, LlamaRL, 2505.24034).
 
         loss = -sg(min(r, ratio_cap)) A log pi
         loss = -A log pi                            without `importance`: old rollouts are taken for new ones
 
     ratio_cap  None truncates nothing (below e^20); not looked at without `importance`
 
-    One-sided, like CISPO without a floor: a ratio below 1 already quiets its token.
+    The bound is one-sided, as that of CISPO without a floor: a ratio below 1 already quiets its token.
 
     Example: log pi = -1, A = (1, 1, -1), r = (0.5, 1, 8), cap 5: losses (0.5, 1, -5), the third clipped.
     Without importance: (1, 1, -1).
@@ -189,10 +192,10 @@ def reinforce_loss(
     log_ratios = log_importance_ratios(logprobs, old_logprobs).detach()
     if not importance:
         is_clipped = torch.zeros_like(log_ratios, dtype=torch.bool)
-        return PolicyLoss(_weighted(-advantages * logprobs, weights), is_clipped)
+        return PolicyLoss(_scaled(-advantages * logprobs, loss_factors), is_clipped)
     truncated = truncated_ratios(log_ratios, ratio_cap)
     is_clipped = truncated < truncated_ratios(log_ratios, None)
-    return PolicyLoss(_weighted(-truncated * advantages * logprobs, weights), is_clipped)
+    return PolicyLoss(_scaled(-truncated * advantages * logprobs, loss_factors), is_clipped)
 
 
 def topr_loss(
@@ -200,15 +203,15 @@ def topr_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     *,
-    weights: Tensor | None = None,
+    loss_factors: Tensor | None = None,
 ) -> PolicyLoss:
     """TOPR: tapered off-policy REINFORCE (Le Roux et al. 2025, 2503.14286, the canonical form).
 
         A > 0   loss = -A log pi                       good completions count in full, however old they are
         else    loss = -sg(clip(r, 0, 1)) A log pi     bad ones fade as the policy leaves them behind
 
-    The paper takes the ratio of the whole completion; it is the token's here, as in ROLL, since a product
-    over thousands of tokens is 0 or infinite.
+    The paper takes the ratio of the whole completion. Here it is the token's, as in ROLL, since a product over
+    thousands of tokens is 0 or infinite.
 
     Example: log pi = -1, A = (1, -1, -1), r = (0.5, 0.5, 8): losses (1, -0.5, -1), the third clipped.
     """
@@ -217,7 +220,7 @@ def topr_loss(
     is_good = advantages > 0
     tapered = torch.where(is_good, 1.0, truncated_ratios(log_ratios, 1.0))
     is_clipped = ~is_good & (log_ratios > 0)
-    return PolicyLoss(_weighted(-tapered * advantages * logprobs, weights), is_clipped)
+    return PolicyLoss(_scaled(-tapered * advantages * logprobs, loss_factors), is_clipped)
 
 
 def _clipped_surrogate(
@@ -229,9 +232,9 @@ def _clipped_surrogate(
     return torch.maximum(plain, clipped), clipped > plain
 
 
-def _weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
+def _scaled(losses: Tensor, loss_factors: Tensor | None) -> Tensor:
+    if loss_factors is None:
         return losses
-    require_same_shape(losses=losses, weights=weights)
-    assert not weights.requires_grad, "weights are constants of the loss"
-    return losses * weights
+    require_same_shape(losses=losses, loss_factors=loss_factors)
+    assert not loss_factors.requires_grad, "loss factors are constants of the loss"
+    return losses * loss_factors

@@ -1,8 +1,8 @@
 """Sums over the sequences of a flat micro-batch, read off at every token.
 
-Tokens come flat, [N]; `sequence_index` [N] int64 says which sequence of the micro-batch a token belongs to,
-counted from 0 without gaps. So there are never more than N sequences, and N slots serve as accumulators:
-asking for the largest index instead would wait for the device. Tokens of a sequence may lie in any order.
+Tokens come flat, [N]; `sequence_index` [N] int64 says which sequence of the micro-batch a token belongs to, counted
+from 0 without gaps. So there are never more than N sequences, and N slots serve as accumulators: asking for the
+largest index instead would wait for the device. Tokens of a sequence may lie in any order.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """With a critic: per-token rewards, advantages and value targets, the loss of the values and how well they fit.
 
 GAE and V-trace run backwards over time and take rows [B, T] with a mask (`layout.pad_sequences`); inside it the
-completion tokens of a row lie side by side, outside it anything may stand, NaN included. A value is that of the
-state before its token. Behind its last token a row has ended: value and advantage there are 0. Nothing is
-whitened (`advantages.whiten`), and nothing returned carries a gradient: targets are constants.
+completion tokens of a row lie side by side, outside it anything may stand, NaN included. A value is that of the state
+before its token. After its last token a row has ended: value and advantage there are 0. Nothing is whitened here
+(`advantages.whiten` does it), and advantages and targets carry no gradient: they are constants of the losses.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ VALUE_LOSSES = ("mse", "huber")
 
 @torch.no_grad()
 def token_rewards(rewards: Tensor, sequence_index: Tensor, penalties: Tensor | None = None) -> Tensor:
-    """Reward of each token: that of the sequence at its last token, minus a penalty per token (Ouyang et al.
-    2022, section 3.5; Ziegler et al. 2019, eq. 2, with the penalty beta * KL).
+    """Reward of each token: that of the sequence at its last token, minus a penalty per token.
+
+    Ziegler et al. 2019, eq. 2, and Ouyang et al. 2022, section 3.5, with the penalty beta * KL.
 
         r_t = 1[t is the last token] R - penalty_t
 
@@ -35,8 +36,8 @@ def token_rewards(rewards: Tensor, sequence_index: Tensor, penalties: Tensor | N
 
     Example: rewards (1, 0.5), sequences (0, 0, 1), penalties (0.1, 0.2, 0): (-0.1, 0.8, 0.5).
 
-    Returns [N]. Raises ShapeError when shapes do not belong together or a sequence has no token (its reward
-    would be lost), NonFiniteError on a reward or penalty that is NaN or infinite.
+    Returns [N]. Raises ShapeError when shapes do not belong together or a sequence has no token (its reward would be
+    lost), NonFiniteError on a reward or penalty that is NaN or infinite.
     """
     if rewards.dim() != 1:
         raise ShapeError(f"rewards must be [S]; got {tuple(rewards.shape)}")
@@ -60,16 +61,14 @@ def gae(
 
         delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      return_t = A_t + V_t
 
-    It takes the tokens for ones of the policy being trained. Where they are old, see `vtrace`.
+    The tokens are taken for ones that the policy being trained has sampled. For older tokens there is `vtrace`.
 
     rewards, values  [B, T]; mask [B, T] bool, True on completion tokens. See the module's docstring
 
-    Example: rewards (0, 0, 1), values (0.5, 0.5, 0.5), gamma = lam = 1: A = (0.5, 0.5, 0.5), returns (1, 1,
-    1).
+    Example: rewards (0, 0, 1), values (0.5, 0.5, 0.5), gamma = lam = 1: A = (0.5, 0.5, 0.5), returns (1, 1, 1).
 
-    Returns (advantages, returns), both [B, T] and 0.0 outside the mask; verl whitens the advantages here.
-    Raises ShapeError when shapes differ, NonFiniteError on a reward or value in the mask that is NaN or
-    infinite.
+    Returns (advantages, returns), both [B, T] and 0.0 outside the mask; verl whitens the advantages here. Raises
+    ShapeError when shapes differ, NonFiniteError on a reward or value in the mask that is NaN or infinite.
     """
     rewards, values = _inside(mask, rewards=rewards, values=values)
     deltas = _one_step_errors(rewards, values, values, mask, gamma)
@@ -89,32 +88,34 @@ def vtrace(
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """V-trace targets and advantages from old rollouts (Espeholt et al. 2018: eq. 1; lambda, remark 2;
-    advantages, section 4.2).
+    """V-trace targets and advantages from old rollouts.
+
+    Espeholt et al. 2018: targets by eq. 1, lambda by remark 2, advantages by section 4.2.
 
     With rho_t = min(rho_bar, pi / mu) and c_t = lam min(c_bar, pi / mu) of token t, whose policy was mu:
 
         v_s = V_s + sum_{t >= s} gamma^(t-s) (c_s ... c_{t-1}) rho_t (r_t + gamma V_{t+1} - V_t)
         A_s = r_s + gamma v_{s+1} - V_s
 
-    rho_bar says which policy the values belong to: with rho_bar = inf that of pi, with a small one that of a
-    policy between mu and pi. c_bar says how far an error travels back, variance against speed; the paper
-    wants c_bar <= rho_bar. On-policy, with both at least 1, v_s is the return of `gae` with the same lambda.
+    rho_bar says which policy the values belong to: with rho_bar = inf they are those of pi, with a small one those of
+    a policy between mu and pi. c_bar says how far an error travels back: a large one learns faster, a small one has
+    less variance. The paper wants c_bar <= rho_bar. On-policy, with both at least 1, v_s is the return of `gae` with
+    the same lambda.
 
-    The advantages come WITHOUT the paper's factor rho_s. The policy loss (`policy_losses`) multiplies them by
-    its own truncated ratio pi / mu of the same token, and that one carries the gradient: with rho_s inside,
-    the ratio would count twice. The ratios of later tokens are in v_{s+1}; no loss adds them. In a loss
-    without a ratio, multiply by rho_s yourself.
+    The advantages come WITHOUT the paper's factor rho_s. The policy loss (`policy_losses`) multiplies them by its own
+    truncated ratio pi / mu of the same token, which carries the gradient: with rho_s inside, the ratio would count
+    twice. The ratios of later tokens are in v_{s+1}; no loss adds them. Before a loss that has no ratio, multiply the
+    advantages by rho_s yourself.
 
-    In A_s, v_{s+1} counts in full, as in the paper. rlax puts lam v_{s+1} + (1 - lam) V_{s+1} in its place
-    (on-policy: GAE); these advantages are those of `importance_weighted_gae`. For lam = 1 they are the same.
+    In A_s, v_{s+1} counts in full, as in the paper. rlax puts lam v_{s+1} + (1 - lam) V_{s+1} in its place, which
+    on-policy gives GAE; those advantages are the ones of `importance_weighted_gae`. For lam = 1 they are the same.
 
     rewards, values  [B, T]; mask [B, T] bool. See the module's docstring
-    log_ratios       [B, T] log pi - log mu, pi being the policy at the start of the step; held within
-                     +-20, so that -inf is a ratio of 0 and nothing overflows
+    log_ratios       [B, T] log pi - log mu, pi being the policy at the start of the step; held within +-20, so
+                     that -inf is a ratio of nearly 0 and nothing overflows
 
-    Example: rewards (0, 0, 1), values (0.5, 0.5, 0.5), ratios (2, 0.5, 0.5), all else 1: rho = c = (1, 0.5,
-    0.5), targets (0.625, 0.625, 0.75), advantages (0.125, 0.25, 0.5).
+    Example: rewards (0, 0, 1), values (0.5, 0.5, 0.5), ratios (2, 0.5, 0.5), all else 1: rho = c = (1, 0.5, 0.5),
+    targets (0.625, 0.625, 0.75), advantages (0.125, 0.25, 0.5).
 
     Returns (advantages, targets), both [B, T] and 0.0 outside the mask. Raises ShapeError when shapes differ,
     NonFiniteError on a reward or value in the mask that is NaN or infinite, or a log-ratio that is NaN.
@@ -138,8 +139,9 @@ def importance_weighted_gae(
     lam: float = 1.0,
     c_bar: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """GAE over old rollouts: later errors count by the truncated ratios of the tokens in between (Munos et al.
-    2016, eq. 3 with the traces of Retrace(lambda), for advantages).
+    """GAE over old rollouts: later errors count by the truncated ratios of the tokens in between.
+
+    Munos et al. 2016, eq. 3 with the traces of Retrace(lambda), for advantages.
 
     With c_t = min(c_bar, pi / mu) of token t and delta_t as in `gae`:
 
@@ -148,9 +150,9 @@ def importance_weighted_gae(
         target_s = V_s + c_s A_s
 
     On-policy, with c_bar at least 1, both are those of `gae`. As in Retrace, a token's own ratio is not in its
-    advantage: A_s is about the very token that was sampled, and the policy loss weights it (see `vtrace`). The
-    target does need it, because V_s is an average over the tokens of pi: with V_s + A_s the critic would learn
-    the values of mu. So the targets are those of `vtrace` with rho_bar = c_bar, and the advantages
+    advantage: A_s is about the very token that was sampled, and the policy loss weights it (see `vtrace`). The target
+    does need it, because V_s is an average over the tokens of pi: with V_s + A_s the critic would learn the values of
+    mu. So the targets are those of `vtrace` with rho_bar = c_bar, and the advantages
 
         A_s = r_s + gamma (lam target_{s+1} + (1 - lam) V_{s+1}) - V_s
 
@@ -180,8 +182,9 @@ def value_loss(
     kind: str = "mse",
     huber_delta: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of the critic per token, with PPO's value clip (Engstrom et al. 2020, "Implementation matters in deep
-    policy gradients", section 3).
+    """Loss of the critic per token, with PPO's value clip.
+
+    Engstrom et al. 2020, "Implementation matters in deep policy gradients", section 3.
 
         l(v) = 0.5 (v - target)^2                                          mse
         l(v) = 0.5 e^2 where e = |v - target| <= delta, else delta (e - 0.5 delta)    huber
@@ -192,17 +195,19 @@ def value_loss(
     verl and TRL: what is loose for rewards of 0 to 1 is tight for 0 to 10. None switches it off.
 
     values      [N] of the critic being trained; carries the gradient
-    old_values  [N] of the critic at the start of the step; targets [N] from `gae`, `vtrace` or
-                `importance_weighted_gae`. Neither carries a gradient
+    old_values  [N] of the critic at the start of the step, without gradient
+    targets     [N] from `gae`, `vtrace` or `importance_weighted_gae`, without gradient
     kind        "mse" or "huber"
 
-    Example: values (0.5, 1, 0.1), old (0.5, 0.5, 0.5), targets (1, 1, 1), clip 0.2: losses (0.125, 0.045,
-    0.405), gradients (-0.5, 0, -0.9).
+    Example: values (0.5, 1, 0.1), old (0.5, 0.5, 0.5), targets (1, 1, 1), clip 0.2: losses (0.125, 0.045, 0.405),
+    gradients (-0.5, 0, -0.9).
 
-    Returns (losses [N], sums): detached scalars that add up over micro-batches and ranks, value_tokens,
-    value_clipped (tokens whose gradient the clip switched off), value_sum, value_error_square_sum (of value -
-    target), target_sum, target_square_sum; see `explained_variance_from_sums`. Raises ShapeError on differing
-    shapes, ConfigError for an unknown kind. Looks at no value (that would wait for the device): NaN stays NaN.
+    Returns (losses [N], sums). The sums are detached scalars that add up over micro-batches and ranks: value_tokens,
+    value_clipped (tokens whose gradient the clip switched off), value_sum, value_error_square_sum (of value - target),
+    target_sum and target_square_sum; `explained_variance_from_sums` reads them.
+
+    Raises ShapeError on differing shapes, ConfigError for an unknown kind. Looks at no value (that would wait for the
+    device): NaN stays NaN.
     """
     if kind not in VALUE_LOSSES:
         raise ConfigError(f"value loss {kind!r} is not one of {', '.join(VALUE_LOSSES)}")
@@ -227,14 +232,14 @@ def value_loss(
 def explained_variance_from_sums(sums: dict[str, float]) -> float:
     """Share of the variance of the targets that the values explain, 1 - Var[target - value] / Var[target].
 
-    1: the values are the targets, up to a constant. 0: as good as a constant. Below: worse than a constant.
+    1: the values are the targets, up to a constant. 0: they are as good as a constant. Below 0: worse than a constant.
 
     sums  those of `value_loss`, added up over micro-batches and ranks, as numbers
 
     Example: values (0, 1, 1), targets (0, 1, 2): Var[target - value] = 2/9, Var[target] = 2/3 -> 2/3.
 
-    NaN without tokens, or where the targets do not vary: nothing was measured. They count as equal when their
-    standard deviation is below a millionth of their size, which is as far as float32 tells values apart.
+    Returns NaN without tokens, or where the targets do not vary: nothing was measured. Targets count as equal when
+    their standard deviation is below a millionth of their size, which is as far as float32 tells values apart.
     """
     count = sums["value_tokens"]
     if not count:
@@ -263,7 +268,7 @@ def _inside(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
 
 
 def _following(rows: Tensor) -> Tensor:
-    """What stands one column on, [B, T]; 0 behind the last column."""
+    """Rows shifted by one token, [B, T]: column t holds what stood in t + 1, the last one 0."""
     return functional.pad(rows[:, 1:], (0, 1)) if rows.shape[1] else rows
 
 

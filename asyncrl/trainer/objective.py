@@ -132,22 +132,22 @@ class ActorObjective:
             case "ppo_clip":
                 return ppo_clip_loss(
                     logprobs, old, advantages, clip_low=low, clip_high=high, ratio_cap=cap,
-                    dual_clip=algorithm.dual_clip or None, weights=loss_factors,
+                    dual_clip=algorithm.dual_clip or None, loss_factors=loss_factors,
                 )  # fmt: skip
             case "gspo":
                 return gspo_loss(
                     logprobs, old, advantages, data.sequence_index, clip_low=low, clip_high=high, ratio_cap=cap,
-                    weights=loss_factors,
+                    loss_factors=loss_factors,
                 )  # fmt: skip
             case "cispo":
-                return cispo_loss(logprobs, old, advantages, clip_low=None, clip_high=high, weights=loss_factors)
+                return cispo_loss(logprobs, old, advantages, clip_low=None, clip_high=high, loss_factors=loss_factors)
             case "reinforce":
                 has_ratio = algorithm.correction == "tis"
                 return reinforce_loss(
-                    logprobs, old, advantages, ratio_cap=cap, importance=has_ratio, weights=loss_factors
+                    logprobs, old, advantages, ratio_cap=cap, importance=has_ratio, loss_factors=loss_factors
                 )
             case "topr":
-                return topr_loss(logprobs, old, advantages, weights=loss_factors)
+                return topr_loss(logprobs, old, advantages, loss_factors=loss_factors)
         raise AssertionError(f"loss {algorithm.loss!r} is not known")
 
     def _cap(self, data: MicroBatchData) -> float | Tensor:

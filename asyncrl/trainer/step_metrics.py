@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from asyncrl.algorithms.corrections import effective_sample_share_from_sums
+from asyncrl.algorithms.corrections import effective_sample_share
 from asyncrl.algorithms.health import health_metrics
 from asyncrl.algorithms.losses import Sums, merge_sums, sums_to_floats
 from asyncrl.algorithms.value_targets import explained_variance_from_sums
@@ -83,7 +83,7 @@ def token_metrics(sums: Sums, num_updates: int) -> dict[str, float]:
     flat = {name: value for name, value in values.items() if isinstance(value, float)}
     tokens = flat["tokens"]
     total, squares = torch.tensor(flat["ratio_sum"]).double(), torch.tensor(flat["ratio_square_sum"]).double()
-    ess = effective_sample_share_from_sums(total, squares, int(tokens))
+    ess = effective_sample_share(total, squares, int(tokens))
     metrics = {
         "loss": flat["loss"] / num_updates,
         "policy_loss": flat["policy_loss"] / num_updates,

@@ -139,7 +139,9 @@ def test_what_is_not_finite_never_stays(bad):
 def test_a_mask_hides_no_nan():
     logprobs = torch.tensor([math.nan, -1.0])
     kept = band_mask(logprobs - (-1.0), 0.5, 5.0)
-    losses, _ = reinforce_loss(logprobs, torch.full((2,), -1.0), torch.ones(2), ratio_cap=2.0, weights=kept.float())
+    losses, _ = reinforce_loss(
+        logprobs, torch.full((2,), -1.0), torch.ones(2), ratio_cap=2.0, loss_factors=kept.float()
+    )
     assert not kept[0] and torch.isnan(losses[0])
 
 

@@ -26,7 +26,6 @@ from asyncrl.algorithms.corrections import (
     effective_sample_share,
     interpolated_proximal_logprobs,
     sequence_truncated_weights,
-    truncated_importance_weights,
     truncated_ratios,
 )
 from asyncrl.algorithms.kl import adapted_kl_coef, kl_estimate
@@ -336,7 +335,7 @@ def test_ppo_clip_and_dual_clip_are_those_of_verl(verl, data, low, high, dual_cl
         clip_ratio_c=dual_clip or 1e9,
     )
     arguments = data.old[data.mask], data.advantages[data.mask]
-    options = {"clip_low": low, "clip_high": high, "dual_clip": dual_clip, "weights": data.weights[data.mask]}
+    options = {"clip_low": low, "clip_high": high, "dual_clip": dual_clip, "loss_factors": data.weights[data.mask]}
     ours, gradient, is_clipped = our_loss(data, ppo_clip_loss, *arguments, **options)
     agree(ours, theirs)
     agree(gradient, their_gradient)
@@ -351,7 +350,7 @@ def test_gspo_with_the_token_gradient_is_that_of_verl(verl, data, mode):
         data, verl.compute_policy_loss_gspo, mode, weights=data.weights, clip_ratio_low=0.3, clip_ratio_high=0.4
     )
     arguments = data.old[data.mask], data.advantages[data.mask], data.index
-    options = {"clip_low": 0.3, "clip_high": 0.4, "weights": data.weights[data.mask], "mode": mode}
+    options = {"clip_low": 0.3, "clip_high": 0.4, "loss_factors": data.weights[data.mask], "mode": mode}
     ours, gradient, is_clipped = our_loss(data, gspo_loss, *arguments, gradient="token", **options)
     assert 0.0 < metrics["actor/pg_clipfrac"] < 1.0
     assert is_clipped.double().mean().item() == pytest.approx(metrics["actor/pg_clipfrac"], abs=ROUNDED)
@@ -419,7 +418,7 @@ MODES_OF_TRL = [("grpo", "seq-mean-token-mean"), ("dapo", "token-mean"), ("dr_gr
 @pytest.mark.parametrize(("loss_type", "mode"), MODES_OF_TRL)
 def test_ppo_clip_with_importance_weights_and_opsm_is_the_loss_of_trl(trl, data, loss_type, mode):
     rows = data.row_advantages
-    weights = truncated_importance_weights(data.old, data.behaviour, 3.0)
+    weights = truncated_ratios(data.old - data.behaviour, 3.0)
     inputs = {
         "advantages": rows[:, 0],
         "importance_sampling_ratio": weights,
@@ -429,7 +428,7 @@ def test_ppo_clip_with_importance_weights_and_opsm_is_the_loss_of_trl(trl, data,
     drift = (data.logprobs - data.behaviour)[data.mask]
     stays = opsm_mask(drift, data.index, rows[data.mask], 0.3)
     assert 0 < stays.sum() < len(stays)
-    options = {"clip_low": 0.2, "clip_high": 0.28, "weights": weights[data.mask] * stays, "mode": mode}
+    options = {"clip_low": 0.2, "clip_high": 0.28, "loss_factors": weights[data.mask] * stays, "mode": mode}
     ours, gradient, _ = our_loss(data, ppo_clip_loss, data.old[data.mask], rows[data.mask], **options)
     agree(ours, theirs)
     agree(gradient, their_gradient)
@@ -477,7 +476,7 @@ def test_decoupled_ppo_is_that_of_areal(areal, data, action, dual_clip):
     # Both sides divide by all tokens, the masked ones among them.
     weights = truncated_ratios(log_ratios, 1.5) if action == "clamp" else log_ratios.exp() * ~is_large
     arguments = data.old[data.mask], data.advantages[data.mask]
-    options = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": dual_clip, "weights": weights}
+    options = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": dual_clip, "loss_factors": weights}
     ours, gradient, _ = our_loss(data, ppo_clip_loss, *arguments, **options)
     agree(ours, theirs, ROUNDED)
     agree(gradient, their_gradient, ROUNDED)
@@ -513,9 +512,10 @@ def test_interpolated_proximal_logprobs_are_those_of_areal(areal, data):
 def test_truncated_importance_weights_are_those_of_verl(verl, data, cap):
     log_ratios = data.logprobs - data.old
     theirs, metrics = verl.compute_rollout_correction_weights(log_ratios, data.ones, "token", cap)
-    ours = truncated_importance_weights(data.logprobs[data.mask], data.old[data.mask], cap)
+    ours = truncated_ratios((data.logprobs - data.old)[data.mask], cap)
     agree(ours, theirs[data.mask])
-    assert effective_sample_share(ours).item() == pytest.approx(metrics["rollout_is_eff_sample_size"], rel=ROUNDED)
+    share = effective_sample_share(ours.sum(), ours.square().sum(), ours.numel())
+    assert share.item() == pytest.approx(metrics["rollout_is_eff_sample_size"], rel=ROUNDED)
     theirs, _ = verl.compute_rollout_correction_weights(log_ratios, data.ones, "sequence", cap)
     # verl holds the sum of log-ratios above -20, too: a weight of 2e-9 where ours is smaller.
     agree(sequence_truncated_weights(log_ratios[data.mask], data.index, cap), theirs[data.mask], 1e-8)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.algorithms.corrections import age_cap, age_clip, truncated_importance_weights
+from asyncrl.algorithms.corrections import age_cap, age_clip, truncated_ratios
 from asyncrl.algorithms.losses import AGGREGATIONS, aggregate_loss
 from asyncrl.algorithms.policy_losses import cispo_loss, gspo_loss, ppo_clip_loss, reinforce_loss, topr_loss
 from asyncrl.errors import ConfigError, ShapeError
@@ -80,8 +80,8 @@ def test_decoupled_ppo_is_the_same_function_with_proximal_log_probs_and_weights(
     # mu = 1, prox = 3 and cap 2 -> weight 2; pi = prox, so the ratio is 1: loss -2 A, gradient -2 A.
     proximal = f64(3.0).log()
     logprobs = proximal.clone().requires_grad_()
-    weights = truncated_importance_weights(proximal, f64(0.0), 2.0)
-    losses, _ = ppo_clip_loss(logprobs, proximal, f64(1.0), clip_low=0.2, clip_high=0.2, weights=weights)
+    factors = truncated_ratios(proximal - f64(0.0), 2.0)
+    losses, _ = ppo_clip_loss(logprobs, proximal, f64(1.0), clip_low=0.2, clip_high=0.2, loss_factors=factors)
     torch.testing.assert_close(losses.detach(), f64(-2.0))
     torch.testing.assert_close(torch.autograd.grad(losses.sum(), logprobs)[0], f64(-2.0))
 
@@ -170,17 +170,19 @@ CLIP = {"clip_low": LOW, "clip_high": HIGH}
 
 # (log pi, log mu, A, index, weights) -> PolicyLoss
 LOSSES = {
-    "ppo": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, weights=w),
-    "ppo, cap": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, ratio_cap=CAP, weights=w),
-    "ppo, dual clip": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, dual_clip=1.6, weights=w),
-    "gspo": lambda p, q, a, i, w: gspo_loss(p, q, a, i, **CLIP, ratio_cap=1.5, weights=w),
-    "gspo, token": lambda p, q, a, i, w: gspo_loss(p, q, a, i, **CLIP, gradient="token", weights=w),
-    "cispo": lambda p, q, a, i, w: cispo_loss(p, q, a, clip_low=None, clip_high=HIGH, weights=w),
-    "cispo, floor": lambda p, q, a, i, w: cispo_loss(p, q, a, **CLIP, weights=w),
-    "reinforce": lambda p, q, a, i, w: reinforce_loss(p, q, a, ratio_cap=None, weights=w),
-    "reinforce, cap": lambda p, q, a, i, w: reinforce_loss(p, q, a, ratio_cap=CAP, weights=w),
-    "reinforce, no weights": lambda p, q, a, i, w: reinforce_loss(p, q, a, ratio_cap=CAP, importance=False, weights=w),
-    "topr": lambda p, q, a, i, w: topr_loss(p, q, a, weights=w),
+    "ppo": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, loss_factors=w),
+    "ppo, cap": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, ratio_cap=CAP, loss_factors=w),
+    "ppo, dual clip": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, dual_clip=1.6, loss_factors=w),
+    "gspo": lambda p, q, a, i, w: gspo_loss(p, q, a, i, **CLIP, ratio_cap=1.5, loss_factors=w),
+    "gspo, token": lambda p, q, a, i, w: gspo_loss(p, q, a, i, **CLIP, gradient="token", loss_factors=w),
+    "cispo": lambda p, q, a, i, w: cispo_loss(p, q, a, clip_low=None, clip_high=HIGH, loss_factors=w),
+    "cispo, floor": lambda p, q, a, i, w: cispo_loss(p, q, a, **CLIP, loss_factors=w),
+    "reinforce": lambda p, q, a, i, w: reinforce_loss(p, q, a, ratio_cap=None, loss_factors=w),
+    "reinforce, cap": lambda p, q, a, i, w: reinforce_loss(p, q, a, ratio_cap=CAP, loss_factors=w),
+    "reinforce, no weights": lambda p, q, a, i, w: reinforce_loss(
+        p, q, a, ratio_cap=CAP, importance=False, loss_factors=w
+    ),
+    "topr": lambda p, q, a, i, w: topr_loss(p, q, a, loss_factors=w),
 }
 
 
@@ -341,7 +343,7 @@ def test_shapes_that_differ_are_refused(name):
         LOSSES[name](three, three, two, index, None)
     with pytest.raises(ShapeError, match=r"old_logprobs \(2,\)"):
         LOSSES[name](three, two, three, index, None)
-    with pytest.raises(ShapeError, match=r"weights \(2,\)"):
+    with pytest.raises(ShapeError, match=r"loss_factors \(2,\)"):
         LOSSES[name](three, three, three, index, two)
 
 

@@ -43,8 +43,9 @@ def load_policy(
 ) -> Policy:
     """The actor that `model` names, of which `update` is trained; None = all of it.
 
-    `seed` draws the first values of adapters. Raises what `Policy.load` and `apply_update` raise: ModelError and
-    ConfigError.
+    `seed` draws the first values of adapters.
+
+    Raises ModelError as `Policy.load` does, and ConfigError as `apply_update` does.
     """
     policy = Policy.load(model.path, dtype=model.dtype, device=device)
     if update is not None:
@@ -71,8 +72,8 @@ class Policy:
     def __init__(self, model: PreTrainedModel, *, dtype: str = "float32", source: Path | None = None) -> None:
         """`source` is the folder the model came from; exports copy its tokenizer.
 
-        Raises ModelError when the probabilities are not softmax(head(hidden)): a bias, a cap or a scale follows the
-        head.
+        Raises ModelError when probabilities are not softmax(head(hidden)) because a bias, a cap or a scale comes after
+        the head.
         """
         self.model = model.eval()
         self.dtype = dtype
