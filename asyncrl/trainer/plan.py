@@ -24,24 +24,22 @@ class RewardTable:
 
     rewards: np.ndarray  # float64 [R]
     group_index: np.ndarray  # int64 [R], the group of each rollout
-    group_sizes: np.ndarray  # int64 [G], rollouts of each group
     baselines: np.ndarray  # float64 [G], reward of each group's greedy completion; NaN where there is none
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> RewardTable:
         """The table of `groups`."""
-        sizes = np.array([len(group.rollouts) for group in groups], dtype=np.int64)
+        sizes = [len(group.rollouts) for group in groups]
         baselines = [np.nan if group.baseline_reward is None else group.baseline_reward for group in groups]
         return cls(
             rewards=np.array([rollout.reward for group in groups for rollout in group.rollouts], dtype=np.float64),
             group_index=np.repeat(np.arange(len(groups), dtype=np.int64), sizes),
-            group_sizes=sizes,
             baselines=np.array(baselines, dtype=np.float64),
         )
 
     @property
     def num_groups(self) -> int:
-        return len(self.group_sizes)
+        return len(self.baselines)
 
 
 @dataclass(frozen=True, slots=True)

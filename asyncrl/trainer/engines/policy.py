@@ -25,7 +25,7 @@ from asyncrl.trainer.engines.trainable import (
     frozen_copy,
     frozen_digests,
     named_parameters,
-    sync_source,
+    patched_source,
     tensors_of,
 )
 from asyncrl.trainer.packing import Rows
@@ -167,7 +167,9 @@ class Policy:
 
     def sync_source(self) -> SyncSource:
         """What generators must be sent to sample from this policy."""
-        return sync_source(self.model, self.update, self.frozen_digests)
+        if self.update.what == "full":
+            return SyncSource(self.named_sync_parameters())
+        return patched_source(self.model, self.update, self.frozen_digests)
 
     def initial_policy(self) -> Reference:
         """The policy as it is now, for good: a frozen copy of what is trained, or the same model with adapters off."""

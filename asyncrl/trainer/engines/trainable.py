@@ -82,8 +82,9 @@ def named_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
 
 
 def tensors_of(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, Tensor]]:
-    """The parameters' tensors, one object for tied ones: `parameter.data` is a new object each time it is read, and
-    a weight layout knows tied tensors by their identity.
+    """(name, tensor) of the parameters, with one tensor object for tied ones.
+
+    `parameter.data` is a new object each time it is read, and a weight layout knows tied tensors by their identity.
     """
     known: dict[int, Tensor] = {}
     return [(name, known.setdefault(id(parameter), parameter.data)) for name, parameter in named]
@@ -106,10 +107,11 @@ def frozen_digests(model: PreTrainedModel) -> dict[str, int]:
     return digests
 
 
-def sync_source(model: PreTrainedModel, update: UpdateConfig, frozen: dict[str, int]) -> SyncSource:
-    """What is published of a model that `update` was applied to; `frozen` are its `frozen_digests`."""
-    if update.what == "full":
-        return SyncSource(tensors_of(named_parameters(model)))
+def patched_source(model: PreTrainedModel, update: UpdateConfig, frozen: dict[str, int]) -> SyncSource:
+    """What is published of a model that is trained in part, by adapters or by name.
+
+    `update` is what was applied to the model; `frozen` are its `frozen_digests`.
+    """
     named = tensors_of((name, parameter) for name, parameter in named_parameters(model) if parameter.requires_grad)
     adapted = adapted_weights(model)
     merged = update.what == "lora" and update.lora_sync == "merged"
