@@ -1,1 +1,1 @@
-"""The learner's processes that train: one rank each."""
+"""The trainer: a process for each rank, which makes steps and publishes the policy. Models are in `engines`."""

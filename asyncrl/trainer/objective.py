@@ -55,7 +55,7 @@ class ActorObjective:
         log_ratios = logprobs.detach() - data.behaviour_logprobs
         proximal = self._proximal_logprobs(data, logprobs)
         # From the behaviour policy to the one the loss takes its ratio against or, where that is the behaviour policy
-        # itself, to the current data.
+        # itself, to the current one.
         correction_log_ratios = log_ratios if proximal is None else proximal - data.behaviour_logprobs
         keep_mask = self._keep_mask(data, correction_log_ratios)
         loss_factors = self._loss_factors(data, correction_log_ratios, keep_mask, has_proximal=proximal is not None)

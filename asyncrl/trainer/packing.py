@@ -139,7 +139,7 @@ def _check_rollout(rollout: Rollout, version: int, where: str, index: int) -> No
         covered = span.stop
         if span.version > version:
             raise ProtocolError(
-                f"rollout {index} of {where} has tokens of version {span.version}, but the learner holds {version}"
+                f"rollout {index} of {where} has tokens of version {span.version}, but the trainer holds {version}"
             )
     else:
         if covered == num_tokens:
