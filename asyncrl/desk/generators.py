@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.run_state import RunState
-from asyncrl.errors import ProtocolError
 from asyncrl.link import messages
 from asyncrl.link.codec import encode
 from asyncrl.link.messages import Message
@@ -153,7 +151,7 @@ class Generators:
 
     def _compare_leases(self, session: DeskSession, beat: messages.Beat, now: float) -> None:
         name = session.generator_id
-        active = dict(map(_active_lease, beat.active))
+        active = {lease.key: lease.issued_version for lease in beat.active}
         reconciled = self._leases.reconcile(name, active, now)
         for record in reconciled.lost:
             log.warning("%s does not know lease %s: leased again", name, record.key)
@@ -162,7 +160,7 @@ class Generators:
             self._granted[name] = granted - self._num_rollouts(record.key) - self._wants_baseline(record.key)
         needless = [key for key in reconciled.unexpected if not self._adopt(name, key, active[key], now)]
         if needless:
-            self._send(session, messages.Abandon(self._run_epoch, [[*key] for key in needless]))
+            self._send(session, messages.Abandon(self._run_epoch, needless))
 
     def _adopt(self, name: str, key: LeaseKey, issued_version: int | None, now: float) -> bool:
         """Lets a lease of an earlier run epoch go on. One whose result waits in the outbox goes on in any case."""
@@ -215,7 +213,7 @@ class Generators:
 
     def abandon(self, record: LeaseRecord) -> None:
         """Tells the holder of a lease that it is needless now."""
-        self.send(record.holder, messages.Abandon(self._run_epoch, [[*record.key]]))
+        self.send(record.holder, messages.Abandon(self._run_epoch, [record.key]))
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
@@ -244,12 +242,3 @@ class Generators:
         """Best effort: a message that is lost is asked for again, or its cause ends by a deadline."""
         if not self.socket.send(peer, encode(message, max_bytes=self.socket.max_frame_bytes)):
             log.debug("%s not sent: the peer is gone or reads nothing", type(message).__name__)
-
-
-def _active_lease(item: list[Any]) -> tuple[LeaseKey, int | None]:
-    """Key and issued version (None: the result is in the outbox) of an entry of Beat.active."""
-    try:
-        kind, ordinal, attempt, *issued = item
-        return LeaseKey(LeaseKind(kind), int(ordinal), int(attempt)), (int(issued[0]) if issued else None)
-    except (TypeError, ValueError) as error:
-        raise ProtocolError(f"{item!r} is no lease: {error}") from None

@@ -201,10 +201,9 @@ class Intake:
         return Taken(self._sessions.answer_duplicate(session, seq) if offer is Offer.DUPLICATE else None)
 
     def _fail_lease(self, message: GroupResult | LeaseFailed, reason: str, now: float) -> None:
-        num_rollouts = self._config.sampling.group_size if message.kind == LeaseKind.TRAIN else 1
+        num_rollouts = self._config.sampling.group_size if message.kind is LeaseKind.TRAIN else 1
         self._counters.lease_failed(reason, num_rollouts)
-        if message.kind in tuple(LeaseKind):
-            self._leases.fail(LeaseKey(LeaseKind(message.kind), message.ordinal, message.attempt), reason, now)
+        self._leases.fail(message.key, reason, now)
 
     def _refuse(self, session: DeskSession, seq: int, code: str, reason: str, now: float) -> Message:
         log.warning("%s: result %d refused (%s): %s", session.generator_id, seq, code, reason)

@@ -24,7 +24,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -41,7 +40,7 @@ from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link import messages
 from asyncrl.link.limits import BEAT_S
 from asyncrl.link.messages import Message
-from asyncrl.link.rollouts import grant_to_lease, group_to_result, lease_key
+from asyncrl.link.rollouts import grant_to_lease, group_to_result
 from asyncrl.link.session import GeneratorSession
 from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.rewards.pool import RewardPool
@@ -151,7 +150,7 @@ class GeneratorDaemon:
                 log.warning("result %d refused (%s): %s", message.seq, message.code, message.reason)
                 self._progress.set()
             case messages.Abandon():
-                self.leases.give_back([to_key(item) for item in message.leases], self._why_stopping or "abandoned")
+                self.leases.give_back(message.leases, self._why_stopping or "abandoned")
             case messages.Stop():
                 self._learner_stops(message)
             case messages.SyncOffer() | messages.SyncSwap() | messages.SyncCommit() | messages.SyncAbort():
@@ -212,7 +211,7 @@ class GeneratorDaemon:
         self.leases.tick()
         self._announced_room = self._room()
         self._ended_since_beat = 0
-        active: list[list[Any]] = [[*lease.key, lease.issued_version] for lease in self.leases]
+        active = [messages.ActiveLease(*lease.key, lease.issued_version) for lease in self.leases]
         active += self.session.unacked_leases()
         return messages.Beat(
             run_epoch=self._run_epoch,
@@ -292,12 +291,3 @@ class GeneratorDaemon:
         self.link.send(messages.Bye(self._why_stopping or "failed"))
         await self.sync.close(SYNC_CLOSE_TIMEOUT_S)
         await self.link.close()
-
-
-def to_key(item: list[Any]) -> LeaseKey:
-    """LeaseKey of a [kind, ordinal, attempt] from the wire. Raises ProtocolError when it is none."""
-    try:
-        kind, ordinal, attempt = item
-        return lease_key(kind, ordinal, attempt)
-    except (TypeError, ValueError) as error:
-        raise ProtocolError(f"{item!r} is not [kind, ordinal, attempt]: {error}") from None

@@ -30,7 +30,7 @@ def _scalar_sizes() -> tuple[int, ...]:
 _SCALAR_SIZE = _scalar_sizes()
 
 
-def check_skeleton(body: bytes | memoryview) -> None:
+def check_body(body: bytes | memoryview) -> None:
     """Raises ValueError unless `body` is one complete object within the limits.
 
     About 0.1 us per object, whatever the size of its strings.

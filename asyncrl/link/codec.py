@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import msgpack
 
 from asyncrl.errors import FrameError
-from asyncrl.link.body_limits import check_skeleton
-from asyncrl.link.field_checks import Mismatch, Plan, PlannedField, plan_of, shown
+from asyncrl.link.body_limits import check_body
+from asyncrl.link.field_checks import Convert, Mismatch, PlannedField, RecordPlan, plan_of, shown
 from asyncrl.link.messages import Message, message_types
 
 HEADER_BYTES = 32
@@ -79,7 +79,7 @@ def frame_with_body(cls: type[Message], body: bytes | memoryview, *, max_bytes: 
 def encode_body(message: Message) -> bytes:
     """The body of `message`. Raises FrameError when a field's type is not the declared one."""
     plan = plan_of(type(message))
-    values = [_checked(plan, field, getattr(message, field.name)) for field in plan.fields]
+    values = [_converted(plan, field, field.form.to_wire, getattr(message, field.name)) for field in plan.fields]
     try:
         return msgpack.packb(values, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
@@ -97,7 +97,8 @@ def decode_body(cls: type[M], body: bytes | memoryview) -> M:
             f"{plan.name}: {len(values)} fields, must be {plan.required} to {len(plan.fields)}; {_UPGRADE}"
         )
     # strict=False: trailing fields with defaults may be missing.
-    return cls(*[_checked(plan, field, value) for field, value in zip(plan.fields, values, strict=False)])
+    pairs = zip(plan.fields, values, strict=False)
+    return cls(*[_converted(plan, field, field.form.from_wire, value) for field, value in pairs])
 
 
 def _open(
@@ -131,7 +132,7 @@ def _open(
 def _unpack(name: str, body: bytes | memoryview) -> Any:
     size = len(body)
     try:
-        check_skeleton(body)
+        check_body(body)
         return msgpack.unpackb(
             body,
             raw=False,
@@ -151,12 +152,11 @@ def _refuse_ext(code: int, data: bytes) -> Any:
     raise ValueError(f"extension type {code} is not allowed")
 
 
-def _checked(plan: Plan, field: PlannedField, value: Any) -> Any:
+def _converted(plan: RecordPlan, field: PlannedField, convert: Convert, value: Any) -> Any:
     try:
-        return field.check(value)
+        return convert(value)
     except Mismatch as bad:
-        got = shown(bad.got)
-        raise FrameError(f"{plan.name}.{field.name}{bad.where} is {got}, must be {bad.rule}") from None
+        raise FrameError(f"{plan.name}.{field.name}{bad.where} is {bad.got}, must be {bad.rule}") from None
 
 
 @functools.cache

@@ -1,53 +1,114 @@
-"""Run-time checks of message fields, made once per class from the annotations of the dataclass."""
+"""How the fields of messages, and the records inside them, are checked and laid out; worked out once per class.
+
+    annotation                    on the wire
+    ----------------------------  ------------------------------------------------------------------------
+    int, bool, str, bytes         the same
+    float, AnyFloat               a number; only an AnyFloat and the values of a dict may be NaN or infinite
+    a StrEnum                     its value
+    PayloadValue                  any plain value
+    X | None                      X or nil
+    list[X], tuple[X, ...]        an array
+    tuple[X, Y]                   an array of exactly these
+    dict[str, X]                  a map
+    a NamedTuple                  an array of its fields
+    a dataclass                   a map of its fields, under their names or under `field(metadata={KEY: name})`
+
+In a NamedTuple or a dataclass, a field `X | None = None` that is None is left out, and nil is not taken for it: each
+record has one encoding. All other fields must be there, and no others.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
 import types
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
+from asyncrl.errors import ProtocolError
 from asyncrl.link.messages import Message
+from asyncrl.link.wire_types import JSON_LIKE, KEY, MAY_BE_NAN, PayloadValue
+
+R = TypeVar("R")
 
 
 class Mismatch(Exception):
-    """`got` breaks `rule` at `where` inside a field."""
+    """A value breaks `rule` at `where` inside a field; `got` is the value in words."""
 
-    def __init__(self, rule: str, got: Any) -> None:
+    def __init__(self, rule: str, got: str) -> None:
         super().__init__(rule)
         self.rule, self.got, self.where = rule, got, ""
 
 
-Check = Callable[[Any], Any]  # returns the value, converted where the rule allows it, or raises Mismatch
+Convert = Callable[[Any], Any]  # checks a value and returns it in its other form, or raises Mismatch
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """The two directions of one annotation: Python values to plain ones, and back."""
+
+    to_wire: Convert
+    from_wire: Convert
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PlannedField:
+    """One field: its name in Python, its key in a map, and how its values are converted."""
+
     name: str
-    check: Check
+    key: str
+    form: Form
+    left_out: bool = False  # when it is None
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How one message class is checked. The first `required` fields have no default."""
+class RecordPlan:
+    """How one class is checked and built. The first `required` fields have no default."""
 
-    name: str
+    cls: type[Any]
     fields: tuple[PlannedField, ...]
     required: int
 
+    @property
+    def name(self) -> str:
+        return self.cls.__name__
+
 
 @functools.cache
-def plan_of(cls: type[Message]) -> Plan:
+def plan_of(cls: type[Message]) -> RecordPlan:
     """The plan of a message class."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = dataclasses.fields(cls)
     missing = dataclasses.MISSING
     required = sum(field.default is missing and field.default_factory is missing for field in fields)
-    planned = tuple(PlannedField(field.name, _check_for(hints[field.name])) for field in fields)
-    return Plan(cls.__name__, planned, required)
+    planned = tuple(PlannedField(field.name, field.name, _form(hints[field.name])) for field in fields)
+    return RecordPlan(cls, planned, required)
+
+
+def to_plain(record: Any) -> Any:
+    """A dataclass as a dict of plain values, a NamedTuple as a list of them.
+
+    Raises ProtocolError when a field has the wrong type.
+    """
+    return _whole(type(record), _form(type(record)).to_wire, record)
+
+
+def from_plain(cls: type[R], value: Any) -> R:
+    """The dataclass or NamedTuple `cls` that `to_plain` turned into `value`. Raises ProtocolError."""
+    record: R = _whole(cls, _form(cls).from_wire, value)
+    return record
+
+
+def _whole(cls: type[Any], convert: Convert, value: Any) -> Any:
+    try:
+        return convert(value)
+    except Mismatch as bad:
+        raise ProtocolError(
+            f"{cls.__name__}{bad.where} is {bad.got}, must be {bad.rule}; both daemons must run one version"
+        ) from None
 
 
 def shown(value: Any) -> str:
@@ -57,36 +118,97 @@ def shown(value: Any) -> str:
     return f"{value!r:.60}"
 
 
-def _check_for(hint: Any) -> Check:
+# -- the form of an annotation ----------------------------------------------------------------------------------------
+
+
+def _form(hint: Any) -> Form:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return _anything
-    if hint in _SCALARS:
-        return _SCALARS[hint]
-    if origin is types.UnionType:
-        (inner,) = (_check_for(arg) for arg in args if arg is not types.NoneType)
-        return functools.partial(_optional, inner)
+    if origin is typing.Annotated:
+        check = _MARKED[args[1]]
+        return Form(check, check)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (_form(arg) for arg in args if arg is not types.NoneType)
+        return _both(inner, _optional)
     if origin is list:
-        return functools.partial(_list, _check_for(args[0]))
+        return _array_form(_form(args[0]), list)
+    if origin is tuple and args[-1] is Ellipsis:
+        return _array_form(_form(args[0]), tuple)
+    if origin is tuple:
+        forms = [_form(arg) for arg in args]
+        return Form(
+            functools.partial(_fixed, [form.to_wire for form in forms], tuple, list),
+            functools.partial(_fixed, [form.from_wire for form in forms], list, tuple),
+        )
     if origin is dict:
         assert args[0] is str, f"maps have string keys, not {hint}"
         # A metric may be NaN: to refuse the message would hide the failure that it reports.
-        return functools.partial(_dict, _number if args[1] is float else _check_for(args[1]))
-    raise AssertionError(f"no check for the annotation {hint}")
+        return _both(Form(_number, _number) if args[1] is float else _form(args[1]), _dict)
+    assert isinstance(hint, type), f"no check for the annotation {hint}"
+    return _class_form(hint)
 
 
-def _anything(value: Any) -> Any:
-    return value
+def _class_form(cls: type[Any]) -> Form:
+    if cls in _SCALARS:
+        return Form(_SCALARS[cls], _SCALARS[cls])
+    if issubclass(cls, enum.StrEnum):
+        return Form(functools.partial(_value_of, cls), functools.partial(_member, cls))
+    if issubclass(cls, tuple):
+        plan = _array_plan(cls)
+        return Form(functools.partial(_record_to_array, plan), functools.partial(_array_to_record, plan))
+    assert dataclasses.is_dataclass(cls), f"no check for the class {cls}"
+    plan = _map_plan(cls)
+    return Form(functools.partial(_record_to_map, plan), functools.partial(_map_to_record, plan))
 
 
-def _optional(inner: Check, value: Any) -> Any:
-    return None if value is None else inner(value)
+def _both(inner: Form, check: Callable[[Convert, Any], Any]) -> Form:
+    return Form(functools.partial(check, inner.to_wire), functools.partial(check, inner.from_wire))
+
+
+def _array_form(inner: Form, cls: type[Any]) -> Form:
+    """Of a list or tuple, which are both arrays: msgpack reads lists only."""
+    return Form(
+        functools.partial(_array, inner.to_wire, cls, list), functools.partial(_array, inner.from_wire, list, cls)
+    )
+
+
+@functools.cache
+def _array_plan(cls: Any) -> RecordPlan:
+    """Of a NamedTuple. Only its last field may be left out: what follows would move up."""
+    fields = tuple(_nested_field(cls, name, name, name in cls._field_defaults) for name in cls._fields)
+    required = sum(not field.left_out for field in fields)
+    assert not any(field.left_out for field in fields[:-1]), f"{cls.__name__}: only the last field may be optional"
+    return RecordPlan(cls, fields, required)
+
+
+@functools.cache
+def _map_plan(cls: Any) -> RecordPlan:
+    """Of a dataclass."""
+    fields = tuple(
+        _nested_field(cls, field.name, field.metadata.get(KEY, field.name), field.default is None)
+        for field in dataclasses.fields(cls)
+    )
+    return RecordPlan(cls, fields, required=sum(not field.left_out for field in fields))
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    # PayloadValue names itself, and the names are looked up in the module of `cls`.
+    return typing.get_type_hints(cls, localns={"PayloadValue": PayloadValue}, include_extras=True)
+
+
+def _nested_field(cls: Any, name: str, key: str, left_out: bool) -> PlannedField:
+    hint = _hints(cls)[name]
+    if left_out:
+        (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    return PlannedField(name, key, _form(hint), left_out)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _int(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise Mismatch("an integer", value)
+    raise Mismatch("an integer", shown(value))
 
 
 def _number(value: Any) -> float:
@@ -94,57 +216,143 @@ def _number(value: Any) -> float:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value)  # msgpack integers have 64 bits at most: no overflow
-    raise Mismatch("a number", value)
+    raise Mismatch("a number", shown(value))
 
 
 def _finite(value: Any) -> float:
-    value = _number(value)
-    if math.isfinite(value):
-        return value
-    raise Mismatch("a finite number", value)
+    number = _number(value)
+    if math.isfinite(number):
+        return number
+    raise Mismatch("a finite number", shown(value))
 
 
 def _bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    raise Mismatch("true or false", value)
+    raise Mismatch("true or false", shown(value))
 
 
 def _str(value: Any) -> str:
     if isinstance(value, str):
         return value
-    raise Mismatch("a string", value)
+    raise Mismatch("a string", shown(value))
 
 
 def _bytes(value: Any) -> bytes | memoryview:
     if isinstance(value, (bytes, memoryview)):
         return value
-    raise Mismatch("bytes", value)
+    raise Mismatch("bytes", shown(value))
 
 
-_SCALARS: dict[Any, Check] = {int: _int, float: _finite, bool: _bool, str: _str, bytes: _bytes}
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return _each(_plain, enumerate(value), [None] * len(value))
+    if isinstance(value, dict):
+        return _dict(_plain, value)
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise Mismatch("a string, number, boolean, bytes, None, or a list or dict of these", shown(value))
 
 
-def _list(inner: Check, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise Mismatch("a list", value)
-    return value if inner is _anything else _each(inner, enumerate(value), [None] * len(value))
+_SCALARS: dict[type[Any], Convert] = {int: _int, float: _finite, bool: _bool, str: _str, bytes: _bytes}
+_MARKED: dict[str, Convert] = {MAY_BE_NAN: _number, JSON_LIKE: _plain}
 
 
-def _dict(inner: Check, value: Any) -> dict[str, Any]:
+def _member(cls: type[enum.StrEnum], value: Any) -> enum.StrEnum:
+    try:
+        return cls(_str(value))
+    except ValueError:
+        raise Mismatch(f"one of {', '.join(cls)}", shown(value)) from None
+
+
+def _value_of(cls: type[enum.StrEnum], member: Any) -> str:
+    value: str = _member(cls, member).value
+    return value
+
+
+def _optional(convert: Convert, value: Any) -> Any:
+    return None if value is None else convert(value)
+
+
+def _array(convert: Convert, given: type[Any], wanted: type[Any], value: Any) -> Any:
+    if not isinstance(value, given):
+        raise Mismatch(f"a {given.__name__}", shown(value))
+    items = _each(convert, enumerate(value), [None] * len(value))
+    return items if wanted is list else wanted(items)
+
+
+def _fixed(converts: list[Convert], given: type[Any], wanted: type[Any], value: Any) -> Any:
+    if not isinstance(value, given) or len(value) != len(converts):
+        raise Mismatch(f"a {given.__name__} of {len(converts)}", shown(value))
+    return wanted(_at(f"[{place}]", convert, value[place]) for place, convert in enumerate(converts))
+
+
+def _dict(convert: Convert, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Mismatch("a map", value)
+        raise Mismatch("a map", shown(value))
     for name in value:
         if not isinstance(name, str):
-            raise Mismatch("a map with string keys", name)
-    return value if inner is _anything else _each(inner, value.items(), {})
+            raise Mismatch("a map with string keys", shown(name))
+    checked: dict[str, Any] = _each(convert, value.items(), {})
+    return checked
 
 
-def _each(inner: Check, items: Iterable[tuple[Any, Any]], checked: Any) -> Any:
+def _each(convert: Convert, items: Iterable[tuple[Any, Any]], checked: Any) -> Any:
     for place, item in items:
         try:
-            checked[place] = inner(item)
+            checked[place] = convert(item)
         except Mismatch as bad:
             bad.where = f"[{place!r:.40}]{bad.where}"
             raise
     return checked
+
+
+def _at(where: str, convert: Convert, value: Any) -> Any:
+    try:
+        return convert(value)
+    except Mismatch as bad:
+        bad.where = where + bad.where
+        raise
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def _record_to_array(plan: RecordPlan, record: Any) -> list[Any]:
+    if not isinstance(record, plan.cls):
+        raise Mismatch(f"a {plan.name}", shown(record))
+    fields = plan.fields[: plan.required] if record[-1] is None else plan.fields
+    return [_at(f".{field.name}", field.form.to_wire, getattr(record, field.name)) for field in fields]
+
+
+def _array_to_record(plan: RecordPlan, value: Any) -> Any:
+    if not isinstance(value, list) or not plan.required <= len(value) <= len(plan.fields):
+        raise Mismatch(f"an array of {', '.join(field.name for field in plan.fields)}", shown(value))
+    # strict=False: the last field may be left out.
+    pairs = zip(plan.fields, value, strict=False)
+    return plan.cls(*[_at(f".{field.name}", field.form.from_wire, item) for field, item in pairs])
+
+
+def _record_to_map(plan: RecordPlan, record: Any) -> dict[str, Any]:
+    if not isinstance(record, plan.cls):
+        raise Mismatch(f"a {plan.name}", shown(record))
+    return {
+        field.key: _at(f".{field.name}", field.form.to_wire, value)
+        for field in plan.fields
+        if (value := getattr(record, field.name)) is not None or not field.left_out
+    }
+
+
+def _map_to_record(plan: RecordPlan, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise Mismatch("a map", shown(value))
+    values = {
+        field.name: _at(f".{field.name}", field.form.from_wire, value[field.key])
+        for field in plan.fields
+        if field.key in value
+    }
+    absent = [field.key for field in plan.fields if field.key not in value and not field.left_out]
+    if absent or len(values) < len(value):
+        keys = f"{', '.join(field.key + ('?' if field.left_out else '') for field in plan.fields)}"
+        raise Mismatch(f"a map with the keys {keys}", f"a map with the keys {', '.join(map(str, value)):.200}")
+    return plan.cls(**values)

@@ -10,11 +10,10 @@ import dataclasses
 import uuid
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Any
 
 from asyncrl.errors import ProtocolError
 from asyncrl.link import codec, limits
-from asyncrl.link.messages import Ack, GroupResult, Hello, LeaseFailed, Message, Nack, Refused, Welcome
+from asyncrl.link.messages import Ack, ActiveLease, GroupResult, Hello, LeaseFailed, Message, Nack, Refused, Welcome
 
 Result = GroupResult | LeaseFailed
 
@@ -30,7 +29,7 @@ class GeneratorState(StrEnum):
 @dataclasses.dataclass(slots=True)
 class _Unacked:
     frame: bytes
-    lease: list[Any]  # [kind, ordinal, attempt]
+    lease: ActiveLease
     due_at: float
     wait_s: float = limits.RESEND_FIRST_S
 
@@ -89,7 +88,7 @@ class GeneratorSession:
         message = make(seq, self.run_epoch)
         frame = self._encode(message)
         self._last_seq = seq
-        self._unacked[seq] = _Unacked(frame, [message.kind, message.ordinal, message.attempt], due_at=now)
+        self._unacked[seq] = _Unacked(frame, ActiveLease(*message.key), due_at=now)
         self.outbox_bytes += len(frame)
         return seq
 
@@ -98,8 +97,8 @@ class GeneratorSession:
         """Whether the outbox may grow: take leases only while it may."""
         return self.outbox_bytes < self._budget_bytes
 
-    def unacked_leases(self) -> list[list[Any]]:
-        """[kind, ordinal, attempt] of the results in the outbox, for Beat.active."""
+    def unacked_leases(self) -> list[ActiveLease]:
+        """The leases whose results are in the outbox, for Beat.active."""
         return [item.lease for item in self._unacked.values()]
 
     # -- time

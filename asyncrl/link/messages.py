@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import ClassVar, NamedTuple, TypeVar, dataclass_transform
+
+from asyncrl.link.wire_types import AnyFloat, Payload
+from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
 PROTOCOL_VERSION = 3
 
@@ -47,6 +50,35 @@ def message_types() -> dict[int, type[Message]]:
     return dict(_REGISTRY)
 
 
+# -- records inside messages ------------------------------------------------------------------------------------------
+
+
+class ActiveLease(NamedTuple):
+    """A lease that a generator has in hand. Once its result waits in the outbox, `issued_version` is None."""
+
+    kind: LeaseKind
+    ordinal: int
+    attempt: int
+    issued_version: int | None = None
+
+    @property
+    def key(self) -> LeaseKey:
+        """The name of the lease."""
+        return LeaseKey(self.kind, self.ordinal, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class WireRollout:
+    """One completion of T tokens, see types.Rollout. Arrays are raw little-endian bytes."""
+
+    tokens: bytes  # int32 [T]
+    logprobs: bytes  # float32 [T]
+    spans: bytes  # int64 [number of spans, 3]: start, stop, version
+    finish: FinishReason
+    reward: AnyFloat  # a group whose rewards are not finite is refused as a whole, by name
+    parts: dict[str, float]
+
+
 # -- generator -> desk ------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +105,7 @@ class Beat(Message):
 
     run_epoch: int
     sequences_wanted: int  # cumulative: sequences leased to it in this run epoch plus those it has room for
-    active: list[list[Any]]  # leases in hand: [kind, ordinal, attempt, issued_version]; no version once in the outbox
+    active: list[ActiveLease]
     tokens_generated: int  # cumulative
     rollouts_completed: int  # cumulative
     rewards_failed: int  # cumulative
@@ -88,19 +120,21 @@ class Beat(Message):
 
 @message(3)
 class GroupResult(Message):
-    """One finished lease: a group, sent until it is acknowledged as durable.
-
-    Arrays are raw little-endian bytes: token ids int32, log-probs float32, spans int64 rows (start, stop, version).
-    """
+    """One finished lease: a group, sent until it is acknowledged as durable."""
 
     seq: int
     run_epoch: int  # of the lease
-    kind: str
+    kind: LeaseKind
     ordinal: int
     attempt: int
-    prompt: bytes  # int32 [P]
-    rollouts: list[dict[str, Any]]  # see link.rollouts: tokens, logprobs, spans, finish, reward, parts
+    prompt: bytes  # int32 [P], little-endian
+    rollouts: list[WireRollout]
     baseline_reward: float | None = None  # of the greedy completion, where the lease asked for one
+
+    @property
+    def key(self) -> LeaseKey:
+        """The name of the lease."""
+        return LeaseKey(self.kind, self.ordinal, self.attempt)
 
 
 @message(4)
@@ -109,11 +143,16 @@ class LeaseFailed(Message):
 
     seq: int
     run_epoch: int
-    kind: str
+    kind: LeaseKind
     ordinal: int
     attempt: int
     reason: str  # one of FAILURE_REASONS
     detail: str
+
+    @property
+    def key(self) -> LeaseKey:
+        """The name of the lease."""
+        return LeaseKey(self.kind, self.ordinal, self.attempt)
 
 
 FAILURE_REASONS = ("returned", "deadline", "reward_error", "reward_timeout", "engine", "tainted", "not_pinned")
@@ -171,19 +210,24 @@ class LeaseGrant(Message):
     """One lease; see types.Lease."""
 
     run_epoch: int
-    kind: str
+    kind: LeaseKind
     ordinal: int
     attempt: int
     issued_version: int
     deadline_s: float
     prompt: bytes  # int32 [P]
-    payload: dict[str, Any]
+    payload: Payload
     num_rollouts: int
     max_new_tokens: int
     temperature: float
     pinned_version: int | None = None
     seed: int | None = None
     greedy_baseline: bool = False
+
+    @property
+    def key(self) -> LeaseKey:
+        """The name of the lease."""
+        return LeaseKey(self.kind, self.ordinal, self.attempt)
 
 
 @message(23)
@@ -216,8 +260,8 @@ class SyncOffer(Message):
     run_epoch: int
     version: int
     attempt: int
-    group: dict[str, Any]  # weights.channels.channel.ChannelSpec for this generator's first worker
-    manifest: dict[str, Any]  # weights.channels.channel.WeightManifest
+    group: Payload  # weights.channels.channel.ChannelSpec for this generator's first worker
+    manifest: Payload  # weights.channels.channel.WeightManifest
     timeout_s: float
 
 
@@ -263,10 +307,10 @@ class Stop(Message):
 
 @message(30)
 class Abandon(Message):
-    """Stop working on these leases ([kind, ordinal, attempt]): they expired or were leased again."""
+    """Stop working on these leases: they expired or were leased again."""
 
     run_epoch: int
-    leases: list[list[Any]]
+    leases: list[LeaseKey]
 
 
 # -- trainer ranks -> desk --------------------------------------------------------------------------------------------
@@ -305,11 +349,11 @@ class SnapshotReady(Message):
     """The publisher holds a snapshot of `version`, ready to broadcast."""
 
     version: int
-    manifest: dict[str, Any]
+    manifest: Payload
     canary: list[bytes]  # int32 token ids
     canary_logprobs: list[bytes]  # float32, the learner's own
     snapshot_ms: float
-    delta: dict[str, Any] | None = None  # weights.bytes.layout.DeltaInfo: what can be sent instead of everything
+    delta: Payload | None = None  # weights.bytes.layout.DeltaInfo: what can be sent instead of everything
 
 
 @message(44)

@@ -1,27 +1,23 @@
 """Groups and leases to and from their messages, and the checks a group must pass before it is kept.
 
-Arrays are views into the received bytes: nothing is copied. A rollout travels as a map of
-tokens (int32), logprobs (float32), spans (int64 rows of start, stop, version), finish, reward and parts.
+Arrays are views into the received bytes: nothing is copied.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from typing import Any
 
 import numpy as np
 
 from asyncrl.errors import ProtocolError
-from asyncrl.link.messages import GroupResult, LeaseGrant
+from asyncrl.link.messages import GroupResult, LeaseGrant, WireRollout
 from asyncrl.types import (
     LOGPROB_DTYPE,
     TOKEN_DTYPE,
-    FinishReason,
     Group,
     Lease,
     LeaseKey,
-    LeaseKind,
     Rollout,
     VersionSpan,
 )
@@ -31,9 +27,6 @@ MAX_LOGPROB = 1e-6
 MIN_LOGPROB = -1e4
 
 _SPAN = struct.Struct("<3q")
-_ROLLOUT_FIELDS = frozenset(("tokens", "logprobs", "spans", "finish", "reward", "parts"))
-_KINDS = {kind.value: kind for kind in LeaseKind}
-_FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
 def group_to_result(group: Group, seq: int, run_epoch: int) -> GroupResult:
@@ -42,11 +35,11 @@ def group_to_result(group: Group, seq: int, run_epoch: int) -> GroupResult:
     return GroupResult(
         seq=seq,
         run_epoch=run_epoch,
-        kind=kind.value,
+        kind=kind,
         ordinal=ordinal,
         attempt=attempt,
         prompt=_raw(group.prompt_token_ids, TOKEN_DTYPE),
-        rollouts=[_rollout_to_map(rollout) for rollout in group.rollouts],
+        rollouts=[_to_wire(rollout) for rollout in group.rollouts],
         baseline_reward=group.baseline_reward,
     )
 
@@ -58,21 +51,11 @@ def result_to_group(result: GroupResult) -> Group:
     """
     name = f"group {result.kind} {result.ordinal}"
     return Group(
-        key=lease_key(result.kind, result.ordinal, result.attempt),
+        key=_key_of(result),
         prompt_token_ids=_array(result.prompt, TOKEN_DTYPE, f"{name}: prompt"),
-        rollouts=[_map_to_rollout(item, f"{name} rollout {i}") for i, item in enumerate(result.rollouts)],
+        rollouts=[_from_wire(rollout, f"{name} rollout {i}") for i, rollout in enumerate(result.rollouts)],
         baseline_reward=result.baseline_reward,
     )
-
-
-def lease_key(kind: str, ordinal: int, attempt: int) -> LeaseKey:
-    """The key that a message names. Raises ProtocolError."""
-    if kind not in _KINDS or ordinal < 0 or attempt < 0:
-        raise ProtocolError(
-            f"lease ({kind!r:.40}, {ordinal}, {attempt}): kind must be one of {sorted(_KINDS)}, "
-            "ordinal and attempt must not be negative"
-        )
-    return LeaseKey(_KINDS[kind], ordinal, attempt)
 
 
 def lease_to_grant(lease: Lease, run_epoch: int) -> LeaseGrant:
@@ -80,7 +63,7 @@ def lease_to_grant(lease: Lease, run_epoch: int) -> LeaseGrant:
     kind, ordinal, attempt = lease.key
     return LeaseGrant(
         run_epoch=run_epoch,
-        kind=kind.value,
+        kind=kind,
         ordinal=ordinal,
         attempt=attempt,
         issued_version=lease.issued_version,
@@ -107,7 +90,7 @@ def grant_to_lease(grant: LeaseGrant) -> Lease:
             f"temperature must not be negative, got {grant.temperature}"
         )
     return Lease(
-        key=lease_key(grant.kind, grant.ordinal, grant.attempt),
+        key=_key_of(grant),
         issued_version=grant.issued_version,
         deadline_s=grant.deadline_s,
         prompt_token_ids=prompt,
@@ -213,34 +196,33 @@ def _bad(group: Group, what: str, index: int | None = None) -> ProtocolError:
     return ProtocolError(f"group {kind} {ordinal} attempt {attempt}{rollout}: {what}")
 
 
-def _rollout_to_map(rollout: Rollout) -> dict[str, Any]:
-    return {
-        "tokens": _raw(rollout.token_ids, TOKEN_DTYPE),
-        "logprobs": _raw(rollout.behaviour_logprobs, LOGPROB_DTYPE),
-        "spans": b"".join(_SPAN.pack(span.start, span.stop, span.version) for span in rollout.version_spans),
-        "finish": rollout.finish_reason.value,
-        "reward": float(rollout.reward),
-        "parts": {name: float(part) for name, part in rollout.reward_parts.items()},
-    }
+def _key_of(message: GroupResult | LeaseGrant) -> LeaseKey:
+    if message.ordinal < 0 or message.attempt < 0:
+        raise ProtocolError(f"{message.key}: ordinal and attempt must not be negative")
+    return message.key
 
 
-def _map_to_rollout(item: dict[str, Any], name: str) -> Rollout:
-    if item.keys() != _ROLLOUT_FIELDS:
-        raise ProtocolError(f"{name} has fields {sorted(item)}, must be {sorted(_ROLLOUT_FIELDS)}")
-    finish, spans, parts = item["finish"], item["spans"], item["parts"]
-    if not isinstance(finish, str) or finish not in _FINISH_REASONS:
-        raise ProtocolError(f"{name}: finish is {finish!r:.40}, must be one of {sorted(_FINISH_REASONS)}")
-    if not isinstance(spans, bytes) or len(spans) % _SPAN.size:
-        raise ProtocolError(f"{name}: spans must be bytes in rows of {_SPAN.size}")
-    if not isinstance(parts, dict) or not all(type(value) is float for value in (item["reward"], *parts.values())):
-        raise ProtocolError(f"{name}: reward and each of its parts must be floats")
+def _to_wire(rollout: Rollout) -> WireRollout:
+    return WireRollout(
+        tokens=_raw(rollout.token_ids, TOKEN_DTYPE),
+        logprobs=_raw(rollout.behaviour_logprobs, LOGPROB_DTYPE),
+        spans=b"".join(_SPAN.pack(span.start, span.stop, span.version) for span in rollout.version_spans),
+        finish=rollout.finish_reason,
+        reward=float(rollout.reward),
+        parts={name: float(part) for name, part in rollout.reward_parts.items()},
+    )
+
+
+def _from_wire(rollout: WireRollout, name: str) -> Rollout:
+    if len(rollout.spans) % _SPAN.size:
+        raise ProtocolError(f"{name}: spans of {len(rollout.spans)} bytes must come in rows of {_SPAN.size}")
     return Rollout(
-        token_ids=_array(item["tokens"], TOKEN_DTYPE, name),
-        behaviour_logprobs=_array(item["logprobs"], LOGPROB_DTYPE, name),
-        version_spans=tuple(VersionSpan(*row) for row in _SPAN.iter_unpack(spans)),
-        finish_reason=_FINISH_REASONS[finish],
-        reward=item["reward"],
-        reward_parts=parts,
+        token_ids=_array(rollout.tokens, TOKEN_DTYPE, f"{name}: tokens"),
+        behaviour_logprobs=_array(rollout.logprobs, LOGPROB_DTYPE, f"{name}: logprobs"),
+        version_spans=tuple(VersionSpan(*row) for row in _SPAN.iter_unpack(rollout.spans)),
+        finish_reason=rollout.finish,
+        reward=rollout.reward,
+        reward_parts=rollout.parts,
     )
 
 
@@ -248,7 +230,7 @@ def _raw(array: np.ndarray, dtype: np.dtype) -> bytes:
     return np.asarray(array, dtype=dtype).tobytes()
 
 
-def _array(raw: Any, dtype: np.dtype, name: str) -> np.ndarray:
-    if not isinstance(raw, bytes) or len(raw) % dtype.itemsize:
-        raise ProtocolError(f"{name}: an array of {dtype} must be bytes, a multiple of {dtype.itemsize} long")
+def _array(raw: bytes, dtype: np.dtype, name: str) -> np.ndarray:
+    if len(raw) % dtype.itemsize:
+        raise ProtocolError(f"{name} of {len(raw)} bytes: an array of {dtype} is a multiple of {dtype.itemsize} long")
     return np.frombuffer(raw, dtype=dtype)

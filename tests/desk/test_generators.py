@@ -9,9 +9,15 @@ import pytest
 from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, Generators
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import decode
+from asyncrl.link.messages import ActiveLease
 from asyncrl.types import LeaseKey, LeaseKind
 from asyncrl.weights.plan.planner import SyncPlanner
 from tests.desk.desk_parts import MEBIBYTE, beat, hello, make_parts, small_config
+
+
+def train(ordinal: int) -> ActiveLease:
+    """The first attempt at a prompt, in hand and leased under version 0."""
+    return ActiveLease(LeaseKind.TRAIN, ordinal, 0, 0)
 
 
 class Wire:
@@ -114,10 +120,10 @@ def test_room_is_cumulative_so_that_a_beat_on_its_way_asks_for_nothing_twice(wor
     session = world.join("a", wanted=4)
     world.generators.grant(0.0)
     assert len(world.grants()) == 1
-    world.generators.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), 0.1)
+    world.generators.beat(session, beat(sequences_wanted=4, active=[train(0)]), 0.1)
     world.generators.grant(0.1)
     assert world.grants() == []
-    world.generators.beat(session, beat(sequences_wanted=8, active=[["train", 0, 0, 0]]), 0.2)
+    world.generators.beat(session, beat(sequences_wanted=8, active=[train(0)]), 0.2)
     world.generators.grant(0.2)
     assert world.grants() == [("a.1", 1)]
 
@@ -156,11 +162,11 @@ def test_a_greedy_completion_is_leased_when_it_is_the_baseline_and_counts_as_a_s
     world.generators.grant(0.0)
     grants = [message for _, message in world.wire.take(messages.LeaseGrant)]
     assert [(grant.num_rollouts, grant.greedy_baseline) for grant in grants] == [(4, True)] * 2
-    world.generators.beat(session, beat(sequences_wanted=10, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.1)
+    world.generators.beat(session, beat(sequences_wanted=10, active=[train(0), train(1)]), 0.1)
     world.generators.grant(0.1)
     assert world.grants() == []  # two leases are ten sequences
     world.parts.leases.start_eval(0, 1, 60.0, 0.1)
-    world.generators.beat(session, beat(sequences_wanted=11, active=[["train", 0, 0, 0], ["train", 1, 0, 0]]), 0.2)
+    world.generators.beat(session, beat(sequences_wanted=11, active=[train(0), train(1)]), 0.2)
     world.generators.grant(0.2)
     ((_, grant),) = world.wire.take(messages.LeaseGrant)
     assert (grant.kind, grant.num_rollouts, grant.greedy_baseline) == ("eval", 1, False)
@@ -279,9 +285,9 @@ def test_a_lease_that_the_generator_does_not_know_is_leased_again(world):
 
 def test_a_lease_that_nobody_wants_is_abandoned_and_one_of_an_earlier_learner_adopted(tmp_path):
     world = World(tmp_path, run_epoch=2)
-    world.join("a", run_epoch=2, active=[["train", 1, 0, 0], ["train", 9999, 0, 0]])
+    world.join("a", run_epoch=2, active=[train(1), train(9999)])
     ((_, abandon),) = world.wire.take(messages.Abandon)
-    assert abandon.leases == [["train", 9999, 0]]
+    assert abandon.leases == [LeaseKey(LeaseKind.TRAIN, 9999, 0)]
     assert [record.key for record in world.parts.leases.running()] == [LeaseKey(LeaseKind.TRAIN, 1, 0)]
     world.parts.journal.close()
 
@@ -291,11 +297,11 @@ def test_an_expired_lease_is_abandoned_by_its_holder_and_leased_again(world):
     world.generators.grant(0.0)
     world.grants()
     deadline = world.parts.config.generator.lease_timeout_s
-    world.generators.beat(session, beat(sequences_wanted=4, active=[["train", 0, 0, 0]]), deadline - 1)
+    world.generators.beat(session, beat(sequences_wanted=4, active=[train(0)]), deadline - 1)
     world.parts.sessions.of(b"a.1", deadline)
     world.generators.expire(deadline)
     ((_, abandon),) = world.wire.take(messages.Abandon)
-    assert abandon.leases == [["train", 0, 0]]
+    assert abandon.leases == [LeaseKey(LeaseKind.TRAIN, 0, 0)]
     assert world.parts.leases.num_running == 0
 
 

@@ -201,7 +201,7 @@ def test_a_group_that_lost_half_of_its_rollouts_is_still_taken(parts, session):
 
 
 def failure(ordinal: int, seq: int, reason: str = "reward_error", attempt: int = 0) -> LeaseFailed:
-    return LeaseFailed(seq, 1, "train", ordinal, attempt, reason, "why")
+    return LeaseFailed(seq, 1, LeaseKind.TRAIN, ordinal, attempt, reason, "why")
 
 
 def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts, session):

@@ -390,21 +390,21 @@ def example_messages() -> list[Any]:
     delta = DeltaInfo(base_version=6, num_bytes=640, digest=-(2**62), piece_words=1 << 18)
     manifest = _example_manifest(delta).to_dict()
     result = group_to_result(example_group(11), seq=90, run_epoch=3)
-    m = messages
+    m, train, evaluate = messages, LeaseKind.TRAIN, LeaseKind.EVAL
     return [
         m.Hello(3, "gen-a", 2, 3, "0123456789abcdef", "fedcba9876543210", "own.module:Task", 2, 17, 6, "7f3a"),
         m.Beat(
-            3, 640, [["train", 11, 1, 5], ["eval", 2, 0, 6], ["train", 12, 0]], 123_456, 789, 3, 512.5, 7.25, 65_536,
-            6, 4, False, 632,
+            3, 640, [m.ActiveLease(train, 11, 1, 5), m.ActiveLease(evaluate, 2, 0, 6), m.ActiveLease(train, 12, 0)],
+            123_456, 789, 3, 512.5, 7.25, 65_536, 6, 4, False, 632,
         ),
         result,
-        m.LeaseFailed(91, 3, "eval", 2, 1, "reward_timeout", "no reward after 10 s"),
+        m.LeaseFailed(91, 3, evaluate, 2, 1, "reward_timeout", "no reward after 10 s"),
         m.SyncReply(3, 7, 2, "stage", "a peer vanished", [[1, -2], [3, 2**62]], [logprobs], {"load": 3.0}),
         m.Bye("SIGTERM"),
         m.Welcome(3, "quickstart", 6, 64 * 2**20, 89, 1.0, 32 * 2**20),
         m.Refused("model", "another model", "0123456789abcdef", "aaaaaaaaaaaaaaaa"),
         m.LeaseGrant(
-            3, "train", 11, 1, 5, 600.0, ids, {"answer": "42", "marks": [1.0, 0.5], "extra": {"level": 2, "key": None}},
+            3, train, 11, 1, 5, 600.0, ids, {"answer": "42", "marks": [1.0, 0.5], "extra": {"level": 2, "key": None}},
             8, 128, 0.75, 5, 2**40 + 1, True,
         ),
         m.Ack(3, 90, [92, 95], 2**20),
@@ -414,7 +414,7 @@ def example_messages() -> list[Any]:
         m.SyncCommit(3, 7, 2),
         m.SyncAbort(3, 7, 2, "canary differs", True),
         m.Stop(3, True, "all steps are trained"),
-        m.Abandon(3, [["train", 11, 1], ["eval", 2, 0]]),
+        m.Abandon(3, [LeaseKey(train, 11, 1), LeaseKey(evaluate, 2, 0)]),
         m.TrainerHello(1, 2, 6, 4321),
         m.BatchRequest(1, 6),
         m.StepDone(7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, 0.25),

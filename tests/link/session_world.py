@@ -11,6 +11,7 @@ import random
 from asyncrl.link import codec, limits
 from asyncrl.link.messages import PROTOCOL_VERSION, Beat, Hello, LeaseFailed, Message
 from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Offer
+from asyncrl.types import LeaseKind
 
 MAX_BYTES = 1 << 16
 CREDIT_BYTES = 200
@@ -145,7 +146,7 @@ class World:
     def finish_a_lease(self) -> None:
         if self.session.has_room:
             self.ordinals += 1
-            key = ("train", self.ordinals, 0)
+            key = (LeaseKind.TRAIN, self.ordinals, 0)
             self.session.put(lambda seq, epoch: LeaseFailed(seq, epoch, *key, "engine", ""), self.now)
             self.mine.append(self.ordinals)
 
@@ -185,7 +186,7 @@ class World:
     # -- what must hold
 
     def check(self) -> None:
-        accepted, unacked = self.disk.accepted, {lease[1] for lease in self.session.unacked_leases()}
+        accepted, unacked = self.disk.accepted, {lease.ordinal for lease in self.session.unacked_leases()}
         lost = [n for n in self.mine if n not in unacked and n not in accepted and not refused_by_rule(n)]
         assert not lost, f"acknowledged but not on disk: {lost}"
         assert len(accepted) == len(set(accepted)), f"accepted twice: {accepted}"

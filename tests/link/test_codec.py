@@ -8,17 +8,23 @@ import time
 import tracemalloc
 import typing
 import zlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import msgpack
 import pytest
 from hypothesis import given, settings
 
-from asyncrl.errors import FrameError
+from asyncrl.errors import FrameError, ProtocolError
 from asyncrl.link import codec
-from asyncrl.link.body_limits import BASE_OBJECTS, MAX_DEPTH, check_skeleton
+from asyncrl.link.body_limits import BASE_OBJECTS, MAX_DEPTH, check_body
+from asyncrl.link.field_checks import from_plain, to_plain
 from asyncrl.link.messages import (
+    Abandon,
     Ack,
+    ActiveLease,
     Batch,
     Beat,
     GroupResult,
@@ -27,8 +33,11 @@ from asyncrl.link.messages import (
     LeaseGrant,
     StepDone,
     SyncReply,
+    WireRollout,
     message_types,
 )
+from asyncrl.link.wire_types import KEY, MAY_BE_NAN, PayloadValue
+from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
 MAX_BYTES = 64 * 2**20
 TYPES = sorted(message_types().values(), key=lambda cls: cls.wire_code)
@@ -39,25 +48,40 @@ def values(hint) -> st.SearchStrategy:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is list:
         return st.lists(values(args[0]), max_size=3)
+    if origin is tuple and args[-1] is Ellipsis:
+        return st.lists(values(args[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values, args))
     if origin is dict:
         return st.dictionaries(st.text(max_size=5), values(args[1]), max_size=3)
+    if origin is typing.Annotated:
+        return values(float) if args[1] == MAY_BE_NAN else payload_values
     if args:  # optional
         return st.none() | values(args[0])
-    simple = {
-        int: st.integers(-(2**63), 2**64 - 1),
-        float: st.floats(allow_nan=False, allow_infinity=False),
-        bool: st.booleans(),
-        str: st.text(max_size=20),
-        bytes: st.binary(max_size=50),
-    }
-    return simple[hint] if hint in simple else st.recursive(st.one_of(*simple.values()), st.lists, max_leaves=4)
+    if issubclass(hint, StrEnum):
+        return st.sampled_from(list(hint))
+    return SIMPLE[hint] if hint in SIMPLE else records(hint)
 
 
-messages = st.sampled_from(TYPES).flatmap(
-    lambda cls: st.builds(
-        cls, **{name: values(h) for name, h in typing.get_type_hints(cls).items() if name != "wire_code"}
-    )
+def records(cls) -> st.SearchStrategy:
+    """Any message, or record inside one."""
+    hints = typing.get_type_hints(cls, localns={"PayloadValue": PayloadValue}, include_extras=True)
+    return st.builds(cls, **{name: values(hint) for name, hint in hints.items() if name != "wire_code"})
+
+
+SIMPLE = {
+    int: st.integers(-(2**63), 2**64 - 1),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    bool: st.booleans(),
+    str: st.text(max_size=20),
+    bytes: st.binary(max_size=50),
+}
+payload_values = st.recursive(
+    st.none() | st.one_of(*SIMPLE.values()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
 )
+messages = st.sampled_from(TYPES).flatmap(records)
 
 
 def frame_of(body: bytes, code: int = Ack.wire_code, **changes) -> bytes:
@@ -162,7 +186,7 @@ def test_a_frame_over_the_limit_is_refused_before_it_is_read():
     with pytest.raises(FrameError, match="must be 32 to 100"):
         decode(bytes(1000), max_bytes=100)
     with pytest.raises(FrameError, match=r"LeaseFailed of \d+ bytes is over the limit of 100: raise transport"):
-        codec.encode(LeaseFailed(1, 1, "train", 1, 0, "engine", "x" * 100), max_bytes=100)
+        codec.encode(LeaseFailed(1, 1, LeaseKind.TRAIN, 1, 0, "engine", "x" * 100), max_bytes=100)
 
 
 def test_a_message_that_this_peer_may_not_send_is_refused():
@@ -200,7 +224,7 @@ def grant(**changes) -> LeaseGrant:
 
 
 GRANT = {
-    "kind": "train",
+    "kind": LeaseKind.TRAIN,
     "deadline_s": 1.0,
     "prompt": b"",
     "payload": {},
@@ -229,17 +253,117 @@ def test_missing_trailing_fields_take_their_defaults():
 
 
 def test_the_sender_is_told_of_a_wrong_field_too():
-    with pytest.raises(FrameError, match=r"GroupResult.rollouts\[0\] is 'x', must be a map"):
-        codec.encode(GroupResult(1, 1, "train", 1, 0, b"", ["x"]), max_bytes=MAX_BYTES)
-    with pytest.raises(FrameError, match="LeaseGrant: cannot be encoded: can not serialize 'object'"):
-        codec.encode(grant(payload={"a": object()}), max_bytes=MAX_BYTES)
+    with pytest.raises(FrameError, match=r"GroupResult.rollouts\[0\] is 'x', must be a WireRollout"):
+        codec.encode(GroupResult(1, 1, LeaseKind.TRAIN, 1, 0, b"", ["x"]), max_bytes=MAX_BYTES)
+    with pytest.raises(FrameError, match=r"LeaseGrant.payload\['a'\]\[1\] is <object .*, must be a string, number,"):
+        codec.encode(grant(payload={"a": [1, object()]}), max_bytes=MAX_BYTES)
+    with pytest.raises(FrameError, match="LeaseGrant: cannot be encoded: Integer value out of range"):
+        codec.encode(grant(payload={"a": 2**64}), max_bytes=MAX_BYTES)
 
 
 def test_a_batch_carries_result_bodies_untouched():
-    result = GroupResult(1, 1, "train", 5, 0, b"1234", [{"tokens": b"5678"}])
+    result = GroupResult(1, 1, LeaseKind.TRAIN, 5, 0, b"1234", [ROLLOUT])
     body = codec.body_of(codec.encode(result, max_bytes=MAX_BYTES))
     batch = decode(codec.encode(Batch(3, 0, [body], b"", False, True), max_bytes=MAX_BYTES))
     assert codec.decode_body(GroupResult, batch.groups[0]) == result
+
+
+# -- records inside messages
+
+
+ROLLOUT = WireRollout(b"5678", b"abcd", b"", FinishReason.STOP, 0.5, {"exact": 0.5})
+ROLLOUT_MAP = {
+    "tokens": b"5678",
+    "logprobs": b"abcd",
+    "spans": b"",
+    "finish": "stop",
+    "reward": 0.5,
+    "parts": {"exact": 0.5},
+}
+
+
+class Place(NamedTuple):
+    name: str
+    offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Map:
+    """Every kind of annotation that no message uses on its own."""
+
+    epoch: int = field(metadata={KEY: "group_epoch"})
+    places: tuple[Place, ...]
+    ranges: tuple[tuple[int, int], ...]
+    scale: float | None = None
+
+
+MAP = {"group_epoch": 1, "places": [], "ranges": []}
+
+
+@pytest.mark.parametrize(
+    ("record", "plain"),
+    [
+        (LeaseKey(LeaseKind.EVAL, 3, 1), ["eval", 3, 1]),
+        (ActiveLease(LeaseKind.TRAIN, 3, 1, 7), ["train", 3, 1, 7]),
+        (ActiveLease(LeaseKind.TRAIN, 3, 1), ["train", 3, 1]),
+        (ROLLOUT, ROLLOUT_MAP),
+        (Map(1, (Place("a", 0), Place("b")), ((0, 2),)), MAP | {"places": [["a", 0], ["b"]], "ranges": [[0, 2]]}),
+        (Map(1, (), (), 0.5), MAP | {"scale": 0.5}),
+    ],
+)
+def test_a_record_is_an_array_or_a_map_and_leaves_out_what_is_none(record, plain):
+    assert to_plain(record) == plain
+    assert msgpack.packb(to_plain(record)) == msgpack.packb(plain)  # the order of a map's keys counts too
+    assert from_plain(type(record), msgpack.unpackb(msgpack.packb(plain))) == record
+
+
+@pytest.mark.parametrize(
+    ("cls", "plain", "says"),
+    [
+        (ActiveLease, ["train", 3], "ActiveLease is list of length 2, must be an array of kind, ordinal, attempt, iss"),
+        (ActiveLease, ["train", 3, 1, None], "ActiveLease.issued_version is None, must be an integer"),
+        (ActiveLease, ["weird", 3, 1], "ActiveLease.kind is 'weird', must be one of train, eval; both daemons must"),
+        (ActiveLease, {"kind": "train"}, "ActiveLease is dict of length 1, must be an array"),
+        (Map, [1, [], []], "Map is list of length 3, must be a map"),
+        (Map, {"group_epoch": 1, "places": []}, r"keys group_epoch, places, must be .* places, ranges, scale\?"),
+        (
+            Map,
+            {"epoch": 1, "places": [], "ranges": []},
+            "keys epoch, places, ranges, must be .* keys group_epoch, pl",
+        ),
+        (Map, MAP | {"x": 1}, "keys group_epoch, places, ranges, x, must be"),
+        (Map, MAP | {"scale": None}, "Map.scale is None, must be a number"),
+        (
+            Map,
+            MAP | {"places": [["a", "b"]]},
+            r"Map.places\[0\].offset is 'b', must be an int",
+        ),
+        (
+            Map,
+            MAP | {"ranges": [[1, 2, 3]]},
+            r"Map.ranges\[0\] is list .* must be a list of 2",
+        ),
+    ],
+)
+def test_a_wrong_record_is_refused_with_the_place_the_value_and_the_rule(cls, plain, says):
+    with pytest.raises(ProtocolError, match=says):
+        from_plain(cls, plain)
+
+
+@pytest.mark.parametrize("change", [{"reward": math.nan}, {"parts": {"exact": math.inf}}])
+def test_a_reward_that_is_not_finite_travels_for_its_group_to_be_refused_by_name(change):
+    rollout = from_plain(WireRollout, {**ROLLOUT_MAP, **change})
+    assert str(to_plain(rollout)) == str({**ROLLOUT_MAP, **change})
+
+
+def test_messages_with_records_have_the_bytes_they_always_had():
+    active = [ActiveLease(LeaseKind.TRAIN, 4, 1, 9), ActiveLease(LeaseKind.EVAL, 5, 0)]
+    beat = Beat(1, 8, active, 10, 2, 0, 0.5, 0.25, 100)
+    wire = [1, 8, [["train", 4, 1, 9], ["eval", 5, 0]], 10, 2, 0, 0.5, 0.25, 100, None, 0, True, 0]
+    assert codec.encode_body(beat) == msgpack.packb(wire)
+    assert codec.encode_body(Abandon(2, [LeaseKey(LeaseKind.EVAL, 5, 0)])) == msgpack.packb([2, [["eval", 5, 0]]])
+    result = GroupResult(3, 2, LeaseKind.TRAIN, 4, 1, b"1234", [ROLLOUT])
+    assert codec.encode_body(result) == msgpack.packb([3, 2, "train", 4, 1, b"1234", [ROLLOUT_MAP], None])
 
 
 # -- bombs
@@ -300,26 +424,26 @@ plain_values = st.recursive(
 
 @given(plain_values)
 @settings(max_examples=150, deadline=None)
-def test_the_skeleton_walk_reads_whatever_msgpack_writes(value):
+def test_the_walk_over_type_bytes_reads_whatever_msgpack_writes(value):
     body = msgpack.packb(value)
-    check_skeleton(body)
+    check_body(body)
     for wrong in (body[:-1], body + b"\x00"):
         with pytest.raises(ValueError):
-            check_skeleton(wrong)
+            check_body(wrong)
 
 
 @pytest.mark.parametrize("length", [0, 31, 32, 255, 256, 65_535, 65_536])
-def test_the_skeleton_walk_knows_every_width_of_length(length):
+def test_the_walk_over_type_bytes_knows_every_width_of_length(length):
     for value in (
         "x" * length,
         b"x" * length,
         [None] * min(length, 60_000),
         dict.fromkeys(map(str, range(length % 300))),
     ):
-        check_skeleton(msgpack.packb(value))
+        check_body(msgpack.packb(value))
 
 
 def test_depth_is_allowed_up_to_the_limit():
-    check_skeleton(b"\x91" * MAX_DEPTH + b"\xc0")
+    check_body(b"\x91" * MAX_DEPTH + b"\xc0")
     with pytest.raises(ValueError, match="at depth 16"):
-        check_skeleton(b"\x91" * (MAX_DEPTH + 1) + b"\xc0")
+        check_body(b"\x91" * (MAX_DEPTH + 1) + b"\xc0")

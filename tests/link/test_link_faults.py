@@ -201,6 +201,6 @@ def journalled(folder: Path) -> list[int]:
 def check_journal(folder: Path, source: Generator, put_so_far: int) -> None:
     found = journalled(folder)
     assert len(found) == len(set(found)), "accepted twice"
-    unacked = {lease[1] for lease in source.session.unacked_leases()}
+    unacked = {lease.ordinal for lease in source.session.unacked_leases()}
     lost = set(range(1, put_so_far + 1)) - unacked - set(found)
     assert not lost, f"acknowledged but not in the journal: {sorted(lost)}"

@@ -9,13 +9,12 @@ import msgpack
 import numpy as np
 import pytest
 
-from asyncrl.errors import ProtocolError
+from asyncrl.errors import FrameError, ProtocolError
 from asyncrl.link import codec
 from asyncrl.link.messages import GroupResult
 from asyncrl.link.rollouts import (
     grant_to_lease,
     group_to_result,
-    lease_key,
     lease_to_grant,
     result_to_group,
     validate_group,
@@ -136,44 +135,62 @@ def test_a_group_of_before_there_were_baselines_can_still_be_read():
     assert result_to_group(result).baseline_reward is None
 
 
-@pytest.mark.parametrize("key", [("weird", 1, 1), ("train", -1, 0), ("train", 0, -1)])
+@pytest.mark.parametrize("key", [(-1, 0), (0, -1)])
 def test_a_lease_key_that_cannot_be_is_refused(key):
-    assert lease_key("eval", 2, 1) == LeaseKey(LeaseKind.EVAL, 2, 1)
-    with pytest.raises(ProtocolError, match="kind must be one of"):
-        lease_key(*key)
+    result = dataclasses.replace(group_to_result(group(), 1, 1), ordinal=key[0], attempt=key[1])
+    with pytest.raises(ProtocolError, match="must not be negative"):
+        result_to_group(result)
 
 
 # -- what cannot be decoded
 
 
+def with_rollout_1(**changes) -> GroupResult:
+    result = group_to_result(group(), 1, 1)
+    wire = dataclasses.replace(result.rollouts[1], **changes)
+    return dataclasses.replace(result, rollouts=[result.rollouts[0], wire])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tokens": b"123"}, "multiple of 4"),
-        ({"logprobs": "text"}, "must be bytes"),
-        ({"spans": b"1234"}, "rows of 24"),
-        ({"spans": [0, 1, 2]}, "rows of 24"),
-        ({"finish": "bored"}, "must be one of"),
-        ({"finish": ["stop"]}, "must be one of"),
-        ({"reward": True}, "must be floats"),
-        ({"reward": 1}, "must be floats"),
-        ({"parts": {"exact": "1"}}, "must be floats"),
-        ({"parts": None}, "must be floats"),
-        ({"extra": 1}, "has fields"),
+        ({"tokens": b"123"}, "tokens of 3 bytes: .* multiple of 4"),
+        ({"logprobs": b"12345"}, "logprobs of 5 bytes: .* multiple of 4"),
+        ({"spans": b"1234"}, "spans of 4 bytes .* rows of 24"),
     ],
 )
-def test_a_rollout_of_the_wrong_shape_is_refused(change, says):
-    result = group_to_result(group(), 1, 1)
-    result.rollouts[1].update(change)
-    with pytest.raises(ProtocolError, match=f"group train 7 rollout 1.*{says}"):
-        result_to_group(result)
+def test_arrays_that_do_not_end_with_a_whole_number_are_refused(change, says):
+    with pytest.raises(ProtocolError, match=f"group train 7 rollout 1: {says}"):
+        result_to_group(with_rollout_1(**change))
 
 
-def test_a_rollout_without_a_field_is_refused():
-    result = group_to_result(group(), 1, 1)
-    del result.rollouts[0]["logprobs"]
-    with pytest.raises(ProtocolError, match="rollout 0 has fields"):
-        result_to_group(result)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"logprobs": "text"}, "logprobs is 'text', must be bytes"),
+        ({"spans": [0, 1, 2]}, "spans is list of length 3, must be bytes"),
+        ({"finish": "bored"}, "finish is 'bored', must be one of stop, length"),
+        ({"finish": ["stop"]}, "finish is list of length 1, must be a string"),
+        ({"reward": True}, "reward is True, must be a number"),
+        ({"parts": {"exact": "1"}}, r"parts\['exact'\] is '1', must be a number"),
+        ({"parts": None}, "parts is None, must be a map"),
+    ],
+)
+def test_a_rollout_with_a_wrong_field_is_refused_by_sender_and_receiver(change, says):
+    with pytest.raises(FrameError, match=rf"GroupResult.rollouts\[1\]\.{says}"):
+        codec.encode_body(with_rollout_1(**change))
+    fields = msgpack.unpackb(codec.encode_body(with_rollout_1()))
+    fields[6][1].update(change)
+    with pytest.raises(FrameError, match=rf"GroupResult.rollouts\[1\]\.{says}"):
+        codec.decode_body(GroupResult, msgpack.packb(fields))
+
+
+def test_a_rollout_with_other_fields_is_refused():
+    fields = msgpack.unpackb(codec.encode_body(with_rollout_1()))
+    for change in (lambda rollout: rollout.pop("logprobs"), lambda rollout: rollout.update(extra=1)):
+        change(fields[6][0])
+        with pytest.raises(FrameError, match=r"rollouts\[0\] is a map with the keys tokens, .* must be a map with"):
+            codec.decode_body(GroupResult, msgpack.packb(fields))
 
 
 # -- what must not be trained on

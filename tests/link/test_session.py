@@ -11,6 +11,7 @@ from asyncrl.link import codec, limits
 from asyncrl.link.messages import (
     PROTOCOL_VERSION,
     Ack,
+    ActiveLease,
     Beat,
     Hello,
     LeaseFailed,
@@ -22,6 +23,7 @@ from asyncrl.link.messages import (
     Welcome,
 )
 from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Liveness, Offer
+from asyncrl.types import LeaseKind
 
 MAX_BYTES = 1 << 20
 EXPECTED = Expected("model-1", "tokenizer-1", "tasks:Task")
@@ -60,11 +62,11 @@ def generator(now=0.0, outbox_bytes=10_000, **changes) -> GeneratorSession:
 
 
 def failed(detail=""):
-    return lambda seq, run_epoch: LeaseFailed(seq, run_epoch, "train", seq, 0, "engine", detail)
+    return lambda seq, run_epoch: LeaseFailed(seq, run_epoch, LeaseKind.TRAIN, seq, 0, "engine", detail)
 
 
 def beat(active=(), tokens=0) -> Beat:
-    return Beat(1, 1, [list(key) for key in active], tokens, 0, 0, 0.0, 0.0, 0)
+    return Beat(1, 1, [ActiveLease(*key) for key in active], tokens, 0, 0, 0.0, 0.0, 0)
 
 
 def sent(session: GeneratorSession, now: float) -> list[Message]:
@@ -161,7 +163,7 @@ def test_single_acks_beyond_the_watermark_free_their_results():
     for _ in range(3):
         session.put(failed(), 0.0)
     session.receive(Ack(1, 0, [2], 10_000), 0.0)
-    assert [lease[1] for lease in session.unacked_leases()] == [1, 3]
+    assert [lease.ordinal for lease in session.unacked_leases()] == [1, 3]
     assert [message.seq for message in sent(session, 0.0)] == [1, 3]
 
 
@@ -397,7 +399,7 @@ def test_beats_without_progress_end_in_dead_unless_there_is_nothing_to_do():
     busy = sessions.hello(b"p", hello(), version=0, now=0.0).session
     idle = sessions.hello(b"q", hello(generator_id="h"), version=0, now=0.0).session
     for now in range(1, 130):
-        sessions.of(b"p", now).on_beat(beat(active=[("train", 1, 0)], tokens=min(now, 5)), now)
+        sessions.of(b"p", now).on_beat(beat(active=[(LeaseKind.TRAIN, 1, 0)], tokens=min(now, 5)), now)
         sessions.of(b"q", now).on_beat(beat(), now)
         sessions.tick(now)
         assert (busy.liveness is Liveness.DEAD) == (now >= 5 + limits.NO_PROGRESS_S)
