@@ -124,7 +124,8 @@ class EngineUnderTest:
 
     async def open_group(self, version: int, timeout_s: float = 20.0) -> Any:
         """A weight channel with the learner's end in this process and the engine's workers as its other members."""
-        from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
+        from asyncrl.link.weight_records import ChannelSpec
+        from asyncrl.weights.channels.channel import WeightChannel
 
         spec = ChannelSpec("127.0.0.1", 0, f"test/{version}", 0, 1 + self.num_workers, "gloo", timeout_s)
         group = WeightChannel.host(spec)

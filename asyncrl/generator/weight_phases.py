@@ -132,9 +132,6 @@ class WeightSync:
         self._task.add_done_callback(_report_crash)
 
     async def _stage(self, offer: SyncOffer) -> None:
-        # Not at the top: it brings torch, which the daemon must not wait for before it says hello.
-        from asyncrl.weights.channels.channel import ChannelSpec, WeightManifest
-
         if offer is not self._wanted:
             return
         # One for joining and staging, as the learner's: an error that comes later is heard by nobody.
@@ -143,11 +140,11 @@ class WeightSync:
         try:
             self._staging = asyncio.current_task()
             joined, self._group = self._group, None
-            spec = ChannelSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
+            spec = offer.channel.spec(offer.timeout_s)
             if spec.prefix != joined:
                 await self._engine.leave_channel()
                 await self._engine.join_channel(spec, deadline - loop.time())
-            report = await self._engine.stage_weights(WeightManifest.from_dict(offer.manifest), deadline - loop.time())
+            report = await self._engine.stage_weights(offer.manifest, deadline - loop.time())
         except (AsyncRLError, TimeoutError) as error:
             self._reply(offer, "stage", error=_text(error))
             return

@@ -156,7 +156,7 @@ def _converted(plan: RecordPlan, field: PlannedField, convert: Convert, value: A
     try:
         return convert(value)
     except Mismatch as bad:
-        raise FrameError(f"{plan.name}.{field.name}{bad.where} is {bad.got}, must be {bad.rule}") from None
+        raise FrameError(f"{plan.name}.{field.name}{bad.where} {bad.says}") from None
 
 
 @functools.cache

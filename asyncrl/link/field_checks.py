@@ -36,11 +36,12 @@ R = TypeVar("R")
 
 
 class Mismatch(Exception):
-    """A value breaks `rule` at `where` inside a field; `got` is the value in words."""
+    """What is wrong with a value, in words that follow its name; `where` is its place inside the field."""
 
-    def __init__(self, rule: str, got: str) -> None:
-        super().__init__(rule)
-        self.rule, self.got, self.where = rule, got, ""
+    def __init__(self, says: str) -> None:
+        super().__init__(says)
+        self.says = says
+        self.where = ""
 
 
 Convert = Callable[[Any], Any]  # checks a value and returns it in its other form, or raises Mismatch
@@ -106,9 +107,7 @@ def _whole(cls: type[Any], convert: Convert, value: Any) -> Any:
     try:
         return convert(value)
     except Mismatch as bad:
-        raise ProtocolError(
-            f"{cls.__name__}{bad.where} is {bad.got}, must be {bad.rule}; both daemons must run one version"
-        ) from None
+        raise ProtocolError(f"{cls.__name__}{bad.where} {bad.says}; both daemons must run one version") from None
 
 
 def shown(value: Any) -> str:
@@ -205,10 +204,14 @@ def _nested_field(cls: Any, name: str, key: str, left_out: bool) -> PlannedField
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
+def _must_be(rule: str, got: str) -> Mismatch:
+    return Mismatch(f"is {got}, must be {rule}")
+
+
 def _int(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise Mismatch("an integer", shown(value))
+    raise _must_be("an integer", shown(value))
 
 
 def _number(value: Any) -> float:
@@ -216,32 +219,32 @@ def _number(value: Any) -> float:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value)  # msgpack integers have 64 bits at most: no overflow
-    raise Mismatch("a number", shown(value))
+    raise _must_be("a number", shown(value))
 
 
 def _finite(value: Any) -> float:
     number = _number(value)
     if math.isfinite(number):
         return number
-    raise Mismatch("a finite number", shown(value))
+    raise _must_be("a finite number", shown(value))
 
 
 def _bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    raise Mismatch("true or false", shown(value))
+    raise _must_be("true or false", shown(value))
 
 
 def _str(value: Any) -> str:
     if isinstance(value, str):
         return value
-    raise Mismatch("a string", shown(value))
+    raise _must_be("a string", shown(value))
 
 
 def _bytes(value: Any) -> bytes | memoryview:
     if isinstance(value, (bytes, memoryview)):
         return value
-    raise Mismatch("bytes", shown(value))
+    raise _must_be("bytes", shown(value))
 
 
 def _plain(value: Any) -> Any:
@@ -251,7 +254,7 @@ def _plain(value: Any) -> Any:
         return _dict(_plain, value)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
-    raise Mismatch("a string, number, boolean, bytes, None, or a list or dict of these", shown(value))
+    raise _must_be("a string, number, boolean, bytes, None, or a list or dict of these", shown(value))
 
 
 _SCALARS: dict[type[Any], Convert] = {int: _int, float: _finite, bool: _bool, str: _str, bytes: _bytes}
@@ -262,7 +265,7 @@ def _member(cls: type[enum.StrEnum], value: Any) -> enum.StrEnum:
     try:
         return cls(_str(value))
     except ValueError:
-        raise Mismatch(f"one of {', '.join(cls)}", shown(value)) from None
+        raise _must_be(f"one of {', '.join(cls)}", shown(value)) from None
 
 
 def _value_of(cls: type[enum.StrEnum], member: Any) -> str:
@@ -276,23 +279,23 @@ def _optional(convert: Convert, value: Any) -> Any:
 
 def _array(convert: Convert, given: type[Any], wanted: type[Any], value: Any) -> Any:
     if not isinstance(value, given):
-        raise Mismatch(f"a {given.__name__}", shown(value))
+        raise _must_be(f"a {given.__name__}", shown(value))
     items = _each(convert, enumerate(value), [None] * len(value))
     return items if wanted is list else wanted(items)
 
 
 def _fixed(converts: list[Convert], given: type[Any], wanted: type[Any], value: Any) -> Any:
     if not isinstance(value, given) or len(value) != len(converts):
-        raise Mismatch(f"a {given.__name__} of {len(converts)}", shown(value))
+        raise _must_be(f"a {given.__name__} of {len(converts)}", shown(value))
     return wanted(_at(f"[{place}]", convert, value[place]) for place, convert in enumerate(converts))
 
 
 def _dict(convert: Convert, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Mismatch("a map", shown(value))
+        raise _must_be("a map", shown(value))
     for name in value:
         if not isinstance(name, str):
-            raise Mismatch("a map with string keys", shown(name))
+            raise _must_be("a map with string keys", shown(name))
     checked: dict[str, Any] = _each(convert, value.items(), {})
     return checked
 
@@ -320,22 +323,22 @@ def _at(where: str, convert: Convert, value: Any) -> Any:
 
 def _record_to_array(plan: RecordPlan, record: Any) -> list[Any]:
     if not isinstance(record, plan.cls):
-        raise Mismatch(f"a {plan.name}", shown(record))
+        raise _must_be(f"a {plan.name}", shown(record))
     fields = plan.fields[: plan.required] if record[-1] is None else plan.fields
     return [_at(f".{field.name}", field.form.to_wire, getattr(record, field.name)) for field in fields]
 
 
 def _array_to_record(plan: RecordPlan, value: Any) -> Any:
     if not isinstance(value, list) or not plan.required <= len(value) <= len(plan.fields):
-        raise Mismatch(f"an array of {', '.join(field.name for field in plan.fields)}", shown(value))
+        raise _must_be(f"an array of {', '.join(field.name for field in plan.fields)}", shown(value))
     # strict=False: the last field may be left out.
     pairs = zip(plan.fields, value, strict=False)
-    return plan.cls(*[_at(f".{field.name}", field.form.from_wire, item) for field, item in pairs])
+    return _built(plan.cls, [_at(f".{field.name}", field.form.from_wire, item) for field, item in pairs], {})
 
 
 def _record_to_map(plan: RecordPlan, record: Any) -> dict[str, Any]:
     if not isinstance(record, plan.cls):
-        raise Mismatch(f"a {plan.name}", shown(record))
+        raise _must_be(f"a {plan.name}", shown(record))
     return {
         field.key: _at(f".{field.name}", field.form.to_wire, value)
         for field in plan.fields
@@ -345,7 +348,7 @@ def _record_to_map(plan: RecordPlan, record: Any) -> dict[str, Any]:
 
 def _map_to_record(plan: RecordPlan, value: Any) -> Any:
     if not isinstance(value, dict):
-        raise Mismatch("a map", shown(value))
+        raise _must_be("a map", shown(value))
     values = {
         field.name: _at(f".{field.name}", field.form.from_wire, value[field.key])
         for field in plan.fields
@@ -354,5 +357,13 @@ def _map_to_record(plan: RecordPlan, value: Any) -> Any:
     absent = [field.key for field in plan.fields if field.key not in value and not field.left_out]
     if absent or len(values) < len(value):
         keys = f"{', '.join(field.key + ('?' if field.left_out else '') for field in plan.fields)}"
-        raise Mismatch(f"a map with the keys {keys}", f"a map with the keys {', '.join(map(str, value)):.200}")
-    return plan.cls(**values)
+        raise _must_be(f"a map with the keys {keys}", f"a map with the keys {', '.join(map(str, value)):.200}")
+    return _built(plan.cls, [], values)
+
+
+def _built(cls: type[Any], args: list[Any], named: dict[str, Any]) -> Any:
+    """The record; its constructor checks what the types leave open."""
+    try:
+        return cls(*args, **named)
+    except ProtocolError as error:
+        raise Mismatch(f"is wrong: {error}") from None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, TypeVar, dataclass_transform
 
+from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, WeightManifest
 from asyncrl.link.wire_types import AnyFloat, Payload
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
@@ -260,8 +261,8 @@ class SyncOffer(Message):
     run_epoch: int
     version: int
     attempt: int
-    group: Payload  # weights.channels.channel.ChannelSpec for this generator's first worker
-    manifest: Payload  # weights.channels.channel.WeightManifest
+    channel: ChannelPlace
+    manifest: WeightManifest
     timeout_s: float
 
 
@@ -349,11 +350,11 @@ class SnapshotReady(Message):
     """The publisher holds a snapshot of `version`, ready to broadcast."""
 
     version: int
-    manifest: Payload
+    manifest: WeightManifest
     canary: list[bytes]  # int32 token ids
     canary_logprobs: list[bytes]  # float32, the learner's own
     snapshot_ms: float
-    delta: Payload | None = None  # weights.bytes.layout.DeltaInfo: what can be sent instead of everything
+    delta: DeltaInfo | None = None  # what can be sent instead of everything
 
 
 @message(44)

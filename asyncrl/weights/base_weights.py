@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from asyncrl.errors import ModelError, ProtocolError
 from asyncrl.host.model_folder import find_model
-from asyncrl.weights.bytes.layout import WeightManifest, digest
-from asyncrl.weights.bytes.patch import LORA_A, LORA_B, WEIGHT, Patch, fold_adapter
+from asyncrl.link.weight_records import Patch, WeightManifest
+from asyncrl.weights.bytes.layout import digest
+from asyncrl.weights.bytes.patch import LORA_A, LORA_B, WEIGHT, fold_adapter
 
 log = logging.getLogger("vllm.asyncrl")
 

@@ -40,9 +40,10 @@ from asyncrl.link.messages import (
     SnapshotWanted,
 )
 from asyncrl.link.trainer_link import TrainerLink
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncrl.weights.bytes.delta import Delta, delta_pays, encode_delta
-from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
 from asyncrl.weights.sender import ChannelSender, Sent
 
 log = logging.getLogger(__name__)
@@ -143,9 +144,9 @@ class Publisher(threading.Thread):
         logprobs = self._score([tokens.tolist() for tokens in self._canary], slot.buffer)
         self._encode()
         canary = [tokens.tobytes() for tokens in self._canary]
-        delta = None if slot.delta is None else slot.delta.info.to_dict()
+        delta = None if slot.delta is None else slot.delta.info
         rows = [row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs]
-        self._last_offer = SnapshotReady(slot.version, manifest.to_dict(), canary, rows, slot.snapshot_ms, delta)
+        self._last_offer = SnapshotReady(slot.version, manifest, canary, rows, slot.snapshot_ms, delta)
         link.send(self._last_offer)
 
     def _offer_again(self, link: TrainerLink) -> None:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 import torch
 
 from asyncrl.errors import ChannelError
+from asyncrl.link.weight_records import WeightLayout, WeightManifest
 from asyncrl.weights.bytes.delta import apply_delta
-from asyncrl.weights.channels.channel import WeightChannel, WeightLayout, WeightManifest, digest
+from asyncrl.weights.bytes.layout import new_buffer
+from asyncrl.weights.channels.channel import WeightChannel, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def receive(
             apply_delta(layout, buffer, delta, payload)
     else:
         reused = held is not None and held.buffer.numel() == layout.total_bytes
-        buffer = held.buffer if reused else layout.new_buffer(device)
+        buffer = held.buffer if reused else new_buffer(layout, device)
         with _timed(timings_ms, "receive_ms"):
             parts = [buffer[start:stop] for start, stop in layout.buckets]
             group.broadcast(parts, deadline - time.monotonic(), on_received)

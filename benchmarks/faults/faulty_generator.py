@@ -150,11 +150,11 @@ class FaultyWeightSync(WeightSync):
         if order.fault == "drop":
             self.saboteur.carried_out(order, offer.version, "the offer is lost")
             return None
-        digests = list(offer.manifest["digests"])
-        digests = [digests[0] ^ 1, *digests[1:]] if order.fault == "corrupt" else [digest ^ 1 for digest in digests]
+        first, *rest = offer.manifest.digests
+        digests = (first ^ 1, *rest) if order.fault == "corrupt" else tuple(digest ^ 1 for digest in (first, *rest))
         changed = "a byte of the manifest's digests" if order.fault == "corrupt" else "all digests of the manifest"
         self.saboteur.carried_out(order, offer.version, f"{changed} changed on the way")
-        return dataclasses.replace(offer, manifest={**offer.manifest, "digests": digests})
+        return dataclasses.replace(offer, manifest=dataclasses.replace(offer.manifest, digests=digests))
 
     def _committed(self, commit: SyncCommit) -> SyncCommit | None:
         self.saboteur.signal("COMMIT", commit.version)

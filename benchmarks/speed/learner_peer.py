@@ -33,9 +33,9 @@ from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import lease_to_grant, result_to_group, validate_group
 from asyncrl.link.session import DeskSession, Offer
 from asyncrl.link.sockets import ServerSocket, SocketPoller
+from asyncrl.link.weight_records import ChannelPlace
 from asyncrl.storage.journal import DURABLE_AFTER_S
 from asyncrl.types import TOKEN_DTYPE, Lease, LeaseKey, LeaseKind
-from asyncrl.weights.channels.rendezvous import ChannelSpec
 from asyncrl.weights.plan.round import canary_differences
 
 _M = TypeVar("_M", bound=Message)
@@ -140,16 +140,15 @@ class Peer:
         started = time.perf_counter()
         ready = self._from_publisher(messages.SnapshotReady)
         offered = time.perf_counter()
-        group = self._group()
-        offer = messages.SyncOffer(RUN_EPOCH, self.version, 0, group, ready.manifest, timeout_s)
+        offer = messages.SyncOffer(RUN_EPOCH, self.version, 0, self._place(), ready.manifest, timeout_s)
         self._send(session, offer)
         self._to_publisher(messages.Broadcast(self.version, 0, GROUP_EPOCH, timeout_s))
         staged = self._sync_reply("stage")
         staged_ms = (time.perf_counter() - offered) * 1e3
         done = self._from_publisher(messages.BroadcastDone)
         self._to_publisher(messages.SnapshotWanted(ready.version))
-        if done.error or staged.digests != [list(ready.manifest["digests"])]:
-            raise AsyncRLError(f"staged digests {staged.digests} are not {ready.manifest['digests']} {done.error}")
+        if done.error or staged.digests != [list(ready.manifest.digests)]:
+            raise AsyncRLError(f"staged digests {staged.digests} are not {ready.manifest.digests} {done.error}")
         self._send(session, messages.SyncSwap(RUN_EPOCH, self.version, 0, ready.canary, timeout_s))
         swapped = self._sync_reply("swap")
         diff, _ = canary_differences(ready.canary_logprobs, swapped.canary_logprobs)
@@ -302,7 +301,7 @@ class Peer:
         assert self.publisher is not None
         self.socket.send(self.publisher, encode(message, max_bytes=self.socket.max_frame_bytes))
 
-    def _group(self) -> dict[str, Any]:
+    def _place(self) -> ChannelPlace:
         """The generator's place in the weight channel, which is opened when it is needed first."""
         if self.weights.place is None:
             timeout_s = self.config.weights.timeout_s
@@ -310,8 +309,7 @@ class Peer:
             ready = self._from_publisher(messages.ChannelReady)
             if ready.error:
                 raise AsyncRLError(ready.error)
-            spec = ChannelSpec(ready.host, ready.port, "benchmark/1", 1, 2, ready.backend, timeout_s)
-            self.weights.place = {"group_epoch": GROUP_EPOCH, **spec.to_dict()}
+            self.weights.place = ChannelPlace(GROUP_EPOCH, ready.host, ready.port, "benchmark/1", 1, 2, ready.backend)
         return self.weights.place
 
     def _until(self, condition: Callable[[], Any], timeout_s: float, what: str, *, poll_s: float = POLL_S) -> None:
@@ -362,7 +360,7 @@ class Versions:
         canary = policy.sample_sequences(CANARY_SEQUENCES, CANARY_LENGTH, 0)
         self.publisher = Publisher(address, buffer, canary, SnapshotScorer(policy), host="127.0.0.1", backend="gloo")
         self.publisher.start()
-        self.place: dict[str, Any] | None = None  # of the generator in the weight channel
+        self.place: ChannelPlace | None = None  # of the generator in the weight channel
         self.noise = torch.Generator().manual_seed(0)
 
     def change(self) -> None:

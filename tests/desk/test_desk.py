@@ -18,6 +18,7 @@ from asyncrl.link import messages
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import LAST_WORDS
 from tests.desk.desk_parts import MEBIBYTE, VOCAB, MetricsLog, hello, make_parts, small_config
+from tests.weights.manifests import manifest_of
 
 STEPS = 5
 LEASE_TIMEOUT_S = 60.0
@@ -161,7 +162,7 @@ def test_the_last_evaluation_is_waited_for_with_a_deadline_and_the_wait_is_said(
 
 
 def test_a_snapshot_of_a_trainer_that_died_is_not_offered(world):
-    ready = messages.SnapshotReady(1, {"digests": [1]}, [], [], 1.0)
+    ready = messages.SnapshotReady(1, manifest_of(1, [1]), [], [], 1.0)
     world.desk._from_trainer(b"publisher", ready, b"", 0.0)
     assert world.desk.versions.planner.snapshot is None
     world.asks_from(1)

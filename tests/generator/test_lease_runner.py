@@ -12,6 +12,7 @@ from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.lease_runner import LeaseFailure, LeaseRunner
 from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link.messages import FAILURE_REASONS, SyncAbort, SyncCommit, SyncOffer, SyncSwap
+from asyncrl.link.weight_records import ChannelPlace
 from asyncrl.rewards.pool import RewardOutcome
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
 from asyncrl.weights.channels.channel import SnapshotBuffer
@@ -137,20 +138,17 @@ def test_tokens_of_a_version_that_was_never_proven_are_lost_work():
 
 def test_a_group_that_waits_for_rewards_while_its_version_is_found_wrong_and_comes_again_is_lost_work():
     """Through the real weight sync: the second load of version 0 is proven, and the group is of the first."""
-    spec = {"store_host": "127.0.0.1", "store_port": 1, "rank": 1, "world_size": 2, "backend": "gloo"}
     buffer = SnapshotBuffer([("weight", torch.nn.Parameter(torch.ones(4)))], bucket_bytes=1024)
     buffer.snapshot()
-    manifest = buffer.manifest(0).to_dict()
+    manifest = buffer.manifest(0)
 
     async def scenario():
         engine, replies = FakeEngine(), []
         sync = WeightSync(engine, replies.append)
 
         async def load(epoch):
-            for message in (
-                SyncOffer(1, 0, epoch, {**spec, "group_epoch": epoch, "prefix": f"run/1/{epoch}"}, manifest, 5.0),
-                SyncSwap(1, 0, epoch, [], 5.0),
-            ):
+            place = ChannelPlace(epoch, "127.0.0.1", 1, f"run/1/{epoch}", rank=1, world_size=2, backend="gloo")
+            for message in (SyncOffer(1, 0, epoch, place, manifest, 5.0), SyncSwap(1, 0, epoch, [], 5.0)):
                 replies.clear()
                 sync.handle(message)
                 while not replies:

@@ -13,6 +13,7 @@ import torch
 from asyncrl.errors import ChannelError, EngineError
 from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncSwap
+from asyncrl.link.weight_records import ChannelPlace
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncrl.weights.channels.channel import SnapshotBuffer
 from tests.generator.fake_engine import FakeEngine, dead
@@ -23,20 +24,12 @@ TIMEOUT_S = 5.0
 def manifest(version):
     buffer = SnapshotBuffer([("weight", torch.nn.Parameter(torch.ones(4)))], bucket_bytes=1024)
     buffer.snapshot()
-    return buffer.manifest(version).to_dict()
+    return buffer.manifest(version)
 
 
 def offer(version, epoch=1, attempt=0, run_epoch=1):
-    group = {
-        "group_epoch": epoch,
-        "store_host": "127.0.0.1",
-        "store_port": 1,
-        "prefix": f"run/{run_epoch}/{epoch}",
-        "rank": 1,
-        "world_size": 2,
-        "backend": "gloo",
-    }
-    return SyncOffer(run_epoch, version, attempt, group, manifest(version), TIMEOUT_S)
+    channel = ChannelPlace(epoch, "127.0.0.1", 1, f"run/{run_epoch}/{epoch}", rank=1, world_size=2, backend="gloo")
+    return SyncOffer(run_epoch, version, attempt, channel, manifest(version), TIMEOUT_S)
 
 
 def swap(version, attempt=0):

@@ -23,6 +23,7 @@ from asyncrl.config import host_checks
 from asyncrl.config.loading import load_config
 from asyncrl.link import codec, messages
 from asyncrl.link.rollouts import group_to_result, result_to_group
+from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage import records, segment
 from asyncrl.storage.checkpoint_files import read_manifest
@@ -34,9 +35,6 @@ from asyncrl.trainer.engines.single import SingleCriticEngine, SinglePolicyEngin
 from asyncrl.trainer.engines.trainable import apply_update
 from asyncrl.trainer.step import StepRunner
 from asyncrl.types import FinishReason, Frontier, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
-from asyncrl.weights.bytes.layout import DeltaInfo, TensorEntry
-from asyncrl.weights.bytes.patch import Patch
-from asyncrl.weights.channels.channel import WeightLayout, WeightManifest
 from tests.golden.float64_model import fill, float64_qwen2, qwen2
 
 MAX_FRAME_BYTES = 2**20
@@ -378,17 +376,9 @@ def example_messages() -> list[Any]:
     """One message of each class, as a run would send it, with every field filled."""
     ids = np.arange(1, 5, dtype="<i4").tobytes()
     logprobs = np.array([-0.5, -1.5, -2.25], dtype="<f4").tobytes()
-    place = {
-        "group_epoch": 4,
-        "store_host": "10.0.0.1",
-        "store_port": 40123,
-        "prefix": "run/3/4",
-        "rank": 1,
-        "world_size": 3,
-        "backend": "gloo",
-    }
+    place = ChannelPlace(4, "10.0.0.1", 40123, "run/3/4", 1, 3, "gloo")
     delta = DeltaInfo(base_version=6, num_bytes=640, digest=-(2**62), piece_words=1 << 18)
-    manifest = _example_manifest(delta).to_dict()
+    manifest = _example_manifest(delta)
     result = group_to_result(example_group(11), seq=90, run_epoch=3)
     m, train, evaluate = messages, LeaseKind.TRAIN, LeaseKind.EVAL
     return [
@@ -418,7 +408,7 @@ def example_messages() -> list[Any]:
         m.TrainerHello(1, 2, 6, 4321),
         m.BatchRequest(1, 6),
         m.StepDone(7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, 0.25),
-        m.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta.to_dict()),
+        m.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta),
         m.ChannelReady(4, "10.0.0.1", 40123, "address in use", "nccl", 6),
         m.BroadcastDone(7, 2, 4, "a peer vanished", 42.5, 640, 3072, 1.75),
         m.CheckpointDone(7, "runs/quickstart/checkpoints/step_7", "disk full", 1.5),

@@ -36,6 +36,7 @@ from asyncrl.link.messages import (
     WireRollout,
     message_types,
 )
+from asyncrl.link.weight_records import DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
 from asyncrl.link.wire_types import KEY, MAY_BE_NAN, PayloadValue
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
@@ -65,6 +66,8 @@ def values(hint) -> st.SearchStrategy:
 
 def records(cls) -> st.SearchStrategy:
     """Any message, or record inside one."""
+    if cls in MADE_BY_RULE:
+        return MADE_BY_RULE[cls]
     hints = typing.get_type_hints(cls, localns={"PayloadValue": PayloadValue}, include_extras=True)
     return st.builds(cls, **{name: values(hint) for name, hint in hints.items() if name != "wire_code"})
 
@@ -81,6 +84,26 @@ payload_values = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=4,
 )
+layouts = st.lists(st.integers(1, 3), max_size=3).map(
+    lambda sizes: WeightLayout(
+        64 * sum(sizes),
+        tuple(TensorEntry(f"{i}", "bfloat16", (4, 8), 64 * sum(sizes[:i])) for i in range(len(sizes))),
+        tuple((64 * sum(sizes[:i]), 64 * sum(sizes[: i + 1])) for i in range(len(sizes))),
+    )
+)
+MADE_BY_RULE = {  # records whose fields must fit together
+    DeltaInfo: st.builds(DeltaInfo, SIMPLE[int], st.integers(0, 2**63), SIMPLE[int], st.integers(1, 2**63)),
+    WeightManifest: layouts.flatmap(
+        lambda layout: st.builds(
+            WeightManifest,
+            SIMPLE[int],
+            st.just(layout),
+            st.tuples(*[SIMPLE[int] for _ in layout.buckets]),
+            st.none() | st.deferred(lambda: records(Patch)),
+            st.none() | st.deferred(lambda: MADE_BY_RULE[DeltaInfo]),
+        )
+    ),
+}
 messages = st.sampled_from(TYPES).flatmap(records)
 
 

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save, save_file
 
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ProtocolError
+from asyncrl.link.field_checks import from_plain, to_plain
+from asyncrl.link.weight_records import WeightManifest
 from asyncrl.trainer.engines.lora import merged_state
 from asyncrl.trainer.engines.policy import load_policy
 from asyncrl.weights.base_weights import BaseWeights, complete_names
-from asyncrl.weights.bytes.layout import SnapshotBuffer, WeightManifest
+from asyncrl.weights.bytes.layout import SnapshotBuffer, tensor_views
 from asyncrl.weights.bytes.patch import fold_adapter
 from tests.tolerances import assert_near
 
@@ -47,8 +49,8 @@ def sent(policy, wire_dtype=None):
     source = policy.sync_source()
     buffer = SnapshotBuffer(source.named, 4096, wire_dtype, adapted=source.adapted, patch=source.patch)
     buffer.snapshot()
-    manifest = WeightManifest.from_dict(buffer.manifest(1).to_dict())
-    return manifest, list(manifest.layout.views(buffer.flat))
+    manifest = from_plain(WeightManifest, to_plain(buffer.manifest(1)))
+    return manifest, list(tensor_views(manifest.layout, buffer.flat))
 
 
 def completed(base, manifest, received):
@@ -181,8 +183,7 @@ def test_a_folder_of_several_files_is_read_as_one(folder, tied_model_dir):
 
 def change_layout(manifest, tensor_name, **changes):
     entries = tuple(
-        dataclasses.replace(entry, **changes) if entry.name == tensor_name else entry
-        for entry in manifest.layout.tensors
+        entry._replace(**changes) if entry.name == tensor_name else entry for entry in manifest.layout.tensors
     )
     return dataclasses.replace(manifest, layout=dataclasses.replace(manifest.layout, tensors=entries))
 

@@ -28,7 +28,7 @@ from asyncrl.link.messages import (
     SyncSwap,
 )
 from asyncrl.link.sockets import ServerSocket
-from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel, WeightManifest
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 from asyncrl.weights.publisher import Publisher
@@ -63,9 +63,9 @@ class Receiver:
             )
 
     def _stage(self, offer):
-        manifest = WeightManifest.from_dict(offer.manifest)
+        manifest = offer.manifest
         self.encodings.append("dense" if manifest.delta is None else "delta")
-        spec = ChannelSpec.from_dict({**offer.group, "timeout_s": offer.timeout_s})
+        spec = offer.channel.spec(offer.timeout_s)
         held, self.held, digests, error = self.held, None, [], ""
         try:
             if self._group is None or self._group.spec.prefix != spec.prefix:

@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.base_weights import BaseWeights
 from asyncrl.weights.bytes.delta import encode_delta
-from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
 
 TIMEOUT_S = 20.0
 

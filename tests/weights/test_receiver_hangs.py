@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from asyncrl.errors import ChannelError
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.base_weights import BaseWeights
-from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
 from tests.weights.channels.hanging_transport import hanging
 
 TIMEOUT_S = 1.0

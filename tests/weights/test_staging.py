@@ -11,8 +11,10 @@ import sys
 import pytest
 import torch
 
+from asyncrl.link.field_checks import to_plain
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.bytes.delta import encode_delta
-from asyncrl.weights.channels.channel import ChannelSpec, SnapshotBuffer, WeightChannel
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
 
 TIMEOUT_S = 20.0
 
@@ -20,8 +22,10 @@ WORKER = """
 import json, sys, torch
 from asyncrl.errors import AsyncRLError
 from asyncrl.weights.staging import receive
-from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec, WeightManifest
-group, held = WeightChannel(ChannelSpec.from_dict(json.loads(sys.argv[1]))), None
+from asyncrl.link.field_checks import from_plain
+from asyncrl.link.weight_records import ChannelSpec, WeightManifest
+from asyncrl.weights.channels.channel import WeightChannel
+group, held = WeightChannel(from_plain(ChannelSpec, json.loads(sys.argv[1]))), None
 group.join()
 print("joined", flush=True)
 for line in sys.stdin:
@@ -33,7 +37,7 @@ for line in sys.stdin:
     digests, error, before = [], "", held
     kept = None if held is None else held.buffer.clone()
     try:
-        held = receive(group, WeightManifest.from_dict(order["manifest"]), held, torch.device("cpu"), 20.0, digests)
+        held = receive(group, from_plain(WeightManifest, order["manifest"]), held, torch.device("cpu"), 20.0, digests)
     except AsyncRLError as failure:
         error = str(failure)
     answer = {"digests": digests, "error": error, "version": None if held is None else held.version}
@@ -57,7 +61,7 @@ class Bench:
         self.base = None
         spec = ChannelSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", TIMEOUT_S)
         self.group = WeightChannel.host(spec)
-        command = [sys.executable, "-c", WORKER, json.dumps(self.group.spec.for_rank(1).to_dict())]
+        command = [sys.executable, "-c", WORKER, json.dumps(to_plain(self.group.spec.for_rank(1)))]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -92,7 +96,7 @@ class Bench:
         if damage is not None:
             parts[part] = parts[part].clone()
             parts[part][damage] ^= 1
-        print(json.dumps({"manifest": manifest.to_dict(), "fault": fault}), file=self.worker.stdin, flush=True)
+        print(json.dumps({"manifest": to_plain(manifest), "fault": fault}), file=self.worker.stdin, flush=True)
         if broadcast:
             self.group.broadcast(parts, TIMEOUT_S)
         return manifest, json.loads(self.worker.stdout.readline())

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from asyncrl.link.weight_records import ChannelSpec, WeightManifest
 from asyncrl.types import FinishReason, VersionSpan
-
-if TYPE_CHECKING:
-    from asyncrl.weights.channels.channel import ChannelSpec, WeightManifest
 
 
 def nothing() -> None:

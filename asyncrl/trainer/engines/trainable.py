@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from asyncrl.config.schema import UpdateConfig
 from asyncrl.errors import ConfigError
+from asyncrl.link.weight_records import Patch
 from asyncrl.trainer.engines.lora import adapted_weights, inject_adapters, nearest_name, plain_name
 from asyncrl.weights.bytes.layout import digest
-from asyncrl.weights.bytes.patch import Patch, SyncSource
+from asyncrl.weights.bytes.patch import SyncSource
 
 
 def apply_update(model: PreTrainedModel, update: UpdateConfig, seed: int = 0) -> None:

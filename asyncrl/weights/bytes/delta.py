@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from asyncrl.errors import ChannelError, ProtocolError, ShapeError
-from asyncrl.weights.bytes.layout import DeltaInfo, WeightLayout, digest
+from asyncrl.link.weight_records import DeltaInfo, WeightLayout
+from asyncrl.weights.bytes.layout import digest
 
 MAX_SHARE = 0.5  # of the dense bytes; a delta that saves less is not worth the work at both ends
 # Words of one piece. On a CPU old and new words and what compares them stay in a core's cache; on a GPU each piece

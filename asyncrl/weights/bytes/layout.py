@@ -8,199 +8,38 @@ Needs torch only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import torch
 
-from asyncrl.errors import ProtocolError, ShapeError
+from asyncrl.errors import ShapeError
+from asyncrl.link.weight_records import ALIGNMENT, DTYPE_BYTES, Patch, TensorEntry, WeightLayout, WeightManifest
 from asyncrl.weights.bytes.memory import shared_buffer
-from asyncrl.weights.bytes.patch import AdaptedWeight, Patch
+from asyncrl.weights.bytes.patch import AdaptedWeight
 
-ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
-
-_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One named tensor in the flat buffer. Tied tensors are two entries with one offset and travel once."""
+def new_buffer(
+    layout: WeightLayout, device: torch.device | str = "cpu", pin_memory: bool = False, *, shared: bool = False
+) -> torch.Tensor:
+    """A zeroed uint8 staging buffer [total_bytes]: padding between tensors is part of the digests.
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # bytes
-
-    @property
-    def word_bytes(self) -> int:
-        """Size of one element."""
-        return _DTYPES[self.dtype].itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.word_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class WeightLayout:
-    """Where every tensor lies in the flat buffer, and the byte ranges [start, stop) it is sent in."""
-
-    total_bytes: int
-    tensors: tuple[TensorEntry, ...]
-    buckets: tuple[tuple[int, int], ...]
-
-    @property
-    def bucket_bytes(self) -> int:
-        """Size of the largest bucket: what one broadcast may carry."""
-        return max(stop - start for start, stop in self.buckets)
-
-    def new_buffer(
-        self, device: torch.device | str = "cpu", pin_memory: bool = False, *, shared: bool = False
-    ) -> torch.Tensor:
-        """A zeroed uint8 staging buffer [total_bytes]: padding between tensors is part of the digests.
-
-        `shared`: other processes of this machine can read it in place, see `weight_memory`.
-        """
-        if shared:
-            return shared_buffer(self.total_bytes, device)
-        return torch.zeros(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
-
-    def views(self, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) over `buffer` without a copy, in layout order."""
-        _check_buffer(self, buffer)
-        for entry in self.tensors:
-            raw = buffer[entry.offset : entry.offset + entry.num_bytes]
-            yield entry.name, raw.view(_DTYPES[entry.dtype]).view(entry.shape)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "total_bytes": self.total_bytes,
-            "tensors": [[t.name, t.dtype, list(t.shape), t.offset] for t in self.tensors],
-            "buckets": [list(bucket) for bucket in self.buckets],
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WeightLayout:
-        """Read what a peer sent.
-
-        Raises:
-            ProtocolError: a field is missing, a tensor lies outside the buffer, or the buckets do not cover
-            it.
-        """
-        try:
-            layout = cls(
-                total_bytes=int(data["total_bytes"]),
-                tensors=tuple(
-                    TensorEntry(str(name), str(dtype), tuple(int(n) for n in shape), int(offset))
-                    for name, dtype, shape, offset in data["tensors"]
-                ),
-                buckets=tuple((int(start), int(stop)) for start, stop in data["buckets"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"weight layout is malformed: {error!r}; both daemons must run one version") from error
-        layout._validate()
-        return layout
-
-    def _validate(self) -> None:
-        for entry in self.tensors:
-            if entry.dtype not in _DTYPES:
-                raise ProtocolError(f"tensor {entry.name}: dtype {entry.dtype!r} is not one of {sorted(_DTYPES)}")
-            if any(n < 0 for n in entry.shape) or entry.offset < 0 or entry.offset % ALIGNMENT:
-                raise ProtocolError(f"tensor {entry.name}: shape {entry.shape} at offset {entry.offset} is not valid")
-            if entry.offset + entry.num_bytes > self.total_bytes:
-                raise ProtocolError(
-                    f"tensor {entry.name} ends at byte {entry.offset + entry.num_bytes}, "
-                    f"the buffer has {self.total_bytes}"
-                )
-        position = 0
-        for start, stop in self.buckets:
-            if start != position or stop <= start:
-                raise ProtocolError(f"bucket [{start}, {stop}) does not continue at byte {position}")
-            position = stop
-        if position != self.total_bytes:
-            raise ProtocolError(f"buckets cover {position} of {self.total_bytes} bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaInfo:
-    """What a receiver must know of a delta before it comes: see `weight_delta`."""
-
-    base_version: int  # the policy version it starts from
-    num_bytes: int
-    digest: int  # of the delta's own bytes
-    piece_words: int
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain ints: fit for msgpack."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DeltaInfo:
-        """Read what a peer sent. Raises ProtocolError when a field is missing or impossible."""
-        try:
-            info = cls(**{entry.name: int(data[entry.name]) for entry in fields(cls)})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"weight delta is malformed: {error!r}; both daemons must run one version") from error
-        if info.num_bytes < 0 or info.piece_words < 1:
-            raise ProtocolError(f"weight delta of {info.num_bytes} bytes in pieces of {info.piece_words} is not valid")
-        return info
-
-
-@dataclass(frozen=True, slots=True)
-class WeightManifest:
-    """What a weight sync will deliver: policy `version`, its layout, and one digest per bucket.
-
-    Without a `patch` the layout holds the whole policy. With a `delta` the difference to another version travels
-    instead of the buckets; the digests are those of the buckets all the same, once it is applied.
+    `shared`: other processes of this machine can read it in place, see `weights.bytes.memory`.
     """
+    if shared:
+        return shared_buffer(layout.total_bytes, device)
+    return torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
 
-    version: int
-    layout: WeightLayout
-    digests: tuple[int, ...]
-    patch: Patch | None = None
-    delta: DeltaInfo | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain ints, strings and lists: fit for msgpack."""
-        data = {"version": self.version, "layout": self.layout.to_dict(), "digests": list(self.digests)}
-        for name in ("patch", "delta"):
-            part = getattr(self, name)
-            if part is not None:
-                data[name] = part.to_dict()
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WeightManifest:
-        """Read what a peer sent.
-
-        Raises:
-            ProtocolError: a field is missing or the digests do not match the buckets in number.
-        """
-        try:
-            version = int(data["version"])
-            layout = WeightLayout.from_dict(data["layout"])
-            digests = tuple(int(digest) for digest in data["digests"])
-            patch = Patch.from_dict(data["patch"]) if "patch" in data else None
-            delta = DeltaInfo.from_dict(data["delta"]) if "delta" in data else None
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"weight manifest is malformed: {error!r}") from error
-        if len(digests) != len(layout.buckets):
-            raise ProtocolError(f"weight manifest has {len(digests)} digests for {len(layout.buckets)} buckets")
-        return cls(version, layout, digests, patch, delta)
+def tensor_views(layout: WeightLayout, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) over `buffer` without a copy, in layout order."""
+    _check_buffer(layout, buffer)
+    for entry in layout.tensors:
+        raw = buffer[entry.offset : entry.offset + entry.num_bytes]
+        yield entry.name, raw.view(_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def plan_buckets(
@@ -248,7 +87,7 @@ def snapshot(
 
     Args:
         named: the same names in the same order as given to `plan_buckets`; fully gathered tensors.
-        buffer: uint8 [total_bytes], from `layout.new_buffer`.
+        buffer: uint8 [total_bytes], from `new_buffer`.
         adapted: names whose adapter is merged into the copy.
 
     Raises:
@@ -276,7 +115,7 @@ class _Copies:
         # A GPU at either end returns before its copies are done.
         self._gpu = next((one.device for one in (buffer, given[0][1]) if one.is_cuda), None)
         placed: set[int] = set()
-        for (name, tensor), (_, view), entry in zip(given, layout.views(buffer), layout.tensors, strict=True):
+        for (name, tensor), (_, view), entry in zip(given, tensor_views(layout, buffer), layout.tensors, strict=True):
             if tuple(tensor.shape) != entry.shape:
                 raise ShapeError(f"snapshot: {name} has shape {tuple(tensor.shape)}, the layout says {entry.shape}")
             if not entry.num_bytes or entry.offset in placed:
@@ -335,7 +174,7 @@ class SnapshotBuffer:
         return twin
 
     def _allocate(self, device: torch.device) -> None:
-        self.flat = self.layout.new_buffer(device, shared=self._shared)
+        self.flat = new_buffer(self.layout, device, shared=self._shared)
         self._copies = _Copies(self._named, self.layout, self.flat, self._adapted or {})
 
     def snapshot(self) -> None:
@@ -344,7 +183,7 @@ class SnapshotBuffer:
 
     def views(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the snapshot without a copy."""
-        return self.layout.views(self.flat)
+        return tensor_views(self.layout, self.flat)
 
     def manifest(self, version: int) -> WeightManifest:
         """What receivers compare with; reads the whole buffer."""

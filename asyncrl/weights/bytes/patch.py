@@ -9,48 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from asyncrl.errors import ProtocolError
+from asyncrl.link.weight_records import Patch
 
 WEIGHT, LORA_A, LORA_B = ".weight", ".lora_A.weight", ".lora_B.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """What completes the tensors of a manifest to a policy.
-
-    base: (name, digest) of the tensors of the initial model that do not travel; the digest is that of their values
-        in float32, in whatever dtype the folder stores them.
-    tied: (name, original) of tensors that are another one of the base under a second name.
-    scale: None, or: the manifest carries pairs `X.lora_A.weight` [rank, in] and `X.lora_B.weight` [out, rank], each
-        of which folds into the base tensor `X.weight` [out, in], see `fold_adapter`.
-    """
-
-    base: tuple[tuple[str, int], ...]
-    tied: tuple[tuple[str, str], ...] = ()
-    scale: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists: fit for msgpack."""
-        return {"base": [list(pair) for pair in self.base], "tied": [list(pair) for pair in self.tied]} | (
-            {} if self.scale is None else {"scale": self.scale}
-        )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Patch:
-        """Read what a peer sent. Raises ProtocolError when a field is missing or malformed."""
-        try:
-            scale = data.get("scale")
-            return cls(
-                base=tuple((str(name), int(digest)) for name, digest in data["base"]),
-                tied=tuple((str(name), str(original)) for name, original in data["tied"]),
-                scale=None if scale is None else float(scale),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"weight patch is malformed: {error!r}; both daemons must run one version") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from asyncrl.weights.channels.rendezvous import ChannelSpec
+from asyncrl.link.weight_records import ChannelSpec
 
 
 class Transport(Protocol):

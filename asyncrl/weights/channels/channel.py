@@ -13,10 +13,9 @@ from dataclasses import replace
 import torch
 
 from asyncrl.errors import ChannelError
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.bytes.layout import (
     SnapshotBuffer,
-    WeightLayout,
-    WeightManifest,
     digest,
     digest_buckets,
     plan_buckets,
@@ -25,14 +24,11 @@ from asyncrl.weights.bytes.layout import (
 from asyncrl.weights.channels.base import Transport
 from asyncrl.weights.channels.collectives import GlooTransport, NcclTransport
 from asyncrl.weights.channels.ipc import IpcTransport
-from asyncrl.weights.channels.rendezvous import CLOSE_TIMEOUT_S, SLACK_S, ChannelSpec, WeightStore, within
+from asyncrl.weights.channels.rendezvous import CLOSE_TIMEOUT_S, SLACK_S, WeightStore, within
 
 __all__ = [  # the weight plane's transport, under one name
     "SnapshotBuffer",
     "WeightChannel",
-    "ChannelSpec",
-    "WeightLayout",
-    "WeightManifest",
     "WeightStore",
     "digest",
     "digest_buckets",

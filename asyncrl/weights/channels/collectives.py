@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from asyncrl.errors import ChannelError
-from asyncrl.weights.channels.rendezvous import POLL_S, ChannelSpec, connect_store, local_address_towards
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.rendezvous import POLL_S, connect_store, local_address_towards
 
 NCCL_POLL_S = 0.001
 # What torch takes for the timeout of every NCCL work and of an abort. Our deadlines come first and know what to do; at

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from asyncrl.errors import ChannelError
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.bytes.memory import Opened, handle_of, place, shared_buffer, wait_written
-from asyncrl.weights.channels.rendezvous import ChannelSpec, connect_store
+from asyncrl.weights.channels.rendezvous import connect_store
 
 POLL_FIRST_S, POLL_MAX_S = 0.0001, 0.005  # between questions to the store; its own wait logs a warning at every expiry
 

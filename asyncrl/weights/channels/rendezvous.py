@@ -12,69 +12,20 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from asyncrl.errors import BindError, ChannelError, ProtocolError
+from asyncrl.errors import BindError, ChannelError
+from asyncrl.link.weight_records import ChannelSpec
 
 _T = TypeVar("_T")
 
 SLACK_S = 0.5  # how long an inner deadline has to name the fault before the outer one abandons the call
 POLL_S = 0.1  # how soon a wait notices an abort
 CLOSE_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelSpec:
-    """Where a group meets. Rank 0 is the learner; a generator's tensor-parallel workers take consecutive
-    ranks.
-
-    `prefix` names the group in the store and must never be used twice, also not after a failure.
-    `timeout_s` bounds the forming of the group.
-    """
-
-    store_host: str
-    store_port: int
-    prefix: str
-    rank: int
-    world_size: int
-    backend: str
-    timeout_s: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: fit for msgpack."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ChannelSpec:
-        """Read what a peer sent.
-
-        Raises:
-            ProtocolError: a field is missing or out of range.
-        """
-        try:
-            spec = cls(
-                store_host=str(data["store_host"]),
-                store_port=int(data["store_port"]),
-                prefix=str(data["prefix"]),
-                rank=int(data["rank"]),
-                world_size=int(data["world_size"]),
-                backend=str(data["backend"]),
-                timeout_s=float(data["timeout_s"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"weight channel spec is malformed: {error!r}") from error
-        if not 0 <= spec.rank < spec.world_size or not spec.timeout_s > 0:
-            raise ProtocolError(f"weight channel spec is out of range: {spec}")
-        return spec
-
-    def for_rank(self, rank: int) -> ChannelSpec:
-        """The same group seen from another rank."""
-        return replace(self, rank=rank)
 
 
 class WeightStore:

@@ -192,7 +192,7 @@ class SyncPlanner:
     def _behind(self) -> list[Receiver]:
         """Who can take the newest snapshot now and does not hold it."""
         assert self.snapshot is not None
-        newest = self.snapshot.version, self.snapshot.manifest["digests"]
+        newest = self.snapshot.version, self.snapshot.manifest.digests
         taken = {name for current in self.rounds.values() for name in current.members}
         return [
             receiver

@@ -17,7 +17,7 @@ class Receiver:
     num_workers: int
     held_version: int | None = None
     held_attempt: int = 0  # in which it proved `held_version`
-    held_digests: list[int] | None = None  # of `held_version`: another trainer's may have other bytes
+    held_digests: tuple[int, ...] | None = None  # of `held_version`: another trainer's may have other bytes
     committed_at: float = 0.0
     staged_version: int | None = None  # verified in its staging buffer: what a delta may start from
     busy: bool = False  # must not be swapped now: it runs a pinned evaluation

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from asyncrl.link.messages import (
     SyncReply,
     SyncSwap,
 )
+from asyncrl.link.weight_records import ChannelPlace, WeightManifest
 from asyncrl.types import LOGPROB_DTYPE
 from asyncrl.weights.plan.records import (
     Committed,
@@ -117,15 +118,15 @@ class SyncRound:
         self._base_version, manifest = self._choose_encoding(snapshot)
         for member in self._in(Phase.STAGING):
             member.asked_at, member.deadline = now, now + rules.timeout_s + GRACE_S
-            place = {
-                "group_epoch": self.channel_epoch,
-                "store_host": host,
-                "store_port": port,
-                "prefix": self._prefix(),
-                "rank": member.rank,
-                "world_size": self.world_size,
-                "backend": backend,
-            }
+            place = ChannelPlace(
+                channel_epoch=self.channel_epoch,
+                store_host=host,
+                store_port=port,
+                prefix=self._prefix(),
+                rank=member.rank,
+                world_size=self.world_size,
+                backend=backend,
+            )
             offer = SyncOffer(rules.run_epoch, snapshot.version, attempt, place, manifest, rules.timeout_s)
             self._emit(ToGenerator(member.name, offer))
         order = Broadcast(snapshot.version, attempt, self.channel_epoch, rules.timeout_s, self._base_version)
@@ -225,16 +226,16 @@ class SyncRound:
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
-    def _choose_encoding(self, snapshot: SnapshotReady) -> tuple[int | None, dict[str, Any]]:
+    def _choose_encoding(self, snapshot: SnapshotReady) -> tuple[int | None, WeightManifest]:
         """(base version, manifest) of a delta if all members can take it, of everything if not."""
         held = {member.receiver.staged_version for member in self._in(Phase.STAGING)}
-        if snapshot.delta is None or held != {snapshot.delta["base_version"]}:
+        if snapshot.delta is None or held != {snapshot.delta.base_version}:
             return None, snapshot.manifest
-        return snapshot.delta["base_version"], snapshot.manifest | {"delta": snapshot.delta}
+        return snapshot.delta.base_version, replace(snapshot.manifest, delta=snapshot.delta)
 
     def _staged(self, member: Member, message: SyncReply, now: float) -> None:
         assert self.snapshot is not None
-        expected = [list(self.snapshot.manifest["digests"])] * member.receiver.num_workers
+        expected = [list(self.snapshot.manifest.digests)] * member.receiver.num_workers
         if message.error:
             self._fail(member, now, message.error)
             self._break(now, f"{member.name} failed: {message.error}")
@@ -270,7 +271,7 @@ class SyncRound:
         version, receiver = self.snapshot.version, member.receiver
         member.phase = Phase.COMMITTED
         receiver.held_version, receiver.held_attempt, receiver.committed_at = version, self.attempt, now
-        receiver.held_digests = self.snapshot.manifest["digests"]
+        receiver.held_digests = self.snapshot.manifest.digests
         receiver.faults = receiver.errors = receiver.taints = 0
         self._emit(ToGenerator(member.name, SyncCommit(self._rules.run_epoch, version, self.attempt)))
         log.debug("%s (incarnation %d) committed version %d", member.name, receiver.incarnation, version)

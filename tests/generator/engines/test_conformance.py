@@ -22,7 +22,8 @@ import pytest
 
 from asyncrl.errors import ChannelError, DeadlineExceeded, EngineError, NonFiniteError
 from asyncrl.generator.engines.base import RolloutEngine
-from asyncrl.weights.channels.channel import ChannelSpec
+from asyncrl.link.field_checks import to_plain
+from asyncrl.link.weight_records import ChannelSpec
 from tests.conftest import END_TOKEN, MAX_LENGTH, randomize, reference_logprobs
 from tests.generator.engines.checks import PROMPT, TOLERANCE, assert_logprobs_are_those_of, random_prompt
 
@@ -348,8 +349,10 @@ def test_weights_that_give_nan_are_an_error_and_not_a_number(engine):
 
 SENDER = """
 import json, os, signal, sys, torch
-from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec
-channel = WeightChannel.host(ChannelSpec.from_dict(json.loads(sys.argv[1])))
+from asyncrl.link.field_checks import from_plain
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.channel import WeightChannel
+channel = WeightChannel.host(from_plain(ChannelSpec, json.loads(sys.argv[1])))
 print(channel.store_port, flush=True)
 channel.join()
 channel.broadcast([torch.zeros(65536, dtype=torch.uint8)], 20.0)
@@ -361,7 +364,7 @@ os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_on(engine, fault, limit_s):
     spec = ChannelSpec("127.0.0.1", 0, "lost", 0, 2, "gloo", 20.0)
     before = engine.engine.version
-    command = [sys.executable, "-c", SENDER, json.dumps(spec.to_dict()), fault]
+    command = [sys.executable, "-c", SENDER, json.dumps(to_plain(spec)), fault]
     sender = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     async def receive():

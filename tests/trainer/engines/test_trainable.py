@@ -9,13 +9,14 @@ import torch
 
 from asyncrl.config import Config, ModelConfig, UpdateConfig
 from asyncrl.errors import CheckpointError, ConfigError
+from asyncrl.link.field_checks import to_plain
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines.export import export_model
 from asyncrl.trainer.engines.policy import AdaptersOff, Policy, load_policy
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.engines.trainable import apply_update, frozen_digests, named_parameters
 from asyncrl.trainer.packing import pack_groups
-from asyncrl.weights.bytes.layout import ALIGNMENT, SnapshotBuffer
+from asyncrl.weights.bytes.layout import ALIGNMENT, SnapshotBuffer, tensor_views
 from tests.tolerances import assert_near
 from tests.trainer.test_step import make_trainer
 from tests.trainer.tiny import policy_of, random_groups, save_tiny_model, tiny_model, tiny_policy
@@ -153,7 +154,7 @@ def snapshot_of(policy, wire_dtype=None):
     source = policy.sync_source()
     buffer = SnapshotBuffer(source.named, 4096, wire_dtype, adapted=source.adapted, patch=source.patch)
     buffer.snapshot()
-    return buffer, dict(buffer.layout.views(buffer.flat))
+    return buffer, dict(tensor_views(buffer.layout, buffer.flat))
 
 
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
@@ -171,7 +172,7 @@ def test_a_full_update_is_published_as_before_without_a_patch_and_a_tied_head_on
     source = policy.sync_source()
     assert source.patch is None and not source.adapted
     assert [name for name, _ in source.named] == [name for name, _ in policy.named_sync_parameters()]
-    assert "patch" not in snapshot_of(policy)[0].manifest(1).to_dict()
+    assert "patch" not in to_plain(snapshot_of(policy)[0].manifest(1))
     named = dict(source.named)
     assert named["lm_head.weight"] is named["model.embed_tokens.weight"]
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from asyncrl.errors import ProtocolError
-from asyncrl.weights.bytes.layout import SnapshotBuffer, WeightManifest
-from asyncrl.weights.bytes.patch import AdaptedWeight, Patch, fold_adapter
+from asyncrl.link.field_checks import from_plain, to_plain
+from asyncrl.link.weight_records import Patch, WeightManifest
+from asyncrl.weights.bytes.layout import SnapshotBuffer, tensor_views
+from asyncrl.weights.bytes.patch import AdaptedWeight, fold_adapter
 from tests.tolerances import assert_near
 
 pytestmark = pytest.mark.numeric
@@ -40,7 +42,7 @@ def test_a_snapshot_merges_the_adapted_tensors_as_they_are_at_that_moment_and_co
     buffer = SnapshotBuffer(named, 128, wire_dtype, adapted={"x.weight": adapted}, patch=PATCH)
     for _ in range(2):
         buffer.snapshot()
-        views = dict(buffer.layout.views(buffer.flat))
+        views = dict(tensor_views(buffer.layout, buffer.flat))
         merged = fold_adapter(weight, lora_a, lora_b, 2.0).to(wire_dtype or torch.float32)
         assert torch.equal(views["x.weight"], merged)
         assert torch.equal(views["other"], other.to(wire_dtype or torch.float32))
@@ -51,10 +53,10 @@ def test_a_manifest_takes_its_patch_over_the_wire_and_has_none_when_it_is_whole(
     buffer = SnapshotBuffer([("x", torch.ones(3))], 128, patch=PATCH)
     manifest = buffer.manifest(4)
     assert manifest.patch == PATCH
-    assert WeightManifest.from_dict(msgpack.unpackb(msgpack.packb(manifest.to_dict()))) == manifest
+    assert from_plain(WeightManifest, msgpack.unpackb(msgpack.packb(to_plain(manifest)))) == manifest
     whole = SnapshotBuffer([("x", torch.ones(3))], 128).manifest(4)
-    assert "patch" not in whole.to_dict()
-    assert WeightManifest.from_dict(whole.to_dict()).patch is None
+    assert "patch" not in to_plain(whole)
+    assert from_plain(WeightManifest, to_plain(whole)).patch is None
 
 
 @pytest.mark.parametrize(
@@ -68,13 +70,13 @@ def test_a_manifest_takes_its_patch_over_the_wire_and_has_none_when_it_is_whole(
     ],
 )
 def test_a_malformed_patch_is_a_protocol_error(damage):
-    data = SnapshotBuffer([("x", torch.ones(3))], 128, patch=PATCH).manifest(4).to_dict()
+    data = to_plain(SnapshotBuffer([("x", torch.ones(3))], 128, patch=PATCH).manifest(4))
     damage(data["patch"])
-    with pytest.raises(ProtocolError, match="patch is malformed"):
-        WeightManifest.from_dict(data)
+    with pytest.raises(ProtocolError, match="WeightManifest.patch"):
+        from_plain(WeightManifest, data)
 
 
 def test_a_patch_that_is_no_mapping_is_a_protocol_error():
-    data = SnapshotBuffer([("x", torch.ones(3))], 128).manifest(4).to_dict() | {"patch": None}
-    with pytest.raises(ProtocolError, match="patch is malformed"):
-        WeightManifest.from_dict(data)
+    data = to_plain(SnapshotBuffer([("x", torch.ones(3))], 128).manifest(4)) | {"patch": None}
+    with pytest.raises(ProtocolError, match="WeightManifest.patch"):
+        from_plain(WeightManifest, data)

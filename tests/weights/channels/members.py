@@ -11,11 +11,15 @@ import sys
 import threading
 from typing import Any
 
+from asyncrl.link.field_checks import to_plain
+
 MEMBER = """
 import json, os, signal, sys, time
 import torch
 from asyncrl.errors import ChannelError
-from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec, digest
+from asyncrl.link.field_checks import from_plain
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.channel import WeightChannel, digest
 
 def say(**values):
     print(json.dumps(values), flush=True)
@@ -24,7 +28,7 @@ spec, num_bytes, timeout_s, faults = [json.loads(argument) for argument in sys.a
 say(pid=os.getpid())
 started = time.monotonic()
 try:
-    group = WeightChannel(ChannelSpec.from_dict(spec))
+    group = WeightChannel(from_plain(ChannelSpec, spec))
     group.join()
     say(joined=True)
     flat = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -44,7 +48,7 @@ class Member:
     """One receiver. It takes buckets of `num_bytes` until something fails."""
 
     def __init__(self, spec: Any, *, num_bytes: int, timeout_s: float, faults: dict[int, str] | None = None) -> None:
-        arguments = [json.dumps(v) for v in (spec.to_dict(), num_bytes, timeout_s, faults or {})]
+        arguments = [json.dumps(v) for v in (to_plain(spec), num_bytes, timeout_s, faults or {})]
         self.process = subprocess.Popen(
             [sys.executable, "-c", MEMBER, *arguments],
             stdout=subprocess.PIPE,

@@ -22,16 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import BindError, ChannelError, ProtocolError, ShapeError
-from asyncrl.weights.channels.channel import (
-    ChannelSpec,
-    SnapshotBuffer,
-    WeightChannel,
-    WeightLayout,
-    WeightManifest,
-    WeightStore,
-    digest,
-    plan_buckets,
-)
+from asyncrl.link.field_checks import from_plain, to_plain
+from asyncrl.link.weight_records import ChannelSpec, WeightLayout, WeightManifest
+from asyncrl.weights.bytes.layout import new_buffer, tensor_views
+from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel, WeightStore, digest, plan_buckets
 from tests.weights.channels.members import in_threads, pair
 
 SPEC = ChannelSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", 10.0)
@@ -108,7 +102,7 @@ def test_a_snapshot_comes_out_of_its_buffer_under_every_name(bucket_bytes, wire_
     buffer.snapshot()
     received = torch.cat(list(buffer.buckets()))  # what a receiver ends up with
     assert all(bucket.numel() <= bucket_bytes for bucket in buffer.buckets())
-    views = dict(buffer.layout.views(received))
+    views = dict(tensor_views(buffer.layout, received))
     assert list(views) == [name for name, _ in named]
     for name, parameter in named:
         expected = parameter.detach().to(wire_dtype or parameter.dtype)
@@ -131,7 +125,7 @@ def test_a_snapshot_does_not_follow_the_parameters():
 
 def test_manifest_survives_the_wire():
     manifest = SnapshotBuffer(tied_parameters(), 128).manifest(7)
-    assert WeightManifest.from_dict(msgpack.unpackb(msgpack.packb(manifest.to_dict()))) == manifest
+    assert from_plain(WeightManifest, msgpack.unpackb(msgpack.packb(to_plain(manifest)))) == manifest
 
 
 @pytest.mark.parametrize(
@@ -149,10 +143,10 @@ def test_manifest_survives_the_wire():
     ],
 )
 def test_a_manifest_that_does_not_fit_together_is_refused(damage):
-    data = msgpack.unpackb(msgpack.packb(SnapshotBuffer(tied_parameters(), 128).manifest(1).to_dict()))
+    data = msgpack.unpackb(msgpack.packb(to_plain(SnapshotBuffer(tied_parameters(), 128).manifest(1))))
     damage(data)
     with pytest.raises(ProtocolError):
-        WeightManifest.from_dict(data)
+        from_plain(WeightManifest, data)
 
 
 def test_a_snapshot_of_other_tensors_is_refused():
@@ -161,29 +155,29 @@ def test_a_snapshot_of_other_tensors_is_refused():
     named = tied_parameters()
     layout = plan_buckets(named, 128)
     with pytest.raises(ShapeError):
-        snapshot(named[::-1], layout, layout.new_buffer())
+        snapshot(named[::-1], layout, new_buffer(layout))
     with pytest.raises(ShapeError):
-        snapshot(named[:2], layout, layout.new_buffer())
+        snapshot(named[:2], layout, new_buffer(layout))
     other = [(name, torch.zeros(2, 2)) for name, _ in named]
     with pytest.raises(ShapeError):
-        snapshot(other, layout, layout.new_buffer())
+        snapshot(other, layout, new_buffer(layout))
     with pytest.raises(ShapeError):
         snapshot(named, layout, torch.zeros(64, dtype=torch.uint8))
 
 
 def test_layout_survives_a_dict():
     layout = plan_buckets(tied_parameters(), 128)
-    assert WeightLayout.from_dict(layout.to_dict()) == layout
+    assert from_plain(WeightLayout, to_plain(layout)) == layout
 
 
 # -- groups ------------------------------------------------------------------------------------------------
 
 
 def test_a_spec_survives_the_wire_and_nonsense_is_refused():
-    assert ChannelSpec.from_dict(msgpack.unpackb(msgpack.packb(SPEC.to_dict()))) == SPEC
+    assert from_plain(ChannelSpec, msgpack.unpackb(msgpack.packb(to_plain(SPEC)))) == SPEC
     for change in ({"rank": 2}, {"rank": -1}, {"timeout_s": 0.0}, {"timeout_s": None}):
         with pytest.raises(ProtocolError):
-            ChannelSpec.from_dict(SPEC.to_dict() | change)
+            from_plain(ChannelSpec, to_plain(SPEC) | change)
 
 
 def test_the_store_listens_on_the_given_address_only():
@@ -309,10 +303,12 @@ def test_nccl_without_a_gpu_is_refused_at_once():
 MEMBER = """
 import json, os, signal, sys, time, torch
 from asyncrl.errors import ChannelError
-from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec
+from asyncrl.link.field_checks import from_plain
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.channel import WeightChannel
 spec, timeout_s = json.loads(sys.argv[1]), float(sys.argv[2])
 faults = json.loads(sys.argv[3])
-group = WeightChannel(ChannelSpec.from_dict(spec))
+group = WeightChannel(from_plain(ChannelSpec, spec))
 group.join()
 flat = torch.zeros(1 << 20, dtype=torch.uint8)
 for bucket in range(1000):
@@ -334,7 +330,7 @@ def test_a_member_that_dies_or_hangs_ends_the_broadcast_for_all_in_time(fault, l
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(rank, faults):
-        spec = json.dumps(root.spec.for_rank(rank).to_dict())
+        spec = json.dumps(to_plain(root.spec.for_rank(rank)))
         command = [sys.executable, "-c", MEMBER, spec, str(timeout_s), json.dumps(faults)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 import asyncrl
 from asyncrl.errors import ChannelError
-from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.collectives import AHEAD
 from tests.weights.channels.members import in_threads, pair
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from asyncrl.errors import ChannelError
-from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.rendezvous import SLACK_S, within
 from tests.weights.channels.hanging_transport import hanging
 from tests.weights.channels.members import in_threads, pair

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from asyncrl.errors import ChannelError
-from asyncrl.weights.channels.channel import ChannelSpec
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.channels.collectives import GlooTransport
 
 SPEC = ChannelSpec("127.0.0.1", 1, "slices", 0, 2, "gloo", 5.0)

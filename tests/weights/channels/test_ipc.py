@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from asyncrl.errors import ChannelError
+from asyncrl.link.field_checks import to_plain
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.bytes.memory import shared_buffer
 from asyncrl.weights.channels import ipc
-from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel, digest
+from asyncrl.weights.channels.channel import WeightChannel, digest
 from tests.weights.channels.members import in_threads, members_of, pair
 
 SPEC = ChannelSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
@@ -112,10 +114,12 @@ def test_a_receiver_that_stands_still_costs_one_deadline_and_fails_when_it_wakes
 
 SENDER = """
 import json, os, signal, sys, torch
-from asyncrl.weights.channels.channel import WeightChannel, ChannelSpec
+from asyncrl.link.field_checks import from_plain
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.bytes.memory import shared_buffer
 flat = shared_buffer(100_000, "cpu").fill_(7)
-group = WeightChannel.host(ChannelSpec.from_dict(json.loads(sys.argv[1])))
+group = WeightChannel.host(from_plain(ChannelSpec, json.loads(sys.argv[1])))
 print(group.store_port, flush=True)
 group.join()
 group.broadcast([flat], 20.0)
@@ -126,7 +130,7 @@ os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
 def test_a_sender_that_dies_or_stands_still_ends_the_receivers_by_their_deadline_and_leaves_no_memory(fault):
     before = names_of_ours()
-    command = [sys.executable, "-c", SENDER, json.dumps(SPEC.to_dict()), fault]
+    command = [sys.executable, "-c", SENDER, json.dumps(to_plain(SPEC)), fault]
     sender = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         port = int(sender.stdout.readline())

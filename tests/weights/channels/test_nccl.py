@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from asyncrl.errors import ChannelError
+from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.channels import channel, collectives
-from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel
+from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.collectives import NcclTransport
 
 SPEC = ChannelSpec("127.0.0.1", 0, "nccl/1", 0, 2, "nccl", 20.0)

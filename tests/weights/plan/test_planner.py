@@ -17,6 +17,7 @@ from asyncrl.link.messages import (
     SyncReply,
     SyncSwap,
 )
+from asyncrl.link.weight_records import DeltaInfo
 from asyncrl.weights.plan.planner import (
     CELL_GRACE_S,
     COMMIT_REPEAT_S,
@@ -27,6 +28,7 @@ from asyncrl.weights.plan.planner import (
 )
 from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 from asyncrl.weights.plan.round import GRACE_S, MAX_ERRORS, MAX_TAINTS, PENALTY_S
+from tests.weights.manifests import manifest_of
 
 TIMEOUT_S = 10.0
 DIGESTS = [11, 22]
@@ -56,8 +58,8 @@ class Bench:
 
     def snapshot(self, version, base=None):
         """`base`: the publisher also has the delta to this version."""
-        delta = None if base is None else {"base_version": base}
-        message = SnapshotReady(version, {"digests": DIGESTS}, [b"\x01\0\0\0"], CANARY, 1.0, delta)
+        delta = None if base is None else DeltaInfo(base, 100, 0, 1 << 18)
+        message = SnapshotReady(version, manifest_of(version, DIGESTS), [b"\x01\0\0\0"], CANARY, 1.0, delta)
         self.planner.snapshot_ready(message, self.now)
         self.planner.advance(self.now)
         return self.take()
@@ -97,7 +99,7 @@ class Bench:
         if self.round.opening:
             outputs = self.open_group()
         (order,) = messages(outputs, Broadcast)
-        told = {offer.manifest.get("delta", {}).get("base_version") for offer in messages(outputs, SyncOffer)}
+        told = {offer.manifest.delta and offer.manifest.delta.base_version for offer in messages(outputs, SyncOffer)}
         assert told == {order.base_version}
         return order.base_version
 
@@ -133,7 +135,7 @@ def test_a_round_opens_a_group_offers_swaps_and_commits():
     (open_group,) = messages(bench.snapshot(0), OpenChannel)
     assert (open_group.world_size, open_group.prefix) == (3, "r/1/1")
     outputs = bench.open_group()
-    assert [offer.group["rank"] for offer in messages(outputs, SyncOffer)] == [1, 2]
+    assert [offer.channel.rank for offer in messages(outputs, SyncOffer)] == [1, 2]
     assert len(messages(outputs, Broadcast)) == 1
     assert messages(bench.reply("a", "stage"), SyncSwap), "a swaps as soon as it staged, without waiting for b"
     bench.reply("b", "stage")
@@ -240,7 +242,7 @@ def test_a_tensor_parallel_generator_takes_one_rank_per_worker():
     bench.planner.joined("b", 1, 1, bench.now)
     (open_group,) = messages(bench.snapshot(0), OpenChannel)
     assert open_group.world_size == 4
-    assert [o.group["rank"] for o in messages(bench.open_group(), SyncOffer)] == [1, 3]
+    assert [o.channel.rank for o in messages(bench.open_group(), SyncOffer)] == [1, 3]
 
 
 def test_wrong_digests_never_reach_a_swap():
@@ -270,7 +272,7 @@ def test_a_wrong_canary_taints_and_never_commits():
 def test_a_commit_reports_largest_and_mean_difference_over_all_canary_tokens():
     bench = Bench("a", tolerance=0.5)
     ours = [np.array([-1.0, -2.0], np.float32), np.array([-4.0], np.float32)]
-    snapshot = SnapshotReady(0, {"digests": DIGESTS}, [b"", b""], [row.tobytes() for row in ours], 1.0)
+    snapshot = SnapshotReady(0, manifest_of(0, DIGESTS), [b"", b""], [row.tobytes() for row in ours], 1.0)
     bench.planner.snapshot_ready(snapshot, bench.now)
     bench.planner.advance(bench.now)
     bench.open_group()
@@ -283,7 +285,7 @@ def test_a_commit_reports_largest_and_mean_difference_over_all_canary_tokens():
 
 def test_a_nan_in_a_later_canary_sequence_is_not_lost():
     bench = Bench("a")
-    bench.planner.snapshot_ready(SnapshotReady(0, {"digests": DIGESTS}, [b"", b""], CANARY * 2, 1.0), bench.now)
+    bench.planner.snapshot_ready(SnapshotReady(0, manifest_of(0, DIGESTS), [b"", b""], CANARY * 2, 1.0), bench.now)
     bench.planner.advance(bench.now)
     bench.open_group()
     bench.reply("a", "stage")
@@ -551,7 +553,7 @@ def test_generators_that_are_there_from_the_start_share_cells_of_the_given_size(
     assert [group.world_size for group in opened] == [3, 3, 2]
     assert len({group.prefix for group in opened}) == 3
     offers = messages(bench.open_group(), SyncOffer)
-    assert sorted(offer.group["rank"] for offer in offers) == [1, 1, 1, 2, 2]
+    assert sorted(offer.channel.rank for offer in offers) == [1, 1, 1, 2, 2]
 
 
 def test_a_cell_that_hangs_stalls_the_others_for_the_grace_of_cells_only():
@@ -783,7 +785,7 @@ def test_the_next_trainers_version_of_the_same_number_is_sent_again_only_if_it_h
     bench.planner.publisher_lost(bench.now)
     assert not messages(bench.snapshot(0), OpenChannel), "it was repeated to the bit"
     bench.planner.publisher_lost(bench.now)
-    other = SnapshotReady(0, {"digests": [7, 8]}, [b"\x01\0\0\0"], CANARY, 1.0)
+    other = SnapshotReady(0, manifest_of(0, [7, 8]), [b"\x01\0\0\0"], CANARY, 1.0)
     bench.planner.snapshot_ready(other, bench.now)
     assert messages(bench.after(0.0), OpenChannel)
     bench.open_group()

@@ -22,6 +22,7 @@ from asyncrl.link.messages import (
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, ToGenerator, ToPublisher
 from asyncrl.weights.plan.round import GRACE_S, MAX_PENALTY_S
+from tests.weights.manifests import manifest_of
 
 NAMES = tuple("abcde")
 TIMEOUT_S = 10.0
@@ -93,7 +94,7 @@ class Planner(RuleBasedStateMachine):
     def train(self):
         self.version += 1
         self.may_offer = False
-        self.offer = SnapshotReady(self.version, {"digests": [self.version]}, [b""], CANARY, 1.0)
+        self.offer = SnapshotReady(self.version, manifest_of(self.version, [self.version]), [b""], CANARY, 1.0)
         if not self.is_lost(self.offer):
             self.planner.snapshot_ready(self.offer, self.now)
         self.settle()

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from asyncrl.generator.engines.vllm.load_recorder import Loaded, LoadRecorder
-from asyncrl.weights.bytes.layout import WeightManifest, digest
+from asyncrl.link.weight_records import WeightManifest
+from asyncrl.weights.bytes.layout import digest
 from asyncrl.weights.bytes.patch import LORA_A, WEIGHT
 
 log = logging.getLogger("vllm.asyncrl")

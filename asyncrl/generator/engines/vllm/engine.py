@@ -18,7 +18,7 @@ import itertools
 import multiprocessing
 import time
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,9 +32,8 @@ from asyncrl.generator.engines.vllm.options import (
     stop_token_ids,
 )
 from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from
-
-if TYPE_CHECKING:
-    from asyncrl.weights.channels.channel import ChannelSpec, WeightManifest
+from asyncrl.link.field_checks import to_plain
+from asyncrl.link.weight_records import ChannelSpec, WeightManifest
 
 _T = TypeVar("_T")
 
@@ -301,13 +300,13 @@ class VLLMEngine:
         """See `RolloutEngine.join_channel`."""
         spec = dataclasses.replace(spec, timeout_s=timeout_s)
         async with self._weights_lock:
-            await self._job(f"joining weight channel {spec.prefix!r}", timeout_s, "asyncrl_join", spec.to_dict())
+            await self._job(f"joining weight channel {spec.prefix!r}", timeout_s, "asyncrl_join", to_plain(spec))
 
     async def stage_weights(self, manifest: WeightManifest, timeout_s: float) -> StageReport:
         """See `RolloutEngine.stage_weights`."""
         async with self._weights_lock:
             what = f"staging version {manifest.version}"
-            jobs = await self._job(what, timeout_s, "asyncrl_stage", manifest.to_dict(), timeout_s)
+            jobs = await self._job(what, timeout_s, "asyncrl_stage", to_plain(manifest), timeout_s)
         return StageReport([job["digests"] for job in jobs], _slowest_ms(jobs))
 
     async def leave_channel(self) -> None:

@@ -30,8 +30,11 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from asyncrl.errors import ChannelError, EngineError
 from asyncrl.generator.engines.vllm.direct_apply import DirectApply, PreparedCopy
 from asyncrl.generator.engines.vllm.options import follow_parent
+from asyncrl.link.field_checks import from_plain, to_plain
+from asyncrl.link.weight_records import ChannelSpec, WeightManifest
 from asyncrl.weights.base_weights import BaseWeights, complete_names
-from asyncrl.weights.channels.channel import ChannelSpec, WeightChannel, WeightManifest
+from asyncrl.weights.bytes.layout import tensor_views
+from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.staging import Staged, receive
 
 log = logging.getLogger("vllm.asyncrl")  # below vLLM's logger, which its processes have configured
@@ -126,7 +129,7 @@ class WeightReceiver:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The staged policy under its checkpoint names: without a copy, but for weights that an adapter changes."""
         assert self.staged is not None and self._held is not None
-        return self._base.complete(self.staged, self.staged.layout.views(self._held.buffer))
+        return self._base.complete(self.staged, tensor_views(self.staged.layout, self._held.buffer))
 
     def leave(self) -> None:
         """Disconnect and drop what is staged."""
@@ -173,7 +176,7 @@ class WeightReceiver:
         started = time.monotonic()
         # After the last bucket: reading a base takes seconds, and the group's other members must not wait for it.
         self._base.prepare(manifest)
-        prepared = self._prepare(manifest, self._base.complete(manifest, manifest.layout.views(held.buffer)))
+        prepared = self._prepare(manifest, self._base.complete(manifest, tensor_views(manifest.layout, held.buffer)))
         job.timings_ms = {**held.timings_ms, "prepare_ms": (time.monotonic() - started) * 1e3}
         with self._lock:
             if self._job is job:
@@ -222,7 +225,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._reloading = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.receiver.begin_join(ChannelSpec.from_dict(init_info.spec))
+        self.receiver.begin_join(from_plain(ChannelSpec, init_info.spec))
 
     @property
     def reloading(self) -> bool:
@@ -317,8 +320,8 @@ class WeightWorkerExtension:
     def asyncrl_join(self, spec: dict[str, Any]) -> None:
         """Begin to join a weight channel. `spec` is that of the engine's first worker."""
         try:
-            first = ChannelSpec.from_dict(spec)
-            self.init_weight_transfer_engine({"spec": first.for_rank(first.rank + self.rank).to_dict()})  # type: ignore[attr-defined]
+            first = from_plain(ChannelSpec, spec)
+            self.init_weight_transfer_engine({"spec": to_plain(first.for_rank(first.rank + self.rank))})  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001 - see above
             self.weight_transfer_engine.receiver.refuse("join", error)
 
@@ -326,7 +329,7 @@ class WeightWorkerExtension:
         """Begin to receive a version into staging."""
         receiver = self.weight_transfer_engine.receiver
         try:
-            receiver.begin_stage(WeightManifest.from_dict(manifest), timeout_s)
+            receiver.begin_stage(from_plain(WeightManifest, manifest), timeout_s)
         except Exception as error:  # noqa: BLE001 - see above
             receiver.refuse("stage", error)
 

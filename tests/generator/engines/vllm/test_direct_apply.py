@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from asyncrl.errors import EngineError
-from asyncrl.weights.bytes.layout import TensorEntry, WeightLayout, WeightManifest
-from asyncrl.weights.bytes.patch import Patch
+from asyncrl.link.weight_records import Patch, TensorEntry, WeightLayout, WeightManifest
 from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
 from tests.generator.engines.checks import ODD_WORKER
 

@@ -1,0 +1,198 @@
+"""What the messages of a weight sync say: where a channel meets, and what it will deliver. Without torch.
+
+The bytes themselves travel beside the messages, see `weights`. Learner, generators and vLLM's workers use these classes
+as they are. Their constructors check what the types leave open, so that nothing impossible gets past the decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from asyncrl.errors import ProtocolError
+from asyncrl.link.wire_types import KEY
+
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
+DTYPE_BYTES = {  # size of one element; the names are those of torch
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float64": 8,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSpec:
+    """Where a channel meets. Rank 0 is the learner; a generator's tensor-parallel workers take consecutive ranks.
+
+    `prefix` names the channel in the store and must never be used twice, also not after a failure.
+    `timeout_s` bounds the forming of the channel.
+
+    Raises:
+        ProtocolError: the rank is not in the channel, or no time is left to form it.
+    """
+
+    store_host: str
+    store_port: int
+    prefix: str
+    rank: int
+    world_size: int
+    backend: str
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size or not self.timeout_s > 0:
+            raise ProtocolError(
+                f"weight channel spec is out of range: rank {self.rank} must be in [0, {self.world_size}), "
+                f"timeout_s {self.timeout_s} above 0"
+            )
+
+    def for_rank(self, rank: int) -> ChannelSpec:
+        """The same channel seen from another rank."""
+        return replace(self, rank=rank)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelPlace:
+    """A channel as a generator is told of it: `rank` is that of its first worker; see ChannelSpec."""
+
+    channel_epoch: int = field(metadata={KEY: "group_epoch"})
+    store_host: str
+    store_port: int
+    prefix: str
+    rank: int
+    world_size: int
+    backend: str
+
+    def spec(self, timeout_s: float) -> ChannelSpec:
+        """What to join, within `timeout_s`. Raises ProtocolError."""
+        return ChannelSpec(
+            store_host=self.store_host,
+            store_port=self.store_port,
+            prefix=self.prefix,
+            rank=self.rank,
+            world_size=self.world_size,
+            backend=self.backend,
+            timeout_s=timeout_s,
+        )
+
+
+class TensorEntry(NamedTuple):
+    """One named tensor in the flat buffer. Tied tensors are two entries with one offset and travel once."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+    @property
+    def word_bytes(self) -> int:
+        """Size of one element."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.word_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """Where every tensor lies in the flat buffer, and the byte ranges [start, stop) it is sent in.
+
+    Raises:
+        ProtocolError: a tensor lies outside the buffer, or the buckets do not cover it.
+    """
+
+    total_bytes: int
+    tensors: tuple[TensorEntry, ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        for entry in self.tensors:
+            self._check_entry(entry)
+        position = 0
+        for start, stop in self.buckets:
+            if start != position or stop <= start:
+                raise ProtocolError(f"bucket [{start}, {stop}) does not continue at byte {position}")
+            position = stop
+        if position != self.total_bytes:
+            raise ProtocolError(f"buckets cover {position} of {self.total_bytes} bytes")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the largest bucket: what one broadcast may carry."""
+        return max(stop - start for start, stop in self.buckets)
+
+    def _check_entry(self, entry: TensorEntry) -> None:
+        if entry.dtype not in DTYPE_BYTES:
+            raise ProtocolError(f"tensor {entry.name}: dtype {entry.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
+        if any(n < 0 for n in entry.shape) or entry.offset < 0 or entry.offset % ALIGNMENT:
+            raise ProtocolError(f"tensor {entry.name}: shape {entry.shape} at offset {entry.offset} is not valid")
+        stop = entry.offset + entry.num_bytes
+        if stop > self.total_bytes:
+            raise ProtocolError(f"tensor {entry.name} ends at byte {stop}, the buffer has {self.total_bytes}")
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaInfo:
+    """What a receiver must know of a delta before it comes: see `weights.bytes.delta`.
+
+    Raises:
+        ProtocolError: no delta can have this size or these pieces.
+    """
+
+    base_version: int  # the policy version it starts from
+    num_bytes: int
+    digest: int  # of the delta's own bytes
+    piece_words: int
+
+    def __post_init__(self) -> None:
+        if self.num_bytes < 0 or self.piece_words < 1:
+            raise ProtocolError(f"weight delta of {self.num_bytes} bytes in pieces of {self.piece_words} is not valid")
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What completes the tensors of a manifest to a policy: see `weights.bytes.patch`.
+
+    base: (name, digest) of the tensors of the initial model that do not travel; the digest is that of their values
+        in float32, in whatever dtype the folder stores them.
+    tied: (name, original) of tensors that are another one of the base under a second name.
+    scale: None, or: the manifest carries pairs `X.lora_A.weight` [rank, in] and `X.lora_B.weight` [out, rank], each
+        of which folds into the base tensor `X.weight` [out, in], see `weights.bytes.patch.fold_adapter`.
+    """
+
+    base: tuple[tuple[str, int], ...]
+    tied: tuple[tuple[str, str], ...] = ()
+    scale: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """What a weight sync will deliver: policy `version`, its layout, and one digest per bucket.
+
+    Without a `patch` the layout holds the whole policy. With a `delta` the difference to another version travels
+    instead of the buckets; the digests are those of the buckets all the same, once it is applied.
+
+    Raises:
+        ProtocolError: the digests do not match the buckets in number.
+    """
+
+    version: int
+    layout: WeightLayout
+    digests: tuple[int, ...]
+    patch: Patch | None = None
+    delta: DeltaInfo | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.digests) != len(self.layout.buckets):
+            raise ProtocolError(
+                f"weight manifest has {len(self.digests)} digests for {len(self.layout.buckets)} buckets"
+            )

@@ -1,0 +1,103 @@
+"""Records of weight syncs: the bytes they have always had, and what their constructors refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgpack
+import pytest
+
+from asyncrl.errors import FrameError, ProtocolError
+from asyncrl.link import codec
+from asyncrl.link.messages import SnapshotReady, SyncOffer
+from asyncrl.link.weight_records import (
+    ChannelPlace,
+    ChannelSpec,
+    DeltaInfo,
+    Patch,
+    TensorEntry,
+    WeightLayout,
+    WeightManifest,
+)
+
+LAYOUT = WeightLayout(
+    192, (TensorEntry("a", "float32", (3, 5), 0), TensorEntry("b", "bool", (), 64)), ((0, 128), (128, 192))
+)
+MANIFEST = WeightManifest(4, LAYOUT, (-(2**63), 7))
+MANIFEST_MAP = {
+    "version": 4,
+    "layout": {
+        "total_bytes": 192,
+        "tensors": [["a", "float32", [3, 5], 0], ["b", "bool", [], 64]],
+        "buckets": [[0, 128], [128, 192]],
+    },
+    "digests": [-(2**63), 7],
+}
+DELTA = DeltaInfo(base_version=3, num_bytes=100, digest=9, piece_words=1 << 18)
+DELTA_MAP = {"base_version": 3, "num_bytes": 100, "digest": 9, "piece_words": 1 << 18}
+PATCH = Patch(base=(("c", 5),), tied=(("d", "c"),), scale=2.0)
+PATCH_MAP = {"base": [["c", 5]], "tied": [["d", "c"]], "scale": 2.0}
+PLACE = ChannelPlace(2, "127.0.0.1", 5, "run/1/2", rank=1, world_size=3, backend="gloo")
+PLACE_MAP = {
+    "group_epoch": 2,
+    "store_host": "127.0.0.1",
+    "store_port": 5,
+    "prefix": "run/1/2",
+    "rank": 1,
+    "world_size": 3,
+    "backend": "gloo",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({}, {}),
+        ({"delta": DELTA}, {"delta": DELTA_MAP}),
+        ({"patch": PATCH}, {"patch": PATCH_MAP}),
+        ({"patch": Patch(()), "delta": DELTA}, {"patch": {"base": [], "tied": []}, "delta": DELTA_MAP}),
+    ],
+)
+def test_an_offer_has_the_bytes_it_always_had(changes, more):
+    offer = SyncOffer(1, 4, 0, PLACE, dataclasses.replace(MANIFEST, **changes), 60.0)
+    body = msgpack.packb([1, 4, 0, PLACE_MAP, MANIFEST_MAP | more, 60.0])
+    assert codec.encode_body(offer) == body
+    assert codec.decode_body(SyncOffer, body) == offer
+
+
+@pytest.mark.parametrize(("delta", "plain"), [(None, None), (DELTA, DELTA_MAP)])
+def test_a_snapshot_has_the_bytes_it_always_had(delta, plain):
+    ready = SnapshotReady(4, MANIFEST, [b"1234"], [b"5678"], 1.5, delta)
+    body = msgpack.packb([4, MANIFEST_MAP, [b"1234"], [b"5678"], 1.5, plain])
+    assert codec.encode_body(ready) == body
+    assert codec.decode_body(SnapshotReady, body) == ready
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"buckets": [[0, 128]]}, "buckets cover 128 of 192 bytes"),
+        ({"buckets": [[0, 128], [64, 192]]}, r"bucket \[64, 192\) does not continue at byte 128"),
+        ({"tensors": [["a", "float31", [1], 0]]}, "tensor a: dtype 'float31' is not one of"),
+        ({"tensors": [["a", "int8", [1], 1]]}, r"tensor a: shape \(1,\) at offset 1 is not valid"),
+        ({"tensors": [["a", "int64", [25], 0]]}, "tensor a ends at byte 200, the buffer has 192"),
+    ],
+)
+def test_a_layout_that_does_not_fit_together_is_refused_when_it_is_decoded(layout, says):
+    manifest = MANIFEST_MAP | {"layout": MANIFEST_MAP["layout"] | layout}
+    with pytest.raises(FrameError, match=rf"SyncOffer.manifest.layout is wrong: {says}"):
+        codec.decode_body(SyncOffer, msgpack.packb([1, 4, 0, PLACE_MAP, manifest, 60.0]))
+
+
+def test_a_manifest_has_a_digest_for_each_bucket():
+    with pytest.raises(FrameError, match="SyncOffer.manifest is wrong: weight manifest has 1 digests for 2 buckets"):
+        codec.decode_body(SyncOffer, msgpack.packb([1, 4, 0, PLACE_MAP, MANIFEST_MAP | {"digests": [1]}, 60.0]))
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"rank": -1}, {"world_size": 1}])
+def test_a_place_outside_the_channel_cannot_be_joined(change):
+    assert PLACE.spec(5.0) == ChannelSpec("127.0.0.1", 5, "run/1/2", 1, 3, "gloo", 5.0)
+    with pytest.raises(ProtocolError, match="out of range"):
+        dataclasses.replace(PLACE, **change).spec(5.0)
+    with pytest.raises(ProtocolError, match="timeout_s 0.0 above 0"):
+        PLACE.spec(0.0)
