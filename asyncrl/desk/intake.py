@@ -19,9 +19,10 @@ from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import RunState
 from asyncrl.errors import ProtocolError
-from asyncrl.link.messages import FAILURE_REASONS, GroupResult, LeaseFailed, Message
+from asyncrl.link.messages import GroupResult, LeaseFailed, Message
 from asyncrl.link.rollouts import result_to_group, validate_group
 from asyncrl.link.session import DeskSession, Offer
+from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
 from asyncrl.replay.lease_records import LeaseRecord, Verdict
 from asyncrl.storage.records import GroupFiltered, MessageSeen, PromptGivenUp, StoredGroup
@@ -90,10 +91,11 @@ class Intake:
             self._proofs.check(group, session)
         except ProtocolError as error:
             self._fail_lease(message, "invalid", now)
-            return Taken(self._refuse(session, message.seq, "invalid", str(error), now))
+            return Taken(self._refuse(session, message.seq, NackCode.INVALID, str(error), now))
         verdict, superseded = self._leases.accept(group.key)
         if verdict is Verdict.UNKNOWN:
-            return Taken(self._refuse(session, message.seq, "unknown_lease", f"{group.key} is not wanted", now))
+            what = f"{group.key} is not wanted"
+            return Taken(self._refuse(session, message.seq, NackCode.UNKNOWN_LEASE, what, now))
         if verdict is Verdict.DUPLICATE:
             self._seen(session, message.seq, now)
         elif group.key.kind is LeaseKind.EVAL:
@@ -109,8 +111,8 @@ class Intake:
         offer = self._sessions.offer(session, message.seq, size)
         if offer is not Offer.NEW:
             return self._repeated(session, message.seq, offer)
-        reason = message.reason if message.reason in FAILURE_REASONS else "engine"
-        if reason != "returned":
+        reason = message.reason
+        if reason is not FailureReason.RETURNED:
             what = f"{message.kind} {message.ordinal}.{message.attempt}"
             log.warning("%s: lease %s failed (%s): %s", session.generator_id, what, reason, message.detail)
         self._fail_lease(message, reason, now)
@@ -205,7 +207,7 @@ class Intake:
         self._counters.lease_failed(reason, num_rollouts)
         self._leases.fail(message.key, reason, now)
 
-    def _refuse(self, session: DeskSession, seq: int, code: str, reason: str, now: float) -> Message:
+    def _refuse(self, session: DeskSession, seq: int, code: NackCode, reason: str, now: float) -> Message:
         log.warning("%s: result %d refused (%s): %s", session.generator_id, seq, code, reason)
         self._journal.append(MessageSeen(session.generator_id, session.incarnation, seq), now)
         return self._sessions.reject(session, seq, code, reason[:500])

@@ -12,6 +12,7 @@ from asyncrl.desk.run_state import RunState
 from asyncrl.link import messages
 from asyncrl.link.codec import encode
 from asyncrl.link.sockets import ServerSocket
+from asyncrl.link.wire_types import RefusalCode
 from asyncrl.metrics import Metrics
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
@@ -105,7 +106,7 @@ class Versions:
         )
         if failed.fatal:
             reason = f"its weights could not be proven: {failed.reason}"
-            self._generators.send(name, messages.Refused("tainted", reason, "", ""))
+            self._generators.send(name, messages.Refusal(RefusalCode.TAINTED, reason, "", ""))
             self._generators.gone(name, "could not prove its weights", now)
 
     def _to_publisher(self, message: messages.Message) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from asyncrl.generator.lease_runner import LeaseFailure, LeaseRunner
+from asyncrl.link.wire_types import FailureReason
 from asyncrl.types import Group, Lease, LeaseKey
 
 log = logging.getLogger(__name__)
@@ -108,10 +109,10 @@ class HeldLeases:
         del self._leases[lease.key], self._tasks[lease.key]
         why_returned = self._why_returned.pop(lease.key, "abandoned")
         if task.cancelled():
-            outcome: Group | LeaseFailure = LeaseFailure("returned", why_returned)
+            outcome: Group | LeaseFailure = LeaseFailure(FailureReason.RETURNED, why_returned)
         elif error := task.exception():  # a bug in a task must not leave the lease hanging until its deadline
             log.error("lease %s failed", lease.key, exc_info=error)
-            outcome = LeaseFailure("engine", f"{type(error).__name__}: {error}")
+            outcome = LeaseFailure(FailureReason.ENGINE, f"{type(error).__name__}: {error}")
         else:
             outcome = task.result()
         self._report(lease.key, outcome)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 FROM_DESK = frozenset(
     {
         messages.Welcome,
-        messages.Refused,
+        messages.Refusal,
         messages.LeaseGrant,
         messages.Ack,
         messages.Nack,
@@ -118,7 +118,7 @@ class LearnerLink:
             )  # fmt: skip
 
 
-def _refused(refusal: messages.Refused | None) -> Refused:
+def _refused(refusal: messages.Refusal | None) -> Refused:
     assert refusal is not None, "the session is refused and does not say why"
     return Refused(
         f"learner and generator do not fit ({refusal.code}): {refusal.reason}; "

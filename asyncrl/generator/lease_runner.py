@@ -11,15 +11,16 @@ import numpy as np
 from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.engines.base import Completion, GenerationRequest, RolloutEngine, nothing
 from asyncrl.generator.weight_phases import WeightSync
+from asyncrl.link.wire_types import FailureReason
 from asyncrl.rewards.pool import RewardOutcome, RewardPool
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind, Rollout, min_rollouts
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseFailure:
-    """A lease that ended without a group. `reason` is one of link.messages.FAILURE_REASONS."""
+    """A lease that ended without a group. The lease is leased again."""
 
-    reason: str
+    reason: FailureReason
     detail: str
 
 
@@ -64,7 +65,7 @@ class LeaseRunner:
                 return await self._run(lease, request_id)
         except TimeoutError:
             await self._abort(lease, request_id)
-            return LeaseFailure("deadline", f"no group within the lease's {lease.deadline_s:.0f} s")
+            return LeaseFailure(FailureReason.DEADLINE, f"no group within the lease's {lease.deadline_s:.0f} s")
         except asyncio.CancelledError:
             await self._abort(lease, request_id)
             raise
@@ -88,10 +89,12 @@ class LeaseRunner:
             await self._abort(lease, request_id)  # what else the lease samples is of no use
             self.generations_failed += 1
             # Not "engine", which counts against the prompt, when it was the weights.
-            return LeaseFailure("tainted" if self._engine.tainted else "engine", str(error))
+            return LeaseFailure(FailureReason.TAINTED if self._engine.tainted else FailureReason.ENGINE, str(error))
         versions = {span.version for completion in completions for span in completion.version_spans}
         if lease.pinned_version is not None and versions != {lease.pinned_version}:
-            return LeaseFailure("not_pinned", f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone")
+            return LeaseFailure(
+                FailureReason.NOT_PINNED, f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone"
+            )
         # Rewards run while the commit may still be on its way: both are waited for, neither delays the other.
         outcomes = await self._rewards.score(
             [completion.text for completion in completions],
@@ -103,7 +106,7 @@ class LeaseRunner:
             await self._sync.wait_proven(versions, self._commit_timeout_s, since=began_at)
         except EngineError as error:
             self.generations_failed += 1
-            return LeaseFailure("tainted", str(error))
+            return LeaseFailure(FailureReason.TAINTED, str(error))
         return self._group(lease, completions, outcomes)
 
     async def _sample(self, lease: Lease, request_id: str) -> list[Completion]:
@@ -143,13 +146,15 @@ class LeaseRunner:
         if lease.greedy_baseline:
             *outcomes, greedy = outcomes
             if greedy.failed:
-                return LeaseFailure(greedy.reason, f"the reward of the greedy completion failed: {greedy.detail}")
+                return LeaseFailure(
+                    FailureReason(greedy.reason), f"the reward of the greedy completion failed: {greedy.detail}"
+                )
             baseline = greedy.reward
             completions = completions[:-1]
         failed = [outcome for outcome in outcomes if outcome.failed]
         if len(outcomes) - len(failed) < _enough(lease):
             return LeaseFailure(
-                failed[0].reason, f"{len(failed)} of {len(outcomes)} rewards failed: {failed[0].detail}"
+                FailureReason(failed[0].reason), f"{len(failed)} of {len(outcomes)} rewards failed: {failed[0].detail}"
             )
         rollouts = [
             Rollout(

@@ -22,6 +22,7 @@ import numpy as np
 from asyncrl.errors import AsyncRLError, EngineError
 from asyncrl.generator.engines.base import RolloutEngine
 from asyncrl.link.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.wire_types import SyncPhase
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 
 log = logging.getLogger(__name__)
@@ -146,12 +147,12 @@ class WeightSync:
                 await self._engine.join_channel(spec, deadline - loop.time())
             report = await self._engine.stage_weights(offer.manifest, deadline - loop.time())
         except (AsyncRLError, TimeoutError) as error:
-            self._reply(offer, "stage", error=_text(error))
+            self._reply(offer, SyncPhase.STAGE, error=_text(error))
             return
         finally:
             self._staging = None
         self._group = spec.prefix
-        self._reply(offer, "stage", digests=report.digests, timings_ms=report.timings_ms)
+        self._reply(offer, SyncPhase.STAGE, digests=report.digests, timings_ms=report.timings_ms)
 
     async def _swap(self, swap: SyncSwap) -> None:
         sequences = [np.frombuffer(tokens, TOKEN_DTYPE).tolist() for tokens in swap.canary]
@@ -163,7 +164,7 @@ class WeightSync:
             report = await self._engine.swap_weights(swap.version, swap.timeout_s)
         except (AsyncRLError, TimeoutError) as error:
             await self._settle(None)
-            self._reply(swap, "swap", error=_text(error))
+            self._reply(swap, SyncPhase.SWAP, error=_text(error))
             return
         finally:
             self._swapping = False
@@ -175,11 +176,11 @@ class WeightSync:
             canary_ms = (loop.time() - started) * 1e3
         except (AsyncRLError, TimeoutError) as error:
             await self._taint(f"the canary of version {swap.version} was not scored: {error}")
-            self._reply(swap, "swap", error=f"canary: {_text(error)}; the engine is tainted until a full sync")
+            self._reply(swap, SyncPhase.SWAP, error=f"canary: {_text(error)}; the engine is tainted until a full sync")
             return
         self._reply(
             swap,
-            "swap",
+            SyncPhase.SWAP,
             canary_logprobs=[row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs],
             timings_ms={**report.timings_ms, "canary_ms": canary_ms},
         )
@@ -218,7 +219,7 @@ class WeightSync:
             self._held, self._loaded = held, None
             self._changed.notify_all()
 
-    def _reply(self, request: SyncOffer | SyncSwap, phase: str, *, error: str = "", **fields: Any) -> None:
+    def _reply(self, request: SyncOffer | SyncSwap, phase: SyncPhase, *, error: str = "", **fields: Any) -> None:
         if error:
             log.warning("sync to version %d failed in phase %s: %s", request.version, phase, error)
         self._send(SyncReply(request.run_epoch, request.version, request.attempt, phase, error, **fields))

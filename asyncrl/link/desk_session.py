@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from asyncrl.link import limits
-from asyncrl.link.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refused, Welcome
+from asyncrl.link.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refusal, Welcome
+from asyncrl.link.wire_types import NackCode, RefusalCode
 from asyncrl.types import Frontier
 
 
@@ -144,7 +145,7 @@ class Admission:
     released: (generator_id, incarnation) whose leases are free because a newer incarnation took its place.
     """
 
-    reply: Welcome | Refused
+    reply: Welcome | Refusal
     session: DeskSession | None = None
     released: tuple[str, int] | None = None
 
@@ -223,7 +224,7 @@ class DeskSessions:
 
     def unknown_peer(self) -> Nack:
         """Asks a peer to say hello: it knew the learner before this one, or its session was replaced."""
-        return Nack(self.run_epoch, seq=0, code="hello", reason="this learner does not know you: say hello")
+        return Nack(self.run_epoch, seq=0, code=NackCode.HELLO, reason="this learner does not know you: say hello")
 
     def bye(self, session: DeskSession) -> None:
         """The generator left: nothing of this incarnation will follow."""
@@ -250,7 +251,7 @@ class DeskSessions:
         """The result is on disk: from now on `ack` covers it."""
         session.seqs.settle(seq)
 
-    def reject(self, session: DeskSession, seq: int, code: str, reason: str) -> Nack:
+    def reject(self, session: DeskSession, seq: int, code: NackCode, reason: str) -> Nack:
         """The result will never be accepted. Send the Nack; if the result is repeated, it gets it again."""
         session.seqs.settle(seq)
         nack = session.nacks[seq] = Nack(self.run_epoch, seq, code, reason)
@@ -294,32 +295,34 @@ class DeskSessions:
 
     # -- admission
 
-    def _mismatch(self, hello: Hello) -> Refused | None:
+    def _mismatch(self, hello: Hello) -> Refusal | None:
         expected = self._expected
         for code, want, got in (
-            ("protocol", PROTOCOL_VERSION, hello.protocol),
-            ("model", expected.model_fingerprint, hello.model_fingerprint),
-            ("tokenizer", expected.tokenizer_fingerprint, hello.tokenizer_fingerprint),
-            ("task", expected.task, hello.task),
+            (RefusalCode.PROTOCOL, PROTOCOL_VERSION, hello.protocol),
+            (RefusalCode.MODEL, expected.model_fingerprint, hello.model_fingerprint),
+            (RefusalCode.TOKENIZER, expected.tokenizer_fingerprint, hello.tokenizer_fingerprint),
+            (RefusalCode.TASK, expected.task, hello.task),
         ):
             if want != got:
-                remedy = "asyncrl version" if code == "protocol" else code
+                remedy = "asyncrl version" if code is RefusalCode.PROTOCOL else code
                 reason = f"learner and generator differ in {code}: give both the same {remedy}"
-                return Refused(code, reason, str(want), str(got))
+                return Refusal(code, reason, str(want), str(got))
         if hello.max_run_epoch > self.run_epoch:
             self.superseded_by = max(hello.max_run_epoch, self.superseded_by or 0)
             reason = (
                 "the generator has seen a newer run epoch: this learner was replaced, or its run.dir is new; "
                 "in the second case restart the generator"
             )
-            return Refused("run_epoch", reason, f">= {hello.max_run_epoch}", str(self.run_epoch))
+            return Refusal(RefusalCode.RUN_EPOCH, reason, f">= {hello.max_run_epoch}", str(self.run_epoch))
         if not hello.generator_id or hello.incarnation < 1 or hello.first_unacked_seq < 1:
             got = f"{hello.generator_id!r:.80}, {hello.incarnation}, {hello.first_unacked_seq}"
-            return Refused("protocol", "malformed Hello", "an id, incarnation and first_unacked_seq from 1", got)
+            return Refusal(
+                RefusalCode.PROTOCOL, "malformed Hello", "an id, incarnation and first_unacked_seq from 1", got
+            )
         return None
 
     @staticmethod
-    def _fence(known: DeskSession | None, hello: Hello) -> Refused | None:
+    def _fence(known: DeskSession | None, hello: Hello) -> Refusal | None:
         if known is None or hello.incarnation > known.incarnation:
             return None
         if hello.incarnation < known.incarnation:
@@ -327,11 +330,11 @@ class DeskSessions:
                 f"a newer process of generator {known.generator_id} was here; if that is not so, give this "
                 "one another generator.id"
             )
-            return Refused("fenced", reason, f">= {known.incarnation}", str(hello.incarnation))
+            return Refusal(RefusalCode.FENCED, reason, f">= {known.incarnation}", str(hello.incarnation))
         if known.instance not in ("", hello.instance):
             # Two processes under one name would have each other's results taken for duplicates.
             reason = f"two processes call themselves {known.generator_id}: give each its own generator.id"
-            return Refused("fenced", reason, known.instance, hello.instance)
+            return Refusal(RefusalCode.FENCED, reason, known.instance, hello.instance)
         return None
 
     def _adopt(self, generator_id: str, incarnation: int, now: float) -> DeskSession:

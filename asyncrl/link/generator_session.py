@@ -13,7 +13,19 @@ from enum import StrEnum
 
 from asyncrl.errors import ProtocolError
 from asyncrl.link import codec, limits
-from asyncrl.link.messages import Ack, ActiveLease, GroupResult, Hello, LeaseFailed, Message, Nack, Refused, Welcome
+from asyncrl.link.messages import (
+    Ack,
+    ActiveLease,
+    GroupResult,
+    Hello,
+    LeaseFailed,
+    Message,
+    Nack,
+    Refusal,
+    RunMessage,
+    Welcome,
+)
+from asyncrl.link.wire_types import NackCode, RefusalCode
 
 Result = GroupResult | LeaseFailed
 
@@ -57,7 +69,7 @@ class GeneratorSession:
         self.state = GeneratorState.HELLO
         self.run_epoch = hello.max_run_epoch
         self.held_version = hello.held_version
-        self.refusal: Refused | None = None  # the last one; that of an older learner is not final
+        self.refusal: Refusal | None = None  # the last one; that of an older learner is not final
         self.outbox_bytes = 0
         self.acked_results = 0
         self.nacked_results = 0
@@ -145,14 +157,16 @@ class GeneratorSession:
         """
         if self.state is GeneratorState.REFUSED:
             return False
-        if isinstance(message, Refused):
+        if isinstance(message, Refusal):
             return self._refused(message)
+        if not isinstance(message, RunMessage):
+            raise ProtocolError(f"{type(message).__name__} is not a message of the desk to a generator")
         if message.run_epoch < self.run_epoch:
             self.stale_messages += 1
             return False
         if isinstance(message, Welcome):
             return self._welcomed(message, now)
-        if message.run_epoch > self.run_epoch or (isinstance(message, Nack) and message.code == "hello"):
+        if message.run_epoch > self.run_epoch or (isinstance(message, Nack) and message.code is NackCode.HELLO):
             self._say_hello(now)
             return False
         self._heard_at = now
@@ -166,12 +180,12 @@ class GeneratorSession:
     def _welcomed(self, message: Welcome, now: float) -> bool:
         # A learner that takes smaller frames would drop the link at each of ours, for ever.
         for code, name, theirs, ours in (
-            ("run", "run.name", message.run_name, self._run_name),
-            ("config", "transport.max_frame_bytes", message.max_frame_bytes, self._max_frame_bytes),
+            (RefusalCode.RUN, "run.name", message.run_name, self._run_name),
+            (RefusalCode.CONFIG, "transport.max_frame_bytes", message.max_frame_bytes, self._max_frame_bytes),
         ):
             if theirs != ours:
                 reason = f"learner and generator differ in {name}: wrong transport.address, or another configuration"
-                return self._refused(Refused(code, reason, expected=str(theirs), got=str(ours)))
+                return self._refused(Refusal(code, reason, expected=str(theirs), got=str(ours)))
         fresh = not self.welcomed or message.run_epoch > self.run_epoch
         self._heard_at = now
         self.state = GeneratorState.WELCOMED
@@ -184,9 +198,9 @@ class GeneratorSession:
                 item.send_now(now)
         return fresh
 
-    def _refused(self, message: Refused) -> bool:
+    def _refused(self, message: Refusal) -> bool:
         self.refusal = message
-        if message.code == "run_epoch":
+        if message.code is RefusalCode.RUN_EPOCH:
             # An older learner that has not noticed yet that it was replaced; the newer one may take its place.
             return False
         self.state = GeneratorState.REFUSED

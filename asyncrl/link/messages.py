@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, WeightManifest
-from asyncrl.link.wire_types import AnyFloat, Payload
+from asyncrl.link.wire_types import AnyFloat, FailureReason, NackCode, Payload, RefusalCode, SyncPhase
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
 PROTOCOL_VERSION = 3
@@ -27,6 +27,13 @@ class Message:
     """Base of all messages. `wire_code` goes into the frame header."""
 
     wire_code: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunMessage(Message):
+    """Base of the messages that belong to one run epoch: to one life of the learner. See GeneratorSession.receive."""
+
+    run_epoch: int
 
 
 M = TypeVar("M", bound=Message)
@@ -85,7 +92,7 @@ class WireRollout:
 
 @message(1)
 class Hello(Message):
-    """First message of a connection. The desk answers Welcome or Refused."""
+    """First message of a connection. The desk answers Welcome or Refusal."""
 
     protocol: int
     generator_id: str
@@ -101,10 +108,9 @@ class Hello(Message):
 
 
 @message(2)
-class Beat(Message):
+class Beat(RunMessage):
     """Progress, once a second, from the loop that does the work. A process that beats without progress is wedged."""
 
-    run_epoch: int
     sequences_wanted: int  # cumulative: sequences leased to it in this run epoch plus those it has room for
     active: list[ActiveLease]
     tokens_generated: int  # cumulative
@@ -147,7 +153,7 @@ class LeaseFailed(Message):
     kind: LeaseKind
     ordinal: int
     attempt: int
-    reason: str  # one of FAILURE_REASONS
+    reason: FailureReason
     detail: str
 
     @property
@@ -156,17 +162,13 @@ class LeaseFailed(Message):
         return LeaseKey(self.kind, self.ordinal, self.attempt)
 
 
-FAILURE_REASONS = ("returned", "deadline", "reward_error", "reward_timeout", "engine", "tainted", "not_pinned")
-
-
 @message(5)
-class SyncReply(Message):
+class SyncReply(RunMessage):
     """A generator's answer in one phase of a weight sync. `error` is empty when the phase succeeded."""
 
-    run_epoch: int
     version: int
     attempt: int
-    phase: str  # "stage" or "swap"
+    phase: SyncPhase
     error: str
     digests: list[list[int]] = field(default_factory=list)  # staged: per worker, per bucket
     canary_logprobs: list[bytes] = field(default_factory=list)  # swapped: float32 per canary sequence
@@ -184,10 +186,9 @@ class Bye(Message):
 
 
 @message(20)
-class Welcome(Message):
+class Welcome(RunMessage):
     """The generator is admitted. Limits it must keep to."""
 
-    run_epoch: int
     run_name: str
     version: int
     credit_bytes: int  # see Ack
@@ -197,20 +198,19 @@ class Welcome(Message):
 
 
 @message(21)
-class Refused(Message):
+class Refusal(Message):
     """The generator is not admitted and should exit. `expected` and `got` name the values that differ."""
 
-    code: str  # protocol | model | tokenizer | task | run | config | fenced | run_epoch (not final)
+    code: RefusalCode
     reason: str
     expected: str
     got: str
 
 
 @message(22)
-class LeaseGrant(Message):
+class LeaseGrant(RunMessage):
     """One lease; see types.Lease."""
 
-    run_epoch: int
     kind: LeaseKind
     ordinal: int
     attempt: int
@@ -232,33 +232,30 @@ class LeaseGrant(Message):
 
 
 @message(23)
-class Ack(Message):
+class Ack(RunMessage):
     """Results that are on the learner's disk. Cumulative, so the next one repairs a lost one."""
 
-    run_epoch: int
     acked_seq: int  # everything up to and including this seq is durable
     beyond: list[int]  # single seqs above it that are durable too
     credit_bytes: int  # bytes of results that may be under way without an acknowledgement; 0 = send none for now
 
 
 @message(24)
-class Nack(Message):
+class Nack(RunMessage):
     """A result that will never be accepted: the generator drops it and counts it.
 
-    With seq 0 and code "hello" it asks a peer that the desk does not know to say hello again.
+    With seq 0 and code HELLO it asks a peer that the desk does not know to say hello again.
     """
 
-    run_epoch: int
     seq: int
-    code: str
+    code: NackCode
     reason: str
 
 
 @message(25)
-class SyncOffer(Message):
+class SyncOffer(RunMessage):
     """Phase 1 of a weight sync: join the process group of this epoch, if not a member yet, and stage the weights."""
 
-    run_epoch: int
     version: int
     attempt: int
     channel: ChannelPlace
@@ -267,10 +264,9 @@ class SyncOffer(Message):
 
 
 @message(26)
-class SyncSwap(Message):
+class SyncSwap(RunMessage):
     """Phase 2: every bucket arrived and verified; load the staged weights and score the canary sequences."""
 
-    run_epoch: int
     version: int
     attempt: int
     canary: list[bytes]  # int32 token ids of each canary sequence
@@ -278,19 +274,17 @@ class SyncSwap(Message):
 
 
 @message(27)
-class SyncCommit(Message):
+class SyncCommit(RunMessage):
     """Phase 3: the learner compared digests and canary; tokens of this version may now leave the generator."""
 
-    run_epoch: int
     version: int
     attempt: int
 
 
 @message(28)
-class SyncAbort(Message):
+class SyncAbort(RunMessage):
     """The sync failed for this generator: drop what was staged; if weights were swapped they are tainted."""
 
-    run_epoch: int
     version: int
     attempt: int
     reason: str
@@ -298,19 +292,17 @@ class SyncAbort(Message):
 
 
 @message(29)
-class Stop(Message):
+class Stop(RunMessage):
     """The run is over (`finished`) or the learner goes away on purpose: drain, flush and exit, or wait for it."""
 
-    run_epoch: int
     finished: bool
     reason: str
 
 
 @message(30)
-class Abandon(Message):
+class Abandon(RunMessage):
     """Stop working on these leases: they expired or were leased again."""
 
-    run_epoch: int
     leases: list[LeaseKey]
 
 

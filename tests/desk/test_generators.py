@@ -84,7 +84,7 @@ def test_a_generator_that_fits_is_welcomed_and_one_that_does_not_is_refused(worl
     ((_, welcome),) = world.wire.take(messages.Welcome)
     assert (welcome.run_epoch, welcome.version) == (1, 3)
     world.generators.hello(b"q", dataclasses.replace(hello("b"), tokenizer_fingerprint="other"), 0.0)
-    ((_, refused),) = world.wire.take(messages.Refused)
+    ((_, refused),) = world.wire.take(messages.Refusal)
     assert (refused.code, refused.expected, refused.got) == ("tokenizer", "tokenizer", "other")
     assert [session.generator_id for session in world.generators.alive()] == ["a"]
 

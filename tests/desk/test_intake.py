@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from asyncrl.errors import JournalError
 from asyncrl.link.codec import decode_body
 from asyncrl.link.messages import Ack, GroupResult, LeaseFailed, Nack
 from asyncrl.link.rollouts import result_to_group
+from asyncrl.link.wire_types import FailureReason
 from asyncrl.replay.filtering import MAX_FILTERED_PER_GROUP
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage.journal import DURABLE_AFTER_S
@@ -201,7 +203,7 @@ def test_a_group_that_lost_half_of_its_rollouts_is_still_taken(parts, session):
 
 
 def failure(ordinal: int, seq: int, reason: str = "reward_error", attempt: int = 0) -> LeaseFailed:
-    return LeaseFailed(seq, 1, LeaseKind.TRAIN, ordinal, attempt, reason, "why")
+    return LeaseFailed(seq, 1, LeaseKind.TRAIN, ordinal, attempt, FailureReason(reason), "why")
 
 
 def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts, session):
@@ -215,9 +217,10 @@ def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts
     assert (again.key.ordinal, again.key.attempt) == (0, 1)
 
 
-def test_an_unknown_reason_of_failure_is_not_taken_over(parts, session):
+def test_a_reason_of_failure_that_this_version_does_not_know_counts_as_the_engines(parts, session):
     lease(parts)
-    parts.intake.failed(session, failure(0, seq=1, reason="x" * 1000), 100, 0.0)
+    body = msgpack.packb([1, 1, "train", 0, 0, "x" * 1000, "why"])
+    parts.intake.failed(session, decode_body(LeaseFailed, body), 100, 0.0)
     assert parts.totals.rollouts_failed == {"engine": 4}
 
 

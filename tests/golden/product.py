@@ -21,7 +21,7 @@ from asyncrl.cli import dry_run
 from asyncrl.cli.common import command
 from asyncrl.config import host_checks
 from asyncrl.config.loading import load_config
-from asyncrl.link import codec, messages
+from asyncrl.link import codec, messages, wire_types
 from asyncrl.link.rollouts import group_to_result, result_to_group
 from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
 from asyncrl.replay.recovery import replay_plan
@@ -388,17 +388,19 @@ def example_messages() -> list[Any]:
             123_456, 789, 3, 512.5, 7.25, 65_536, 6, 4, False, 632,
         ),
         result,
-        m.LeaseFailed(91, 3, evaluate, 2, 1, "reward_timeout", "no reward after 10 s"),
-        m.SyncReply(3, 7, 2, "stage", "a peer vanished", [[1, -2], [3, 2**62]], [logprobs], {"load": 3.0}),
+        m.LeaseFailed(91, 3, evaluate, 2, 1, wire_types.FailureReason.REWARD_TIMEOUT, "no reward after 10 s"),
+        m.SyncReply(
+            3, 7, 2, wire_types.SyncPhase.STAGE, "a peer vanished", [[1, -2], [3, 2**62]], [logprobs], {"load": 3.0}
+        ),
         m.Bye("SIGTERM"),
         m.Welcome(3, "quickstart", 6, 64 * 2**20, 89, 1.0, 32 * 2**20),
-        m.Refused("model", "another model", "0123456789abcdef", "aaaaaaaaaaaaaaaa"),
+        m.Refusal(wire_types.RefusalCode.MODEL, "another model", "0123456789abcdef", "aaaaaaaaaaaaaaaa"),
         m.LeaseGrant(
             3, train, 11, 1, 5, 600.0, ids, {"answer": "42", "marks": [1.0, 0.5], "extra": {"level": 2, "key": None}},
             8, 128, 0.75, 5, 2**40 + 1, True,
         ),
         m.Ack(3, 90, [92, 95], 2**20),
-        m.Nack(3, 93, "invalid", "group train 11: prompt of 3 tokens is not the leased one"),
+        m.Nack(3, 93, wire_types.NackCode.INVALID, "group train 11: prompt of 3 tokens is not the leased one"),
         m.SyncOffer(3, 7, 2, place, manifest, 30.0),
         m.SyncSwap(3, 7, 2, [ids, ids[:8]], 30.0),
         m.SyncCommit(3, 7, 2),

@@ -11,6 +11,7 @@ import random
 from asyncrl.link import codec, limits
 from asyncrl.link.messages import PROTOCOL_VERSION, Beat, Hello, LeaseFailed, Message
 from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Offer
+from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.types import LeaseKind
 
 MAX_BYTES = 1 << 16
@@ -71,7 +72,7 @@ class Desk:
         if offer is Offer.DUPLICATE:
             self.outgoing.put(peer, self.sessions.answer_duplicate(session, message.seq))
         elif offer is Offer.NEW and refused_by_rule(message.ordinal):
-            self.outgoing.put(peer, self.sessions.reject(session, message.seq, "invalid", "by rule"))
+            self.outgoing.put(peer, self.sessions.reject(session, message.seq, NackCode.INVALID, "by rule"))
         elif offer is Offer.NEW:
             self.unsynced.append((session, message.seq, message.ordinal))
 
@@ -147,7 +148,7 @@ class World:
         if self.session.has_room:
             self.ordinals += 1
             key = (LeaseKind.TRAIN, self.ordinals, 0)
-            self.session.put(lambda seq, epoch: LeaseFailed(seq, epoch, *key, "engine", ""), self.now)
+            self.session.put(lambda seq, epoch: LeaseFailed(seq, epoch, *key, FailureReason.ENGINE, ""), self.now)
             self.mine.append(self.ordinals)
 
     def generator_turn(self, passed_s: float) -> None:

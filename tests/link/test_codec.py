@@ -31,13 +31,14 @@ from asyncrl.link.messages import (
     Hello,
     LeaseFailed,
     LeaseGrant,
+    Nack,
     StepDone,
     SyncReply,
     WireRollout,
     message_types,
 )
 from asyncrl.link.weight_records import DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
-from asyncrl.link.wire_types import KEY, MAY_BE_NAN, PayloadValue
+from asyncrl.link.wire_types import KEY, MAY_BE_NAN, FailureReason, PayloadValue, SyncPhase
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
 MAX_BYTES = 64 * 2**20
@@ -209,7 +210,7 @@ def test_a_frame_over_the_limit_is_refused_before_it_is_read():
     with pytest.raises(FrameError, match="must be 32 to 100"):
         decode(bytes(1000), max_bytes=100)
     with pytest.raises(FrameError, match=r"LeaseFailed of \d+ bytes is over the limit of 100: raise transport"):
-        codec.encode(LeaseFailed(1, 1, LeaseKind.TRAIN, 1, 0, "engine", "x" * 100), max_bytes=100)
+        codec.encode(LeaseFailed(1, 1, LeaseKind.TRAIN, 1, 0, FailureReason.ENGINE, "x" * 100), max_bytes=100)
 
 
 def test_a_message_that_this_peer_may_not_send_is_refused():
@@ -272,7 +273,7 @@ def test_an_integer_is_taken_where_a_number_is_wanted():
 
 def test_missing_trailing_fields_take_their_defaults():
     body = msgpack.packb([1, 2, 0, "stage", ""])
-    assert codec.decode_body(SyncReply, body) == SyncReply(1, 2, 0, "stage", "")
+    assert codec.decode_body(SyncReply, body) == SyncReply(1, 2, 0, SyncPhase.STAGE, "")
 
 
 def test_the_sender_is_told_of_a_wrong_field_too():
@@ -387,6 +388,22 @@ def test_messages_with_records_have_the_bytes_they_always_had():
     assert codec.encode_body(Abandon(2, [LeaseKey(LeaseKind.EVAL, 5, 0)])) == msgpack.packb([2, [["eval", 5, 0]]])
     result = GroupResult(3, 2, LeaseKind.TRAIN, 4, 1, b"1234", [ROLLOUT])
     assert codec.encode_body(result) == msgpack.packb([3, 2, "train", 4, 1, b"1234", [ROLLOUT_MAP], None])
+
+
+# -- words that fields choose from
+
+
+def test_a_word_outside_is_refused_with_those_that_are_allowed():
+    with pytest.raises(FrameError, match="Nack.code is 'boring', must be one of invalid, unknown_lease, hello"):
+        codec.decode_body(Nack, msgpack.packb([1, 2, "boring", ""]))
+    with pytest.raises(FrameError, match="SyncReply.phase is 'commit', must be one of stage, swap"):
+        codec.decode_body(SyncReply, msgpack.packb([1, 2, 0, "commit", ""]))
+
+
+def test_a_failure_for_a_reason_not_known_here_is_still_a_failure():
+    """To refuse the message would leave its lease unaccounted for, and the generator sending it for ever."""
+    failed = codec.decode_body(LeaseFailed, msgpack.packb([1, 1, "train", 5, 0, "bored", "why"]))
+    assert (failed.reason, failed.detail) == (FailureReason.ENGINE, "why")
 
 
 # -- bombs

@@ -12,7 +12,7 @@ import pytest
 
 from asyncrl.link import codec, limits
 from asyncrl.link.addresses import parse_address
-from asyncrl.link.messages import Beat, Hello, Refused
+from asyncrl.link.messages import Beat, Hello, Refusal
 from asyncrl.link.session import DeskSessions, GeneratorSession, Offer
 from asyncrl.link.sockets import ClientSocket, ServerSocket
 from tests.link.chaos_proxy import ChaosProxy
@@ -143,7 +143,7 @@ def test_a_fenced_generator_learns_it_over_the_wire(link):
     newer = Generator(proxy.address, incarnation=2, instance="i2")
     run_until(lambda: newer.session.welcomed, end, newer, 5)
     run_until(lambda: source.session.refusal is not None, end, source, 5)
-    assert isinstance(source.session.refusal, Refused) and source.session.refusal.code == "fenced"
+    assert isinstance(source.session.refusal, Refusal) and source.session.refusal.code == "fenced"
     newer.socket.close()
 
 

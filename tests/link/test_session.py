@@ -18,11 +18,12 @@ from asyncrl.link.messages import (
     LeaseGrant,
     Message,
     Nack,
-    Refused,
+    Refusal,
     Stop,
     Welcome,
 )
 from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Liveness, Offer
+from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.types import LeaseKind
 
 MAX_BYTES = 1 << 20
@@ -62,7 +63,7 @@ def generator(now=0.0, outbox_bytes=10_000, **changes) -> GeneratorSession:
 
 
 def failed(detail=""):
-    return lambda seq, run_epoch: LeaseFailed(seq, run_epoch, LeaseKind.TRAIN, seq, 0, "engine", detail)
+    return lambda seq, run_epoch: LeaseFailed(seq, run_epoch, LeaseKind.TRAIN, seq, 0, FailureReason.ENGINE, detail)
 
 
 def beat(active=(), tokens=0) -> Beat:
@@ -170,7 +171,7 @@ def test_single_acks_beyond_the_watermark_free_their_results():
 def test_an_ack_of_what_was_never_sent_is_a_protocol_error():
     session = generator()
     connect(session, desk())
-    for message in (Ack(1, 1, [], 0), Ack(1, 0, [7], 0), Nack(1, 3, "x", "y")):
+    for message in (Ack(1, 1, [], 0), Ack(1, 0, [7], 0), Nack(1, 3, NackCode.INVALID, "y")):
         with pytest.raises(ProtocolError, match="the last one sent is 0"):
             session.receive(message, 0.0)
 
@@ -179,8 +180,8 @@ def test_a_nack_drops_its_result_and_counts_once():
     session = generator()
     connect(session, desk())
     session.put(failed(), 0.0)
-    assert session.receive(Nack(1, 1, "invalid", "nan"), 0.0)
-    assert not session.receive(Nack(1, 1, "invalid", "nan"), 0.0)
+    assert session.receive(Nack(1, 1, NackCode.INVALID, "nan"), 0.0)
+    assert not session.receive(Nack(1, 1, NackCode.INVALID, "nan"), 0.0)
     assert (session.nacked_results, session.acked_results, session.outbox_bytes) == (1, 0, 0)
 
 
@@ -262,7 +263,7 @@ def test_a_generator_that_does_not_fit_is_refused_with_both_values(change, code,
 @pytest.mark.parametrize("change", [{"generator_id": ""}, {"incarnation": 0}, {"first_unacked_seq": 0}])
 def test_a_malformed_hello_is_refused(change):
     reply = desk().hello(b"p", hello(**change), version=0, now=0.0).reply
-    assert isinstance(reply, Refused) and reply.code == "protocol"
+    assert isinstance(reply, Refusal) and reply.code == "protocol"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_a_rejected_result_gets_its_nack_again_when_it_is_repeated():
     sessions = desk()
     known = sessions.hello(b"p", hello(), version=0, now=0.0).session
     sessions.offer(known, 1, 10)
-    nack = sessions.reject(known, 1, "invalid", "nan")
+    nack = sessions.reject(known, 1, NackCode.INVALID, "nan")
     assert sessions.offer(known, 1, 10) is Offer.DUPLICATE
     assert sessions.answer_duplicate(known, 1) == nack
 

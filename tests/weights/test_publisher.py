@@ -28,6 +28,7 @@ from asyncrl.link.messages import (
     SyncSwap,
 )
 from asyncrl.link.sockets import ServerSocket
+from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
@@ -59,7 +60,7 @@ class Receiver:
         elif isinstance(message, SyncSwap):
             scores = [row.tobytes() for row in SCORES]
             self._replies.put(
-                (self.name, SyncReply(1, message.version, message.attempt, "swap", "", canary_logprobs=scores))
+                (self.name, SyncReply(1, message.version, message.attempt, SyncPhase.SWAP, "", canary_logprobs=scores))
             )
 
     def _stage(self, offer):
@@ -75,7 +76,7 @@ class Receiver:
             self.held = receive(self._group, manifest, held, torch.device("cpu"), offer.timeout_s, digests)
         except AsyncRLError as failure:
             error = str(failure)
-        reply = SyncReply(1, offer.version, offer.attempt, "stage", error, [] if error else [digests])
+        reply = SyncReply(1, offer.version, offer.attempt, SyncPhase.STAGE, error, [] if error else [digests])
         self._replies.put((self.name, reply))
 
     def close(self):

@@ -40,6 +40,7 @@ from asyncrl.link.messages import (
     SyncSwap,
 )
 from asyncrl.link.weight_records import ChannelPlace, WeightManifest
+from asyncrl.link.wire_types import SyncPhase
 from asyncrl.types import LOGPROB_DTYPE
 from asyncrl.weights.plan.records import (
     Committed,
@@ -155,7 +156,7 @@ class SyncRound:
         if member is None or message.phase != member.phase.value:
             return
         member.timings_ms.update(message.timings_ms)
-        if message.phase == Phase.STAGING.value:
+        if message.phase is SyncPhase.STAGE:
             self._staged(member, message, now)
         else:
             self._swapped(member, message, now)

@@ -18,6 +18,7 @@ from asyncrl.link.messages import (
     SyncSwap,
 )
 from asyncrl.link.weight_records import DeltaInfo
+from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.plan.planner import (
     CELL_GRACE_S,
     COMMIT_REPEAT_S,
@@ -78,7 +79,7 @@ class Bench:
         fields = {"digests": [digests or DIGESTS]} if phase == "stage" else {"canary_logprobs": canary or CANARY}
         if error:
             fields = {}
-        message = SyncReply(1, current.snapshot.version, current.attempt, phase, error, **fields)
+        message = SyncReply(1, current.snapshot.version, current.attempt, SyncPhase(phase), error, **fields)
         self.planner.reply(name, message, self.now)
         return self.take() + self.after(0.0)
 
@@ -301,7 +302,7 @@ def test_a_canary_with_nan_or_missing_values_is_wrong(canary):
     bench.open_group()
     bench.reply("a", "stage")
     current = bench.round
-    reply = SyncReply(1, current.snapshot.version, current.attempt, "swap", "", canary_logprobs=canary)
+    reply = SyncReply(1, current.snapshot.version, current.attempt, SyncPhase.SWAP, "", canary_logprobs=canary)
     bench.planner.reply("a", reply, bench.now)
     assert kinds(bench.take(), SyncFailed)
 
@@ -398,9 +399,9 @@ def test_replies_of_another_round_or_phase_are_ignored():
     bench.open_group()
     current = bench.round
     for stale in (
-        SyncReply(1, 7, current.attempt, "stage", "", digests=[DIGESTS]),
-        SyncReply(1, current.snapshot.version, current.attempt + 1, "stage", "", digests=[DIGESTS]),
-        SyncReply(1, current.snapshot.version, current.attempt, "swap", "", canary_logprobs=CANARY),
+        SyncReply(1, 7, current.attempt, SyncPhase.STAGE, "", digests=[DIGESTS]),
+        SyncReply(1, current.snapshot.version, current.attempt + 1, SyncPhase.STAGE, "", digests=[DIGESTS]),
+        SyncReply(1, current.snapshot.version, current.attempt, SyncPhase.SWAP, "", canary_logprobs=CANARY),
     ):
         bench.planner.reply("a", stale, bench.now)
     assert not messages(bench.take(), SyncSwap)
@@ -486,7 +487,7 @@ def test_wrong_digests_name_the_worker():
     bench.snapshot(0)
     bench.open_group()
     current = bench.round
-    reply = SyncReply(1, 0, current.attempt, "stage", "", digests=[DIGESTS, [11, 23]])
+    reply = SyncReply(1, 0, current.attempt, SyncPhase.STAGE, "", digests=[DIGESTS, [11, 23]])
     bench.planner.reply("a", reply, bench.now)
     (failed,) = kinds(bench.take(), SyncFailed)
     assert "(digest) on rank 2" in failed.reason
@@ -798,7 +799,7 @@ def test_the_next_trainers_version_of_the_same_number_is_sent_again_only_if_it_h
 def test_an_answer_to_the_learner_before_this_one_is_ignored():
     bench = Bench("a")
     bench.offered(bench.snapshot(0))
-    bench.planner.reply("a", SyncReply(0, 0, bench.round.attempt, "stage", "", [DIGESTS]), bench.now)
+    bench.planner.reply("a", SyncReply(0, 0, bench.round.attempt, SyncPhase.STAGE, "", [DIGESTS]), bench.now)
     assert not messages(bench.after(0.0), SyncSwap)
 
 
@@ -808,5 +809,5 @@ def test_every_worker_of_a_generator_has_to_show_its_digests(digests):
     bench.planner.joined("a", 1, 2, bench.now)
     bench.offered(bench.snapshot(0))
     current = bench.round
-    bench.planner.reply("a", SyncReply(1, 0, current.attempt, "stage", "", digests), bench.now)
+    bench.planner.reply("a", SyncReply(1, 0, current.attempt, SyncPhase.STAGE, "", digests), bench.now)
     assert kinds(bench.take(), SyncFailed)

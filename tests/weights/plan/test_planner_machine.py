@@ -19,6 +19,7 @@ from asyncrl.link.messages import (
     SyncReply,
     SyncSwap,
 )
+from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, ToGenerator, ToPublisher
 from asyncrl.weights.plan.round import GRACE_S, MAX_PENALTY_S
@@ -133,7 +134,7 @@ class Planner(RuleBasedStateMachine):
         if how == "well":
             self.honest.add((name, incarnation, order.version, phase))
         error = "it failed" if how == "error" else ""
-        reply = SyncReply(1, order.version, order.attempt, phase, error, **fields)
+        reply = SyncReply(1, order.version, order.attempt, SyncPhase(phase), error, **fields)
         self.planner.reply(name, reply, self.now)
         self.settle()
 
@@ -278,7 +279,9 @@ class Planner(RuleBasedStateMachine):
             self.honest.add((name, incarnation, order.version, phase))
             fields = {"digests": [[order.version]] * receiver.num_workers} if phase == "stage" else {}
             fields |= {"canary_logprobs": CANARY} if phase == "swap" else {}
-            self.planner.reply(name, SyncReply(1, order.version, order.attempt, phase, "", **fields), self.now)
+            self.planner.reply(
+                name, SyncReply(1, order.version, order.attempt, SyncPhase(phase), "", **fields), self.now
+            )
         self.settle()
 
 
