@@ -11,7 +11,7 @@ from asyncrl.config import Config
 from asyncrl.config.checks import largest_group_bytes, on_loopback
 from asyncrl.config.host_checks import has_gpu, is_on_gpu, weight_backend
 from asyncrl.config.loading import to_yaml
-from asyncrl.host.addresses import split_address
+from asyncrl.host.addresses import rollout_address
 from asyncrl.host.model_folder import ModelFiles, find_model
 
 MASTER_BYTES = 4  # float32
@@ -45,9 +45,9 @@ def describe(config: Config, role: str) -> str:
 
 
 def _learner_network(config: Config) -> Rows:
-    host, port = split_address(config.transport.address)
+    address = rollout_address(config.transport.address)
     return [
-        ("rollouts, binds", f"{config.transport.address}, {_security(config)}; {_probe(host, port)}"),
+        ("rollouts, binds", f"{config.transport.address}, {_security(config)}; {_probe(address.host, address.port)}"),
         (
             "weights, binds",
             f"a free port of {config.weights.host}, backend {_backend(config)}, not authenticated",

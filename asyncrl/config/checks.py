@@ -14,7 +14,7 @@ from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, shown, value_of
 from asyncrl.config.method_checks import METHOD_RULES
 from asyncrl.errors import ConfigError
-from asyncrl.host.addresses import ip_address, is_loopback, is_wildcard, split_address
+from asyncrl.host.addresses import ip_address, is_loopback, is_wildcard, rollout_address
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -172,7 +172,7 @@ def _largest_group_fits(config: Config) -> str | None:
 
 def _address_is_named(config: Config) -> str | None:
     try:
-        split_address(config.transport.address)
+        rollout_address(config.transport.address)
     except ConfigError as error:
         return str(error)
     return None
@@ -199,7 +199,7 @@ def _weight_host_is_private(config: Config) -> str | None:
 def on_loopback(config: Config) -> bool:
     """Whether the rollout link stays on this machine; true for an address that another rule refuses."""
     try:
-        return is_loopback(split_address(config.transport.address)[0])
+        return rollout_address(config.transport.address).is_loopback
     except ConfigError:
         return True
 

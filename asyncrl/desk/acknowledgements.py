@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asyncrl.desk.counters import Counters
-from asyncrl.link.session import DeskSession, DeskSessions
+from asyncrl.link.desk_session import DeskSession, DeskSessions
 from asyncrl.storage.journal import Journal
 from asyncrl.types import Group
 

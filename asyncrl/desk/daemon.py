@@ -31,8 +31,8 @@ from asyncrl.desk.restoring import checkpoint_folder, refuse_used_folder, restor
 from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
+from asyncrl.host.addresses import ipc_address
 from asyncrl.host.processes import StopSignal, pin_to
-from asyncrl.link.addresses import ipc_address
 from asyncrl.link.curve_keys import server_auth
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import MAX_FRAME_BYTES

@@ -36,8 +36,8 @@ from asyncrl.errors import FrameError, JournalError, ProtocolError, TooManyFailu
 from asyncrl.host.processes import StopSignal
 from asyncrl.link import messages
 from asyncrl.link.codec import body_of, decode
+from asyncrl.link.desk_session import DeskSession
 from asyncrl.link.messages import Message
-from asyncrl.link.session import DeskSession
 from asyncrl.link.sockets import ServerSocket, SocketPoller
 from asyncrl.storage.journal import run_epoch_of
 

@@ -9,10 +9,9 @@ from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.run_state import RunState
 from asyncrl.link import messages
-from asyncrl.link.codec import encode
+from asyncrl.link.desk_session import DeskSession, Liveness
 from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import lease_to_grant
-from asyncrl.link.session import DeskSession, Liveness
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.types import Lease, LeaseKey, LeaseKind
@@ -102,8 +101,7 @@ class Generators:
         for session in self._sessions:
             if session.probe_due(now):
                 assert session.peer is not None
-                ack = encode(self._sessions.ack(session), max_bytes=self.socket.max_frame_bytes)
-                session.cut_off = not self.socket.reaches(session.peer, ack)
+                session.cut_off = not self.socket.reaches(session.peer, self._sessions.ack(session))
 
     def stop(self, finished: bool, reason: str) -> None:
         """Tells all generators that the learner stops; they leave when the run is finished, else wait for the next."""
@@ -240,5 +238,5 @@ class Generators:
 
     def _to_peer(self, peer: bytes, message: Message) -> None:
         """Best effort: a message that is lost is asked for again, or its cause ends by a deadline."""
-        if not self.socket.send(peer, encode(message, max_bytes=self.socket.max_frame_bytes)):
+        if not self.socket.send_message(peer, message):
             log.debug("%s not sent: the peer is gone or reads nothing", type(message).__name__)

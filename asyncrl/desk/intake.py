@@ -19,9 +19,9 @@ from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import RunState
 from asyncrl.errors import ProtocolError
+from asyncrl.link.desk_session import DeskSession, Seen
 from asyncrl.link.messages import GroupResult, LeaseFailed, Message
 from asyncrl.link.rollouts import result_to_group, validate_group
-from asyncrl.link.session import DeskSession, Offer
 from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
 from asyncrl.replay.lease_records import LeaseRecord, Verdict
@@ -77,9 +77,9 @@ class Intake:
 
         Raises JournalError when the disk fails.
         """
-        offer = self._sessions.offer(session, message.seq, len(body))
-        if offer is not Offer.NEW:
-            return self._repeated(session, message.seq, offer)
+        seen = self._sessions.see(session, message.seq, len(body))
+        if seen is not Seen.NEW:
+            return self._repeated(session, message.seq, seen)
         try:
             group = result_to_group(message)
             if self._is_late_eval(group.key):
@@ -108,9 +108,9 @@ class Intake:
         """One lease that ended without a group: it is counted by reason and leased again. `size` is that of the frame
         in bytes. Raises JournalError when the disk fails.
         """
-        offer = self._sessions.offer(session, message.seq, size)
-        if offer is not Offer.NEW:
-            return self._repeated(session, message.seq, offer)
+        seen = self._sessions.see(session, message.seq, size)
+        if seen is not Seen.NEW:
+            return self._repeated(session, message.seq, seen)
         reason = message.reason
         if reason is not FailureReason.RETURNED:
             what = f"{message.kind} {message.ordinal}.{message.attempt}"
@@ -198,9 +198,9 @@ class Intake:
             self._buffer.add(stored)
         self._acknowledgements.add(session, seq, num_rollouts=len(group.rollouts))
 
-    def _repeated(self, session: DeskSession, seq: int, offer: Offer) -> Taken:
+    def _repeated(self, session: DeskSession, seq: int, seen: Seen) -> Taken:
         """What was settled before is answered again; what is being written, or over the credit, by a later ack."""
-        return Taken(self._sessions.answer_duplicate(session, seq) if offer is Offer.DUPLICATE else None)
+        return Taken(self._sessions.answer_duplicate(session, seq) if seen is Seen.DUPLICATE else None)
 
     def _fail_lease(self, message: GroupResult | LeaseFailed, reason: str, now: float) -> None:
         num_rollouts = self._config.sampling.group_size if message.kind is LeaseKind.TRAIN else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncrl.desk.run_state import PolicyVersions
 from asyncrl.errors import ProtocolError
-from asyncrl.link.session import DeskSession
+from asyncrl.link.desk_session import DeskSession
 from asyncrl.types import Group
 
 

@@ -10,7 +10,6 @@ from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.batches import BatchDealer, DecidedStep
 from asyncrl.desk.run_state import RunState
 from asyncrl.link import messages
-from asyncrl.link.codec import encode
 from asyncrl.link.messages import Message
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.metrics import Metrics
@@ -160,5 +159,5 @@ class Ranks:
     def _send(self, rank: int, message: Message) -> None:
         """Best effort: a rank asks again for what did not come."""
         peer = self._peers.get(rank)
-        if peer is None or not self.socket.send(peer, encode(message, max_bytes=self.socket.max_frame_bytes)):
+        if peer is None or not self.socket.send_message(peer, message):
             log.debug("%s to rank %d not sent", type(message).__name__, rank)

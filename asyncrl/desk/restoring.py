@@ -17,7 +17,7 @@ from asyncrl.desk.run_state import PolicyVersions, RunState
 from asyncrl.desk.saved_state import SavedDesk
 from asyncrl.errors import ConfigError
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
-from asyncrl.link.session import DeskSessions, Expected, SavedSession
+from asyncrl.link.desk_session import DeskSessions, Expected, SavedSession
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.lease_records import SavedLeases

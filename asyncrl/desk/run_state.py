@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from asyncrl.desk.counters import Counters
 from asyncrl.desk.saved_state import SavedDesk
-from asyncrl.link.session import DeskSessions
+from asyncrl.link.desk_session import DeskSessions
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.storage.journal import Journal

@@ -19,7 +19,7 @@ import msgpack
 
 from asyncrl.desk.counters import RunTotals
 from asyncrl.errors import CheckpointError
-from asyncrl.link.session import SavedSession
+from asyncrl.link.desk_session import SavedSession
 from asyncrl.replay.lease_records import SavedLeases
 from asyncrl.types import Frontier
 

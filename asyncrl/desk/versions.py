@@ -10,7 +10,6 @@ from asyncrl.desk.generators import Generators
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import RunState
 from asyncrl.link import messages
-from asyncrl.link.codec import encode
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.wire_types import RefusalCode
 from asyncrl.metrics import Metrics
@@ -111,4 +110,4 @@ class Versions:
 
     def _to_publisher(self, message: messages.Message) -> None:
         if self._publisher is not None:
-            self._socket.send(self._publisher, encode(message, max_bytes=self._socket.max_frame_bytes))
+            self._socket.send_message(self._publisher, message)

@@ -21,7 +21,7 @@ from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_finger
 from asyncrl.host.processes import StopSignal, pin_to
 from asyncrl.link import messages
 from asyncrl.link.curve_keys import client_auth
-from asyncrl.link.session import GeneratorSession
+from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.rewards.parts import make_parts
 from asyncrl.rewards.pool import RewardPool

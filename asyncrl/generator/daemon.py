@@ -38,10 +38,10 @@ from asyncrl.generator.learner_link import LearnerLink
 from asyncrl.generator.lease_runner import LeaseFailure, LeaseRunner, no_text
 from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link import messages
+from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.limits import BEAT_S
 from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import grant_to_lease, group_to_result
-from asyncrl.link.session import GeneratorSession
 from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.rewards.pool import RewardPool
 from asyncrl.types import Group, LeaseKey

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from asyncrl.config import Config
 from asyncrl.errors import PeerUnreachable, Refused
 from asyncrl.link import messages
-from asyncrl.link.codec import decode, encode
+from asyncrl.link.codec import decode
+from asyncrl.link.generator_session import GeneratorSession, GeneratorState
 from asyncrl.link.messages import Message
-from asyncrl.link.session import GeneratorSession, GeneratorState
 from asyncrl.link.sockets import AsyncClientSocket
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class LearnerLink:
 
     def send(self, message: Message) -> None:
         """Best effort: a full queue drops it, and whatever matters is repeated (session) or times out (sync)."""
-        if not self._socket.send(encode(message, max_bytes=self._max_frame_bytes)):
+        if not self._socket.send_message(message):
             log.debug("send queue full, %s dropped", type(message).__name__)
 
     def deliver(self, make: ResultMaker, held_version: int | None) -> None:

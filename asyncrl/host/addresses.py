@@ -1,37 +1,106 @@
-"""Reads `tcp://HOST:PORT`: which hosts are only this machine, and which would be every interface."""
+"""Addresses: the one parser of tcp://HOST:PORT and ipc://PATH, which hosts are this machine, a run's socket files."""
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
-from urllib.parse import urlsplit
+import os
+import re
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
-from asyncrl.errors import ConfigError
+from asyncrl.errors import BindError, ConfigError
+
+IPC_PATH_BYTES = 107  # sun_path on Linux, less its final NUL
+
+_TCP = re.compile(r"tcp://(\[[^\]]*\]|[^\[\]:/?#@\s]*):([0-9]{1,5}|\*)")
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `tcp://HOST:PORT`.
+@dataclass(frozen=True)
+class Address:
+    """A parsed address. `host` and `port` are set for tcp (port 0 = any free one), `path` for ipc."""
 
-    Raises ConfigError for any other form, for a wildcard host and for a port outside 1..65535.
+    text: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @property
+    def is_tcp(self) -> bool:
+        """Whether it is a network address."""
+        return not self.path
+
+    @property
+    def is_loopback(self) -> bool:
+        """True when no other host can reach it."""
+        return not self.is_tcp or is_loopback(self.host)
+
+
+def parse_address(text: str) -> Address:
+    """Parses tcp://HOST:PORT (port 0 or * = any free one; IPv6 in brackets) or ipc://PATH.
+
+    Raises BindError for any other form, for a wildcard host, and for a path that is too long for a socket.
     """
-    form = f"transport.address={address!r} must be tcp://HOST:PORT, for example tcp://127.0.0.1:5770"
-    try:
-        parts = urlsplit(address)
-    except ValueError as error:
-        raise ConfigError(f"{form} ({error})") from None
-    if parts.scheme != "tcp" or parts.path or parts.query:
-        raise ConfigError(form)
-    if parts.netloc.startswith("*") or is_wildcard(parts.hostname or ""):
+    if text.startswith("ipc://") and len(text) > len("ipc://"):
+        path = text.removeprefix("ipc://")
+        _check_ipc_path(path)
+        return Address(text, path=path)
+    parts = _TCP.fullmatch(text)
+    port = 0 if parts is None or parts[2] == "*" else int(parts[2])
+    if parts is None or port > 65_535:
+        raise BindError(f"address {text!r} must be tcp://HOST:PORT or ipc://PATH")
+    host = parts[1].strip("[]")
+    if not host or is_wildcard(host):
+        raise BindError(f"address {text!r} is a wildcard: name the one private address to listen on")
+    if host == "localhost":
+        host = "127.0.0.1"
+    shown = f"[{host}]" if ":" in host else host
+    return Address(f"tcp://{shown}:{port or '*'}", host=host, port=port)
+
+
+def rollout_address(text: str) -> Address:
+    """The value of transport.address: where the learner listens and generators connect.
+
+    Raises ConfigError for anything but tcp://HOST:PORT, for a wildcard host and for a port outside 1..65535.
+    """
+    parts = _TCP.fullmatch(text)
+    if parts is not None and is_wildcard(parts[1]):
         raise ConfigError(
-            f"transport.address={address!r} listens on every interface; name the one address of this host "
-            f"that the generators reach"
+            f"transport.address={text!r} listens on every interface; name the one address of this host "
+            "that the generators reach"
         )
     try:
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"{form} ({error})") from None
-    if not parts.hostname or not port:
-        raise ConfigError(form + "; the port is a number from 1 to 65535")
-    return parts.hostname, port
+        address = parse_address(text)
+    except BindError:
+        address = Address(text)
+    if not address.is_tcp or not address.port:
+        raise ConfigError(
+            f"transport.address={text!r} must be tcp://HOST:PORT, for example tcp://127.0.0.1:5770; "
+            "the port is a number from 1 to 65535"
+        )
+    return address
+
+
+def ipc_address(run_dir: str | Path, name: str) -> str:
+    """The address of the run's socket file `name`.
+
+    It lies in the run folder or, where that path is too long for a socket, in a private folder of the
+    temporary directory: the same one for every process of this user and run. Raises BindError.
+    """
+    path = Path(run_dir).resolve() / name
+    if len(os.fsencode(path)) <= IPC_PATH_BYTES:
+        return f"ipc://{path}"
+    tag = hashlib.sha256(os.fsencode(path.parent)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"asyncrl-{os.getuid()}-{tag}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    # The temporary directory is shared: somebody else's folder of that name must not be trusted.
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise BindError(f"{folder} is not a private folder of this user: remove it, or use a shorter run.dir")
+    _check_ipc_path(str(folder / name))
+    return f"ipc://{folder / name}"
 
 
 def is_loopback(host: str) -> bool:
@@ -54,3 +123,9 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return None
+
+
+def _check_ipc_path(path: str) -> None:
+    size = len(os.fsencode(path))
+    if size > IPC_PATH_BYTES:
+        raise BindError(f"socket path {path} has {size} bytes, at most {IPC_PATH_BYTES}: use a shorter run.dir")

@@ -81,9 +81,10 @@ def encode_body(message: Message) -> bytes:
     plan = plan_of(type(message))
     values = [_converted(plan, field, field.form.to_wire, getattr(message, field.name)) for field in plan.fields]
     try:
-        return msgpack.packb(values, use_bin_type=True)
+        body: bytes = msgpack.packb(values, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
         raise FrameError(f"{plan.name}: cannot be encoded: {error}") from error
+    return body
 
 
 def decode_body(cls: type[M], body: bytes | memoryview) -> M:

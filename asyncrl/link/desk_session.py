@@ -18,7 +18,7 @@ from asyncrl.link.wire_types import NackCode, RefusalCode
 from asyncrl.types import Frontier
 
 
-class Offer(StrEnum):
+class Seen(StrEnum):
     """What to do with a result that arrived."""
 
     NEW = "new"  # check it, then reject, or write it, sync and mark_durable
@@ -54,17 +54,17 @@ class SettledSeqs:
         """The settled seqs above `watermark`, in order."""
         return sorted(self._settled.above)
 
-    def offer(self, seq: int, nbytes: int, credit_bytes: int) -> Offer:
+    def see(self, seq: int, nbytes: int, credit_bytes: int) -> Seen:
         if seq < 1 or seq in self._settled:
-            return Offer.DUPLICATE
+            return Seen.DUPLICATE
         if seq in self._pending:
-            return Offer.PENDING
+            return Seen.PENDING
         over_credit = self._pending and self.pending_bytes + nbytes > credit_bytes
         if seq > self.watermark + limits.SEQ_WINDOW or over_credit:
-            return Offer.TOO_FAR
+            return Seen.TOO_FAR
         self._pending[seq] = nbytes
         self.pending_bytes += nbytes
-        return Offer.NEW
+        return Seen.NEW
 
     def settle(self, seq: int) -> None:
         self.pending_bytes -= self._pending.pop(seq, 0)
@@ -243,9 +243,9 @@ class DeskSessions:
 
     # -- results
 
-    def offer(self, session: DeskSession, seq: int, nbytes: int) -> Offer:
+    def see(self, session: DeskSession, seq: int, nbytes: int) -> Seen:
         """What to do with result `seq` of `nbytes` bytes."""
-        return session.seqs.offer(seq, nbytes, self._credit_limit_bytes)
+        return session.seqs.see(seq, nbytes, self._credit_limit_bytes)
 
     def mark_durable(self, session: DeskSession, seq: int) -> None:
         """The result is on disk: from now on `ack` covers it."""

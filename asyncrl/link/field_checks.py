@@ -75,18 +75,18 @@ class RecordPlan:
 
     @property
     def name(self) -> str:
+        """What errors call it."""
         return self.cls.__name__
 
 
-@functools.cache
+_MESSAGE_PLANS: dict[type[Message], RecordPlan] = {}
+
+
 def plan_of(cls: type[Message]) -> RecordPlan:
     """The plan of a message class."""
-    hints = _hints(cls)
-    fields = dataclasses.fields(cls)
-    missing = dataclasses.MISSING
-    required = sum(field.default is missing and field.default_factory is missing for field in fields)
-    planned = tuple(PlannedField(field.name, field.name, _form(hints[field.name])) for field in fields)
-    return RecordPlan(cls, planned, required)
+    if cls not in _MESSAGE_PLANS:
+        _MESSAGE_PLANS[cls] = _message_plan(cls)
+    return _MESSAGE_PLANS[cls]
 
 
 def to_plain(record: Any) -> Any:
@@ -168,6 +168,14 @@ def _array_form(inner: Form, cls: type[Any]) -> Form:
     return Form(
         functools.partial(_array, inner.to_wire, cls, list), functools.partial(_array, inner.from_wire, list, cls)
     )
+
+
+def _message_plan(cls: type[Message]) -> RecordPlan:
+    """Of a message: the array of all its fields, of which an older peer leaves out the last ones."""
+    hints, fields = _hints(cls), dataclasses.fields(cls)
+    missing = dataclasses.MISSING
+    required = sum(field.default is missing and field.default_factory is missing for field in fields)
+    return RecordPlan(cls, tuple(PlannedField(f.name, f.name, _form(hints[f.name])) for f in fields), required)
 
 
 @functools.cache

@@ -193,7 +193,7 @@ class Welcome(RunMessage):
     version: int
     credit_bytes: int  # see Ack
     acked_seq: int  # highest seq below which all is durable
-    beat_s: float
+    beat_s: float  # limits.BEAT_S of the learner; read by nobody, kept for the fields behind it
     max_frame_bytes: int
 
 

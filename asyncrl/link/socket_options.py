@@ -11,14 +11,14 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from asyncrl.errors import BindError
+from asyncrl.host.addresses import Address
 from asyncrl.link import limits
-from asyncrl.link.addresses import Address
 
 HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 
-_CLIENT_EVENTS = {
+_CLIENT_EVENTS: dict[int, str] = {
     zmq.EVENT_CONNECTED: "connected, waiting for the handshake",
     zmq.EVENT_CONNECT_RETRIED: "nothing answers at this address",
     zmq.EVENT_HANDSHAKE_SUCCEEDED: "up",
@@ -29,10 +29,10 @@ _CLIENT_EVENTS = {
 }
 _REASONS = tuple(text for event, text in _CLIENT_EVENTS.items() if event & HANDSHAKE_FAILURES)
 _RETRIES = (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_DISCONNECTED)
-CLIENT_EVENTS = sum(_CLIENT_EVENTS)
+CLIENT_EVENTS: int = sum(_CLIENT_EVENTS)
 
 
-def set_options(socket: zmq.Socket, address: Address, max_frame_bytes: int) -> None:
+def set_options(socket: zmq.Socket[bytes], address: Address, max_frame_bytes: int) -> None:
     """The options of both ends. Must run before bind or connect."""
     for option, value in (
         (zmq.LINGER, 0),  # flushing is the session's work: a close that waits could wait for ever
@@ -53,7 +53,7 @@ def set_options(socket: zmq.Socket, address: Address, max_frame_bytes: int) -> N
         socket.set(option, value)
 
 
-def bind(socket: zmq.Socket, address: Address) -> None:
+def bind(socket: zmq.Socket[bytes], address: Address) -> None:
     """Listens on `address`. Raises BindError naming the address and the remedy."""
     if address.path:
         _refuse_live_listener(address)
@@ -68,7 +68,7 @@ def bind(socket: zmq.Socket, address: Address) -> None:
             errno.ENODEV: "no interface of this host has this address: see `ip addr`",
             errno.EACCES: "not permitted: use a port above 1023, or a folder you may write",
             errno.ENOENT: "the folder does not exist",
-        }.get(error.errno, "choose another address")
+        }.get(error.errno or 0, "choose another address")
         raise BindError(f"cannot listen on {address.text}: {error.strerror or error}; {remedy}") from error
 
 
@@ -86,7 +86,7 @@ def _refuse_live_listener(address: Address) -> None:
 class LinkMonitor:
     """Counts what happened to the connections of one socket. Read from the thread that owns the socket."""
 
-    def __init__(self, context: zmq.Context, socket: zmq.Socket, events: int) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], events: int) -> None:
         endpoint = f"inproc://monitor-{id(self)}"
         self._socket = socket
         socket.monitor(endpoint, events)

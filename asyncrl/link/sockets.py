@@ -1,7 +1,7 @@
 """The sockets of both links: a ROUTER for the desk, DEALERs for generators and trainer ranks.
 
-One frame is one message. Sockets know nothing of sessions. Nothing here waits without a deadline, sessions
-resend what matters, and a queue that is full says so instead of growing.
+One frame is one message. Sockets know nothing of sessions. Nothing here waits without a deadline, sessions resend
+what matters, and a queue that is full says so instead of growing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import zmq.asyncio
 from zmq.auth.thread import ThreadAuthenticator
 
 from asyncrl.errors import BindError, ConfigError
+from asyncrl.host.addresses import parse_address
 from asyncrl.link import limits
-from asyncrl.link.addresses import parse_address
+from asyncrl.link.codec import encode
 from asyncrl.link.curve_keys import ClientAuth, ServerAuth, public_key, read_allowed_keys
+from asyncrl.link.messages import Message
 from asyncrl.link.socket_options import CLIENT_EVENTS, HANDSHAKE_FAILURES, LinkMonitor, bind, set_options
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,9 @@ class ServerSocket:
         except BaseException:
             self.close()
             raise
-        self.address: str = self._socket.get(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+        endpoint = self._socket.get(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes), endpoint
+        self.address = endpoint.decode().rstrip("\0")
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
         """(peer, frame) of what arrived, after waiting up to `timeout_s` for the first."""
@@ -93,9 +97,13 @@ class ServerSocket:
         """False when the peer is gone or its queue is full; what matters is sent again on its next beat."""
         return self._send(peer, frame) == 0
 
-    def reaches(self, peer: bytes, frame: bytes) -> bool:
+    def send_message(self, peer: bytes, message: Message) -> bool:
+        """Encodes and sends, see `send`. Raises FrameError for a message that cannot be sent."""
+        return self.send(peer, encode(message, max_bytes=self.max_frame_bytes))
+
+    def reaches(self, peer: bytes, message: Message) -> bool:
         """Sends, and says whether the peer still has a connection: True for one that merely reads nothing."""
-        return self._send(peer, frame) != errno.EHOSTUNREACH
+        return self._send(peer, encode(message, max_bytes=self.max_frame_bytes)) != errno.EHOSTUNREACH
 
     def _send(self, peer: bytes, frame: bytes) -> int:
         """0, or why not: EHOSTUNREACH, EAGAIN."""
@@ -175,7 +183,7 @@ class _Dealer:
     Raises BindError for an address that cannot be, ConfigError when it needs keys and there are none.
     """
 
-    _socket_class: type[zmq.Socket] = zmq.Socket
+    _socket_class: type[zmq.Socket[Any]] = zmq.Socket
     _socket: Any  # of that class
 
     def __init__(self, address: str, *, max_frame_bytes: int, auth: ClientAuth | None = None) -> None:
@@ -247,9 +255,10 @@ class ClientSocket(_Dealer):
         if not self._socket.poll(_milliseconds(timeout_s)):
             return None
         try:
-            return self._socket.recv(zmq.NOBLOCK)
+            frame: bytes = self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
+        return frame
 
     def close(self, flush_s: float = 0.0) -> None:
         """Closes; what is queued gets `flush_s` to leave."""
@@ -273,6 +282,10 @@ class AsyncClientSocket(_Dealer):
         if error is not None and not isinstance(error, zmq.Again):
             raise error
         return error is None
+
+    def send_message(self, message: Message) -> bool:
+        """Encodes and sends, see `send`. Raises FrameError for a message that cannot be sent."""
+        return self.send(encode(message, max_bytes=self.max_frame_bytes))
 
     async def receive(self, timeout_s: float) -> list[bytes]:
         """Frames that arrived, after waiting up to `timeout_s` for the first. Cancelling it loses none."""

@@ -29,9 +29,9 @@ from asyncrl.desk.restoring import make_sessions
 from asyncrl.errors import AsyncRLError
 from asyncrl.link import messages
 from asyncrl.link.codec import body_of, decode, encode
+from asyncrl.link.desk_session import DeskSession, Seen
 from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import lease_to_grant, result_to_group, validate_group
-from asyncrl.link.session import DeskSession, Offer
 from asyncrl.link.sockets import ServerSocket, SocketPoller
 from asyncrl.link.weight_records import ChannelPlace
 from asyncrl.storage.journal import DURABLE_AFTER_S
@@ -243,7 +243,7 @@ class Peer:
                 self.replies.append(message)
 
     def _result(self, session: DeskSession, message: messages.GroupResult, num_bytes: int) -> None:
-        if self.sessions.offer(session, message.seq, num_bytes) is not Offer.NEW:
+        if self.sessions.see(session, message.seq, num_bytes) is not Seen.NEW:
             return
         group, lease = result_to_group(message), self.leases.pop(message.ordinal)
         validate_group(
@@ -299,7 +299,7 @@ class Peer:
 
     def _to_publisher(self, message: Message) -> None:
         assert self.publisher is not None
-        self.socket.send(self.publisher, encode(message, max_bytes=self.socket.max_frame_bytes))
+        self.socket.send_message(self.publisher, message)
 
     def _place(self) -> ChannelPlace:
         """The generator's place in the weight channel, which is opened when it is needed first."""
@@ -329,7 +329,7 @@ class Peer:
         """Best effort, as at the real desk: a later one repairs it, and a generator may just be reconnecting."""
         self.ack_due = math.inf
         if session.peer is not None:
-            self.socket.send(session.peer, encode(self.sessions.ack(session), max_bytes=self.socket.max_frame_bytes))
+            self.socket.send_message(session.peer, self.sessions.ack(session))
 
     def _send(self, session: DeskSession, message: Message) -> None:
         frame = encode(message, max_bytes=self.socket.max_frame_bytes)

@@ -23,8 +23,8 @@ import msgpack
 import numpy as np
 import zmq
 
+from asyncrl.host.addresses import parse_address
 from asyncrl.host.processes import die_with_parent
-from asyncrl.link.addresses import parse_address
 from asyncrl.link.codec import decode, encode, encode_body
 from asyncrl.link.messages import GroupResult
 from asyncrl.link.rollouts import group_to_result, result_to_group, validate_group

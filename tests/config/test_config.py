@@ -16,7 +16,6 @@ from asyncrl.config.keys import keys, sections, value_of
 from asyncrl.config.loading import load_config, nearest_key, to_yaml
 from asyncrl.config.schema import RENAMED_KEYS
 from asyncrl.errors import ConfigError, ModelError
-from asyncrl.host.addresses import is_loopback, is_wildcard, split_address
 from asyncrl.link.messages import GroupResult
 from tests.model_folders import make_model_folder
 
@@ -385,29 +384,6 @@ def test_the_largest_group_bound_covers_a_real_message():
 
     packed = len(msgpack.packb([getattr(group, entry.name) for entry in dataclasses.fields(group)]))
     assert packed < largest_group_bytes(config) < 2 * packed
-
-
-# -- addresses
-
-
-def test_addresses_are_split_into_host_and_port():
-    assert split_address("tcp://10.0.0.1:5770") == ("10.0.0.1", 5770)
-    assert split_address("tcp://[::1]:80") == ("::1", 80)
-
-
-@pytest.mark.parametrize("text", ["", "tcp://", "tcp://[::1", "tcp://:5", "ipc:///tmp/x", "tcp://a:b", "tcp://a:1/x"])
-def test_what_is_no_address_is_refused(text):
-    with pytest.raises(ConfigError, match="transport.address"):
-        split_address(text)
-
-
-def test_loopback_and_wildcard_hosts_are_told_apart():
-    assert [is_loopback(host) for host in ("localhost", "127.9.9.9", "::1", "10.0.0.1", "node7")] == [
-        True, True, True, False, False
-    ]  # fmt: skip
-    assert [is_wildcard(host) for host in ("*", "0.0.0.0", "::", "127.0.0.1", "node7")] == [
-        True, True, True, False, False
-    ]  # fmt: skip
 
 
 # -- this machine

@@ -22,8 +22,8 @@ from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import PolicyVersions, RunState
 from asyncrl.link import messages
 from asyncrl.link.codec import encode_body
+from asyncrl.link.desk_session import DeskSession, DeskSessions, Expected
 from asyncrl.link.rollouts import group_to_result
-from asyncrl.link.session import DeskSession, DeskSessions, Expected
 from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook

@@ -8,7 +8,7 @@ import pytest
 
 from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, Generators
 from asyncrl.link import limits, messages
-from asyncrl.link.codec import decode
+from asyncrl.link.codec import decode, encode
 from asyncrl.link.messages import ActiveLease
 from asyncrl.types import LeaseKey, LeaseKind
 from asyncrl.weights.plan.planner import SyncPlanner
@@ -29,12 +29,12 @@ class Wire:
         self.sent = []
         self.gone = set()  # peers without a connection
 
-    def send(self, peer, frame):
-        self.sent.append((peer, decode(frame, max_bytes=MEBIBYTE)))
+    def send_message(self, peer, message):
+        self.sent.append((peer, decode(encode(message, max_bytes=MEBIBYTE), max_bytes=MEBIBYTE)))
         return peer not in self.gone
 
-    def reaches(self, peer, frame):
-        return self.send(peer, frame)
+    def reaches(self, peer, message):
+        return self.send_message(peer, message)
 
     def take(self, kind):
         """What was sent of one kind, by peer; it is forgotten."""

@@ -8,7 +8,7 @@ import pytest
 from asyncrl.desk.counters import RunTotals
 from asyncrl.desk.saved_state import SavedDesk
 from asyncrl.errors import CheckpointError
-from asyncrl.link.session import SavedSession
+from asyncrl.link.desk_session import SavedSession
 from asyncrl.replay.lease_records import SavedLeases
 from asyncrl.types import Frontier
 from tests.desk.desk_parts import make_parts, train_group

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from asyncrl.link import codec
+from asyncrl.link.desk_session import DeskSessions, Expected, Seen
 from asyncrl.link.messages import Beat, Hello
-from asyncrl.link.session import DeskSessions, Expected, Offer
 from asyncrl.link.sockets import ServerSocket
 
 MAX_BYTES = 1 << 20
@@ -59,20 +59,20 @@ def main() -> None:
                 elif isinstance(message, Beat):
                     session.on_beat(message, now)
                     reply = sessions.ack(session)
-                elif sessions.offer(session, message.seq, len(frame)) is Offer.NEW:
+                elif sessions.see(session, message.seq, len(frame)) is Seen.NEW:
                     journal.write(f"{session.incarnation} {message.seq} {message.ordinal}\n")
                     new.append((peer, session, message.seq))
                     continue
                 else:
                     reply = sessions.ack(session)
-                socket.send(peer, codec.encode(reply, max_bytes=MAX_BYTES))
+                socket.send_message(peer, reply)
             if new:
                 journal.flush()
                 os.fsync(journal.fileno())  # the promise: first the disk, then the Ack
                 for _, session, seq in new:
                     sessions.mark_durable(session, seq)
                 for peer, session in {peer: session for peer, session, _ in new}.items():
-                    socket.send(peer, codec.encode(sessions.ack(session), max_bytes=MAX_BYTES))
+                    socket.send_message(peer, sessions.ack(session))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 
 from asyncrl.link import codec, limits
+from asyncrl.link.desk_session import DeskSessions, Expected, Seen
+from asyncrl.link.generator_session import GeneratorSession, GeneratorState
 from asyncrl.link.messages import PROTOCOL_VERSION, Beat, Hello, LeaseFailed, Message
-from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Offer
 from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.types import LeaseKind
 
@@ -68,12 +69,12 @@ class Desk:
             self.result(peer, session, message)
 
     def result(self, peer: bytes, session, message: LeaseFailed) -> None:
-        offer = self.sessions.offer(session, message.seq, 70)
-        if offer is Offer.DUPLICATE:
+        seen = self.sessions.see(session, message.seq, 70)
+        if seen is Seen.DUPLICATE:
             self.outgoing.put(peer, self.sessions.answer_duplicate(session, message.seq))
-        elif offer is Offer.NEW and refused_by_rule(message.ordinal):
+        elif seen is Seen.NEW and refused_by_rule(message.ordinal):
             self.outgoing.put(peer, self.sessions.reject(session, message.seq, NackCode.INVALID, "by rule"))
-        elif offer is Offer.NEW:
+        elif seen is Seen.NEW:
             self.unsynced.append((session, message.seq, message.ordinal))
 
     def sync(self) -> None:

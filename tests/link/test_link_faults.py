@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from asyncrl.host.addresses import parse_address
 from asyncrl.link import codec, limits
-from asyncrl.link.addresses import parse_address
+from asyncrl.link.desk_session import DeskSessions, Seen
+from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.messages import Beat, Hello, Refusal
-from asyncrl.link.session import DeskSessions, GeneratorSession, Offer
 from asyncrl.link.sockets import ClientSocket, ServerSocket
 from tests.link.chaos_proxy import ChaosProxy
 from tests.link.test_session import beat, desk, failed, generator
@@ -70,7 +71,7 @@ class MemoryDesk:
             return self.sessions.unknown_peer()
         if isinstance(message, Beat):
             session.on_beat(message, now)
-        elif self.sessions.offer(session, message.seq, len(frame)) is Offer.NEW:
+        elif self.sessions.see(session, message.seq, len(frame)) is Seen.NEW:
             self.taken.append(message.ordinal)
             self.sessions.mark_durable(session, message.seq)
         return self.sessions.ack(session)

@@ -8,6 +8,8 @@ import pytest
 
 from asyncrl.errors import FrameError, ProtocolError
 from asyncrl.link import codec, limits
+from asyncrl.link.desk_session import DeskSessions, Expected, Liveness, Seen
+from asyncrl.link.generator_session import GeneratorSession, GeneratorState
 from asyncrl.link.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -22,7 +24,6 @@ from asyncrl.link.messages import (
     Stop,
     Welcome,
 )
-from asyncrl.link.session import DeskSessions, Expected, GeneratorSession, GeneratorState, Liveness, Offer
 from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.types import LeaseKind
 
@@ -95,7 +96,7 @@ def test_a_result_is_sent_once_welcomed_and_forgotten_once_acknowledged():
     known = connect(generator(), sessions)
     session.receive(Welcome(1, "run", 0, 10_000, 0, 1.0, MAX_BYTES), 0.0)
     (result,) = sent(session, 0.0)
-    assert sessions.offer(known, result.seq, 100) is Offer.NEW
+    assert sessions.see(known, result.seq, 100) is Seen.NEW
     sessions.mark_durable(known, result.seq)
     assert session.receive(sessions.ack(known), 0.1)
     assert (session.acked_results, session.outbox_bytes, session.unacked_leases()) == (1, 0, [])
@@ -127,7 +128,7 @@ def test_no_more_bytes_are_under_way_than_the_credit_and_one_result_always_may_b
     for _ in range(5):
         session.put(failed(), 0.0)
     assert [message.seq for message in sent(session, 0.0)] == [1, 2]
-    sessions.offer(known, 1, frame_size())
+    sessions.see(known, 1, frame_size())
     sessions.mark_durable(known, 1)
     session.receive(sessions.ack(known), 0.1)
     assert [message.seq for message in sent(session, 0.1)] == [3]
@@ -300,12 +301,12 @@ def test_two_processes_under_one_name_are_told_apart():
 def test_the_same_incarnation_comes_back_after_it_was_dead_and_keeps_its_seqs():
     session, sessions = generator(), desk()
     known = connect(session, sessions)
-    sessions.offer(known, 1, 10)
+    sessions.see(known, 1, 10)
     sessions.mark_durable(known, 1)
     assert sessions.tick(20.0) == [(known, Liveness.ALIVE)] and known.liveness is Liveness.DEAD
     again = sessions.hello(b"q", hello(), version=0, now=21.0)
     assert again.session is known and again.released is None and known.liveness is Liveness.ALIVE
-    assert sessions.offer(known, 1, 10) is Offer.DUPLICATE
+    assert sessions.see(known, 1, 10) is Seen.DUPLICATE
 
 
 # -- the desk's memory of results
@@ -314,41 +315,41 @@ def test_the_same_incarnation_comes_back_after_it_was_dead_and_keeps_its_seqs():
 def test_each_result_is_new_once_then_pending_then_duplicate():
     sessions = desk()
     known = sessions.hello(b"p", hello(), version=0, now=0.0).session
-    verdicts = [sessions.offer(known, 1, 10), sessions.offer(known, 1, 10)]
+    verdicts = [sessions.see(known, 1, 10), sessions.see(known, 1, 10)]
     sessions.mark_durable(known, 1)
-    verdicts.append(sessions.offer(known, 1, 10))
-    assert verdicts == [Offer.NEW, Offer.PENDING, Offer.DUPLICATE]
+    verdicts.append(sessions.see(known, 1, 10))
+    assert verdicts == [Seen.NEW, Seen.PENDING, Seen.DUPLICATE]
     assert sessions.answer_duplicate(known, 1) == sessions.ack(known) == Ack(1, 1, [], 10_000)
 
 
 def test_a_rejected_result_gets_its_nack_again_when_it_is_repeated():
     sessions = desk()
     known = sessions.hello(b"p", hello(), version=0, now=0.0).session
-    sessions.offer(known, 1, 10)
+    sessions.see(known, 1, 10)
     nack = sessions.reject(known, 1, NackCode.INVALID, "nan")
-    assert sessions.offer(known, 1, 10) is Offer.DUPLICATE
+    assert sessions.see(known, 1, 10) is Seen.DUPLICATE
     assert sessions.answer_duplicate(known, 1) == nack
 
 
 def test_results_over_window_or_credit_are_put_off():
     sessions = desk(credit_bytes=100)
     known = sessions.hello(b"p", hello(), version=0, now=0.0).session
-    assert sessions.offer(known, limits.SEQ_WINDOW + 1, 1) is Offer.TOO_FAR
-    assert sessions.offer(known, 1, 1000) is Offer.NEW  # a single one may be larger than the credit
-    assert sessions.offer(known, 2, 1) is Offer.TOO_FAR
+    assert sessions.see(known, limits.SEQ_WINDOW + 1, 1) is Seen.TOO_FAR
+    assert sessions.see(known, 1, 1000) is Seen.NEW  # a single one may be larger than the credit
+    assert sessions.see(known, 2, 1) is Seen.TOO_FAR
     sessions.mark_durable(known, 1)
-    assert sessions.offer(known, 2, 60) is Offer.NEW
-    assert sessions.offer(known, 3, 60) is Offer.TOO_FAR
+    assert sessions.see(known, 2, 60) is Seen.NEW
+    assert sessions.see(known, 3, 60) is Seen.TOO_FAR
 
 
 def test_out_of_order_results_advance_the_watermark_when_the_gap_closes():
     sessions = desk()
     known = sessions.hello(b"p", hello(), version=0, now=0.0).session
     for seq in (3, 2, 5):
-        sessions.offer(known, seq, 1)
+        sessions.see(known, seq, 1)
         sessions.mark_durable(known, seq)
     assert sessions.ack(known) == Ack(1, 0, [2, 3, 5], 10_000)
-    sessions.offer(known, 1, 1)
+    sessions.see(known, 1, 1)
     sessions.mark_durable(known, 1)
     assert sessions.ack(known) == Ack(1, 3, [5], 10_000)
 
@@ -357,7 +358,7 @@ def test_state_and_journal_bring_back_what_was_settled_and_nothing_else():
     first = desk()
     known = first.hello(b"p", hello(), version=0, now=0.0).session
     for seq in (1, 2, 4, 5):
-        first.offer(known, seq, 1)
+        first.see(known, seq, 1)
     for seq in (1, 2, 4):
         first.mark_durable(known, seq)
     second = desk(run_epoch=2)
@@ -366,7 +367,7 @@ def test_state_and_journal_bring_back_what_was_settled_and_nothing_else():
     second.replay("other", 2, 1, now=0.0)
     second.replay("other", 1, 9, now=0.0)  # an older incarnation: nothing of it can come
     known = second.hello(b"p", hello(max_run_epoch=1), version=0, now=0.0).session
-    assert [seq for seq in range(1, 9) if second.offer(known, seq, 1) is Offer.DUPLICATE] == [1, 2, 4, 7]
+    assert [seq for seq in range(1, 9) if second.see(known, seq, 1) is Seen.DUPLICATE] == [1, 2, 4, 7]
     assert second.get("other").incarnation == 2 and second.get("other").seqs.watermark == 1
 
 

@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from asyncrl.errors import BindError, ConfigError, FrameError
+from asyncrl.host.addresses import IPC_PATH_BYTES, ipc_address, parse_address
 from asyncrl.link import codec, limits
-from asyncrl.link.addresses import IPC_PATH_BYTES, ipc_address, parse_address
 from asyncrl.link.curve_keys import ClientAuth, ServerAuth
 from asyncrl.link.messages import Bye
 from asyncrl.link.sockets import AsyncClientSocket, ClientSocket, ServerSocket, SocketPoller
