@@ -162,16 +162,15 @@ class Expected:
 class DeskSessions:
     """All generators that the desk knows, by id and by routing id. Iterates over their sessions.
 
-    credit_bytes: results one generator may have under way. May be lowered to slow all of them down, 0 stops them.
+    credit_bytes: how many bytes of results one generator may have under way.
     """
 
     def __init__(
         self, *, run_epoch: int, run_name: str, expected: Expected, credit_bytes: int, max_frame_bytes: int
     ) -> None:
         self.run_epoch = run_epoch
-        self.credit_bytes = credit_bytes
-        self._credit_limit_bytes = credit_bytes
         self.superseded_by: int | None = None  # a higher run epoch, seen by a generator: we are the old one
+        self._credit_bytes = credit_bytes
         self._run_name = run_name
         self._expected = expected
         self._max_frame_bytes = max_frame_bytes
@@ -208,7 +207,7 @@ class DeskSessions:
             run_epoch=self.run_epoch,
             run_name=self._run_name,
             version=version,
-            credit_bytes=self.credit_bytes,
+            credit_bytes=self._credit_bytes,
             acked_seq=session.seqs.watermark,
             beat_s=limits.BEAT_S,
             max_frame_bytes=self._max_frame_bytes,
@@ -245,7 +244,7 @@ class DeskSessions:
 
     def see(self, session: DeskSession, seq: int, nbytes: int) -> Seen:
         """What to do with result `seq` of `nbytes` bytes."""
-        return session.seqs.see(seq, nbytes, self._credit_limit_bytes)
+        return session.seqs.see(seq, nbytes, self._credit_bytes)
 
     def mark_durable(self, session: DeskSession, seq: int) -> None:
         """The result is on disk: from now on `ack` covers it."""
@@ -265,7 +264,7 @@ class DeskSessions:
 
     def ack(self, session: DeskSession) -> Ack:
         """Everything settled so far, and the credit."""
-        return Ack(self.run_epoch, session.seqs.watermark, session.seqs.beyond, self.credit_bytes)
+        return Ack(self.run_epoch, session.seqs.watermark, session.seqs.beyond, self._credit_bytes)
 
     # -- surviving a restart
 

@@ -40,6 +40,8 @@ class GeneratorState(StrEnum):
 
 @dataclasses.dataclass(slots=True)
 class _Unacked:
+    """A result in the outbox, and when it is sent next."""
+
     frame: bytes
     lease: ActiveLease
     due_at: float
@@ -71,9 +73,6 @@ class GeneratorSession:
         self.held_version = hello.held_version
         self.refusal: Refusal | None = None  # the last one; that of an older learner is not final
         self.outbox_bytes = 0
-        self.acked_results = 0
-        self.nacked_results = 0
-        self.stale_messages = 0  # ignored: from a learner that has been replaced
         self._hello = dataclasses.replace(hello, instance=hello.instance or uuid.uuid4().hex)
         self._run_name = run_name
         self._budget_bytes = outbox_bytes
@@ -162,8 +161,7 @@ class GeneratorSession:
         if not isinstance(message, RunMessage):
             raise ProtocolError(f"{type(message).__name__} is not a message of the desk to a generator")
         if message.run_epoch < self.run_epoch:
-            self.stale_messages += 1
-            return False
+            return False  # from a learner that has been replaced
         if isinstance(message, Welcome):
             return self._welcomed(message, now)
         if message.run_epoch > self.run_epoch or (isinstance(message, Nack) and message.code is NackCode.HELLO):
@@ -209,20 +207,19 @@ class GeneratorSession:
     def _nacked(self, message: Nack) -> bool:
         if message.seq > self._last_seq:
             raise ProtocolError(f"the desk refused seq {message.seq}, the last one sent is {self._last_seq}")
-        known = self._drop(message.seq)
-        self.nacked_results += known
-        return known
+        return self._drop(message.seq)
 
     def _settle(self, acked_seq: int, beyond: list[int]) -> None:
         newest = max((acked_seq, *beyond))
         if newest > self._last_seq:
             raise ProtocolError(f"the desk acknowledged seq {newest}, the last one sent is {self._last_seq}")
         while self._unacked and (oldest := next(iter(self._unacked))) <= acked_seq:
-            self.acked_results += self._drop(oldest)
+            self._drop(oldest)
         for seq in beyond:
-            self.acked_results += self._drop(seq)
+            self._drop(seq)
 
     def _drop(self, seq: int) -> bool:
+        """Forgets a result that is settled. False when it is not in the outbox."""
         item = self._unacked.pop(seq, None)
         if item is None:
             return False
