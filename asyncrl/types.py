@@ -75,7 +75,7 @@ class Lease:
 
     @property
     def num_sequences(self) -> int:
-        """What the engine samples for it."""
+        """Sequences that the engine samples for it: the rollouts, and the greedy completion if one is asked for."""
         return self.num_rollouts + self.greedy_baseline
 
 
@@ -92,14 +92,17 @@ class Rollout:
 
     @property
     def num_tokens(self) -> int:
+        """Completion tokens, the end token included."""
         return len(self.token_ids)
 
     @property
     def oldest_version(self) -> int:
+        """The oldest policy version that sampled a token of it."""
         return min(span.version for span in self.version_spans)
 
     @property
     def newest_version(self) -> int:
+        """The newest policy version that sampled a token of it."""
         return max(span.version for span in self.version_spans)
 
     def token_versions(self) -> np.ndarray:
@@ -121,10 +124,12 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
+        """Completion tokens of all rollouts."""
         return sum(rollout.num_tokens for rollout in self.rollouts)
 
     @property
     def oldest_version(self) -> int:
+        """The oldest policy version that sampled a token of any rollout."""
         return min(rollout.oldest_version for rollout in self.rollouts)
 
 

@@ -9,7 +9,8 @@
            24  reserved   8 bytes  zeros
 
 The body is the array of the message's fields in the order of declaration. Trailing fields that have defaults
-may be missing, so an older peer stays readable. Nothing executable can be expressed in a frame.
+may be missing, so an older peer and an old journal stay readable. Nothing that could be executed can be expressed in a
+frame.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A key file holds one key in Z85 (40 characters). Secret keys are readable by their owner only. The allow-list
 holds the public keys of the generators, one per line, each with an optional name after a space; lines that start
-with "# " are comments. It is read at every handshake, so a key is rotated by adding the new one, restarting the
+with "# " are comments. The list is read at every handshake, so a key is rotated by adding the new one, restarting the
 generator with it, and removing the old one.
 """
 
@@ -46,7 +46,7 @@ class ClientAuth:
 
 
 def server_auth(transport: TransportConfig) -> ServerAuth | None:
-    """The learner's side of CURVE; None when no key file is configured. Raises ConfigError."""
+    """The learner's end of CURVE; None when no key file is configured. Raises ConfigError."""
     files = _both_or_none(transport, "server_key_file", "allowed_keys_file")
     if files is None:
         return None
@@ -57,7 +57,7 @@ def server_auth(transport: TransportConfig) -> ServerAuth | None:
 
 
 def client_auth(transport: TransportConfig) -> ClientAuth | None:
-    """The generator's side of CURVE; None when no key file is configured. Raises ConfigError."""
+    """The generator's end of CURVE; None when no key file is configured. Raises ConfigError."""
     files = _both_or_none(transport, "client_key_file", "server_public_key_file")
     if files is None:
         return None
@@ -140,7 +140,12 @@ def main() -> None:
         description="Make CURVE keys for one learner and its generators. Existing keys are never overwritten.",
     )
     parser.add_argument("directory", type=Path, help="folder for the keys, made if missing")
-    parser.add_argument("generators", nargs="*", default=["generator"], help="their names, one pair each")
+    parser.add_argument(
+        "generators",
+        nargs="*",
+        default=["generator"],
+        help="names of the generators, a key pair each",
+    )
     arguments = parser.parse_args()
     directory: Path = arguments.directory
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """The desk's end of the sessions: admission, deduplication, liveness. No sockets, no clock, no journal.
 
-A result is settled once it is durable, or refused for good. Which seqs are settled must survive the learner
-together with the results: `state` goes into the checkpoint, `replay` repeats what the journal has since.
+A result is settled once it is durable, or refused for good. The seqs of settled results must survive the learner
+together with the results: `state` goes into the checkpoint, `replay` repeats what the journal has since. How both ends
+of a session work together is in link/README.md.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from asyncrl.types import Frontier
 class Seen(StrEnum):
     """What to do with a result that arrived."""
 
-    NEW = "new"  # check it, then reject, or write it, sync and mark_durable
+    NEW = "new"  # check it, then reject it, or make it durable and call mark_durable
     DUPLICATE = "duplicate"  # settled before: answer_duplicate
     PENDING = "pending"  # being written: the Ack will follow
     TOO_FAR = "too_far"  # over credit or window: ignore it, it comes again
 
 
 class Liveness(StrEnum):
-    """What is known about a generator. Only ALIVE ones get leases; those of DEAD and GONE ones are free."""
+    """What is known about a generator. Only ALIVE ones get leases; the leases of DEAD and GONE ones are free."""
 
     ALIVE = "alive"
     SUSPECT = "suspect"  # silent for a moment
@@ -37,7 +38,7 @@ class Liveness(StrEnum):
 
 
 class SettledSeqs:
-    """Which seqs of one incarnation were seen: all up to `watermark`, single ones beyond, some in writing."""
+    """The seqs of one incarnation that were seen: all up to `watermark`, those in `beyond`, and some being written."""
 
     def __init__(self, watermark: int = 0, beyond: Iterable[int] = ()) -> None:
         self.pending_bytes = 0
@@ -55,6 +56,7 @@ class SettledSeqs:
         return sorted(self._settled.above)
 
     def see(self, seq: int, nbytes: int, credit_bytes: int) -> Seen:
+        """What to do with result `seq` of `nbytes` bytes; a new one counts against the credit until it is settled."""
         if seq < 1 or seq in self._settled:
             return Seen.DUPLICATE
         if seq in self._pending:
@@ -67,6 +69,7 @@ class SettledSeqs:
         return Seen.NEW
 
     def settle(self, seq: int) -> None:
+        """The result is durable, or refused for good."""
         self.pending_bytes -= self._pending.pop(seq, 0)
         self._settled.add(seq)
 

@@ -105,7 +105,7 @@ class GeneratorSession:
 
     @property
     def has_room(self) -> bool:
-        """Whether the outbox may grow: take leases only while it may."""
+        """Whether the outbox may grow: leases are to be taken only while it may."""
         return self.outbox_bytes < self._budget_bytes
 
     def unacked_leases(self) -> list[ActiveLease]:

@@ -1,6 +1,6 @@
 """What crosses a process boundary, grouped by direction.
 
-Two links use these messages. The *rollout link* (generator DEALER to desk ROUTER, possibly between hosts) and the
+Two links use these messages: the *rollout link* (generator DEALER to desk ROUTER, possibly between hosts) and the
 *trainer link* (trainer ranks to desk on the same host). Each message is one frame (`link.codec`). Fields are only
 ever added at the end with a default. Counters are cumulative, so a lost message is repaired by the next of its kind.
 
@@ -254,7 +254,7 @@ class Nack(RunMessage):
 
 @message(25)
 class SyncOffer(RunMessage):
-    """Phase 1 of a weight sync: join the process group of this epoch, if not a member yet, and stage the weights."""
+    """Phase 1 of a weight sync: join the channel, if not a member yet, and stage the weights."""
 
     version: int
     attempt: int
@@ -321,7 +321,7 @@ class TrainerHello(Message):
 
 @message(41)
 class BatchRequest(Message):
-    """Rank wants its shard of the batch that makes `version` + 1. Repeated until answered."""
+    """A rank wants its shard of the batch that makes `version` + 1. Repeated until answered."""
 
     rank: int
     version: int
@@ -329,7 +329,7 @@ class BatchRequest(Message):
 
 @message(42)
 class StepDone(Message):
-    """Version `version` exists. Metrics are sums and means of this step, rank 0's view."""
+    """Version `version` exists. The metrics are sums and means of this step, as rank 0 sees them."""
 
     version: int
     metrics: dict[str, float]
@@ -351,19 +351,19 @@ class SnapshotReady(Message):
 
 @message(44)
 class ChannelReady(Message):
-    """The publisher hosts the store of a new process group at this address; members may join."""
+    """The publisher hosts the store of a new channel at this address; members may join."""
 
     channel_epoch: int
     host: str
     port: int
     error: str
     backend: str = "gloo"
-    version: int | None = None  # offered last, and kept for this group
+    version: int | None = None  # offered last, and kept for this channel
 
 
 @message(45)
 class BroadcastDone(Message):
-    """The broadcast of `version` to the group ended; `error` is empty when every bucket went out."""
+    """The broadcast of `version` in the channel ended; `error` is empty when every bucket went out."""
 
     version: int
     attempt: int
@@ -410,9 +410,9 @@ class Batch(Message):
 
 @message(62)
 class OpenChannel(Message):
-    """Host the store of process group `channel_epoch` for `world_size` ranks and answer ChannelReady.
+    """Host the store of channel `channel_epoch` for `world_size` ranks and answer ChannelReady.
 
-    The snapshot offered last is kept for this group until its next broadcast has ended.
+    The snapshot offered last is kept for this channel until its next broadcast has ended.
     """
 
     channel_epoch: int
@@ -423,9 +423,9 @@ class OpenChannel(Message):
 
 @message(63)
 class Broadcast(Message):
-    """Send the snapshot of `version` to group `channel_epoch`, as soon as all of its ranks have joined.
+    """Send the snapshot of `version` in channel `channel_epoch`, as soon as all of its ranks have joined.
 
-    With a `base_version` only the difference to it is sent: every member has staged and verified that one.
+    With a `base_version` only the difference to it is sent: every member has staged and verified the base.
     """
 
     version: int
@@ -448,15 +448,15 @@ class TrainerStop(Message):
 class SnapshotWanted(Message):
     """The publisher may offer a newer snapshot in place of `version`, the newest that the desk knows of.
 
-    Repeated until a newer one comes. Who has offered a newer one already offers it again: the desk did not get it.
+    Repeated until a newer one comes. A publisher that has offered a newer one offers it again: the desk did not get it.
     """
 
     version: int
-    open_channels: list[int] | None = None  # group epochs in use, all others are closed; None = nothing is said of them
+    open_channels: list[int] | None = None  # epochs in use, all others are closed; None = not said
 
 
 @message(66)
 class CloseChannel(Message):
-    """Nobody uses this group any more: leave it, and break off what is sent in it."""
+    """Nobody uses this channel any more: leave it, and break off what is sent in it."""
 
     channel_epoch: int

@@ -15,7 +15,7 @@ LAST_WORDS = "cannot train: "  # begins what a trainer prints when starting it a
 
 
 class TrainerLink:
-    """For one thread. `wake_fd` is an eventfd by which another thread can end a wait early."""
+    """Messages to and from the desk, for one thread. Another thread can end a wait early by the eventfd `wake_fd`."""
 
     def __init__(self, address: str, wake_fd: int | None = None) -> None:
         self._socket = ClientSocket(address, max_frame_bytes=MAX_FRAME_BYTES)

@@ -156,6 +156,7 @@ def make_parts(
     run_epoch: int = 1,
     flush: Callable[[int], None] = os.fdatasync,
     num_evals: int = 3,
+    credit_bytes: int = MEBIBYTE,
 ) -> Parts:
     config = config or small_config()
     pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
@@ -169,7 +170,7 @@ def make_parts(
             run_epoch=run_epoch,
             run_name="run",
             expected=Expected("model", "tokenizer", "tests:Task"),
-            credit_bytes=MEBIBYTE,
+            credit_bytes=credit_bytes,
             max_frame_bytes=MEBIBYTE,
         ),
         counters=Counters(),

@@ -271,8 +271,7 @@ def test_an_evaluated_group_of_an_evaluation_that_is_over_is_acknowledged_and_co
 
 
 def test_what_is_over_the_credit_is_ignored_and_comes_again(tmp_path):
-    parts = make_parts(tmp_path, small_config())
-    parts.sessions._credit_limit_bytes = 400
+    parts = make_parts(tmp_path, small_config(), credit_bytes=400)
     session = parts.connect()
     lease(parts, 2)
     parts.deliver(session, train_group(0), seq=1)
