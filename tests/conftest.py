@@ -139,7 +139,7 @@ class EngineUnderTest:
 
         `tamper` may change the manifest on its way.
         """
-        from asyncrl.weights.channels.channel import SnapshotBuffer
+        from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
         version, self.next_version = self.next_version, self.next_version + 1
         if buffer is None:

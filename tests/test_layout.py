@@ -286,6 +286,15 @@ def test_the_desk_and_the_command_line_import_without_torch():
     assert heavy_libraries_brought_in(light, HEAVY_LIBRARIES) == {}
 
 
+def test_the_weight_plane_imports_without_an_engine_and_its_plan_without_torch():
+    plane = [module.name for module in PACKAGE if f"{module.name}.".startswith("asyncrl.weights.")]
+    plan = [name for name in plane if f"{name}.".startswith("asyncrl.weights.plan.")]
+    assert "asyncrl.weights.receiver" in plane
+    assert "asyncrl.weights.plan.round" in plan
+    assert heavy_libraries_brought_in(plane, ["vllm"]) == {}
+    assert heavy_libraries_brought_in(plan, HEAVY_LIBRARIES) == {}
+
+
 def test_a_heavy_import_is_seen_through_another_module(tmp_path):
     (tmp_path / "front.py").write_text("import middle")
     (tmp_path / "middle.py").write_text("import heavyweight")

@@ -209,7 +209,7 @@ class Desk:
             case messages.SnapshotReady() if self.ranks.present:  # else its memory died with the trainer
                 self.versions.snapshot_ready(peer, message, now)
             case messages.ChannelReady():
-                self.versions.planner.group_ready(message, now)
+                self.versions.planner.channel_ready(message, now)
             case messages.BroadcastDone():
                 self.versions.planner.broadcast_done(message, now)
 

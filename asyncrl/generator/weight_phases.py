@@ -1,13 +1,13 @@
 """The generator's part in a weight sync: stage while generating, swap, show the canary, wait for the commit.
 
-The learner drives (`weights.plan.planner`); this side answers each phase and keeps one promise: **no token leaves
+The learner drives (`weights.plan.planner`); the generator answers each phase and keeps one promise: **no token leaves
 before the version it was sampled under is proven.** After the swap the engine goes on decoding, so a group may be
 complete before the commit arrives. `wait_proven` holds it back until then; if the version is tainted instead, the
 group is lost work.
 
 Versions stay proven for the life of the process: a group begun under version 3 and finished under 5 needs both. A
-number may come again, after a taint or from a learner that resumed; the proof of its new weights says nothing about
-the old ones. So a proof counts for groups that began after the number's last load, see `num_loads`.
+version number may come again, after a taint or from a learner that resumed; the proof of its new weights says nothing
+about the old ones. So a proof counts for groups that began after the number's last load, see `num_loads`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class WeightSync:
         self._engine = engine
         self._send = send
         self._task: asyncio.Task[None] | None = None
-        self._group: str | None = None  # prefix of the joined group; unlike its epoch unique over all learners
+        self._channel: str | None = None  # prefix of the channel joined; unlike its epoch unique over all learners
         self._wanted: SyncOffer | None = None  # what the learner still waits to see staged
         self._staging: asyncio.Task[None] | None = None  # the task that stages, once it does
         self._proven: set[int] = set()
         self._num_loads = 0
-        self._numbers: set[int] = set()  # that were ever loaded
-        self._came_again: dict[int, int] = {}  # number → the last load of it, if that was not its first
+        self._numbers: set[int] = set()  # versions that were ever loaded
+        self._came_again: dict[int, int] = {}  # version → its last load, if that was not its first
         self._held: int | None = None
         self._loaded: SyncSwap | None = None  # in the engine, not proven yet
         self._swapping = False
@@ -54,7 +54,7 @@ class WeightSync:
 
     @property
     def num_loads(self) -> int:
-        """Loads of weights so far. Whoever begins to sample notes it down for `wait_proven`."""
+        """Loads of weights so far. To be noted down when sampling begins, for `wait_proven`."""
         return self._num_loads
 
     @property
@@ -63,7 +63,7 @@ class WeightSync:
         return self._swapping
 
     def handle(self, message: SyncOffer | SyncSwap | SyncCommit | SyncAbort) -> None:
-        """Starts the work of one phase. Never blocks."""
+        """Starts the work of a phase. Never blocks."""
         match message:
             case SyncOffer():
                 self._end_stage()
@@ -99,7 +99,7 @@ class WeightSync:
             raise EngineError(f"tokens of versions {again} from before these were loaded again, and proven")
 
     async def close(self, timeout_s: float) -> None:
-        """Stops the work in hand. The process group goes with the engine's processes."""
+        """Stops the work in hand. The weight channel goes with the engine's processes."""
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=timeout_s)
@@ -109,15 +109,15 @@ class WeightSync:
         return not missing or self._loaded is None or missing != {self._loaded.version}
 
     def _end_stage(self) -> None:
-        """The learner gave up the stage under way: its members may be gone, so it could take until its deadline.
+        """The learner gave up the stage under way: members may be gone, so that it could take until its deadline.
 
-        One that is still waiting for its turn will not begin. Nothing else is broken off: an abort has to be carried
-        out, and a swap would leave the engine between two versions.
+        A stage that is still waiting for its turn will not begin. No other phase is broken off: an abort has to be
+        carried out, and a swap would leave the engine between two versions.
         """
         self._wanted = None
         if self._staging is not None:
             self._staging.cancel()
-            self._staging = None  # once: it has a group to leave
+            self._staging = None  # cancelled once, not again while it leaves its channel
 
     def _replace_task(self, work: Coroutine[Any, Any, None]) -> None:
         previous, self._task = self._task, None
@@ -133,14 +133,15 @@ class WeightSync:
         self._task.add_done_callback(_report_crash)
 
     async def _stage(self, offer: SyncOffer) -> None:
+        # Not at the top: it brings torch, which the daemon must not wait for before it says hello.
         if offer is not self._wanted:
             return
-        # One for joining and staging, as the learner's: an error that comes later is heard by nobody.
+        # One deadline for joining and staging, which is the learner's: an error that comes later is heard by nobody.
         loop = asyncio.get_running_loop()
         deadline = loop.time() + offer.timeout_s
         try:
             self._staging = asyncio.current_task()
-            joined, self._group = self._group, None
+            joined, self._channel = self._channel, None
             spec = offer.channel.spec(offer.timeout_s)
             if spec.prefix != joined:
                 await self._engine.leave_channel()
@@ -151,7 +152,7 @@ class WeightSync:
             return
         finally:
             self._staging = None
-        self._group = spec.prefix
+        self._channel = spec.prefix
         self._reply(offer, SyncPhase.STAGE, digests=report.digests, timings_ms=report.timings_ms)
 
     async def _swap(self, swap: SyncSwap) -> None:
@@ -186,7 +187,7 @@ class WeightSync:
         )
 
     def _count_load(self, version: int) -> None:
-        """After the load, not before: what begins to sample in between may still do so under the old weights."""
+        """To be called after the load: a sequence that begins during it may still be sampled under the old weights."""
         self._num_loads += 1
         if version in self._numbers:
             self._came_again[version] = self._num_loads
@@ -195,7 +196,7 @@ class WeightSync:
     async def _commit(self, commit: SyncCommit) -> None:
         # The attempt counts: the commit of an earlier load proves nothing about this one.
         if self._loaded is None or _which(commit) != _which(self._loaded):
-            loaded = self._loaded and _which(self._loaded)
+            loaded = None if self._loaded is None else _which(self._loaded)
             log.warning("commit of %s ignored: (run epoch, version, attempt) %s is loaded", _which(commit), loaded)
             return
         self._proven.add(commit.version)
@@ -204,12 +205,12 @@ class WeightSync:
 
     async def _abort(self, abort: SyncAbort) -> None:
         log.warning("sync to version %d aborted: %s", abort.version, abort.reason)
-        self._group = None
+        self._channel = None
         if abort.tainted:
             await self._taint(f"version {abort.version} was not proven: {abort.reason}")
 
     async def _taint(self, why: str) -> None:
-        """What is loaded must not be sampled from, nor may what was sampled from it pass as a later, good one."""
+        """The loaded weights must not be sampled from, and what was sampled must not pass as sampled from good ones."""
         if self._loaded is not None:
             self._engine.taint(why)
         await self._settle(None)
@@ -226,6 +227,7 @@ class WeightSync:
 
 
 def _which(phase: SyncSwap | SyncCommit) -> tuple[int, int, int]:
+    """(run epoch, version, attempt): what tells one load from all others."""
     return phase.run_epoch, phase.version, phase.attempt
 
 

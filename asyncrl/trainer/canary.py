@@ -12,7 +12,7 @@ from torch import nn
 from asyncrl.trainer.engines.lora import adapter_layers
 from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.trainable import named_parameters
-from asyncrl.weights.bytes.layout import SnapshotBuffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 
 class SnapshotScorer:

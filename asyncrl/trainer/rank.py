@@ -41,7 +41,7 @@ from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.step import StepRunner
 from asyncrl.types import FinishReason, Group
-from asyncrl.weights.bytes.layout import SnapshotBuffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.publisher import Publisher
 
 log = logging.getLogger(__name__)

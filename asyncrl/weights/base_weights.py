@@ -1,7 +1,7 @@
 """The part of a policy that does not travel: tensors of the initial model, kept beside the engine's own weights.
 
 Every generator has the initial model's folder. When syncs carry only what is trained, a worker reads the rest from
-there once, proves by digests that it is what the learner froze, and completes each sync with it.
+there once, proves by digests that the learner froze the same values, and completes each sync with them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from asyncrl.errors import ModelError, ProtocolError
 from asyncrl.host.model_folder import find_model
 from asyncrl.link.weight_records import Patch, WeightManifest
-from asyncrl.weights.bytes.layout import digest
+from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.patch import LORA_A, LORA_B, WEIGHT, fold_adapter
 
 log = logging.getLogger("vllm.asyncrl")
@@ -36,7 +36,7 @@ class BaseWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held."""
+        """Bytes of memory held."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def prepare(self, manifest: WeightManifest) -> None:
@@ -64,8 +64,8 @@ class BaseWeights:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of the whole policy: the base, what was `received`, adapters folded in. After `prepare`.
 
-        In the order of names, so that what belongs to one layer comes together and a folded weight lives no longer
-        than its layer needs it.
+        They come in the order of names, so that the tensors of a layer come together, and a folded weight lives no
+        longer than its layer needs it.
         """
         patch, staged = manifest.patch, dict(received)
         if patch is None:
@@ -86,8 +86,8 @@ class BaseWeights:
                 yield name, self._tensors[original]
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
-        """From the files' headers alone."""
-        shapes = {}
+        """Shapes of all tensors, from the files' headers alone."""
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in find_model(self._model_path).weight_files:
             with _opened(path) as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -95,7 +95,7 @@ class BaseWeights:
 
     def _read(self, patch: Patch) -> dict[str, torch.Tensor]:
         wanted = dict(patch.base)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for path in find_model(self._model_path).weight_files:
             with _opened(path, str(self._device)) as file:
                 # clone: the file's pages may change under us when somebody copies another model over it.

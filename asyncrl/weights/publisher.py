@@ -3,17 +3,17 @@
 Flat staging buffers, each as large as the policy in its wire dtype, made when they are first needed:
 
     fresh     takes the next snapshot
-    offered   the newest that the desk knows of; groups send from it
+    offered   the newest that the desk knows of; channels send from it
     base      what was sent before it, so that it can go out as the difference: only where a sample of both says that
               this would pay. A run whose weights all change at every step (float32 on the wire) has none.
-    older     still on the wire in a group that is slow or stalled
+    older     still on the wire in a channel that is slow or stalled
 
 The training loop pays for one memory copy: digests, the canary's forward pass over that copy, and the network are left
 to the threads. When steps are faster than syncs, a fresh snapshot that was never offered is overwritten by the next:
-the newest policy wins. With MAX_BUFFERS in use the next offer waits until a group has ended by its deadline.
+the newest policy wins. With MAX_BUFFERS in use the next offer waits until a channel has ended by its deadline.
 
 Order matters in one place: a buffer changes its role only in `_rotate`, under the lock, only after the desk said that
-a newer snapshot is wanted, and never while a group sends from it.
+a newer snapshot is wanted, and never while a channel sends from it.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ from asyncrl.link.trainer_link import TrainerLink
 from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncrl.weights.bytes.delta import Delta, delta_pays, encode_delta
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.sender import ChannelSender, Sent
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 5.0
-MAX_BUFFERS = 5  # fresh, offered, base, and two that stalled groups hold on to
+MAX_BUFFERS = 5  # fresh, offered, base, and two that stalled channels hold on to
 
 
 @dataclass(slots=True)
@@ -61,12 +62,22 @@ class _Slot:
     snapshot_ms: float = 0.0
     delta: Delta | None = None  # to this version from the one sent before
     encode_ms: float = 0.0
-    sent: bool = False  # whole or as a delta, to at least one group
-    readers: int = 0  # groups that send from it, or will
+    sent: bool = False  # whole or as a delta, to at least one channel
+    readers: int = 0  # channels that send from it, or will
 
 
 class Publisher(threading.Thread):
-    """Rank 0's side of the weight plane. The training loop calls `publish`, everything else runs in the thread."""
+    """Rank 0's part in the weight plane. The training loop calls `publish`, everything else runs in the thread.
+
+    Args:
+        desk_address: where the desk listens for the trainer.
+        buffer: takes snapshots of the policy; more like it are made when they are needed.
+        canary: token sequences that every receiver scores after a swap, int32 each.
+        score: log-probs of these sequences by the weights in a buffer; called in the thread.
+        host: address of this machine at which receivers meet the publisher.
+        backend: of all channels: gloo, nccl or ipc.
+        idle_wait_s: until the desk has answered an offer, the offer is repeated as often.
+    """
 
     def __init__(
         self,
@@ -77,6 +88,7 @@ class Publisher(threading.Thread):
         *,
         host: str,
         backend: str,
+        idle_wait_s: float = IDLE_WAIT_S,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
         self._desk_address = desk_address
@@ -90,8 +102,9 @@ class Publisher(threading.Thread):
         self._score = score
         self._host = host
         self._backend = backend
-        self._senders: dict[int, ChannelSender] = {}  # by group epoch
-        self._kept: dict[int, _Slot] = {}  # what a group sends or will send, by group epoch
+        self._idle_wait_s = idle_wait_s
+        self._senders: dict[int, ChannelSender] = {}  # by channel epoch
+        self._kept: dict[int, _Slot] = {}  # what a channel sends or will send, by channel epoch
         self._sent: deque[Sent] = deque()  # reports of the senders' threads
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -116,11 +129,12 @@ class Publisher(threading.Thread):
         self.join(timeout_s)
 
     def run(self) -> None:
+        """The thread. What ends it before `stop` is left in `crash`, which the training loop looks at."""
         try:
             link = TrainerLink(self._desk_address, wake_fd=self._wake)  # here: a socket belongs to one thread
             while not self._stopping.is_set():
                 self._offer_fresh(link)
-                if (message := link.receive(IDLE_WAIT_S)) is not None:
+                if (message := link.receive(self._idle_wait_s)) is not None:
                     self._heard = True
                     self._handle(link, message)
                 elif not self._heard:
@@ -130,7 +144,7 @@ class Publisher(threading.Thread):
             for channel_epoch in list(self._senders):
                 self._close(channel_epoch)
             link.close()
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the training loop must end with it
             self.crash = error
             log.exception("publisher thread died")
 
@@ -165,8 +179,11 @@ class Publisher(threading.Thread):
         if following is None:
             return False
         with self._lock:
-            self._base, self._offered, self._fresh = base, self._fresh, following
-            self._fresh.version, self._fresh.sent = None, False
+            self._base = base
+            self._offered = self._fresh
+            self._fresh = following
+            self._fresh.version = None
+            self._fresh.sent = False
         self._wanted = False
         for slot in self._slots:
             if not slot.readers:
@@ -230,20 +247,20 @@ class Publisher(threading.Thread):
             timeout_s=request.timeout_s,
         )
         try:
-            group = WeightChannel.host(spec, self._offered.buffer.flat.device)
+            channel = WeightChannel.host(spec, self._offered.buffer.flat.device)
         except (AsyncRLError, OSError) as error:
             return ChannelReady(request.channel_epoch, self._host, 0, str(error), self._backend)
         self._keep(request.channel_epoch)
-        sender = self._senders[request.channel_epoch] = ChannelSender(group, request.channel_epoch, self._report)
+        sender = self._senders[request.channel_epoch] = ChannelSender(channel, request.channel_epoch, self._report)
         sender.start()
         version = self._offered.version
-        return ChannelReady(request.channel_epoch, self._host, group.store_port, "", self._backend, version)
+        return ChannelReady(request.channel_epoch, self._host, channel.store_port, "", self._backend, version)
 
     def _send(self, request: Broadcast) -> str:
-        """Hands the broadcast to its group's thread. Returns why that is impossible, if it is."""
+        """Hands the broadcast to its channel's thread. Returns why that is impossible, if it is."""
         sender = self._senders.get(request.channel_epoch)
         if sender is None:
-            return f"group {request.channel_epoch} is not open"
+            return f"channel {request.channel_epoch} is not open"
         if request.channel_epoch not in self._kept:
             self._keep(request.channel_epoch)
         slot = self._kept[request.channel_epoch]
@@ -264,7 +281,7 @@ class Publisher(threading.Thread):
         os.eventfd_write(self._wake, 1)
 
     def _take_report(self, link: TrainerLink, sent: Sent) -> None:
-        """A broadcast ended, or a group was closed: its memory is free."""
+        """A broadcast ended, or a channel was closed: its memory is free."""
         slot = self._kept.pop(sent.channel_epoch, None)
         if slot is not None:
             slot.readers -= 1
@@ -290,6 +307,6 @@ class Publisher(threading.Thread):
             sender.close()
 
     def _keep(self, channel_epoch: int) -> None:
-        """What is offered now stays until the group's broadcast has ended."""
+        """What is offered now stays until the channel's broadcast has ended."""
         self._kept[channel_epoch] = self._offered
         self._offered.readers += 1

@@ -3,7 +3,7 @@
 A buffer outlives the sync that filled it, because the next delta starts from what it holds. So there is one buffer: a
 delta travels in memory of its own, is verified there, and only then changes the buffer in place. Whatever goes wrong
 before that leaves the base as it was; what goes wrong after it is found by the digests of the buckets, and the buffer
-counts for nothing. Knows nothing of vLLM.
+counts for nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import WeightLayout, WeightManifest
 from asyncrl.weights.bytes.delta import apply_delta
+from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.layout import new_buffer
-from asyncrl.weights.channels.channel import WeightChannel, digest
+from asyncrl.weights.channels.channel import WeightChannel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,15 @@ class Staged:
 
 
 def receive(
-    group: WeightChannel,
+    channel: WeightChannel,
     manifest: WeightManifest,
     held: Staged | None,
     device: torch.device,
     timeout_s: float,
     digests: list[int],
     on_received: Callable[[int], None] = lambda num_bytes: None,
+    *,
+    measure: Callable[[torch.Tensor], int] = digest,
 ) -> Staged:
     """Receives `manifest` into the buffer of `held`, or into a new one, and verifies every bucket.
 
@@ -48,29 +51,33 @@ def receive(
     Args:
         digests: takes what was measured, bucket by bucket.
         on_received: is told the bytes of each part that has come, so that a failure can say how far it was.
+        measure: the digest of a bucket.
 
     Raises:
-        ChannelError: the group failed; bytes were damaged; a delta starts from a version that is not held.
+        ChannelError: the channel failed; bytes were damaged; a delta starts from a version that is not held.
         ProtocolError: a delta does not fit the layout.
     """
     deadline = time.monotonic() + timeout_s
-    layout, delta, timings_ms = manifest.layout, manifest.delta, {}
+    timings_ms: dict[str, float] = {}
+    layout, delta = manifest.layout, manifest.delta
     if delta is not None:
         buffer = _base_of(manifest, held)
         payload = torch.empty(delta.num_bytes, dtype=torch.uint8, device=device)
         with _timed(timings_ms, "receive_ms"):
-            group.broadcast(payload.split(layout.bucket_bytes), deadline - time.monotonic(), on_received)
+            channel.broadcast(payload.split(layout.bucket_bytes), deadline - time.monotonic(), on_received)
         with _timed(timings_ms, "decode_ms"):
             apply_delta(layout, buffer, delta, payload)
     else:
-        reused = held is not None and held.buffer.numel() == layout.total_bytes
-        buffer = held.buffer if reused else new_buffer(layout, device)
+        if held is not None and held.buffer.numel() == layout.total_bytes:
+            buffer = held.buffer
+        else:
+            buffer = new_buffer(layout, device)
         with _timed(timings_ms, "receive_ms"):
             parts = [buffer[start:stop] for start, stop in layout.buckets]
-            group.broadcast(parts, deadline - time.monotonic(), on_received)
+            channel.broadcast(parts, deadline - time.monotonic(), on_received)
     # Not bucket by bucket on the way: the sender and all other members would wait for it.
     with _timed(timings_ms, "verify_ms"):
-        _verify(manifest, buffer, digests)
+        _verify(manifest, buffer, digests, measure)
     return Staged(manifest.version, layout, buffer, timings_ms)
 
 
@@ -94,9 +101,11 @@ def _base_of(manifest: WeightManifest, held: Staged | None) -> torch.Tensor:
     return held.buffer
 
 
-def _verify(manifest: WeightManifest, buffer: torch.Tensor, digests: list[int]) -> None:
+def _verify(
+    manifest: WeightManifest, buffer: torch.Tensor, digests: list[int], measure: Callable[[torch.Tensor], int]
+) -> None:
     for index, ((start, stop), expected) in enumerate(zip(manifest.layout.buckets, manifest.digests, strict=True)):
-        measured = digest(buffer[start:stop])
+        measured = measure(buffer[start:stop])
         digests.append(measured)
         if measured != expected:
             raise ChannelError(

@@ -4,78 +4,90 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from asyncrl.generator.engines.vllm import plugin
-from asyncrl.generator.engines.vllm.plugin import WeightWorkerExtension
-from asyncrl.weights import staging
+from asyncrl.generator.engines.vllm.plugin import StagedWeightTransferEngine, WeightWorkerExtension, receive_with
+from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.channels.channel import WeightChannel
 from benchmarks.faults.faulty_generator import Saboteur
 
 CORRUPTED = "norm.weight"  # the last of them is the model's own, which every token goes through
 EXPONENT_BIT = 1  # of the highest byte of a little-endian float: 1.0 becomes 0.25
 
 _saboteur = Saboteur.of_this_process()
-_receive, _digest = staging.receive, staging.digest
-_receiving: Receiving | None = None
 
 
-class Receiving:
-    """One version on its way into staging: the group as `staging.receive` sees it, and where it stands."""
+@dataclass
+class Arrival:
+    """A version on its way into staging. One at a time: a worker has one job at work."""
 
-    def __init__(self, group: Any, manifest: Any) -> None:
-        self._group, self.version = group, manifest.version
-        self.num_digests, self._measured = len(manifest.layout.buckets), 0
+    version: int
+    num_digests: int
+    measured: int = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._group, name)
+    def next_index(self) -> int:
+        """Of the bucket that is measured now."""
+        index, self.measured = self.measured, self.measured + 1
+        return index
 
-    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
-        """Receives the buckets; between those before the one in the middle and the others is where STAGE happens."""
+
+_arrival = Arrival(-1, 0)
+
+
+class FaultyChannel(WeightChannel):
+    """Between the buckets before the one in the middle and the others is where STAGE happens."""
+
+    def broadcast(
+        self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        """Receives the buckets, but for what is ordered."""
         deadline, index = time.monotonic() + timeout_s, len(parts) // 2
-        self._group.broadcast(parts[:index], timeout_s, on_part)
-        _saboteur.signal("STAGE", self.version)
+        super().broadcast(parts[:index], timeout_s, on_part)
+        _saboteur.signal("STAGE", _arrival.version)
         rest = parts[index:]
         if order := _saboteur.take("STAGE", "drop"):
-            _saboteur.carried_out(order, self.version, f"bucket {index} is not received")
+            _saboteur.carried_out(order, _arrival.version, f"bucket {index} is not received")
             rest = parts[index + 1 :]
-        self._group.broadcast(rest, deadline - time.monotonic(), on_part)
+        super().broadcast(rest, deadline - time.monotonic(), on_part)
         if order := _saboteur.take("STAGE", "corrupt"):
             parts[index][parts[index].numel() // 2] ^= 1
-            _saboteur.carried_out(order, self.version, f"a bit of bucket {index} changed on the way")
-
-    def digest(self, bucket: torch.Tensor) -> int:
-        """Measures one bucket; the last one is where VERIFY happens."""
-        index, self._measured = self._measured, self._measured + 1
-        if index == self.num_digests // 2 and (order := _saboteur.take("STAGE", "digest")):
-            _saboteur.carried_out(order, self.version, f"the digest of bucket {index} is measured wrongly")
-            return _digest(bucket) ^ 1
-        if index == self.num_digests - 1:
-            _saboteur.signal("VERIFY", self.version)
-            if order := _saboteur.take("VERIFY", "corrupt"):
-                bucket[-1] ^= 1
-                _saboteur.carried_out(order, self.version, "a bit of the staging buffer changed before its digest")
-        return _digest(bucket)
+            _saboteur.carried_out(order, _arrival.version, f"a bit of bucket {index} changed on the way")
 
 
-def receive(group: Any, manifest: Any, *args: Any) -> Any:
-    """`staging.receive`, watched. One at a time: a worker has one job at work."""
-    global _receiving
-    _receiving = Receiving(group, manifest)
-    return _receive(_receiving, manifest, *args)
+def faulty_digest(bucket: torch.Tensor) -> int:
+    """Measures one bucket; the last one is where VERIFY happens."""
+    index = _arrival.next_index()
+    if index == _arrival.num_digests // 2 and (order := _saboteur.take("STAGE", "digest")):
+        _saboteur.carried_out(order, _arrival.version, f"the digest of bucket {index} is measured wrongly")
+        return digest(bucket) ^ 1
+    if index == _arrival.num_digests - 1:
+        _saboteur.signal("VERIFY", _arrival.version)
+        if order := _saboteur.take("VERIFY", "corrupt"):
+            bucket[-1] ^= 1
+            _saboteur.carried_out(order, _arrival.version, "a bit of the staging buffer changed before its digest")
+    return digest(bucket)
 
 
-def digest(bucket: torch.Tensor) -> int:
-    assert _receiving is not None
-    return _receiving.digest(bucket)
+class FaultyTransferEngine(StagedWeightTransferEngine):
+    """Receives over a channel and with a digest to which faults happen."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, open_channel=FaultyChannel, measure=faulty_digest)
 
 
-plugin.receive, staging.digest = receive, digest  # type: ignore[assignment]
+receive_with(FaultyTransferEngine)
 
 
 class FaultyWorker(WeightWorkerExtension):
-    """What happens while the engine stands still for a swap."""
+    """Notes what is about to arrive, and does what happens while the engine stands still for a swap."""
+
+    def asyncrl_stage(self, manifest: dict[str, Any], timeout_s: float) -> None:
+        global _arrival
+        _arrival = Arrival(manifest["version"], len(manifest["digests"]))
+        super().asyncrl_stage(manifest, timeout_s)
 
     def asyncrl_swap(self, version: int, reload: bool) -> dict[str, Any]:
         _saboteur.signal("SWAP", version)

@@ -349,7 +349,7 @@ class Versions:
 
         from asyncrl.trainer.canary import SnapshotScorer
         from asyncrl.trainer.engines.policy import Policy
-        from asyncrl.weights.channels.channel import SnapshotBuffer
+        from asyncrl.weights.bytes.snapshot import SnapshotBuffer
         from asyncrl.weights.publisher import Publisher
 
         torch.set_num_threads(1)

@@ -30,7 +30,7 @@ from benchmarks import common
 if TYPE_CHECKING:  # --help should not wait for torch
     import torch
 
-    from asyncrl.weights.channels.channel import SnapshotBuffer
+    from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 LEARNING_RATE = 1e-6
 DRIVES = ("text", "noise")
@@ -76,7 +76,7 @@ def measure(drive: str, options: argparse.Namespace) -> Figures:
     """One step and one sync per pair."""
     import torch
 
-    from asyncrl.weights.channels.channel import SnapshotBuffer
+    from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def sync(old: SnapshotBuffer, new: SnapshotBuffer, received: torch.Tensor, versi
     import torch
 
     from asyncrl.weights.bytes.delta import apply_delta, encode_delta
-    from asyncrl.weights.channels.channel import digest_buckets
+    from asyncrl.weights.bytes.digest import digest_buckets
 
     layout = new.layout
     with _timed(figures.encode_ms):

@@ -16,7 +16,7 @@ from asyncrl.link.weight_records import ChannelPlace
 from asyncrl.link.wire_types import FailureReason
 from asyncrl.rewards.pool import RewardOutcome
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
-from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.generator.fake_engine import FakeEngine, completion, dead
 
 GOOD = RewardOutcome({"exact": 1.0, "format": 0.5})

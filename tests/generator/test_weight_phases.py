@@ -15,7 +15,7 @@ from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncSwap
 from asyncrl.link.weight_records import ChannelPlace
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
-from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.generator.fake_engine import FakeEngine, dead
 
 TIMEOUT_S = 5.0
@@ -88,7 +88,7 @@ def test_an_offer_is_staged_and_answered_with_the_digests():
     scenario(work)
 
 
-def test_a_group_that_is_open_is_used_again():
+def test_a_channel_that_is_open_is_used_again():
     async def work(world):
         await world.handle(offer(1, epoch=1))
         await world.handle(offer(2, epoch=1))
@@ -99,7 +99,7 @@ def test_a_group_that_is_open_is_used_again():
     scenario(work)
 
 
-def test_after_a_failed_stage_the_group_is_joined_anew_and_the_held_version_stays():
+def test_after_a_failed_stage_the_channel_is_joined_anew_and_the_held_version_stays():
     async def work(world):
         await world.load(1)
         world.engine.fail["stage"] = ChannelError("rank 0 is gone")
@@ -349,8 +349,8 @@ def test_a_version_that_was_never_loaded_fails_at_once():
 # -- learners and members that went away
 
 
-def test_the_groups_of_a_new_learner_are_joined_anew_whatever_their_numbers():
-    """A restarted learner counts its groups from 1 again."""
+def test_the_channels_of_a_new_learner_are_joined_anew_whatever_their_numbers():
+    """A restarted learner counts its channels from 1 again."""
 
     async def work(world):
         await world.handle(offer(1, epoch=1, run_epoch=1))

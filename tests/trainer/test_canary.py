@@ -9,7 +9,7 @@ import torch
 from asyncrl.trainer.canary import SnapshotScorer
 from asyncrl.trainer.engines.lora import merged_state
 from asyncrl.trainer.engines.trainable import named_parameters
-from asyncrl.weights.bytes.layout import SnapshotBuffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.tolerances import STEPS, assert_near
 from tests.trainer.engines.test_trainable import SEQUENCES, UPDATES, lora, policy_with, trainer_with
 from tests.trainer.tiny import policy_of, random_groups, tiny_policy

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from asyncrl.weights.bytes.delta import encode_delta
-from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 
 class DeltaBuffer:

@@ -1,6 +1,6 @@
 """A publisher in a process of its own, which a test can stop: python publisher_process.py DESK_ADDRESS
 
-`N` on stdin changes a part of the weights and publishes them as version N; `?` prints how many groups are open.
+`N` on stdin changes a part of the weights and publishes them as version N; `?` prints how many channels are open.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import torch
 
-from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.publisher import Publisher
 
 

@@ -16,8 +16,9 @@ from asyncrl.link.weight_records import WeightManifest
 from asyncrl.trainer.engines.lora import merged_state
 from asyncrl.trainer.engines.policy import load_policy
 from asyncrl.weights.base_weights import BaseWeights, complete_names
-from asyncrl.weights.bytes.layout import SnapshotBuffer, tensor_views
+from asyncrl.weights.bytes.layout import tensor_views
 from asyncrl.weights.bytes.patch import fold_adapter
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.tolerances import assert_near
 
 pytestmark = pytest.mark.numeric

@@ -1,7 +1,7 @@
 """Publisher, planner and receivers together: when a version travels whole and when as a delta, and what repairs it.
 
-The publisher runs in its thread over a real socket, groups are real; receivers stage in threads and show the learner's
-own canary.
+The publisher runs in its thread over a real socket, and channels are real; receivers stage in threads and show the
+learner's own canary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from asyncrl.desk.counters import Counters
 from asyncrl.errors import AsyncRLError
@@ -29,7 +28,9 @@ from asyncrl.link.messages import (
 )
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.wire_types import SyncPhase
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from asyncrl.weights.channels import rendezvous
+from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 from asyncrl.weights.publisher import Publisher
@@ -50,7 +51,7 @@ class Receiver:
         self.deaf = False  # it takes no part in anything
         self.encodings = []
         self._replies = replies
-        self._group = None
+        self._channel = None
 
     def take(self, message):
         if self.deaf:
@@ -69,25 +70,25 @@ class Receiver:
         spec = offer.channel.spec(offer.timeout_s)
         held, self.held, digests, error = self.held, None, [], ""
         try:
-            if self._group is None or self._group.spec.prefix != spec.prefix:
+            if self._channel is None or self._channel.spec.prefix != spec.prefix:
                 self.close()
-                self._group = WeightChannel(spec)
-                self._group.join()
-            self.held = receive(self._group, manifest, held, torch.device("cpu"), offer.timeout_s, digests)
+                self._channel = WeightChannel(spec)
+                self._channel.join()
+            self.held = receive(self._channel, manifest, held, torch.device("cpu"), offer.timeout_s, digests)
         except AsyncRLError as failure:
             error = str(failure)
         reply = SyncReply(1, offer.version, offer.attempt, SyncPhase.STAGE, error, [] if error else [digests])
         self._replies.put((self.name, reply))
 
     def close(self):
-        if self._group is not None:
-            self._group.close()
+        if self._channel is not None:
+            self._channel.close()
 
 
 class World:
     """A learner's weight plane without a trainer: `step` changes weights, `publish` brings them to all receivers."""
 
-    def __init__(self, dtype=torch.bfloat16, cell_size=8, timeout_s=TIMEOUT_S):
+    def __init__(self, dtype=torch.bfloat16, cell_size=8, timeout_s=TIMEOUT_S, **options):
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(20_000, generator=generator).to(dtype))
         named = [("weight", self.weight)]
@@ -99,6 +100,7 @@ class World:
             lambda *_: SCORES,
             host="127.0.0.1",
             backend="gloo",
+            **options,
         )
         self.publisher.start()
         self.begin(timeout_s, cell_size)
@@ -170,7 +172,7 @@ class World:
                     self.before_offer()
                     self.planner.snapshot_ready(message, now)
                 case ChannelReady():
-                    self.planner.group_ready(message, now)
+                    self.planner.channel_ready(message, now)
                 case BroadcastDone():
                     self.planner.broadcast_done(message, now)
         while not self.replies.empty():
@@ -233,7 +235,7 @@ def test_a_difference_is_kept_no_longer_than_somebody_may_ask_for_it(world):
 
 
 def test_a_store_that_does_not_start_is_an_answer_to_the_desk_and_the_publisher_goes_on(world, monkeypatch):
-    real, calls = dist.TCPStore, []
+    real, calls = rendezvous.TCPStore, []
 
     def failing_first(**options):
         calls.append(options["is_master"])
@@ -241,7 +243,7 @@ def test_a_store_that_does_not_start_is_an_answer_to_the_desk_and_the_publisher_
             raise RuntimeError("the server socket has failed to listen\nException raised from C++")
         return real(**options)
 
-    monkeypatch.setattr(dist, "TCPStore", failing_first)
+    monkeypatch.setattr(rendezvous, "TCPStore", failing_first)
     world.join("a")
     world.publish_to("a")
     assert "the server socket has failed to listen" in world.failed[0].reason
@@ -340,9 +342,8 @@ def test_weights_that_all_change_stay_dense_and_take_no_third_buffer():
         world.close()
 
 
-def test_an_offer_is_repeated_until_the_desk_answers_and_when_its_answer_shows_that_it_did_not_come(monkeypatch):
-    monkeypatch.setattr("asyncrl.weights.publisher.IDLE_WAIT_S", 0.1)
-    world = World()
+def test_an_offer_is_repeated_until_the_desk_answers_and_when_its_answer_shows_that_it_did_not_come():
+    world = World(idle_wait_s=0.1)
 
     def offered():
         deadline = time.monotonic() + TIMEOUT_S
@@ -368,7 +369,7 @@ def test_an_offer_is_repeated_until_the_desk_answers_and_when_its_answer_shows_t
         world.close()
 
 
-# -- several groups at once
+# -- several channels at once
 
 
 def test_a_member_that_is_deaf_stalls_its_cell_alone_and_its_memory_stays_until_it_is_done_with():
@@ -398,7 +399,7 @@ def test_a_member_that_is_deaf_stalls_its_cell_alone_and_its_memory_stays_until_
 
 
 def test_a_late_cell_gets_the_bytes_of_the_version_it_was_offered():
-    """While the group of `b` sends version 1, version 2 and 3 are taken, offered and sent to `a`."""
+    """While the channel of `b` sends version 1, version 2 and 3 are taken, offered and sent to `a`."""
     world = World(cell_size=1, timeout_s=15.0)
     try:
         world.join("a")
@@ -423,7 +424,7 @@ def test_a_late_cell_gets_the_bytes_of_the_version_it_was_offered():
         world.close()
 
 
-def test_closing_a_group_breaks_off_what_is_sent_in_it():
+def test_closing_a_channel_breaks_off_what_is_sent_in_it():
     world = World(cell_size=1, timeout_s=TIMEOUT_S)
     try:
         world.join("a")

@@ -1,4 +1,4 @@
-"""The worker's receiver over groups that come and go: what it holds is the base of deltas until a stage fails."""
+"""The worker's receiver over channels that come and go: what it holds is the base of deltas until a stage fails."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import torch
 from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.base_weights import BaseWeights
 from asyncrl.weights.bytes.delta import encode_delta
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from asyncrl.weights.channels.channel import WeightChannel
+from asyncrl.weights.receiver import WeightReceiver
 
 TIMEOUT_S = 20.0
 
 
 class Bench:
-    """A receiver, and the learner's end of its group."""
+    """A receiver, and the learner's end of its channel."""
 
     def __init__(self):
-        from asyncrl.generator.engines.vllm.plugin import WeightReceiver  # brings vLLM
-
         device = torch.device("cpu")
         self.receiver = WeightReceiver(device, BaseWeights("/nowhere", device), lambda manifest, tensors: None)
         self.weight = torch.nn.Parameter(torch.randn(5000).bfloat16())
         self.buffer = SnapshotBuffer([("weight", self.weight)], 4096)
         self.buffer.snapshot()
         self.base = None
-        self.group, self.epochs = None, 0
+        self.channel, self.epochs = None, 0
 
     def join(self):
         self.close()
         self.epochs += 1
-        self.group = WeightChannel.host(ChannelSpec("127.0.0.1", 0, f"epoch/{self.epochs}", 0, 2, "gloo", TIMEOUT_S))
-        self.receiver.begin_join(self.group.spec.for_rank(1))
-        self.group.join()
+        self.channel = WeightChannel.host(ChannelSpec("127.0.0.1", 0, f"epoch/{self.epochs}", 0, 2, "gloo", TIMEOUT_S))
+        self.receiver.begin_join(self.channel.spec.for_rank(1))
+        self.channel.join()
         assert self.wait().error == ""
 
     def step(self):
@@ -52,7 +52,7 @@ class Bench:
             manifest, parts = dataclasses.replace(manifest, delta=delta.info), [delta.payload]
         self.receiver.begin_stage(manifest, TIMEOUT_S)
         if broadcast:
-            self.group.broadcast(parts, TIMEOUT_S)
+            self.channel.broadcast(parts, TIMEOUT_S)
         return self.wait()
 
     def wait(self):
@@ -69,8 +69,8 @@ class Bench:
 
     def close(self):
         self.receiver.leave()
-        if self.group is not None:
-            self.group.close()
+        if self.channel is not None:
+            self.channel.close()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def bench():
     bench.close()
 
 
-def test_what_is_held_outlives_its_group_but_cannot_be_swapped_in(bench):
+def test_what_is_held_outlives_its_channel_but_cannot_be_swapped_in(bench):
     bench.assert_staged(bench.stage(0), 0)
     bench.join()
     assert bench.receiver.staged is None
@@ -97,7 +97,7 @@ def test_a_job_tells_its_phase_and_how_many_bytes_have_come(bench):
     assert 0 < delta.received_bytes == delta.total_bytes < 1000
     manifest, first = bench.buffer.manifest(2), next(iter(bench.buffer.buckets()))
     bench.receiver.begin_stage(manifest, 0.5)
-    bench.group.broadcast([first], TIMEOUT_S)
+    bench.channel.broadcast([first], TIMEOUT_S)
     failed = bench.wait()
     assert failed.error and (failed.received_bytes, failed.total_bytes) == (first.nbytes, total_bytes)
     assert 0 < first.nbytes < total_bytes

@@ -1,8 +1,9 @@
-"""A worker's receiver in groups that hang: it ends in time, and goes on with the next group as if nothing had been."""
+"""A worker's receiver in channels that hang: it ends in time, and goes on with the next as if nothing had been."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 
@@ -12,21 +13,26 @@ import torch
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.base_weights import BaseWeights
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from asyncrl.weights.channels.channel import WeightChannel
+from asyncrl.weights.receiver import WeightReceiver
 from tests.weights.channels.hanging_transport import hanging
 
 TIMEOUT_S = 1.0
-LATE_S = 2.0  # the slack of a group, and a busy machine
+LATE_S = 2.0  # the slack of a channel, and a busy machine
 
 
 class Bench:
-    """A receiver, and the learner's ends of its groups."""
+    """A receiver, and the learner's ends of its channels."""
 
-    def __init__(self):
-        from asyncrl.generator.engines.vllm.plugin import WeightReceiver  # brings vLLM
-
-        device = torch.device("cpu")
-        self.receiver = WeightReceiver(device, BaseWeights("/nowhere", device), lambda manifest, tensors: None)
+    def __init__(self, hangs):
+        self.options, device = hangs.options, torch.device("cpu")
+        self.receiver = WeightReceiver(
+            device,
+            BaseWeights("/nowhere", device),
+            lambda manifest, tensors: None,
+            open_channel=functools.partial(WeightChannel, **self.options),
+        )
         self.weight = torch.nn.Parameter(torch.zeros(5000))
         self.buffer = SnapshotBuffer([("weight", self.weight)], 4096)
         self.version = 0
@@ -35,10 +41,10 @@ class Bench:
         """Both sides try; the receiver's job and how long it took to end."""
         self.version += 1
         spec = ChannelSpec("127.0.0.1", 0, f"hang/{self.version}", 0, 2, "hanging", TIMEOUT_S)
-        self.group, started = WeightChannel.host(spec), time.monotonic()
-        root = threading.Thread(target=quietly, args=(self.group.join,), daemon=True)
+        self.channel, started = WeightChannel.host(spec, **self.options), time.monotonic()
+        root = threading.Thread(target=quietly, args=(self.channel.join,), daemon=True)
         root.start()
-        self.receiver.begin_join(self.group.spec.for_rank(1))
+        self.receiver.begin_join(self.channel.spec.for_rank(1))
         assert time.monotonic() - started < 0.9 * TIMEOUT_S, "the engine waits for this call"
         job = self.wait()
         root.join()
@@ -57,7 +63,7 @@ class Bench:
         return job, time.monotonic() - started
 
     def _send(self):
-        self.group.broadcast(list(self.buffer.buckets()), TIMEOUT_S)
+        self.channel.broadcast(list(self.buffer.buckets()), TIMEOUT_S)
 
     def wait(self):
         deadline = time.monotonic() + 20.0
@@ -70,7 +76,7 @@ class Bench:
         started = time.monotonic()
         self.receiver.leave()
         assert time.monotonic() - started < 0.9 * TIMEOUT_S, "the engine waits for this call"
-        quietly(self.group.close)
+        quietly(self.channel.close)
 
     def assert_the_next_sync_works(self):
         assert self.join()[0].error == ""
@@ -96,13 +102,13 @@ def hangs():
 
 @pytest.fixture
 def bench(hangs):
-    bench = Bench()
+    bench = Bench(hangs)
     yield bench
     bench.leave()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_form_that_hangs_costs_one_deadline_and_the_next_group_works(bench, hangs, rank):
+def test_a_form_that_hangs_costs_one_deadline_and_the_next_channel_works(bench, hangs, rank):
     hangs.places = {("form", rank)}
     job, elapsed_s = bench.join()
     assert "forming weight channel 'hang/1' as rank 1" in job.error and elapsed_s < TIMEOUT_S + LATE_S
@@ -128,7 +134,7 @@ def test_a_broadcast_that_hangs_costs_one_deadline_and_what_is_abandoned_spoils_
 
 
 @pytest.mark.parametrize("method", ["abort", "close"])
-def test_an_end_that_hangs_holds_up_neither_the_engine_nor_the_next_group(bench, hangs, method):
+def test_an_end_that_hangs_holds_up_neither_the_engine_nor_the_next_channel(bench, hangs, method):
     bench.assert_the_next_sync_works()
     hangs.places = {(method, 1)}
     bench.leave()

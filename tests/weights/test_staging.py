@@ -1,4 +1,4 @@
-"""Versions into a worker's staging buffer over real groups, in a process of its own: whole, as deltas, and damaged."""
+"""Versions into a worker's staging buffer over real channels, in a process of its own: whole, as deltas, damaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from asyncrl.link.field_checks import to_plain
 from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.bytes.delta import encode_delta
-from asyncrl.weights.channels.channel import SnapshotBuffer, WeightChannel
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from asyncrl.weights.channels.channel import WeightChannel
 
 TIMEOUT_S = 20.0
 
@@ -25,8 +26,8 @@ from asyncrl.weights.staging import receive
 from asyncrl.link.field_checks import from_plain
 from asyncrl.link.weight_records import ChannelSpec, WeightManifest
 from asyncrl.weights.channels.channel import WeightChannel
-group, held = WeightChannel(from_plain(ChannelSpec, json.loads(sys.argv[1]))), None
-group.join()
+channel, held = WeightChannel(from_plain(ChannelSpec, json.loads(sys.argv[1]))), None
+channel.join()
 print("joined", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
@@ -37,7 +38,7 @@ for line in sys.stdin:
     digests, error, before = [], "", held
     kept = None if held is None else held.buffer.clone()
     try:
-        held = receive(group, from_plain(WeightManifest, order["manifest"]), held, torch.device("cpu"), 20.0, digests)
+        held = receive(channel, from_plain(WeightManifest, order["manifest"]), held, torch.device("cpu"), 20.0, digests)
     except AsyncRLError as failure:
         error = str(failure)
     answer = {"digests": digests, "error": error, "version": None if held is None else held.version}
@@ -60,13 +61,13 @@ class Bench:
         self.buffer = SnapshotBuffer(self.named, 1024)
         self.base = None
         spec = ChannelSpec("127.0.0.1", 0, "epoch/1", 0, 2, "gloo", TIMEOUT_S)
-        self.group = WeightChannel.host(spec)
-        command = [sys.executable, "-c", WORKER, json.dumps(to_plain(self.group.spec.for_rank(1)))]
+        self.channel = WeightChannel.host(spec)
+        command = [sys.executable, "-c", WORKER, json.dumps(to_plain(self.channel.spec.for_rank(1)))]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.group.join()
+        self.channel.join()
         assert self.worker.stdout.readline() == "joined\n"
 
     def close(self):
@@ -74,7 +75,7 @@ class Bench:
         self.worker.wait()
         self.worker.stdin.close()
         self.worker.stdout.close()
-        self.group.close()
+        self.channel.close()
 
     def step(self):
         """Moves one weight in ten by one unit in the last place; the version before becomes the base."""
@@ -98,7 +99,7 @@ class Bench:
             parts[part][damage] ^= 1
         print(json.dumps({"manifest": to_plain(manifest), "fault": fault}), file=self.worker.stdin, flush=True)
         if broadcast:
-            self.group.broadcast(parts, TIMEOUT_S)
+            self.channel.broadcast(parts, TIMEOUT_S)
         return manifest, json.loads(self.worker.stdout.readline())
 
 
@@ -165,7 +166,7 @@ def test_a_damaged_bucket_of_a_whole_version_is_named(bench):
     assert len(answer["digests"]) == last + 1
 
 
-def test_damage_in_the_first_bucket_keeps_nobody_waiting_and_the_group_stays_of_use(bench):
+def test_damage_in_the_first_bucket_keeps_nobody_waiting_and_the_channel_stays_of_use(bench):
     bench.step()
     manifest, answer = bench.send(0, damage=5, part=0)
     assert len(manifest.digests) > 1 and "bucket 0 of version 0" in answer["error"]

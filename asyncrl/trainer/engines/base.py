@@ -32,8 +32,8 @@ from torch import Tensor
 
 from asyncrl.algorithms.losses import Sums, merge_sums
 from asyncrl.trainer.packing import Rows
-from asyncrl.weights.bytes.layout import SnapshotBuffer
 from asyncrl.weights.bytes.patch import SyncSource
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from asyncrl.config.schema import UpdateConfig
 from asyncrl.errors import ConfigError
 from asyncrl.link.weight_records import Patch
 from asyncrl.trainer.engines.lora import adapted_weights, inject_adapters, nearest_name, plain_name
-from asyncrl.weights.bytes.layout import digest
+from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.patch import SyncSource
 
 

@@ -7,8 +7,8 @@ like any other, and no arithmetic on floats takes place.
 
 Every tensor is cut into pieces, and each piece takes what makes it smallest: nothing, all of its new words, or changed
 words with their places, which are a bitmap or the numbers of equal words in between in one or two bytes. A change is
-(new - old) modulo the word size. It usually fits half a word; one that does not leaves a mark there and goes, whole,
-into a list of escapes.
+(new - old) modulo the word size. It usually fits half a word; a change that does not leaves a mark there and goes,
+whole, into a list of escapes.
 
     payload   table, then the streams of each piece; every part starts at a multiple of 8 bytes
     table     int32 [pieces, 4]: places, entries, escapes, whether changes take half a word
@@ -28,7 +28,7 @@ import torch
 
 from asyncrl.errors import ChannelError, ProtocolError, ShapeError
 from asyncrl.link.weight_records import DeltaInfo, WeightLayout
-from asyncrl.weights.bytes.layout import digest
+from asyncrl.weights.bytes.digest import digest
 
 MAX_SHARE = 0.5  # of the dense bytes; a delta that saves less is not worth the work at both ends
 # Words of one piece. On a CPU old and new words and what compares them stay in a core's cache; on a GPU each piece

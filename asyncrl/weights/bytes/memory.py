@@ -1,10 +1,10 @@
 """Memory that other processes of this machine can read in place: on CPUs anonymous shared memory, on GPUs CUDA IPC.
 
-The one place where the two differ. Memory is exported once, when it is made, and opened from a *handle*, a dict of
-plain values that may travel as JSON. On CPUs it is a memfd, which has no name in any folder: the kernel frees it with
-the last process that maps it, however that one ended. Receivers reach it through /proc/PID/fd, so both sides must run
-as one user in one PID namespace. On GPUs the driver frees the memory with the exporting process; torch keeps a counter
-file of 80 kB in /dev/shm for it, which stays behind if that process is killed.
+This module alone knows that the two differ. Memory is exported once, when it is made, and opened from a *handle*, a
+dict of plain values that may travel as JSON. On CPUs the memory is a memfd, which has no name in any folder: the kernel
+frees it with the last process that maps it, however that process ended. Receivers reach it through /proc/PID/fd, so
+both ends must run as one user in one PID namespace. On GPUs the driver frees the memory with the exporting process;
+torch keeps a counter file of 80 kB in /dev/shm for it, which stays behind if that process is killed.
 
 Known, on GPUs: torch gives exported memory back only when every process that opened it has said that it let go. What a
 killed receiver had open therefore stays taken until the exporter ends, also after its buffer was dropped. For staging
@@ -20,7 +20,8 @@ import secrets
 import threading
 import time
 import weakref
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,10 +34,23 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a mappin
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
+Handle: TypeAlias = dict[str, int | str | bool]  # leads to one buffer; only this module knows what is in it
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process is. Processes in the same place can open each other's memory."""
+
+    machine: str  # the kernel's boot id
+    pid_namespace: int  # inode
+    user: int
+    device: str  # "cpu", or the GPU's UUID
+
+
 class _Export:
     """What lets others open one buffer. Ends with the tensor that was made with it."""
 
-    def __init__(self, handle: dict[str, Any]) -> None:
+    def __init__(self, handle: Handle) -> None:
         self.handle = handle
 
 
@@ -45,7 +59,7 @@ _exports_lock = threading.Lock()
 
 
 def shared_buffer(num_bytes: int, device: torch.device | str) -> torch.Tensor:
-    """A zeroed uint8 tensor [num_bytes] that others can open for as long as this very tensor (not a view) lives."""
+    """A zeroed uint8 tensor [num_bytes] that others can open as long as this very tensor, not a view of it, lives."""
     device = torch.device(device)
     if device.type == "cuda":
         buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -58,7 +72,7 @@ def shared_buffer(num_bytes: int, device: torch.device | str) -> torch.Tensor:
     return buffer
 
 
-def handle_of(flat: torch.Tensor) -> tuple[dict[str, Any], int] | None:
+def handle_of(flat: torch.Tensor) -> tuple[Handle, int] | None:
     """The handle of the shared buffer that `flat` is a part of, and its offset there; None for other memory."""
     base = flat.untyped_storage().data_ptr()
     with _exports_lock:
@@ -66,16 +80,16 @@ def handle_of(flat: torch.Tensor) -> tuple[dict[str, Any], int] | None:
     return None if export is None else (export.handle, flat.data_ptr() - base)
 
 
-def place(device: torch.device) -> dict[str, Any]:
-    """Where this process is: memory can be opened by processes in the same place."""
+def place(device: torch.device) -> Place:
+    """Where this process is, for memory on `device`."""
     with open(_BOOT_ID) as file:
         boot = file.read().strip()
-    return {
-        "machine": boot,
-        "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
-        "user": os.geteuid(),
-        "device": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu",
-    }
+    return Place(
+        machine=boot,
+        pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
+        user=os.geteuid(),
+        device=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu",
+    )
 
 
 class Opened:
@@ -85,7 +99,7 @@ class Opened:
         ChannelError: the handle leads to no memory, or to other memory than it was made for.
     """
 
-    def __init__(self, handle: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, handle: Handle, device: torch.device) -> None:
         self._device = device
         try:
             self._memory: Any = _open_cuda(handle, device) if device.type == "cuda" else _open_memfd(handle)
@@ -117,7 +131,7 @@ def _new_memfd(num_bytes: int) -> tuple[torch.Tensor, _Export]:
         os.ftruncate(fd, num_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         buffer = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-    except BaseException:
+    except BaseException:  # whatever it is, nobody else knows of the descriptor yet
         os.close(fd)
         raise
     export = _Export({"pid": os.getpid(), "fd": fd, "name": name, "bytes": num_bytes})
@@ -125,7 +139,7 @@ def _new_memfd(num_bytes: int) -> tuple[torch.Tensor, _Export]:
     return buffer, export
 
 
-def _open_memfd(handle: dict[str, Any]) -> np.ndarray:
+def _open_memfd(handle: Handle) -> np.ndarray:
     path = f"/proc/{int(handle['pid'])}/fd/{int(handle['fd'])}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -147,7 +161,7 @@ def _open_memfd(handle: dict[str, Any]) -> np.ndarray:
 # -- GPU: after torch's own reductions; not yet run on a GPU -----------------------------------------------------------
 
 
-def _export_cuda(buffer: torch.Tensor) -> dict[str, Any]:
+def _export_cuda(buffer: torch.Tensor) -> Handle:
     _, handle, num_bytes, offset, counter, counter_offset, event, wait = buffer.untyped_storage()._share_cuda_()
     return {
         "handle": handle.hex(),
@@ -160,15 +174,15 @@ def _export_cuda(buffer: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _open_cuda(handle: dict[str, Any], device: torch.device) -> torch.Tensor:
+def _open_cuda(handle: Handle, device: torch.device) -> torch.Tensor:
     storage = torch.UntypedStorage._new_shared_cuda(
         torch.cuda.current_device() if device.index is None else device.index,  # the learner may number it otherwise
-        bytes.fromhex(handle["handle"]),
+        bytes.fromhex(str(handle["handle"])),
         int(handle["bytes"]),
         int(handle["offset"]),
-        bytes.fromhex(handle["counter"]),
+        bytes.fromhex(str(handle["counter"])),
         int(handle["counter_offset"]),
-        bytes.fromhex(handle["event"]),
+        bytes.fromhex(str(handle["event"])),
         bool(handle["wait"]),
     )
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -2,7 +2,6 @@
 
 Receivers have the initial model in a folder of their own. A manifest with a `Patch` carries some tensors of the
 policy; the others are the folder's, unchanged, and the patch tells which those are and what their bytes must be.
-Needs torch only.
 """
 
 from __future__ import annotations
@@ -14,7 +13,10 @@ import torch
 
 from asyncrl.link.weight_records import Patch
 
-WEIGHT, LORA_A, LORA_B = ".weight", ".lora_A.weight", ".lora_B.weight"
+# How names of tensors end.
+WEIGHT = ".weight"
+LORA_A = ".lora_A.weight"
+LORA_B = ".lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a weight channel needs of whatever moves its bytes. One class per backend implements it."""
+"""What a weight channel needs of the transport that moves its bytes. There is one class for each backend."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Transport(Protocol):
     """One member's end of one weight channel, for one life: form, broadcast any number of times, close.
 
     `WeightChannel` is the only caller. It runs every method in a daemon thread of its own and abandons that thread when
-    the deadline is over by a little, so a method may hang without harm. It should not: one that keeps its deadline can
-    say who was missing. What an abandoned call still does must reach nothing but this object and the buffer it was
+    the deadline is over by a little, so a method may hang without harm. It should not: a method that keeps its deadline
+    can say who was missing. What an abandoned call still does must reach nothing but this object and the buffer it was
     given, which the caller throws away.
 
     After a failure nothing but `abort` and `close` is called. Failures are raised as ChannelError, RuntimeError or
-    OSError; the group adds what it was doing.
+    OSError; the channel adds what it was doing.
     """
 
-    waiting_for: str  # what a call under way waits for: said in the message if it must be abandoned
+    waiting_for: str  # what a call under way waits for: told in the error when the call is abandoned
 
     def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:
-        """Must not block. `aborted` is set by the group: calls under way should end soon.
+        """Must not block. `aborted` is set by the channel: calls under way should end soon.
 
         Raises:
             ChannelError: this backend cannot work on `device`.

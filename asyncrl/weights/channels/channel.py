@@ -1,42 +1,26 @@
-"""Groups of the weight plane: the learner broadcasts, generator workers receive.
+"""Weight channels: the learner broadcasts, workers of generators receive.
 
-A group has its own store connection and key prefix, and a transport that does the work (`TRANSPORTS`). A prefix is
-never used twice: a second group on the keys of a broken one joins half of its dead members.
+A channel has a store connection and a key prefix of its own, and a transport that does the work (`TRANSPORTS`). A
+prefix is never used twice: a second channel on the keys of a broken one would join half of its dead members.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import ChannelSpec
-from asyncrl.weights.bytes.layout import (
-    SnapshotBuffer,
-    digest,
-    digest_buckets,
-    plan_buckets,
-    snapshot,
-)
 from asyncrl.weights.channels.base import Transport
 from asyncrl.weights.channels.collectives import GlooTransport, NcclTransport
 from asyncrl.weights.channels.ipc import IpcTransport
 from asyncrl.weights.channels.rendezvous import CLOSE_TIMEOUT_S, SLACK_S, WeightStore, within
 
-__all__ = [  # the weight plane's transport, under one name
-    "SnapshotBuffer",
-    "WeightChannel",
-    "WeightStore",
-    "digest",
-    "digest_buckets",
-    "plan_buckets",
-    "snapshot",
-]
-
-TRANSPORTS: dict[str, type[Transport]] = {"gloo": GlooTransport, "nccl": NcclTransport, "ipc": IpcTransport}
+# By the name that `weights.backend` gives.
+TRANSPORTS: Mapping[str, type[Transport]] = {"gloo": GlooTransport, "nccl": NcclTransport, "ipc": IpcTransport}
 
 
 class WeightChannel:
@@ -44,43 +28,66 @@ class WeightChannel:
 
     Life: `WeightChannel.host(spec)` on rank 0, `WeightChannel(spec)` elsewhere; `join`; `broadcast` any number of
     times; `close`. Calls come from one thread at a time, `abort` from any thread. After the first failure the
-    group is dead: close it and form another. Every call ends at its deadline, whatever the transport does.
+    channel is dead: close it and form another. Every call ends at its deadline, whatever the transport does.
+
+    Args:
+        spec: where the members meet, and which of them this is.
+        device: of all tensors that are broadcast.
+        transports: the backends there are, by name.
+        close_timeout_s: bounds `abort` and `close`.
 
     Raises:
         ChannelError: no such backend, or it cannot work on `device`.
     """
 
-    def __init__(self, spec: ChannelSpec, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: ChannelSpec,
+        device: torch.device | str = "cpu",
+        *,
+        transports: Mapping[str, type[Transport]] = TRANSPORTS,
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+    ) -> None:
         self.spec = spec
         self.device = torch.device(device)
+        self._close_timeout_s = close_timeout_s
         self._store: WeightStore | None = None
         self._aborted = threading.Event()
         self._broken: str | None = None
         self._joined = False
-        backend = TRANSPORTS.get(spec.backend)
-        if backend is None:
-            raise ChannelError(f"{self._name}: backend {spec.backend!r} is none of {sorted(TRANSPORTS)}")
+        transport = transports.get(spec.backend)
+        if transport is None:
+            raise ChannelError(f"{self._name}: backend {spec.backend!r} is none of {sorted(transports)}")
         try:
-            self._transport: Transport | None = backend(spec, self.device, self._aborted)
+            self._transport: Transport | None = transport(spec, self.device, self._aborted)
         except ChannelError as error:
             raise ChannelError(f"{self._name}: {error}") from None
 
     @classmethod
-    def host(cls, spec: ChannelSpec, device: torch.device | str = "cpu") -> WeightChannel:
+    def host(
+        cls,
+        spec: ChannelSpec,
+        device: torch.device | str = "cpu",
+        *,
+        transports: Mapping[str, type[Transport]] = TRANSPORTS,
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+    ) -> WeightChannel:
         """Rank 0, with the store that the others will meet at; returns at once. Port 0 takes any free port.
 
         Raises:
             BindError: the store cannot listen at the address of the spec.
+            ChannelError: as for any member.
         """
         assert spec.rank == 0, spec
         store = WeightStore(spec.store_host, spec.store_port)
         try:
-            group = cls(replace(spec, store_port=store.port), device)
+            here = replace(spec, store_port=store.port)
+            channel = cls(here, device, transports=transports, close_timeout_s=close_timeout_s)
         except ChannelError:
             store.close()
             raise
-        group._store = store
-        return group
+        channel._store = store
+        return channel
 
     @property
     def store_port(self) -> int:
@@ -102,7 +109,8 @@ class WeightChannel:
         """
         if self._joined:
             return
-        spec, limit_s = self.spec, self.spec.timeout_s if timeout_s is None else timeout_s
+        spec = self.spec
+        limit_s = spec.timeout_s if timeout_s is None else timeout_s
         what = (
             f"forming {self._name} as rank {spec.rank} of {spec.world_size} over {spec.backend} "
             f"at {spec.store_host}:{spec.store_port}"
@@ -120,7 +128,7 @@ class WeightChannel:
         finds other bytes than the digests promise.
 
         Args:
-            parts: contiguous, on the group's device; the same numbers of bytes on every member.
+            parts: contiguous, on the channel's device; the same numbers of bytes on every member.
             on_part: is told the bytes of each part when it is done, in another thread; so a failure can say how far
                 the broadcast was.
 
@@ -130,7 +138,7 @@ class WeightChannel:
         what = f"broadcast of {sum(part.nbytes for part in parts)} bytes in {self._name}"
         self._check_alive(what)
         if not self._joined:
-            raise ChannelError(f"{what}: the group was not joined")
+            raise ChannelError(f"{what}: the channel was not joined")
         for part in parts:
             if part.device.type != self.device.type or not part.is_contiguous():
                 raise ChannelError(f"{what}: the buffer must be contiguous on {self.device}, is on {part.device}")
@@ -142,7 +150,7 @@ class WeightChannel:
         self._carry_out(what, timeout_s, lambda transport: transport.broadcast(parts, timeout_s, done))
 
     def abort(self) -> None:
-        """Make a `join` or `broadcast` under way in another thread fail. The group is dead; call `close` too.
+        """Make a `join` or `broadcast` under way in another thread fail. The channel is dead; call `close` too.
 
         Raises:
             ChannelError: the transport could not be aborted in time. Over NCCL replace the process: its CUDA
@@ -152,7 +160,7 @@ class WeightChannel:
         self._broken = self._broken or "aborted"
         transport = self._transport
         if transport is not None:
-            self._call(transport, CLOSE_TIMEOUT_S, f"abort of {self._name}", transport.abort)
+            self._call(transport, self._close_timeout_s, f"abort of {self._name}", transport.abort)
 
     def close(self) -> None:
         """Disconnect; members still at work see a lost peer. Idempotent.
@@ -167,21 +175,21 @@ class WeightChannel:
             store.close()
         transport, self._transport = self._transport, None
         if transport is not None:
-            self._call(transport, CLOSE_TIMEOUT_S, f"closing {self._name}", transport.close)
+            self._call(transport, self._close_timeout_s, f"closing {self._name}", transport.close)
 
     def _check_alive(self, what: str) -> None:
         if self._broken is not None:
-            raise ChannelError(f"{what}: the group is dead ({self._broken}); form a new one")
+            raise ChannelError(f"{what}: the channel is dead ({self._broken}); form a new one")
 
     def _carry_out(self, what: str, timeout_s: float, work: Callable[[Transport], None]) -> None:
-        """Work of the transport, which may hang for ever; after a failure the group is dead."""
+        """Lets the transport do its work, which may hang for ever; after a failure the channel is dead."""
         self._check_alive(what)
         transport = self._transport
         assert transport is not None
         try:
-            # The transport keeps the deadline itself and can name the fault; this is for one that does not.
+            # A transport that keeps the deadline itself can name the fault; the slack is for one that does not.
             self._call(transport, timeout_s + SLACK_S, what, lambda: work(transport), self._aborted)
-        except BaseException as error:  # an error of our own too leaves members between two parts
+        except BaseException as error:  # whatever it is, also an error of our own leaves members between two parts
             self._broken = self._broken or str(error) or type(error).__name__
             raise
 

@@ -1,6 +1,6 @@
 """Weights over torch.distributed's collectives: gloo between CPUs, NCCL between GPUs.
 
-A group is a bare process-group object over its own store connection and key prefix. It is never the default group, so
+A channel is a bare process-group object over its own store connection and key prefix. It is never the default group, so
 that it can be formed, aborted and formed again while training and generation go on.
 """
 
@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Work
 
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import ChannelSpec
@@ -26,9 +27,17 @@ NCCL_POLL_S = 0.001
 # What torch takes for the timeout of every NCCL work and of an abort. Our deadlines come first and know what to do; at
 # torch's own it would give up an abort under way, and a watchdog, if a later torch starts one, would end the process.
 NCCL_NEVER = timedelta(days=1)
-# Parts in the backend's hands at once: while Python takes note of one, the next ones move. No more than it takes: a
-# group that failed is let go of only when each of them has failed.
+# Parts in the backend's hands at once: while Python takes note of one, the next ones move. No more than that takes: a
+# process group that failed is let go of only when each of them has failed.
 AHEAD = 3
+
+
+class _ProcessGroup(Protocol):
+    """What is used of torch's classes, whose stubs lack half of it."""
+
+    def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions, /) -> Work: ...
+
+    def abort(self) -> None: ...
 
 
 class _Collective:
@@ -38,35 +47,43 @@ class _Collective:
         self._spec = spec
         self._device = device
         self._aborted = aborted
-        self._group: Any = None
+        self._process_group: _ProcessGroup | None = None
         self.waiting_for = f"all {spec.world_size} members"
 
     def close(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            self._release(group)
-        del group  # the destructor closes the connections; it waits for operations under way
+        """Drop the process group. Waits for operations under way, unless `_release` has broken them off."""
+        process_group, self._process_group = self._process_group, None
+        if process_group is not None:
+            self._release(process_group)
+        del process_group  # the destructor closes the connections; it waits for operations under way
 
     def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+        """See `Transport.broadcast`."""
         deadline = time.monotonic() + timeout_s
-        under_way: deque[tuple[Any, int]] = deque()
+        under_way: deque[tuple[Work, int]] = deque()
         for part in parts:
-            under_way.append((self._group.broadcast([part], _options(deadline)), part.nbytes))
+            under_way.append((self._begin(part, deadline), part.nbytes))
             if len(under_way) == AHEAD:
                 self._finish(*under_way.popleft(), deadline, on_part)
         while under_way:
             self._finish(*under_way.popleft(), deadline, on_part)
 
-    def _finish(self, work: Any, num_bytes: int, deadline: float, on_part: Callable[[int], None]) -> None:
+    def _begin(self, part: torch.Tensor, deadline: float) -> Work:
+        # Asked for each time and held by no frame that waits: a call that was abandoned must not keep it from closing.
+        if self._process_group is None:
+            raise ChannelError("closed")
+        return self._process_group.broadcast([part], _options(deadline))
+
+    def _finish(self, work: Work, num_bytes: int, deadline: float, on_part: Callable[[int], None]) -> None:
         self._wait(work, deadline)
         on_part(num_bytes)
 
-    def _wait(self, work: Any, deadline: float) -> None:
+    def _wait(self, work: Work, deadline: float) -> None:
         """Return when `work` is done. Raises ChannelError or RuntimeError when it failed or is late."""
         raise NotImplementedError
 
-    def _release(self, group: Any) -> None:
-        """What must happen before a group is dropped."""
+    def _release(self, process_group: _ProcessGroup) -> None:
+        """Does what must happen before a process group is dropped."""
 
     def _late(self) -> ChannelError:
         return ChannelError("a member did not take part in time")
@@ -76,15 +93,17 @@ class GlooTransport(_Collective):
     """ProcessGroupGloo, on the interface that reaches the store."""
 
     def form(self, timeout_s: float) -> None:
-        options = dist.ProcessGroupGloo._Options()
+        """See `Transport.form`."""
+        gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack its options and the constructor that takes them
+        options = gloo._Options()
         # The interface that reaches the store is the private one; gloo by itself would ask the host's name.
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_address_towards(self._spec))]
+        options._devices = [gloo.create_device(hostname=local_address_towards(self._spec))]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = AHEAD  # with one, the next part is asked for when the last one is there
         store = connect_store(self._spec, timeout_s)
-        self._group = dist.ProcessGroupGloo(store, self._spec.rank, self._spec.world_size, options)
+        self._process_group = gloo(store, self._spec.rank, self._spec.world_size, options)
 
-    def _wait(self, work: Any, deadline: float) -> None:
+    def _wait(self, work: Work, deadline: float) -> None:
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -93,8 +112,8 @@ class GlooTransport(_Collective):
                 work.wait(timedelta(seconds=min(remaining, POLL_S)))
                 return
             except RuntimeError:
-                # An expired slice and a failed transfer raise alike. A completed one has failed, or has succeeded just
-                # after its slice: asked again it says which.
+                # An expired slice and a failed transfer raise alike. A completed transfer has failed, or has succeeded
+                # just after its slice: asked again it says which.
                 if work.is_completed():
                     work.wait()
                     return
@@ -102,14 +121,15 @@ class GlooTransport(_Collective):
                 raise ChannelError("aborted")
 
     def abort(self) -> None:
-        """Nothing: a wait sees the event, and gloo's own part ends with the group."""
+        """Nothing: a wait sees the event, and gloo's own part ends with the process group."""
 
 
 class NcclTransport(_Collective):
     """ProcessGroupNCCL with a non-blocking communicator: abort is safe on no other kind.
 
-    Nothing of torch's own watches over such a group, so that a lost generator ends neither the learner nor, through
-    the state that all groups of a process share, a vLLM worker: the deadlines are those of `_wait` and `WeightChannel`.
+    No watchdog of torch's looks after such a process group, so that a lost generator ends neither the learner nor,
+    through the state that all process groups of a process share, a vLLM worker: the deadlines are those of `_wait` and
+    `WeightChannel`.
     `asyncrl.host.processes.nccl_environment` bounds what torch waits for inside of a call.
     """
 
@@ -120,26 +140,29 @@ class NcclTransport(_Collective):
         self._parts: Sequence[torch.Tensor] = ()
 
     def form(self, timeout_s: float) -> None:
+        """See `Transport.form`."""
         deadline = time.monotonic() + timeout_s
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=False)
         options.config.blocking = 0
         options._timeout = NCCL_NEVER
         store = connect_store(self._spec, timeout_s)
         with _without_watchdog():
-            self._group = dist.ProcessGroupNCCL(store, self._spec.rank, self._spec.world_size, options)
+            nccl: Any = dist.ProcessGroupNCCL  # torch's stubs know another `broadcast`
+            self._process_group = nccl(store, self._spec.rank, self._spec.world_size, options)
         if self._aborted.is_set():
-            self.close()  # the group's own `close` may have come before there was anything to let go of
+            self.close()  # the channel's own `close` may have come before there was anything to let go of
             raise ChannelError("aborted")
         # The communicator connects in its first broadcast: that must count as forming, and end by this deadline.
         first = torch.zeros(1, dtype=torch.uint8, device=self._device)
         self.broadcast([first], deadline - time.monotonic(), lambda num_bytes: None)
 
     def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+        """See `Transport.broadcast`."""
         self._parts = parts  # after a failure kernels use them until `close` has aborted the communicator
         super().broadcast(parts, timeout_s, on_part)
         self._parts = ()
 
-    def _wait(self, work: Any, deadline: float) -> None:
+    def _wait(self, work: Work, deadline: float) -> None:
         while not work.is_completed():
             if self._aborted.wait(NCCL_POLL_S):
                 raise ChannelError("aborted")
@@ -148,41 +171,41 @@ class NcclTransport(_Collective):
                 raise self._late()
         # Raises the error of a failed one, else lets go of its tensors; waits for nothing. It makes the current stream
         # wait for the kernel, which may hang after an error: the stream of the training must not be that one.
-        with _side_stream(self._device):
+        with self._own_stream():
             work.wait()
 
     def abort(self) -> None:
-        group = self._group
-        if group is not None:
-            group.abort()
+        """See `Transport.abort`."""
+        process_group = self._process_group
+        if process_group is not None:
+            process_group.abort()
 
-    def _release(self, group: Any) -> None:
-        group.abort()
+    def _release(self, process_group: _ProcessGroup) -> None:
+        process_group.abort()
         self._parts = ()
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(torch.cuda.Stream(self._device))
 
 
 def _options(deadline: float) -> dist.BroadcastOptions:
     options = dist.BroadcastOptions()
     options.rootRank = 0
-    # For gloo alone: NCCL's works take the timeout of their group.
+    # For gloo alone: NCCL's works take the timeout of their process group.
     options.timeout = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
     return options
 
 
-def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.stream(torch.cuda.Stream(device))
-
-
-_WATCHDOG_SWITCH = "TORCH_NCCL_BLOCKING_WAIT"  # read once, while a group is made
+_WATCHDOG_SWITCH = "TORCH_NCCL_BLOCKING_WAIT"  # read once, while a process group is made
 _making = threading.Lock()
 
 
 @contextmanager
 def _without_watchdog() -> Iterator[None]:
-    """An NCCL group that is made inside gets no watchdog. Groups of the training, made elsewhere, keep theirs.
+    """An NCCL process group that is made inside gets no watchdog. Those of the training, made elsewhere, keep theirs.
 
-    A watchdog that finds a failed work tells all groups of the process: minutes later the monitor of the first of
-    them, in a vLLM worker that of vLLM itself, ends the process.
+    A watchdog that finds a failed work tells all process groups of the process: minutes later the monitor of the first
+    of them, in a vLLM worker that of vLLM itself, ends the process.
     """
     with _making:
         before = os.environ.get(_WATCHDOG_SWITCH)

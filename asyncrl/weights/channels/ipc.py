@@ -1,10 +1,12 @@
 """Weights between processes that share a GPU, or on CPUs a machine: receivers copy out of the learner's own buffer.
 
-Rank 0 says through the group's store where the bytes are (`ready/k`), each receiver maps that memory once, copies them
-and says so (`taken/k/RANK`). Rank 0 goes on when all have. Whoever is dead is noticed by its process, whoever stands
-still costs one deadline. Bytes that lie elsewhere (deltas) go through a shared buffer of the group's own.
+Rank 0 says through the channel's store where the bytes are (`ready/k`); each receiver maps that memory once, copies the
+bytes and says so (`taken/k/RANK`). Rank 0 goes on when all have. The death of a member is noticed by its process; a
+member that stands still costs one deadline. Bytes that lie elsewhere (deltas) go through a shared buffer of the
+channel's own.
 
-The same code serves CPUs and GPUs; where the two differ is `weight_memory`. The store holds JSON and nothing else.
+The same code serves CPUs and GPUs; where the two differ is `weights.bytes.memory`. The store holds JSON and nothing
+else.
 """
 
 from __future__ import annotations
@@ -15,59 +17,89 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
+from torch._C._distributed_c10d import Store
 
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import ChannelSpec
-from asyncrl.weights.bytes.memory import Opened, handle_of, place, shared_buffer, wait_written
+from asyncrl.weights.bytes.memory import Handle, Opened, Place, handle_of, place, shared_buffer, wait_written
 from asyncrl.weights.channels.rendezvous import connect_store
 
 POLL_FIRST_S, POLL_MAX_S = 0.0001, 0.005  # between questions to the store; its own wait logs a warning at every expiry
 
 
+_RecordT = TypeVar("_RecordT", bound="_Record")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """What a member puts into the store under a key, as JSON. An error ends the channel for whoever takes it."""
+
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Joined(_Record):
+    """A member is here, in this process."""
+
+    pid: int
+    place: dict[str, int | str]  # a `Place`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready(_Record):
+    """A part can be copied: `num_bytes` from `offset` in the memory that `handle` leads to."""
+
+    handle: Handle
+    offset: int
+    num_bytes: int
+
+
 class IpcTransport:
     """One member's end. All calls run in threads that `WeightChannel` abandons if they overrun.
 
-    Known: on a GPU a receiver that is killed costs the learner the group's own buffer, see `weight_memory`; that is up
-    to twice the largest delta sent in the group, and nothing where only whole versions were sent.
+    Known: on a GPU a receiver that is killed costs the learner the channel's own buffer, see `weights.bytes.memory`;
+    that is up to twice the largest delta sent in the channel, and nothing where only whole versions were sent.
     """
 
     def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:
         self._spec = spec
         self._device = device
         self._aborted = aborted
-        self._store: Any = None
+        self._store: Store | None = None
         self._peers: dict[int, _Process] = {}  # by rank: the receivers, or the learner
         self._rounds = 0
-        self._opened: dict[str, Opened] = {}  # by handle: mapped once in the life of the group
+        self._opened: dict[str, Opened] = {}  # by handle: mapped once in the life of the channel
         self._own: torch.Tensor | None = None
         self.waiting_for = "the store"
 
     # -- Transport -----------------------------------------------------------------------------------------------------
 
     def form(self, timeout_s: float) -> None:
+        """See `Transport.form`. A member in a place from which memory cannot be opened is refused, on both sides."""
         deadline = time.monotonic() + timeout_s
         self.waiting_for = "the store"
         self._store = connect_store(self._spec, timeout_s)
-        mine = place(self._device)
+        mine = self._place()
         if self._spec.rank == 0:
-            self._put("learner", {"pid": os.getpid(), "place": mine})
+            self._put("learner", _Joined(pid=os.getpid(), place=asdict(mine)))
             for rank in range(1, self._spec.world_size):
-                member = self._take(f"member/{rank}", rank, deadline)
-                self._peers[rank] = _Process(int(member["pid"]))
-            self._put("formed", {})
+                self._peers[rank] = _Process(self._take(f"member/{rank}", rank, deadline, _Joined).pid)
+            self._put("formed", _Record())
         else:
-            learner = self._take("learner", 0, deadline)
-            refusal = _differences(learner["place"], mine)
-            self._put(f"member/{self._spec.rank}", {"pid": os.getpid(), "error": refusal})
+            learner = self._take("learner", 0, deadline, _Joined)
+            refusal = _differences(learner.place, mine)
+            self._put(f"member/{self._spec.rank}", _Joined(pid=os.getpid(), place=asdict(mine), error=refusal))
             if refusal:
                 raise ChannelError(refusal)
-            self._peers[0] = _Process(int(learner["pid"]))  # not before: elsewhere the number means another process
-            self._take("formed", 0, deadline)
+            self._peers[0] = _Process(learner.pid)  # not before: elsewhere the number means another process
+            self._take("formed", 0, deadline, _Record)
 
     def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+        """See `Transport.broadcast`."""
         deadline = time.monotonic() + timeout_s
         for part in parts:
             flat = part.view(-1).view(torch.uint8)
@@ -82,12 +114,17 @@ class IpcTransport:
         """Nothing: all waits look at the event."""
 
     def close(self) -> None:
+        """See `Transport.close`."""
         # Dropped, not closed: a call that was abandoned in the store still uses it, and it ends with that call.
-        self._store, self._own = None, None
+        self._store = None
+        self._own = None
         self._opened.clear()
         self._peers.clear()
 
-    # -- the two sides -------------------------------------------------------------------------------------------------
+    def _place(self) -> Place:
+        return place(self._device)
+
+    # -- the two ends --------------------------------------------------------------------------------------------------
 
     def _send(self, flat: torch.Tensor, number: int, deadline: float) -> None:
         shared = handle_of(flat)
@@ -96,23 +133,25 @@ class IpcTransport:
         assert shared is not None
         wait_written(flat, deadline)
         handle, offset = shared
-        self._put(f"ready/{number}", {"handle": handle, "offset": offset, "bytes": flat.numel()})
+        self._put(f"ready/{number}", _Ready(handle=handle, offset=offset, num_bytes=flat.numel()))
         for rank in range(1, self._spec.world_size):
-            self._take(f"taken/{number}/{rank}", rank, deadline)
+            self._take(f"taken/{number}/{rank}", rank, deadline, _Record)
+        assert self._store is not None
         self._store.delete_key(f"ready/{number}")  # the last receiver has read it
 
     def _receive(self, flat: torch.Tensor, number: int, deadline: float) -> None:
         key = f"taken/{number}/{self._spec.rank}"
-        ready = self._take(f"ready/{number}", 0, deadline)
+        ready = self._take(f"ready/{number}", 0, deadline, _Ready)
         try:
-            if ready["bytes"] != flat.numel():
-                raise ChannelError(f"rank 0 sends {ready['bytes']} bytes, {flat.numel()} are expected")
-            self._open(ready["handle"]).copy(ready["offset"], flat, deadline)
+            if ready.num_bytes != flat.numel():
+                raise ChannelError(f"rank 0 sends {ready.num_bytes} bytes, {flat.numel()} are expected")
+            self._open(ready.handle).copy(ready.offset, flat, deadline)
             self._check(deadline, "the copy")
         except Exception as error:
-            self._put(key, {"error": str(error) or type(error).__name__})  # so that rank 0 does not wait in vain
+            # Whatever it is, rank 0 must not wait in vain.
+            self._put(key, _Record(error=str(error) or type(error).__name__))
             raise
-        self._put(key, {})
+        self._put(key, _Record())
 
     def _copied(self, flat: torch.Tensor) -> torch.Tensor:
         if self._own is None or self._own.numel() < flat.numel():
@@ -122,7 +161,7 @@ class IpcTransport:
         part.copy_(flat)
         return part
 
-    def _open(self, handle: dict[str, Any]) -> Opened:
+    def _open(self, handle: Handle) -> Opened:
         key = json.dumps(handle, sort_keys=True)
         if key not in self._opened:
             self._opened[key] = Opened(handle, self._device)
@@ -130,19 +169,20 @@ class IpcTransport:
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
-    def _put(self, key: str, value: dict[str, Any]) -> None:
+    def _put(self, key: str, record: _Record) -> None:
         self.waiting_for = f"the store to take {key}"
-        self._store.set(key, json.dumps(value))
+        assert self._store is not None
+        self._store.set(key, json.dumps(asdict(record)))
 
-    def _take(self, key: str, rank: int, deadline: float) -> dict[str, Any]:
-        """The value that `rank` puts under `key`.
+    def _take(self, key: str, rank: int, deadline: float, kind: type[_RecordT]) -> _RecordT:
+        """The record that `rank` puts under `key`.
 
         Raises:
-            ChannelError: it does not by `deadline`, its process ended, it reports an error, or the group was
-                aborted.
+            ChannelError: it does not by `deadline`, its process ended, it reports an error, or the channel was aborted.
         """
         self.waiting_for = what = f"{key} of rank {rank}"
         store, pause_s = self._store, POLL_FIRST_S
+        assert store is not None
         while not store.check([key]):
             self._check(deadline, what)
             peer = self._peers.get(rank)
@@ -150,13 +190,17 @@ class IpcTransport:
                 raise ChannelError(f"rank {rank} (process {peer.pid}) ended before {key}")
             self._aborted.wait(pause_s)
             pause_s = min(1.5 * pause_s, POLL_MAX_S)
-        value = json.loads(store.get(key))
+        text = store.get(key)
         if self._spec.rank == 0:
             store.delete_key(key)  # nobody else reads it, and the store would only ever grow
         self._check(deadline, what)  # the store may have stood still: what follows must not come late
-        if value.get("error"):
-            raise ChannelError(f"rank {rank}: {value['error']}")
-        return value
+        try:
+            record = kind(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ChannelError(f"{what} is malformed: {error}; all members must run one version") from None
+        if record.error:
+            raise ChannelError(f"rank {rank}: {record.error}")
+        return record
 
     def _check(self, deadline: float, what: str) -> None:
         if self._aborted.is_set():
@@ -166,7 +210,7 @@ class IpcTransport:
 
 
 class _Process:
-    """Another process of this machine, by a descriptor that stays its own when the number is given to another."""
+    """Another process of this machine, by a descriptor: a number may be given to a new process."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -174,7 +218,7 @@ class _Process:
         try:
             self._fd = os.pidfd_open(pid)
         except ProcessLookupError:
-            raise ChannelError(f"process {pid} ended while the group was formed") from None
+            raise ChannelError(f"process {pid} ended while the channel was formed") from None
         except OSError:
             return  # a sandbox without pidfds: the death of a member then costs the deadline, as a hang does
         self._poll.register(self._fd, select.POLLIN)
@@ -196,9 +240,10 @@ _PLACES = {
 }
 
 
-def _differences(learner: dict[str, Any], mine: dict[str, Any]) -> str:
+def _differences(learner: dict[str, int | str], mine: Place) -> str:
     """Why memory of the learner cannot be opened here; empty if it can."""
+    here = asdict(mine)
     for key, sentence in _PLACES.items():
-        if learner.get(key) != mine[key]:
-            return f"learner ({key} {learner.get(key)}) and generator ({mine[key]}) {sentence}, or use gloo or nccl"
+        if learner.get(key) != here[key]:
+            return f"learner ({key} {learner.get(key)}) and generator ({here[key]}) {sentence}, or use gloo or nccl"
     return ""

@@ -1,9 +1,9 @@
 """Where weight channels meet, and how calls into torch get a deadline.
 
-torch.distributed has no authentication: the store and the groups listen on one given (private) interface
-only. Calls into torch that have no deadline of their own, or are known to overrun it, run in a daemon thread
-that is abandoned when time is up (`within`). Measured: with the store's process stopped, `get` and `wait` of
-a client were still blocked after 25 s although their timeout was 3 s.
+torch.distributed has no authentication: the store and the channels listen on one given (private) interface only.
+Calls into torch that have no deadline of their own, or are known to overrun it, run in a daemon thread that is
+abandoned when time is up (`within`). Measured: with the store's process stopped, `get` and `wait` of a client were
+still blocked after 25 s although their timeout was 3 s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own, with their types
 
 from asyncrl.errors import BindError, ChannelError
 from asyncrl.link.weight_records import ChannelSpec
@@ -31,8 +31,8 @@ CLOSE_TIMEOUT_S = 10.0
 class WeightStore:
     """The rendezvous of one weight channel, held by its rank 0: a TCPStore server bound to one interface.
 
-    gloo and NCCL use it to form the group and for nothing else, and a formed group outlives it; over ipc every part is
-    announced and acknowledged through it. It is not a sign of life.
+    gloo and NCCL use it to form the channel and for nothing else, and a formed channel outlives it; over ipc every part
+    is announced and acknowledged through it. It is not a sign of life.
 
     Raises:
         BindError: host and port cannot be bound, or the store does not start there.
@@ -53,10 +53,9 @@ class WeightStore:
                 f"weight store cannot listen on {host}:{port} ({error}); "
                 "give an address of this machine and a free port, or port 0"
             ) from error
-        self.host = host
         self.port: int = listener.getsockname()[1]
         try:
-            self._server: dist.TCPStore | None = dist.TCPStore(
+            self._server: TCPStore | None = TCPStore(
                 host_name=host,
                 port=self.port,
                 world_size=None,
@@ -71,16 +70,16 @@ class WeightStore:
             raise BindError(f"weight store does not start on {host}:{self.port}: {first_line(error)}") from error
 
     def close(self) -> None:
-        """Stop listening. Formed groups over gloo and NCCL go on, those over ipc do not."""
+        """Stop listening. Formed channels over gloo and NCCL go on, those over ipc do not."""
         self._server = None
 
 
-def connect_store(spec: ChannelSpec, timeout_s: float) -> dist.Store:
-    """A connection of one's own to the group's store, its keys below the group's prefix.
+def connect_store(spec: ChannelSpec, timeout_s: float) -> Store:
+    """A connection of one's own to the channel's store, its keys below the channel's prefix.
 
     Every member, rank 0 too, has its own: a blocked call on a shared one blocks all others.
     """
-    client = dist.TCPStore(
+    client = TCPStore(
         host_name=spec.store_host,
         port=spec.store_port,
         world_size=None,
@@ -88,15 +87,15 @@ def connect_store(spec: ChannelSpec, timeout_s: float) -> dist.Store:
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
-    return dist.PrefixStore(spec.prefix, client)
+    return PrefixStore(spec.prefix, client)
 
 
 def local_address_towards(spec: ChannelSpec) -> str:
-    """The address of this host from which the group's store is reached."""
+    """The address of this host from which the channel's store is reached."""
     family, kind, proto, _, address = socket.getaddrinfo(spec.store_host, spec.store_port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, proto) as probe:
         probe.connect(address)  # a datagram socket: nothing is sent, the kernel only picks the route
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
 
 
 def within(
@@ -109,10 +108,12 @@ def within(
     """Run `call` in a daemon thread; give up on it when time is up or `cancelled` is set.
 
     Args:
+        what: begins the text of errors.
         waiting_for: what the call hangs in, asked when it is abandoned.
 
     Raises:
-        ChannelError: it failed, or it did not return within `timeout_s`.
+        ChannelError: the call failed with a ChannelError, RuntimeError or OSError, or did not return in time. Any other
+            error of the call is raised as it is.
     """
     result: list[_T] = []
     failure: list[BaseException] = []
@@ -120,7 +121,7 @@ def within(
     def run() -> None:
         try:
             result.append(call())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller, in its thread
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller raises it again in its own thread
             failure.append(error)
 
     thread = threading.Thread(target=run, name=f"asyncrl: {what}"[:60], daemon=True)

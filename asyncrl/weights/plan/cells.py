@@ -1,4 +1,4 @@
-"""Which generators share a weight channel. Who is in one collective can stall the others: a cell bounds how many."""
+"""Which generators share a weight channel. A member of a collective can stall all others: a cell bounds how many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def plan_cells(cells: Sequence[Sequence[str]], loose: Sequence[str], cell_size: int) -> list[list[str]]:
     """Puts `loose` generators where there is room, the smallest cell first, and the rest into cells of their own.
 
-    A cell that needs nobody stays as it is, so that its group can be used again.
+    A cell that needs nobody stays as it is, so that its channel can be used again.
 
     Args:
         cells: members of the cells as they are; empty ones are dropped.

@@ -1,20 +1,21 @@
 """Which generator holds which policy version, and how it gets the next one: decisions without sockets or clock.
 
 Every generator is a *receiver*. Receivers share weight channels in *cells* (at most `weights.cell_size` of them), and
-each cell takes a new snapshot in a *round* of its own (`sync_round`), so that a member that hangs can stall its cell
-and nobody else:
+each cell takes a new snapshot in a *round* of its own (`weights.plan.round`), so that a receiver that hangs can stall
+its cell and nobody else:
 
-- When a snapshot comes, every idle cell starts a round with it. A cell whose members stay the same uses its group
-  again; a store prefix is never used twice, so a changed or broken cell gets a new group.
-- A receiver that never proved a version, or whose last round failed by its own fault, is *caught up* alone, on a group
-  of its own, beside the cells' rounds. When it has proved a version it is merged into a cell at the next snapshot;
-  while evaluations keep all cells from swapping, it goes on alone.
+- When a snapshot comes, every idle cell starts a round with it. A cell whose members stay the same uses its channel
+  again; a store prefix is never used twice, so a changed or broken cell gets a new channel.
+- A receiver that never proved a version, or whose last round failed by its own fault, is *caught up* alone, on a
+  channel of its own, beside the cells' rounds. When it has proved a version it is merged into a cell at the next
+  snapshot; while evaluations keep all cells from swapping, it goes on alone.
 - A newer snapshot is asked for when no cell is at work, or CELL_GRACE_S after the first one was done: slow cells cost
-  the others no more than that. Cells that are late take the newest snapshot when they are done. The wish is repeated
-  until a newer one comes, and names the groups in use: it repairs whatever got lost between desk and publisher.
+  the others no more than that. Cells that are late take the newest snapshot when they are done. The request is
+  repeated until a newer snapshot comes, and names the channels in use: it repairs whatever got lost between desk and
+  publisher.
 
 The beat of a generator tells what it holds. When that is not what it proved here, the commit was lost and is said
-again; when it stays so, the generator holds nothing.
+again; when it stays so, the generator counts as holding nothing.
 """
 
 from __future__ import annotations
@@ -50,13 +51,20 @@ CELL_GRACE_S = 1.0
 MAX_CATCH_UPS = 4  # at once: they share the learner's network with the cells
 COMMIT_REPEAT_S = 3.0  # a beat from before the commit may still be on its way
 WANTED_REPEAT_S = 3.0
-REOPEN_S = 1.0  # after the publisher could not open a group: it would fail again at once
+REOPEN_S = 1.0  # after the publisher could not open a channel: it would fail again at once
 
 
 class SyncPlanner:
     """Decides what publisher and generators do next; the desk carries the messages.
 
     Every input takes `now` (monotonic seconds) and appends to outputs, which the desk drains with `take_outputs`.
+
+    Args:
+        run_epoch: told in every message, so that replies to an earlier learner are known as such.
+        run_name: begins the names of channels.
+        timeout_s: bounds each phase of a round.
+        tolerance: largest difference of a canary's log-probs, in nats.
+        cell_size: most generators of one cell.
     """
 
     def __init__(self, *, run_epoch: int, run_name: str, timeout_s: float, tolerance: float, cell_size: int) -> None:
@@ -64,10 +72,10 @@ class SyncPlanner:
         self.cell_size = cell_size
         self.receivers: dict[str, Receiver] = {}
         self.snapshot: SnapshotReady | None = None
-        self.rounds: dict[int, SyncRound] = {}  # by group epoch
+        self.rounds: dict[int, SyncRound] = {}  # by channel epoch
         self.cells: list[Cell] = []
         self.channel_epoch = 0
-        self._attempts: dict[int, int] = {}
+        self._attempts: dict[int, int] = {}  # by version: offers of it so far
         self._wanted = True  # the publisher may replace the snapshot at any moment: nothing new begins on its memory
         self._wanted_said_at = 0.0
         self._paused_until = 0.0  # no round starts before
@@ -115,39 +123,44 @@ class SyncPlanner:
         """The publisher offers a newer snapshot; `advance` starts the rounds. A repeated offer changes nothing."""
         if self.snapshot is not None and message.version <= self.snapshot.version:
             return
-        self.snapshot, self._wanted, self._first_done_at = message, False, None
+        self.snapshot = message
+        self._wanted = False
+        self._first_done_at = None
 
     def publisher_lost(self, now: float) -> None:
-        """The trainer died: what it offered is gone, and so are all groups."""
+        """The trainer died: what it offered is gone, and so are all channels."""
         self.snapshot, self._wanted = None, True
         for receiver in self.receivers.values():
             receiver.staged_version = None  # the next trainer's version of this number may have other bytes
         for cell in self.cells:
-            cell.group = None
+            cell.channel = None
         for current in self.rounds.values():
             current.abandon(now, "the trainer died")
         self._advance_rounds(now)
 
-    def group_ready(self, message: ChannelReady, now: float) -> None:
+    def channel_ready(self, message: ChannelReady, now: float) -> None:
+        """The publisher opened a channel, or could not."""
         current = self.rounds.get(message.channel_epoch)
         if current is None or not current.opening:
             self._emit(ToPublisher(CloseChannel(message.channel_epoch)))  # too late
         elif message.error or self._is_unknown(message.version):
             self._paused_until = now + REOPEN_S
             why = message.error or f"its offer of version {message.version} got lost"
-            current.abandon(now, f"the publisher could not open a group: {why}")
+            current.abandon(now, f"the publisher could not open a channel: {why}")
             self._advance_rounds(now)
         else:
             incarnations = {name: member.receiver.incarnation for name, member in current.members.items()}
-            address = (message.host, message.port, message.backend)
-            self._offer(current, OpenedChannel(message.channel_epoch, address, incarnations), now)
+            opened = OpenedChannel(message.channel_epoch, message.host, message.port, message.backend, incarnations)
+            self._offer(current, opened, now)
 
     def broadcast_done(self, message: BroadcastDone, now: float) -> None:
+        """The publisher says how a broadcast ended."""
         if (current := self.rounds.get(message.channel_epoch)) is not None:
             current.broadcast_done(message, now)
             self._advance_rounds(now)
 
     def reply(self, name: str, message: SyncReply, now: float) -> None:
+        """A generator says how a phase ended for it."""
         if message.run_epoch != self.rules.run_epoch:
             return  # of a learner before this one, whose versions and attempts have the same numbers
         for current in self.rounds.values():
@@ -166,13 +179,14 @@ class SyncPlanner:
     # -- outputs ---------------------------------------------------------------------------------------------------
 
     def take_outputs(self) -> list[Output]:
+        """What has to be done or told since the last call, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def next_deadline(self, now: float) -> float | None:
         """When `advance` must be called next even if nothing happens; None if nothing is waited for."""
         deadlines = [current.next_deadline() for current in self.rounds.values()]
-        deadlines += [r.excluded_until for r in self.receivers.values() if r.excluded_until > now]
+        deadlines += [receiver.excluded_until for receiver in self.receivers.values() if receiver.excluded_until > now]
         deadlines += [self._paused_until] if self._paused_until > now else []
         if self.snapshot is not None and self._wanted:
             deadlines.append(self._wanted_said_at + WANTED_REPEAT_S)
@@ -181,6 +195,7 @@ class SyncPlanner:
         return min(deadlines, default=None)
 
     def held_version(self, name: str) -> int | None:
+        """The version that this generator proved; None before it has, and for a generator that is not known."""
         receiver = self.receivers.get(name)
         return receiver.held_version if receiver else None
 
@@ -190,7 +205,7 @@ class SyncPlanner:
     # -- which rounds start ----------------------------------------------------------------------------------------
 
     def _behind(self) -> list[Receiver]:
-        """Who can take the newest snapshot now and does not hold it."""
+        """The receivers that can take the newest snapshot now and do not hold it."""
         assert self.snapshot is not None
         newest = self.snapshot.version, self.snapshot.manifest.digests
         taken = {name for current in self.rounds.values() for name in current.members}
@@ -202,21 +217,21 @@ class SyncPlanner:
         ]
 
     def _placed(self) -> set[str]:
-        """Who is in a cell."""
+        """Names of the receivers that are in a cell."""
         return {name for cell in self.cells for name in cell.names}
 
     def _start_cells(self, now: float) -> None:
         """Rounds for the cells that are behind; generators that were caught up are merged into them."""
-        behind = {r.name: r for r in self._behind() if r.excluded_until <= now}
+        behind = {receiver.name: receiver for receiver in self._behind() if receiver.excluded_until <= now}
         starting = [cell for cell in self.cells if any(name in behind for name in cell.names)]
         if self.cells and not starting:
             return
         placed = self._placed()
-        loose = [r for r in behind.values() if r.name not in placed and not r.failed]
+        loose = [receiver for name, receiver in behind.items() if name not in placed and not receiver.failed]
         if self.cells:
-            loose = [r for r in loose if r.held_version is not None]
+            loose = [receiver for receiver in loose if receiver.held_version is not None]
         kept = [[name for name in cell.names if name in behind] for cell in starting]
-        planned = plan_cells(kept, [r.name for r in loose], self.cell_size)
+        planned = plan_cells(kept, [receiver.name for receiver in loose], self.cell_size)
         before = [cell for cell, names in zip(starting, kept, strict=True) if names]
         for names, cell in zip(planned, [*before, *[None] * len(planned)], strict=False):
             if cell is None:
@@ -227,16 +242,16 @@ class SyncPlanner:
 
     def _start(self, cell: Cell, members: list[Receiver], now: float) -> None:
         incarnations = {receiver.name: receiver.incarnation for receiver in members}
-        if cell.group is not None and cell.group.incarnations == incarnations and not self._wanted:
-            current = self._new_round(cell.group.epoch, members, now)
-            self._offer(current, cell.group, now)
+        if cell.channel is not None and cell.channel.incarnations == incarnations and not self._wanted:
+            current = self._new_round(cell.channel.epoch, members, now)
+            self._offer(current, cell.channel, now)
             return
-        self._close_group(cell)
+        self._close_channel(cell)
         self.channel_epoch += 1
         self._new_round(self.channel_epoch, members, now).open()
 
     def _start_catch_ups(self, now: float) -> None:
-        """A round on a group of its own for everyone who has to prove itself, beside the cells."""
+        """A round on a channel of its own for each receiver that has to prove itself, beside the cells."""
         placed = self._placed()
         cells_wait = all(self.receivers[name].busy for name in placed)
         room = MAX_CATCH_UPS - sum(current.catch_up for current in self.rounds.values())
@@ -257,16 +272,17 @@ class SyncPlanner:
         self.rounds[channel_epoch] = current
         return current
 
-    def _offer(self, current: SyncRound, group: OpenedChannel, now: float) -> None:
-        """With the newest snapshot: it may have been replaced while the group opened, and nothing was said of it."""
+    def _offer(self, current: SyncRound, channel: OpenedChannel, now: float) -> None:
+        """Offers the newest snapshot: the one of the round's start may have been replaced while the channel opened."""
         assert self.snapshot is not None
         version = self.snapshot.version
         attempt = self._attempts.get(version, 0)
-        self._attempts = {v: n for v, n in self._attempts.items() if v >= version} | {version: attempt + 1}
-        current.offer(group, self.snapshot, attempt, now)
+        still_needed = {number: count for number, count in self._attempts.items() if number >= version}
+        self._attempts = still_needed | {version: attempt + 1}
+        current.offer(channel, self.snapshot, attempt, now)
 
     def _ask_for_newer(self, now: float) -> None:
-        """The publisher may replace the snapshot once nobody who is well is at work on it."""
+        """Lets the publisher replace the snapshot once no cell is at work on it, but for those that are late."""
         assert self.snapshot is not None
         at_work = [current for current in self.rounds.values() if not current.catch_up]
         if self._wanted:
@@ -275,10 +291,10 @@ class SyncPlanner:
             due = not at_work or self._grace_is_over(now)
         if due:
             self._wanted, self._wanted_said_at = True, now
-            self._emit(ToPublisher(SnapshotWanted(self.snapshot.version, self._groups_in_use())))
+            self._emit(ToPublisher(SnapshotWanted(self.snapshot.version, self._channels_in_use())))
 
-    def _groups_in_use(self) -> list[int]:
-        return sorted({*self.rounds, *(cell.group.epoch for cell in self.cells if cell.group is not None)})
+    def _channels_in_use(self) -> list[int]:
+        return sorted({*self.rounds, *(cell.channel.epoch for cell in self.cells if cell.channel is not None)})
 
     def _grace_is_over(self, now: float) -> bool:
         return self._first_done_at is not None and now >= self._first_done_at + CELL_GRACE_S
@@ -296,14 +312,14 @@ class SyncPlanner:
         self._emit(current.result(now))
         cell = None if current.catch_up else self._cell_of(current.members)
         if cell is not None:
-            cell.group = current.group if current.held_by_all else None
-        if cell is None or cell.group is None:
+            cell.channel = current.channel if current.held_by_all else None
+        if cell is None or cell.channel is None:
             self._emit(ToPublisher(CloseChannel(current.channel_epoch)))
         if cell is None:
             return
         committed = any(member.phase is Phase.COMMITTED for member in current.members.values())
         for member in current.members.values():
-            # Where others succeeded, who failed was no victim of theirs.
+            # Where others succeeded, a member that failed was no victim of theirs.
             if member.receiver.failed and (committed or member.receiver.faults or member.receiver.errors > 1):
                 self._leave_cell(member.name)
         if committed and current.snapshot is self.snapshot and self._first_done_at is None:
@@ -318,13 +334,13 @@ class SyncPlanner:
             if name in cell.names:
                 cell.names.remove(name)
                 if not self._at_work(cell):
-                    self._close_group(cell)
+                    self._close_channel(cell)
         self.cells = [cell for cell in self.cells if cell.names]
 
-    def _close_group(self, cell: Cell) -> None:
-        if cell.group is not None:
-            self._emit(ToPublisher(CloseChannel(cell.group.epoch)))
-            cell.group = None
+    def _close_channel(self, cell: Cell) -> None:
+        if cell.channel is not None:
+            self._emit(ToPublisher(CloseChannel(cell.channel.epoch)))
+            cell.channel = None
 
     def _at_work(self, cell: Cell) -> bool:
         return any(not current.catch_up and set(current.members) & set(cell.names) for current in self.rounds.values())

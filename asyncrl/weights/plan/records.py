@@ -33,6 +33,8 @@ class Receiver:
 
 
 class Phase(StrEnum):
+    """Where a member stands in its round. The values of STAGING and SWAPPING are the phases of its replies."""
+
     STAGING = "stage"
     STAGED = "staged"
     SWAPPING = "swap"
@@ -53,21 +55,25 @@ class Member:
 
     @property
     def name(self) -> str:
+        """The generator's name."""
         return self.receiver.name
 
     @property
     def ranks(self) -> str:
+        """The ranks of its workers in the channel, in words."""
         last = self.rank + self.receiver.num_workers - 1
         return f"rank {self.rank}" if last == self.rank else f"ranks {self.rank} to {last}"
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedChannel:
-    """A weight channel whose store listens, and the generators that may use it."""
+    """A weight channel whose store listens at `host` and `port`, and the generators that may use it."""
 
     epoch: int
-    address: tuple[str, int, str]  # host, port, backend
-    incarnations: dict[str, int]
+    host: str
+    port: int
+    backend: str
+    incarnations: dict[str, int]  # by name
 
 
 @dataclass(slots=True)
@@ -75,7 +81,7 @@ class Cell:
     """Generators that take new versions together, over one weight channel."""
 
     names: list[str]
-    group: OpenedChannel | None = None  # kept from round to round while nothing changes and nothing fails
+    channel: OpenedChannel | None = None  # kept from round to round while nothing changes and nothing fails
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +96,22 @@ class SyncRules:
 
 @dataclass(frozen=True, slots=True)
 class ToPublisher:
+    """The desk is to send this to the trainer's publisher."""
+
     message: Message
 
 
 @dataclass(frozen=True, slots=True)
 class ToGenerator:
+    """The desk is to send this to the generator `name`."""
+
     name: str
     message: Message
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """`name` proved `version`. Times in milliseconds; the canary's log-prob differences are absolute, in nats."""
+    """`name` proved `version`. The differences are those of the canary's log-probs, absolute, in nats."""
 
     name: str
     incarnation: int

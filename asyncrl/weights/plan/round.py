@@ -1,6 +1,6 @@
 """One round of weight sync: one snapshot, one weight channel, its members. A state machine without sockets or clock.
 
-    OPENING    the publisher hosts the store of a new group        (skipped while a cell stays as it is)
+    OPENING    the publisher hosts the store of a new channel      (skipped while a cell stays as it is)
     STAGING    members join, receive every bucket into their own staging buffer, verify digests; generation goes on
     SWAPPING   each member loads the staged weights between two decode steps and scores the canary sequences
     committed  digests and canary agree: tokens of this version may leave that generator
@@ -9,11 +9,11 @@ Who waits for whom, and until when:
 
 - OPENING ends `timeout_s` after it was asked for.
 - STAGING waits for every member and for the publisher, `timeout_s` from the offer plus GRACE_S, so that a member can
-  still say why it failed. The first sign of failure shortens the wait for the others to `GRACE_S`: a broken collective
-  fails everywhere at once, and who stays silent is to blame. The publisher is always waited for: it ends by its own
-  deadline.
-- SWAPPING waits for each member alone. A slow one delays nobody else's commit.
-- A member at fault (silent, tainted, wrong digests) sits out (`PENALTY_S`, doubling). A member that answered with an
+  still say why it failed. The first sign of failure shortens the wait for the others to GRACE_S: a broken collective
+  fails everywhere at once, and a member that stays silent is to blame. The publisher is always waited for: it ends by
+  its own deadline.
+- SWAPPING waits for each member alone. A slow member delays nobody else's commit.
+- A member at fault (silent, tainted, wrong digests) sits out (PENALTY_S, doubling). A member that answered with an
   error may be the victim of another one's failure and is tried again at once, MAX_ERRORS times.
 
 A snapshot goes out as a delta when the publisher has one and every member's staging buffer was verified to hold its
@@ -66,9 +66,10 @@ MAX_ERRORS = 3  # from here on a member that answers with errors sits out like o
 
 
 class SyncRound:
-    """Brings one snapshot to `members`. Every input takes `now` (monotonic seconds); wishes go to `emit`.
+    """Brings one snapshot to `members`. Every input takes `now` (monotonic seconds); outputs go to `emit`.
 
-    Its planner starts it with `open` or `offer`, gives it what belongs to it, and drops it once it has `ended`.
+    Its planner starts it with `open` or `offer`, gives it the messages that belong to it, and drops it once it has
+    `ended`.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class SyncRound:
     ) -> None:
         self.channel_epoch = channel_epoch
         self.catch_up = catch_up
-        self.group: OpenedChannel | None = None
-        self.snapshot: SnapshotReady | None = None  # chosen when the group is open
+        self.channel: OpenedChannel | None = None
+        self.snapshot: SnapshotReady | None = None  # chosen when the channel is open
         self.attempt = 0
         self.members: dict[str, Member] = {}
         self.world_size = 1
@@ -92,41 +93,43 @@ class SyncRound:
             deadline = now + rules.timeout_s
             self.members[receiver.name] = Member(receiver, self.world_size, Phase.STAGING, deadline)
             self.world_size += receiver.num_workers
-        self.broken = False  # something failed in the collective; its group is not used again
+        self.broken = False  # something failed in the collective; its channel is not used again
         self._rules = rules
         self._emit = emit
         self._started = now
         self._opening_deadline = now + rules.timeout_s
         self._broadcast: BroadcastDone | None = None
-        self._broadcast_over = False  # it ended, or will by its own deadline in a group that nobody uses any more
+        self._broadcast_over = False  # it ended, or will by its own deadline in a channel that nobody uses any more
         self._broadcast_deadline = 0.0
         self._cut_short = ""  # why members are not waited for until their deadline
         self._base_version: int | None = None
         self._committed: list[Committed] = []
-        self._retries = max((r.faults + r.errors for r in members), default=0)
+        self._retries = max((receiver.faults + receiver.errors for receiver in members), default=0)
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Asks for a group of its own."""
+        """Asks the publisher for a channel of its own."""
         self._emit(ToPublisher(OpenChannel(self.channel_epoch, self._prefix(), self.world_size, self._rules.timeout_s)))
 
-    def offer(self, group: OpenedChannel, snapshot: SnapshotReady, attempt: int, now: float) -> None:
-        """The group is open: members and publisher are told to transfer `snapshot`."""
-        self.group, self.snapshot, self.attempt = group, snapshot, attempt
-        rules, (host, port, backend) = self._rules, group.address
+    def offer(self, channel: OpenedChannel, snapshot: SnapshotReady, attempt: int, now: float) -> None:
+        """The channel is open: members and publisher are told to transfer `snapshot`."""
+        self.channel = channel
+        self.snapshot = snapshot
+        self.attempt = attempt
+        rules = self._rules
         self._broadcast_deadline = now + rules.timeout_s + GRACE_S
         self._base_version, manifest = self._choose_encoding(snapshot)
         for member in self._in(Phase.STAGING):
             member.asked_at, member.deadline = now, now + rules.timeout_s + GRACE_S
             place = ChannelPlace(
                 channel_epoch=self.channel_epoch,
-                store_host=host,
-                store_port=port,
+                store_host=channel.host,
+                store_port=channel.port,
                 prefix=self._prefix(),
                 rank=member.rank,
                 world_size=self.world_size,
-                backend=backend,
+                backend=channel.backend,
             )
             offer = SyncOffer(rules.run_epoch, snapshot.version, attempt, place, manifest, rules.timeout_s)
             self._emit(ToGenerator(member.name, offer))
@@ -134,13 +137,14 @@ class SyncRound:
         self._emit(ToPublisher(order))
 
     def abandon(self, now: float, reason: str) -> None:
-        """Whoever has not staged gets nothing in this round, and is not to blame. Its group is closed when it ends."""
-        log.warning("weight sync in group %d given up: %s", self.channel_epoch, reason)
+        """Ends the round for members that have not staged, without blame. The channel is closed when it has ended."""
+        log.warning("weight sync in channel %d given up: %s", self.channel_epoch, reason)
         self.broken = self._broadcast_over = True
         for member in self._in(Phase.STAGING):
             self._fail(member, now, reason, blame=False)
 
     def broadcast_done(self, message: BroadcastDone, now: float) -> None:
+        """The publisher says how its broadcast ended. What belongs to another attempt is ignored."""
         version = None if self.snapshot is None else self.snapshot.version
         if (message.version, message.attempt) != (version, self.attempt) or self._broadcast_over:
             return
@@ -150,6 +154,7 @@ class SyncRound:
             self._break(now, f"the publisher failed: {message.error}")
 
     def reply(self, name: str, message: SyncReply, now: float) -> None:
+        """A member says how a phase ended for it. What belongs to another attempt or phase is ignored."""
         member = self.members.get(name)
         if self.snapshot is None or (message.version, message.attempt) != (self.snapshot.version, self.attempt):
             return
@@ -169,46 +174,48 @@ class SyncRound:
         needed = member.phase is Phase.STAGING
         self._fail(member, now, reason)
         if needed:
-            self.abandon(now, f"{name} {reason}")  # nobody can complete without it: no need to wait
+            self.abandon(now, f"{name} {reason}")  # no member can complete without it: no need to wait
 
     def advance(self, now: float) -> None:
         """Applies deadlines and goes on to the next phase where one is due."""
         if self.opening:
             if now >= self._opening_deadline:
-                why = f"the publisher opened no group within {self._rules.timeout_s:g} s"
+                why = f"the publisher opened no channel within {self._rules.timeout_s:g} s"
                 self.abandon(now, why)
             return
         self._expire(now)
         for member in self._in(Phase.STAGED):
             self._swap(member, now)
 
-    # -- what it is at ---------------------------------------------------------------------------------------------
+    # -- where it stands ---------------------------------------------------------------------------------------------
 
     @property
     def opening(self) -> bool:
-        return self.group is None
+        """Its channel is not open yet."""
+        return self.channel is None
 
     @property
     def ended(self) -> bool:
         """Every member committed or failed, and the publisher is through."""
-        settled = all(m.phase in (Phase.COMMITTED, Phase.FAILED) for m in self.members.values())
+        settled = all(member.phase in (Phase.COMMITTED, Phase.FAILED) for member in self.members.values())
         return settled and (self._broadcast_over or self.opening)
 
     @property
     def held_by_all(self) -> bool:
-        """The round ended as it should: its group can be used again."""
-        return not self.broken and all(m.phase is Phase.COMMITTED for m in self.members.values())
+        """The round ended as it should: its channel can be used again."""
+        return not self.broken and all(member.phase is Phase.COMMITTED for member in self.members.values())
 
     def next_deadline(self) -> float:
         """When `advance` must be called next even if nothing happens."""
         if self.opening:
             return self._opening_deadline
-        deadlines = [m.deadline for m in self._in(Phase.STAGING, Phase.SWAPPING)]
+        deadlines = [member.deadline for member in self._in(Phase.STAGING, Phase.SWAPPING)]
         if not self._broadcast_over:
             deadlines.append(self._broadcast_deadline)
         return min(deadlines, default=float("inf"))
 
     def result(self, now: float) -> RoundEnded:
+        """What the round came to, once it has ended."""
         done, snapshot = self._broadcast, self.snapshot
         return RoundEnded(
             version=-1 if snapshot is None else snapshot.version,
@@ -216,7 +223,7 @@ class SyncRound:
             transfer_ms=done.transfer_ms if done else 0.0,
             num_bytes=done.num_bytes if done else 0,
             committed=tuple(self._committed),
-            failed=tuple(m.name for m in self._in(Phase.FAILED)),
+            failed=tuple(member.name for member in self._in(Phase.FAILED)),
             snapshot_ms=snapshot.snapshot_ms if snapshot else 0.0,
             base_version=self._base_version,
             dense_bytes=done.dense_bytes if done else 0,
@@ -249,7 +256,9 @@ class SyncRound:
     def _swap(self, member: Member, now: float) -> None:
         assert self.snapshot is not None
         rules = self._rules
-        member.phase, member.asked_at, member.deadline = Phase.SWAPPING, now, now + rules.timeout_s + GRACE_S
+        member.phase = Phase.SWAPPING
+        member.asked_at = now
+        member.deadline = now + rules.timeout_s + GRACE_S
         # From here on its engine may hold anything; what it held before counts no more.
         member.receiver.held_version = None
         swap = SyncSwap(rules.run_epoch, self.snapshot.version, self.attempt, self.snapshot.canary, rules.timeout_s)
@@ -271,7 +280,9 @@ class SyncRound:
         assert self.snapshot is not None
         version, receiver = self.snapshot.version, member.receiver
         member.phase = Phase.COMMITTED
-        receiver.held_version, receiver.held_attempt, receiver.committed_at = version, self.attempt, now
+        receiver.held_version = version
+        receiver.held_attempt = self.attempt
+        receiver.committed_at = now
         receiver.held_digests = self.snapshot.manifest.digests
         receiver.faults = receiver.errors = receiver.taints = 0
         self._emit(ToGenerator(member.name, SyncCommit(self._rules.run_epoch, version, self.attempt)))
@@ -296,7 +307,7 @@ class SyncRound:
         if not self._broadcast_over and now >= self._broadcast_deadline:
             self._broadcast_over = True
             why = f"the publisher did not say within {self._rules.timeout_s + GRACE_S:g} s how its broadcast ended"
-            log.warning("weight sync in group %d: %s", self.channel_epoch, why)
+            log.warning("weight sync in channel %d: %s", self.channel_epoch, why)
             self._break(now, why)
         for member in self._in(Phase.STAGING, Phase.SWAPPING):
             if now < member.deadline:
@@ -312,19 +323,25 @@ class SyncRound:
         return f"no answer within {now - member.asked_at:.3g} s{cut if in_stage else ''}{sent if in_stage else ''}"
 
     def _break(self, now: float, why: str) -> None:
-        """A collective failed somewhere: it failed everywhere, so nobody is waited for much longer."""
+        """A collective failed somewhere, and so everywhere: no member is waited for much longer."""
         self.broken = True
         for member in self._in(Phase.STAGING):
             if now + GRACE_S < member.deadline:
                 member.deadline, self._cut_short = now + GRACE_S, why
 
     def _fail(self, member: Member, now: float, reason: str, *, at_fault: bool = False, blame: bool = True) -> None:
-        """`at_fault`: by its own doing, it sits out. Without: it erred, or (`blame=False`) is a victim for certain."""
+        """Ends the round for one member.
+
+        Args:
+            at_fault: it failed by its own doing and sits out.
+            blame: False for a victim; otherwise it erred, and MAX_ERRORS errors in a row count as a fault.
+        """
         if member.phase in (Phase.COMMITTED, Phase.FAILED):
             return
-        phase, member.phase, receiver = member.phase, Phase.FAILED, member.receiver
+        phase, member.phase = member.phase, Phase.FAILED
+        receiver = member.receiver
         tainted = phase is Phase.SWAPPING
-        if not self.opening:  # from the offer on its staging buffer may hold anything
+        if not self.opening:  # from the offer on, its staging buffer may hold anything
             receiver.staged_version = None
         if tainted:
             receiver.held_version = None
@@ -355,9 +372,12 @@ class SyncRound:
 
 
 def canary_differences(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[float, float]:
-    """Largest and mean |theirs - ours| over all canary tokens (float32 rows), in nats.
+    """Largest and mean |theirs - ours| over all canary tokens, in nats.
 
-    Infinite where they cannot be compared, NaN where one of them is.
+    Infinite when the rows cannot be compared, NaN when a log-prob is.
+
+    Args:
+        ours, theirs: one row of log-probs for each canary sequence, float32 bytes.
     """
     if len(ours) != len(theirs) or any(len(a) != len(b) for a, b in zip(ours, theirs, strict=False)):
         return float("inf"), float("inf")
@@ -376,5 +396,5 @@ def _wrong_digests(member: Member, told: Sequence[Sequence[int]], expected: list
 def _remedy(tainted: bool, penalty_s: float, fatal: bool) -> str:
     if fatal:
         return "it is sent away"
-    when = f"in {penalty_s:g} s, on a group of its own" if penalty_s else "at once"
+    when = f"in {penalty_s:g} s, on a channel of its own" if penalty_s else "at once"
     return f"{'it holds no version until it proved one; ' if tainted else ''}tried again {when}"

@@ -370,7 +370,7 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
     async def receive():
         import torch
 
-        from asyncrl.weights.channels.channel import SnapshotBuffer
+        from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
         port = int(await asyncio.to_thread(sender.stdout.readline))
         buffer = SnapshotBuffer([("a", torch.zeros(65536))], bucket_bytes=65536)

@@ -10,13 +10,15 @@ import torch
 from asyncrl.config import Config, ModelConfig, UpdateConfig
 from asyncrl.errors import CheckpointError, ConfigError
 from asyncrl.link.field_checks import to_plain
+from asyncrl.link.weight_records import ALIGNMENT
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines.export import export_model
 from asyncrl.trainer.engines.policy import AdaptersOff, Policy, load_policy
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.engines.trainable import apply_update, frozen_digests, named_parameters
 from asyncrl.trainer.packing import pack_groups
-from asyncrl.weights.bytes.layout import ALIGNMENT, SnapshotBuffer, tensor_views
+from asyncrl.weights.bytes.layout import tensor_views
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.tolerances import assert_near
 from tests.trainer.test_step import make_trainer
 from tests.trainer.tiny import policy_of, random_groups, save_tiny_model, tiny_model, tiny_policy

@@ -15,8 +15,9 @@ from asyncrl.errors import ChannelError, ProtocolError, ShapeError
 from asyncrl.link.field_checks import from_plain, to_plain
 from asyncrl.link.weight_records import DeltaInfo, WeightManifest
 from asyncrl.weights.bytes.delta import MAX_SHARE, Places, apply_delta, delta_pays, encode_delta
-from asyncrl.weights.bytes.layout import new_buffer, tensor_views
-from asyncrl.weights.channels.channel import SnapshotBuffer, digest, digest_buckets, plan_buckets
+from asyncrl.weights.bytes.digest import digest, digest_buckets
+from asyncrl.weights.bytes.layout import new_buffer, plan_buckets, tensor_views
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 pytestmark = pytest.mark.numeric
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from asyncrl.errors import ChannelError
-from asyncrl.weights.bytes.memory import Opened, handle_of, place, shared_buffer
-from asyncrl.weights.channels.channel import SnapshotBuffer
+from asyncrl.weights.bytes.memory import Opened, Place, handle_of, place, shared_buffer
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 CPU = torch.device("cpu")
 FAR = 1e12  # a deadline that never comes
@@ -111,9 +111,9 @@ def test_a_snapshot_buffer_and_its_twin_can_be_shared():
     parameters = [("a", torch.nn.Parameter(torch.randn(300))), ("b", torch.nn.Parameter(torch.randn(7, 7)))]
     buffer = SnapshotBuffer(parameters, 512, shared=True)
     handles = []
-    for one in (buffer, buffer.twin()):
-        one.snapshot()
-        for bucket in one.buckets():
+    for shared in (buffer, buffer.twin()):
+        shared.snapshot()
+        for bucket in shared.buckets():
             handle, offset = handle_of(bucket)
             copy = torch.zeros_like(bucket)
             Opened(handle, CPU).copy(offset, copy, FAR)
@@ -139,7 +139,7 @@ def test_dropped_buffers_give_their_descriptors_and_memory_back():
 
 
 def test_a_place_is_the_same_for_a_process_beside_this_one():
-    code = "import json, torch\nfrom asyncrl.weights.bytes.memory import place\n"
-    code += "print(json.dumps(place(torch.device('cpu'))))"
+    code = "import dataclasses, json, torch\nfrom asyncrl.weights.bytes.memory import place\n"
+    code += "print(json.dumps(dataclasses.asdict(place(torch.device('cpu')))))"
     beside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert json.loads(beside.stdout) == place(CPU)
+    assert Place(**json.loads(beside.stdout)) == place(CPU)

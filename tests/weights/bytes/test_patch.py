@@ -9,8 +9,9 @@ import torch
 from asyncrl.errors import ProtocolError
 from asyncrl.link.field_checks import from_plain, to_plain
 from asyncrl.link.weight_records import Patch, WeightManifest
-from asyncrl.weights.bytes.layout import SnapshotBuffer, tensor_views
+from asyncrl.weights.bytes.layout import tensor_views
 from asyncrl.weights.bytes.patch import AdaptedWeight, fold_adapter
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.tolerances import assert_near
 
 pytestmark = pytest.mark.numeric

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asyncrl.weights.bytes.layout import SnapshotBuffer
+from asyncrl.weights.bytes.layout import tensor_views
 from asyncrl.weights.bytes.patch import AdaptedWeight
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 pytestmark = pytest.mark.numeric
 
@@ -85,3 +86,42 @@ def test_a_snapshot_takes_no_part_in_the_gradient():
     assert not view.requires_grad and not buffer.flat.requires_grad
     (parameter * 2.0).sum().backward()
     assert parameter.grad.tolist() == [2.0] * 4
+
+
+def tied_parameters():
+    shared = torch.nn.Parameter(torch.randn(10, 7))
+    return [
+        ("embed.weight", shared),
+        ("norm.weight", torch.nn.Parameter(torch.randn(7))),
+        ("mlp.weight", torch.nn.Parameter(torch.randn(7, 33))),
+        ("lm_head.weight", shared),
+    ]
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("bucket_bytes", [64, 200, 1 << 20])
+def test_a_snapshot_comes_out_of_its_buffer_under_every_name(bucket_bytes, wire_dtype):
+    named = tied_parameters()
+    buffer = SnapshotBuffer(named, bucket_bytes, wire_dtype)
+    buffer.snapshot()
+    received = torch.cat(list(buffer.buckets()))  # what a receiver ends up with
+    assert all(bucket.numel() <= bucket_bytes for bucket in buffer.buckets())
+    views = dict(tensor_views(buffer.layout, received))
+    assert list(views) == [name for name, _ in named]
+    for name, parameter in named:
+        expected = parameter.detach().to(wire_dtype or parameter.dtype)
+        torch.testing.assert_close(views[name], expected, atol=0, rtol=0)
+    offsets = {entry.name: entry.offset for entry in buffer.layout.tensors}
+    assert offsets["embed.weight"] == offsets["lm_head.weight"], "a tied parameter travels once"
+
+
+def test_a_snapshot_does_not_follow_the_parameters():
+    named = tied_parameters()
+    buffer = SnapshotBuffer(named, 128)
+    buffer.snapshot()
+    manifest = buffer.manifest(3)
+    with torch.no_grad():
+        named[2][1].add_(1.0)
+    assert buffer.manifest(3) == manifest
+    buffer.snapshot()
+    assert buffer.manifest(3).digests != manifest.digests

@@ -5,19 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import pytest
-
-from asyncrl.weights.channels import channel
 from asyncrl.weights.channels.collectives import GlooTransport
 
 GARBAGE = 0xEE
 
 
 class Hangs:
-    """Where to hang: pairs of a method and a rank. `release` lets all that hang go on."""
+    """Where to hang: pairs of a method and a rank. `release` lets all that hang go on.
 
-    def __init__(self) -> None:
+    `options` are those of a `WeightChannel` that knows the backend "hanging".
+    """
+
+    def __init__(self, close_timeout_s: float) -> None:
+        self.options: dict[str, Any] = {
+            "transports": {"hanging": hanging_transport(self)},
+            "close_timeout_s": close_timeout_s,
+        }
         self.places: set[tuple[str, int]] = set()
         self.threads: list[threading.Thread] = []
         self._released = threading.Event()
@@ -67,12 +72,9 @@ def hanging_transport(hangs: Hangs) -> type[GlooTransport]:
 
 @contextmanager
 def hanging(close_timeout_s: float = 0.5) -> Iterator[Hangs]:
-    """Groups of the backend "hanging" exist inside; at the end all that still hangs is let go."""
-    hangs = Hangs()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(channel.TRANSPORTS, "hanging", hanging_transport(hangs))
-        patch.setattr(channel, "CLOSE_TIMEOUT_S", close_timeout_s)
-        try:
-            yield hangs
-        finally:
-            hangs.release()
+    """Places to hang in; at the end all that still hangs is let go."""
+    hangs = Hangs(close_timeout_s)
+    try:
+        yield hangs
+    finally:
+        hangs.release()

@@ -12,6 +12,8 @@ import threading
 from typing import Any
 
 from asyncrl.link.field_checks import to_plain
+from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.channel import WeightChannel
 
 MEMBER = """
 import json, os, signal, sys, time
@@ -19,7 +21,11 @@ import torch
 from asyncrl.errors import ChannelError
 from asyncrl.link.field_checks import from_plain
 from asyncrl.link.weight_records import ChannelSpec
-from asyncrl.weights.channels.channel import WeightChannel, digest
+from asyncrl.weights.channels.channel import WeightChannel
+from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.channels.channel import WeightChannel
+from asyncrl.link.weight_records import ChannelSpec
 
 def say(**values):
     print(json.dumps(values), flush=True)
@@ -28,19 +34,19 @@ spec, num_bytes, timeout_s, faults = [json.loads(argument) for argument in sys.a
 say(pid=os.getpid())
 started = time.monotonic()
 try:
-    group = WeightChannel(from_plain(ChannelSpec, spec))
-    group.join()
+    channel = WeightChannel(from_plain(ChannelSpec, spec))
+    channel.join()
     say(joined=True)
     flat = torch.zeros(num_bytes, dtype=torch.uint8)
     for bucket in range(10**6):
         if str(bucket) in faults:
             os.kill(os.getpid(), getattr(signal, faults[str(bucket)]))
         started = time.monotonic()
-        group.broadcast([flat], timeout_s)
+        channel.broadcast([flat], timeout_s)
         say(bucket=bucket, digest=digest(flat))
 except ChannelError as error:
     say(error=str(error), elapsed_s=time.monotonic() - started)
-group.close()
+channel.close()
 """
 
 
@@ -77,12 +83,12 @@ class Member:
         self.process.stdout.close()
 
 
-def members_of(group: Any, **options: Any) -> list[Member]:
+def members_of(channel: Any, **options: Any) -> list[Member]:
     """A process for every rank but 0."""
     faults = options.pop("faults", {})
     return [
-        Member(group.spec.for_rank(rank), faults=faults.get(rank), **options)
-        for rank in range(1, group.spec.world_size)
+        Member(channel.spec.for_rank(rank), faults=faults.get(rank), **options)
+        for rank in range(1, channel.spec.world_size)
     ]
 
 
@@ -106,9 +112,9 @@ def in_threads(*calls: Any, timeout_s: float = 20.0) -> None:
         raise failures[0]
 
 
-def pair(spec: Any, group_class: Any) -> tuple[Any, Any]:
-    """Rank 0 and rank 1 of a group of two, both in this process, joined."""
-    root = group_class.host(dataclasses.replace(spec, world_size=2))
-    member = group_class(root.spec.for_rank(1))
+def pair(spec: ChannelSpec, **options: Any) -> tuple[WeightChannel, WeightChannel]:
+    """Rank 0 and rank 1 of a channel of two, both in this process, joined. `options` are those of `WeightChannel`."""
+    root = WeightChannel.host(dataclasses.replace(spec, world_size=2), **options)
+    member = WeightChannel(root.spec.for_rank(1), **options)
     in_threads(root.join, member.join)
     return root, member

@@ -12,12 +12,11 @@ import torch.distributed as dist
 import asyncrl
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import ChannelSpec
-from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.collectives import AHEAD
 from tests.weights.channels.members import in_threads, pair
 
 PACKAGE = Path(asyncrl.__file__).parent
-OWN_OBJECTS = {"Store", "PrefixStore", "TCPStore", "ProcessGroupGloo", "ProcessGroupNCCL", "BroadcastOptions"}
+OWN_OBJECTS = {"Store", "PrefixStore", "TCPStore", "ProcessGroupGloo", "ProcessGroupNCCL", "BroadcastOptions", "Work"}
 
 
 def distributed_names(tree: ast.AST) -> set[str]:
@@ -28,7 +27,9 @@ def distributed_names(tree: ast.AST) -> set[str]:
             aliases |= {a.asname for a in node.names if a.name.startswith("torch.distributed") and a.asname}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
             aliases |= {a.asname or a.name for a in node.names if node.module == "torch" and a.name == "distributed"}
-            used |= {a.name for a in node.names if node.module.startswith("torch.distributed")}
+            used |= {
+                a.name for a in node.names if node.module.startswith(("torch.distributed", "torch._C._distributed"))
+            }
     used |= {
         node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) in aliases
     }
@@ -42,12 +43,13 @@ def test_the_search_finds_calls_under_every_name():
         "from torch import distributed\ndistributed.broadcast(x)",
         "from torch.distributed import broadcast",
         "from torch.distributed.distributed_c10d import broadcast",
+        "from torch._C._distributed_c10d import broadcast",
     ):
         assert "broadcast" in distributed_names(ast.parse(text)), text
 
 
 @pytest.mark.parametrize("area", ["weights", "generator", "trainer"])
-def test_only_bare_groups_and_stores_are_used_and_no_function_of_the_default_group(area):
+def test_only_bare_process_groups_and_stores_are_used_and_no_function_of_the_default_group(area):
     used = {}
     for path in sorted((PACKAGE / area).rglob("*.py")):
         if names := distributed_names(ast.parse(path.read_text())) - OWN_OBJECTS:
@@ -68,10 +70,10 @@ def default_group():
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
-def test_a_weight_group_neither_uses_nor_needs_the_default_group(default_group, backend):
+def test_a_weight_channel_neither_uses_nor_needs_the_default_group(default_group, backend):
     known = dict(dist.distributed_c10d._world.pg_map)
     before = default_group._get_sequence_number_for_group()
-    root, member = pair(ChannelSpec("127.0.0.1", 0, "own/1", 0, 2, backend, 20.0), WeightChannel)
+    root, member = pair(ChannelSpec("127.0.0.1", 0, "own/1", 0, 2, backend, 20.0))
     sent, taken = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
     in_threads(lambda: root.broadcast([sent], 10.0), lambda: member.broadcast([taken], 10.0))
     assert torch.equal(sent, taken)
@@ -91,7 +93,7 @@ def test_a_weight_group_neither_uses_nor_needs_the_default_group(default_group, 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 @pytest.mark.parametrize("num_parts", [0, 1, AHEAD, 2 * AHEAD + 1])
 def test_parts_of_any_number_and_size_arrive_in_order_and_each_is_told(backend, num_parts):
-    root, member = pair(ChannelSpec("127.0.0.1", 0, "parts/1", 0, 2, backend, 20.0), WeightChannel)
+    root, member = pair(ChannelSpec("127.0.0.1", 0, "parts/1", 0, 2, backend, 20.0))
     sent = [torch.randint(0, 256, (1 + 70_000 * index,), dtype=torch.uint8) for index in range(num_parts)]
     taken = [torch.zeros_like(part) for part in sent]
     told = {0: [], 1: []}
@@ -106,7 +108,7 @@ def test_parts_of_any_number_and_size_arrive_in_order_and_each_is_told(backend, 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_a_broadcast_that_stops_in_the_middle_has_told_how_far_it_was(backend):
-    root, member = pair(ChannelSpec("127.0.0.1", 0, "parts/2", 0, 2, backend, 20.0), WeightChannel)
+    root, member = pair(ChannelSpec("127.0.0.1", 0, "parts/2", 0, 2, backend, 20.0))
     parts = torch.ones(10, 100_000, dtype=torch.uint8)
     told, failures = {0: [], 1: []}, []
 

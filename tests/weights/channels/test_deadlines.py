@@ -1,4 +1,4 @@
-"""Every call of a group ends at its deadline, whatever the transport below it does."""
+"""Every call of a channel ends at its deadline, whatever the transport below it does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.weights.channels.members import in_threads, pair
 
 SPEC = ChannelSpec("127.0.0.1", 0, "hang/1", 0, 2, "hanging", 20.0)
 NUM_BYTES = 4096
-CLOSE_S = 0.5  # what `hanging` makes of CLOSE_TIMEOUT_S
+CLOSE_S = 0.5  # of `abort` and `close`
 LATE_S = 1.0  # a busy machine
 
 
@@ -45,8 +45,8 @@ def buffer(value=0):
     return torch.full((NUM_BYTES,), value, dtype=torch.uint8)
 
 
-def assert_bytes_arrive_in_a_new_group(number):
-    root, member = pair(dataclasses.replace(SPEC, prefix=f"hang/{number}"), WeightChannel)
+def assert_bytes_arrive_in_a_new_channel(hangs, number):
+    root, member = pair(dataclasses.replace(SPEC, prefix=f"hang/{number}"), **hangs.options)
     sent, taken = buffer(number), buffer()
     in_threads(lambda: root.broadcast([sent], 10.0), lambda: member.broadcast([taken], 10.0))
     assert torch.equal(sent, taken)
@@ -57,8 +57,8 @@ def assert_bytes_arrive_in_a_new_group(number):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_forming_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
     hangs.places = {("form", rank)}
-    root = WeightChannel.host(SPEC)
-    member = WeightChannel(root.spec.for_rank(1))
+    root = WeightChannel.host(SPEC, **hangs.options)
+    member = WeightChannel(root.spec.for_rank(1), **hangs.options)
     calls = [Failing(lambda: root.join(1.0)), Failing(lambda: member.join(1.0))]
     in_threads(*calls)
     for call in calls:
@@ -68,12 +68,12 @@ def test_forming_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
     root.close()
     member.close()
     hangs.places = set()
-    assert_bytes_arrive_in_a_new_group(2)
+    assert_bytes_arrive_in_a_new_channel(hangs, 2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_broadcast_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank):
-    root, member = pair(SPEC, WeightChannel)
+    root, member = pair(SPEC, **hangs.options)
     hangs.places = {("broadcast", rank)}
     calls = [Failing(lambda: root.broadcast([buffer(1)], 1.0)), Failing(lambda: member.broadcast([buffer()], 1.0))]
     in_threads(*calls)
@@ -81,41 +81,41 @@ def test_a_broadcast_ends_on_both_sides_and_names_what_it_waited_for(hangs, rank
         assert 0.9 < call.elapsed_s < 1.0 + SLACK_S + LATE_S
         assert f"broadcast of {NUM_BYTES} bytes in weight channel 'hang/1'" in call.text
     assert "waiting for a broadcast that never ends; the call was abandoned" in calls[rank].text
-    for group in (root, member):
-        with pytest.raises(ChannelError, match="the group is dead"):
-            group.broadcast([buffer()], 1.0)
-        group.close()
+    for channel in (root, member):
+        with pytest.raises(ChannelError, match="the channel is dead"):
+            channel.broadcast([buffer()], 1.0)
+        channel.close()
     hangs.places = set()
-    assert_bytes_arrive_in_a_new_group(2)
+    assert_bytes_arrive_in_a_new_channel(hangs, 2)
 
 
 @pytest.mark.parametrize("method", ["abort", "close"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_abort_and_close_end_and_name_what_they_waited_for(hangs, method, rank):
-    group = pair(SPEC, WeightChannel)[rank]
+    channel = pair(SPEC, **hangs.options)[rank]
     hangs.places = {(method, rank)}
-    call = Failing(getattr(group, method))
+    call = Failing(getattr(channel, method))
     in_threads(call)
     assert CLOSE_S - 0.1 < call.elapsed_s < CLOSE_S + LATE_S
     assert f"weight channel 'hang/1': no answer within {CLOSE_S} s, waiting for a {method} that never ends" in call.text
     hangs.places = set()
-    group.close()  # after a close that hung there is nothing left to do
-    assert_bytes_arrive_in_a_new_group(2)
+    channel.close()  # after a close that hung there is nothing left to do
+    assert_bytes_arrive_in_a_new_channel(hangs, 2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_abort_reaches_a_call_that_hangs(hangs, rank):
-    group = pair(SPEC, WeightChannel)[rank]
+    channel = pair(SPEC, **hangs.options)[rank]
     hangs.places = {("broadcast", rank)}
-    call = Failing(lambda: group.broadcast([buffer()], 30.0))
-    threading.Timer(0.2, group.abort).start()
+    call = Failing(lambda: channel.broadcast([buffer()], 30.0))
+    threading.Timer(0.2, channel.abort).start()
     in_threads(call)
     assert call.elapsed_s < 0.2 + LATE_S and "aborted" in call.text
-    group.close()
+    channel.close()
 
 
-def test_what_was_abandoned_touches_nothing_of_a_later_group_when_it_goes_on(hangs):
-    root, member = pair(SPEC, WeightChannel)
+def test_what_was_abandoned_touches_nothing_of_a_later_channel_when_it_goes_on(hangs):
+    root, member = pair(SPEC, **hangs.options)
     hangs.places = {("broadcast", 1)}
     old, sent = buffer(), buffer(5)
     in_threads(
@@ -126,14 +126,14 @@ def test_what_was_abandoned_touches_nothing_of_a_later_group_when_it_goes_on(han
     in_threads(Failing(root.close), Failing(member.close))
     hangs.places = set()
 
-    later, taken = pair(dataclasses.replace(SPEC, prefix="hang/2"), WeightChannel), buffer()
+    later, taken = pair(dataclasses.replace(SPEC, prefix="hang/2"), **hangs.options), buffer()
     in_threads(lambda: later[0].broadcast([sent], 10.0), lambda: later[1].broadcast([taken], 10.0))
     hangs.release()  # the abandoned broadcast overwrites its buffer, the abandoned closes close
     assert (old != 0).all() and (taken == 5).all() and (sent == 5).all()
     in_threads(lambda: later[0].broadcast([sent], 10.0), lambda: later[1].broadcast([taken], 10.0))
     assert root._transport is None and member._transport is None
-    for group in later:
-        group.close()
+    for channel in later:
+        channel.close()
 
 
 def test_a_call_that_fails_keeps_nothing_of_what_it_worked_with_alive():

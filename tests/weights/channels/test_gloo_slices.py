@@ -32,7 +32,7 @@ class Work:
         return self.slices == 0
 
 
-class Group:
+class ProcessGroup:
     def __init__(self, work):
         self.work = work
 
@@ -42,7 +42,7 @@ class Group:
 
 def broadcast(work, timeout_s=5.0):
     transport = GlooTransport(SPEC, torch.device("cpu"), threading.Event())
-    transport._group = Group(work)
+    transport._process_group = ProcessGroup(work)
     transport.broadcast([torch.zeros(4)], timeout_s, lambda num_bytes: None)
 
 

@@ -1,4 +1,4 @@
-"""Groups that share memory: real processes that take, die, stand still and disagree."""
+"""Channels that share memory: real processes that take, die, stand still and disagree."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import torch
 from asyncrl.errors import ChannelError
 from asyncrl.link.field_checks import to_plain
 from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.memory import shared_buffer
-from asyncrl.weights.channels import ipc
-from asyncrl.weights.channels.channel import WeightChannel, digest
+from asyncrl.weights.channels.channel import WeightChannel
+from asyncrl.weights.channels.ipc import IpcTransport, _Process
 from tests.weights.channels.members import in_threads, members_of, pair
 
 SPEC = ChannelSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
@@ -39,44 +40,44 @@ def names_of_ours():
 
 
 @pytest.fixture
-def open_group():
-    """Makes groups with a process per receiver, and ends all of them."""
-    groups, members = [], []
+def open_channel():
+    """Makes channels with a process per receiver, and ends all of them."""
+    channels, members = [], []
 
     def make(num_receivers, **options):
-        spec = dataclasses.replace(SPEC, prefix=f"ipc/{len(groups)}", world_size=1 + num_receivers)
-        groups.append(WeightChannel.host(spec))
-        ours = members_of(groups[-1], **({"num_bytes": NUM_BYTES, "timeout_s": 20.0} | options))
+        spec = dataclasses.replace(SPEC, prefix=f"ipc/{len(channels)}", world_size=1 + num_receivers)
+        channels.append(WeightChannel.host(spec))
+        ours = members_of(channels[-1], **({"num_bytes": NUM_BYTES, "timeout_s": 20.0} | options))
         members.extend(ours)
-        groups[-1].join()
-        return groups[-1], ours
+        channels[-1].join()
+        return channels[-1], ours
 
     yield make
-    for group in groups:
-        group.close()
+    for channel in channels:
+        channel.close()
     for member in members:
         member.kill()
 
 
-def broadcast_until_it_fails(group, flat, timeout_s):
+def broadcast_until_it_fails(channel, flat, timeout_s):
     for _ in range(100):
         started = time.monotonic()
         try:
-            group.broadcast([flat], timeout_s)
+            channel.broadcast([flat], timeout_s)
         except ChannelError as error:
             return str(error), time.monotonic() - started
-    raise AssertionError("the group never failed")
+    raise AssertionError("the channel never failed")
 
 
-def test_processes_take_shared_and_other_memory_and_a_killed_one_ends_the_group_at_once_and_the_next_group_works(
-    open_group,
+def test_processes_take_shared_and_other_memory_and_a_killed_one_ends_the_channel_at_once_and_the_next_channel_works(
+    open_channel,
 ):
-    group, (healthy, doomed) = open_group(2, faults={2: {7: "SIGKILL"}})
+    channel, (healthy, doomed) = open_channel(2, faults={2: {7: "SIGKILL"}})
     shared, expected = shared_buffer(3 * NUM_BYTES, "cpu"), []
     for bucket in range(6):  # shared memory at three offsets, memory of the sender's own, and a fresh one each time
         part = shared[bucket * NUM_BYTES :][:NUM_BYTES] if bucket < 3 else None
         flat = filled(bucket, part)
-        group.broadcast([flat], 20.0)
+        channel.broadcast([flat], 20.0)
         expected.append(digest(flat))
         flat.zero_()  # at once: receivers must have their copy by now
     for member in (healthy, doomed):
@@ -85,27 +86,27 @@ def test_processes_take_shared_and_other_memory_and_a_killed_one_ends_the_group_
         digests = [report["digest"], *(member.report()["digest"] for _ in range(5))]
         assert digests == expected
 
-    error, elapsed_s = broadcast_until_it_fails(group, shared[:NUM_BYTES], 30.0)
+    error, elapsed_s = broadcast_until_it_fails(channel, shared[:NUM_BYTES], 30.0)
     assert f"rank 2 (process {doomed.process.pid}) ended before taken/7/2" in error
     assert elapsed_s < 5.0, "a death is seen, not waited for"
-    group.close()
+    channel.close()
     assert healthy.error()["elapsed_s"] < 10.0
     assert names_of_ours() == set()
 
-    group, (member,) = open_group(1)
+    channel, (member,) = open_channel(1)
     flat = filled(9, shared[:NUM_BYTES])
-    group.broadcast([flat], 20.0)
+    channel.broadcast([flat], 20.0)
     assert [member.report() for _ in range(3)][2] == {"bucket": 0, "digest": digest(flat)}
 
 
-def test_a_receiver_that_stands_still_costs_one_deadline_and_fails_when_it_wakes(open_group):
-    group, (healthy, stopped) = open_group(2, timeout_s=3.0, faults={2: {2: "SIGSTOP"}})
+def test_a_receiver_that_stands_still_costs_one_deadline_and_fails_when_it_wakes(open_channel):
+    channel, (healthy, stopped) = open_channel(2, timeout_s=3.0, faults={2: {2: "SIGSTOP"}})
     flat = filled(1, shared_buffer(NUM_BYTES, "cpu"))
-    error, elapsed_s = broadcast_until_it_fails(group, flat, 3.0)
+    error, elapsed_s = broadcast_until_it_fails(channel, flat, 3.0)
     assert "taken/2/2 of rank 2 did not come in time" in error
     assert 2.9 < elapsed_s < 4.5
     flat.zero_()  # the sender goes on; whoever wakes now must not take this for bucket 2
-    group.close()
+    channel.close()
     stopped.signal(signal.SIGCONT)
     reports = [stopped.report() for _ in range(5)]
     assert "error" in reports[-1] and [r["bucket"] for r in reports if "bucket" in r] == [0, 1]
@@ -119,10 +120,10 @@ from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.bytes.memory import shared_buffer
 flat = shared_buffer(100_000, "cpu").fill_(7)
-group = WeightChannel.host(from_plain(ChannelSpec, json.loads(sys.argv[1])))
-print(group.store_port, flush=True)
-group.join()
-group.broadcast([flat], 20.0)
+channel = WeightChannel.host(from_plain(ChannelSpec, json.loads(sys.argv[1])))
+print(channel.store_port, flush=True)
+channel.join()
+channel.broadcast([flat], 20.0)
 os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 """
 
@@ -165,29 +166,29 @@ def test_a_sender_goes_on_only_when_everybody_took_the_bytes():
     members[1].broadcast([copies[1]], 20.0)
     assert sent.wait(10.0)
     assert torch.equal(copies, flat.expand(2, -1))
-    for group in (root, *members):
-        group.close()
+    for channel in (root, *members):
+        channel.close()
 
 
-def test_groups_send_at_the_same_time_out_of_one_buffer():
+def test_channels_send_at_the_same_time_out_of_one_buffer():
     buffer = filled(3, shared_buffer(NUM_BYTES, "cpu"))
-    pairs = [pair(dataclasses.replace(SPEC, prefix=f"cell/{i}"), WeightChannel) for i in range(3)]
+    pairs = [pair(dataclasses.replace(SPEC, prefix=f"cell/{i}")) for i in range(3)]
     copies = torch.zeros(3, NUM_BYTES, dtype=torch.uint8)
 
-    def run(group, flat):
-        group.broadcast(flat.split(NUM_BYTES // 10), 20.0)
+    def run(channel, flat):
+        channel.broadcast(flat.split(NUM_BYTES // 10), 20.0)
 
     calls = []
     for (root, member), copy in zip(pairs, copies, strict=True):
         calls += [lambda root=root: run(root, buffer), lambda member=member, copy=copy: run(member, copy)]
     in_threads(*calls)
     assert torch.equal(copies, buffer.expand(3, -1))
-    for group in itertools.chain(*pairs):
-        group.close()
+    for channel in itertools.chain(*pairs):
+        channel.close()
 
 
 def test_memory_is_mapped_once_and_the_store_does_not_grow():
-    root, member = pair(SPEC, WeightChannel)
+    root, member = pair(SPEC)
     buffer, copy = shared_buffer(NUM_BYTES, "cpu"), torch.zeros(NUM_BYTES, dtype=torch.uint8)
     store, sizes = root._transport._store, []
     for round_number in range(6):
@@ -200,7 +201,7 @@ def test_memory_is_mapped_once_and_the_store_does_not_grow():
             assert torch.equal(copy[: flat.numel()], flat)
         sizes.append(store.num_keys())
     assert len(set(sizes)) == 1
-    assert len(member._transport._opened) == 2, "the shared buffer, and the group's own for the rest"
+    assert len(member._transport._opened) == 2, "the shared buffer, and the channel's own for the rest"
     maps = Path("/proc/self/maps").read_text().count("memfd:asyncrl")
     root.close()
     member.close()
@@ -208,7 +209,7 @@ def test_memory_is_mapped_once_and_the_store_does_not_grow():
 
 
 def test_bytes_of_any_dtype_and_shape_arrive():
-    root, member = pair(SPEC, WeightChannel)
+    root, member = pair(SPEC)
     sent = torch.randn(3, 50, dtype=torch.float64)
     for flat, copy in ((sent, torch.zeros_like(sent)), (sent.bfloat16(), torch.zeros(150, dtype=torch.bfloat16))):
         in_threads(lambda flat=flat: root.broadcast([flat], 20.0), lambda copy=copy: member.broadcast([copy], 20.0))
@@ -218,21 +219,21 @@ def test_bytes_of_any_dtype_and_shape_arrive():
 
 
 def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
-    root, member = pair(SPEC, WeightChannel)
+    root, member = pair(SPEC)
     errors, started = [], time.monotonic()
 
-    def failing(group, num_bytes):
+    def failing(channel, num_bytes):
         with pytest.raises(ChannelError) as failure:
-            group.broadcast([torch.zeros(num_bytes, dtype=torch.uint8)], 30.0)
+            channel.broadcast([torch.zeros(num_bytes, dtype=torch.uint8)], 30.0)
         errors.append(str(failure.value))
 
     in_threads(lambda: failing(root, 100), lambda: failing(member, 90))
     assert time.monotonic() - started < 5.0
     assert all("rank 0 sends 100 bytes, 90 are expected" in error for error in errors)
-    for group in (root, member):
+    for channel in (root, member):
         with pytest.raises(ChannelError, match="dead"):
-            group.broadcast([torch.zeros(100, dtype=torch.uint8)], 1.0)
-        group.close()
+            channel.broadcast([torch.zeros(100, dtype=torch.uint8)], 1.0)
+        channel.close()
 
 
 @pytest.mark.parametrize(
@@ -244,21 +245,23 @@ def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
         ("device", "put both on one GPU"),
     ],
 )
-def test_members_that_cannot_share_memory_are_told_why_at_once_on_both_sides(monkeypatch, key, words):
-    real, put, numbers = ipc.place, ipc.IpcTransport._put, itertools.count()
-    monkeypatch.setattr(ipc, "place", lambda device: real(device) | {key: next(numbers)})
+def test_members_that_cannot_share_memory_are_told_why_at_once_on_both_sides(key, words):
+    numbers = itertools.count()
 
-    def put_elsewhere(transport, name, value):
-        put(transport, name, value | {"pid": NO_PID} if name == "learner" else value)
+    class Elsewhere(IpcTransport):
+        def _place(self):
+            return dataclasses.replace(super()._place(), **{key: next(numbers)})
 
-    monkeypatch.setattr(ipc.IpcTransport, "_put", put_elsewhere)
-    root = WeightChannel.host(SPEC)
-    member = WeightChannel(root.spec.for_rank(1))
+        def _put(self, name, record):
+            super()._put(name, dataclasses.replace(record, pid=NO_PID) if name == "learner" else record)
+
+    root = WeightChannel.host(SPEC, transports={"ipc": Elsewhere})
+    member = WeightChannel(root.spec.for_rank(1), transports={"ipc": Elsewhere})
     started = time.monotonic()
 
-    def failing(group):
+    def failing(channel):
         with pytest.raises(ChannelError, match=f"forming weight channel 'ipc/1' as rank . of 2 .*{words}"):
-            group.join()
+            channel.join()
 
     in_threads(lambda: failing(root), lambda: failing(member))
     assert time.monotonic() - started < 5.0
@@ -270,9 +273,9 @@ def test_who_is_missing_is_named():
     root = WeightChannel.host(dataclasses.replace(SPEC, world_size=3))
     member = WeightChannel(root.spec.for_rank(1))
 
-    def failing(group, missing):
+    def failing(channel, missing):
         with pytest.raises(ChannelError, match=f"{missing} did not come in time"):
-            group.join(2.0)
+            channel.join(2.0)
 
     in_threads(lambda: failing(root, "member/2 of rank 2"), lambda: failing(member, "formed of rank 0"))
     root.close()
@@ -281,19 +284,19 @@ def test_who_is_missing_is_named():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_abort_ends_a_wait_on_either_side(rank):
-    both = pair(SPEC, WeightChannel)
+    both = pair(SPEC)
     threading.Timer(0.2, both[rank].abort).start()
     started = time.monotonic()
     with pytest.raises(ChannelError, match="aborted"):
         both[rank].broadcast([torch.zeros(10, dtype=torch.uint8)], 30.0)
     assert time.monotonic() - started < 2.0
-    for group in both:
-        group.close()
+    for channel in both:
+        channel.close()
 
 
 def test_an_answer_of_the_store_that_comes_after_the_deadline_is_not_acted_on():
     """The learner stood still, and has long reused its buffer when the abandoned thread goes on."""
-    root, member = pair(SPEC, WeightChannel)
+    root, member = pair(SPEC)
     answers, threads, real = threading.Event(), [], member._transport._store
 
     class LateStore:
@@ -317,13 +320,13 @@ def test_an_answer_of_the_store_that_comes_after_the_deadline_is_not_acted_on():
     assert not threads[0].is_alive() and not flat.any()
     root.abort()
     sender.join(10.0)
-    for group in (root, member):
-        group.close()
+    for channel in (root, member):
+        channel.close()
 
 
-def test_a_process_that_ended_before_the_group_was_formed_is_found_out():
+def test_a_process_that_ended_before_the_channel_was_formed_is_found_out():
     process = subprocess.Popen(["true"])
     process.wait()
-    with pytest.raises(ChannelError, match=f"process {process.pid} ended while the group was formed"):
-        ipc._Process(process.pid)
-    assert not ipc._Process(os.getpid()).ended
+    with pytest.raises(ChannelError, match=f"process {process.pid} ended while the channel was formed"):
+        _Process(process.pid)
+    assert not _Process(os.getpid()).ended

@@ -1,4 +1,4 @@
-"""What an NCCL group is told and when it is let go of, on a stand-in for torch's class: no GPU is needed."""
+"""What an NCCL process group is told and when it is let go of, on a stand-in for torch's class: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import ChannelSpec
-from asyncrl.weights.channels import channel, collectives
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.collectives import NcclTransport
 
@@ -43,14 +42,14 @@ class Work:
 
 
 class Nccl:
-    """Stands for dist.ProcessGroupNCCL, and remembers what was done with the groups made."""
+    """Stands for dist.ProcessGroupNCCL, and remembers what was done with those made."""
 
     def __init__(self):
         self.done, self.may_make = threading.Event(), threading.Event()
         self.may_make.set()
         self.being_made = threading.Event()
-        self.error, self.groups = None, []
-        self.inside, self.most_inside = 0, 0  # calls that make a group, now and at most
+        self.error, self.process_groups = None, []
+        self.inside, self.most_inside = 0, 0  # calls that make a process group, now and at most
 
     @staticmethod
     def Options(*, is_high_priority_stream):
@@ -63,21 +62,21 @@ class Nccl:
         self.being_made.set()
         assert self.may_make.wait(20.0)
         self.inside -= 1
-        group = SimpleNamespace(
+        process_group = SimpleNamespace(
             place=(rank, world_size), options=options, switch=os.environ.get(SWITCH), sizes=[], works=[], aborts=0
         )
 
         def broadcast(parts, options):
-            group.sizes += [part.nbytes for part in parts]
-            group.works.append(Work(self.done, self.error))
-            return group.works[-1]
+            process_group.sizes += [part.nbytes for part in parts]
+            process_group.works.append(Work(self.done, self.error))
+            return process_group.works[-1]
 
         def abort():
-            group.aborts += 1
+            process_group.aborts += 1
 
-        group.broadcast, group.abort = broadcast, abort
-        self.groups.append(group)
-        return group
+        process_group.broadcast, process_group.abort = broadcast, abort
+        self.process_groups.append(process_group)
+        return process_group
 
 
 class OnCpu(NcclTransport):
@@ -85,13 +84,18 @@ class OnCpu(NcclTransport):
         super().__init__(spec, torch.device("cuda"), aborted)
         self._device = device
 
+    def _own_stream(self):
+        return nullcontext()
+
+
+def host(prefix="nccl/1"):
+    return WeightChannel.host(dataclasses.replace(SPEC, prefix=prefix), transports={"nccl": OnCpu})
+
 
 @pytest.fixture
 def nccl(monkeypatch):
     nccl = Nccl()
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
-    monkeypatch.setitem(channel.TRANSPORTS, "nccl", OnCpu)
-    monkeypatch.setattr(collectives, "_side_stream", lambda device: nullcontext())
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)  # torch for CPUs has none
     monkeypatch.delenv(SWITCH, raising=False)
     return nccl
 
@@ -106,110 +110,110 @@ def failing(call):
 
 def until_aborted(nccl):
     deadline = time.monotonic() + 10.0
-    while not (nccl.groups and nccl.groups[0].aborts):
-        assert time.monotonic() < deadline, "the group goes on"
+    while not (nccl.process_groups and nccl.process_groups[0].aborts):
+        assert time.monotonic() < deadline, "the channel goes on"
         time.sleep(0.01)
 
 
 def joined(nccl):
-    group = WeightChannel.host(SPEC)
+    channel = host()
     nccl.done.set()
-    group.join()
+    channel.join()
     nccl.done.clear()
-    return group
+    return channel
 
 
-def test_a_group_is_formed_when_its_first_broadcast_is_done_and_has_no_watchdog(nccl):
-    group = WeightChannel.host(SPEC)
-    joining = threading.Thread(target=group.join, daemon=True)
+def test_a_channel_is_formed_when_its_first_broadcast_is_done_and_has_no_watchdog(nccl):
+    channel = host()
+    joining = threading.Thread(target=channel.join, daemon=True)
     joining.start()
     joining.join(0.3)
     assert joining.is_alive(), "nobody else has come"
     nccl.done.set()
     joining.join(10.0)
     assert not joining.is_alive()
-    (made,) = nccl.groups
+    (made,) = nccl.process_groups
     assert made.place == (0, 2) and made.sizes == [1] and made.works[0].waits == 1
     assert made.switch == "1" and SWITCH not in os.environ
     assert made.options.config.blocking == 0 and made.options._timeout > timedelta(hours=1)
     told = []
-    group.broadcast([torch.zeros(5), torch.zeros(7)], 10.0, told.append)
+    channel.broadcast([torch.zeros(5), torch.zeros(7)], 10.0, told.append)
     assert made.sizes[1:] == told == [20, 28] and [work.waits for work in made.works] == [1, 1, 1]
     assert not made.aborts
-    group.close()
+    channel.close()
     assert made.aborts == 1
 
 
 def test_a_member_that_does_not_come_ends_the_forming_at_its_deadline(nccl):
-    group = WeightChannel.host(SPEC)
-    text, elapsed_s = failing(lambda: group.join(0.5))
+    channel = host()
+    text, elapsed_s = failing(lambda: channel.join(0.5))
     assert "forming weight channel 'nccl/1' as rank 0 of 2" in text and "did not take part in time" in text
     assert 0.4 < elapsed_s < 2.0
-    group.close()
-    assert nccl.groups[0].aborts == 1 and not nccl.groups[0].works[0].waits
+    channel.close()
+    assert nccl.process_groups[0].aborts == 1 and not nccl.process_groups[0].works[0].waits
 
 
 def test_a_broadcast_that_hangs_ends_at_its_deadline_and_its_memory_stays_until_it_was_aborted(nccl):
-    group = joined(nccl)
+    channel = joined(nccl)
     part = torch.zeros(100)
     memory, alive_at_abort = weakref.ref(part), []
-    text, elapsed_s = failing(lambda parts=[part]: group.broadcast(parts, 0.5))
+    text, elapsed_s = failing(lambda parts=[part]: channel.broadcast(parts, 0.5))
     assert "did not take part in time" in text and 0.4 < elapsed_s < 2.0
     del part
     gc.collect()
-    nccl.groups[0].abort = lambda: alive_at_abort.append(memory() is not None)
-    group.close()
+    nccl.process_groups[0].abort = lambda: alive_at_abort.append(memory() is not None)
+    channel.close()
     assert alive_at_abort == [True]
     gc.collect()
     assert memory() is None
 
 
-def test_an_error_of_nccl_is_one_of_the_group(nccl):
-    group = joined(nccl)
+def test_an_error_of_nccl_is_one_of_the_channel(nccl):
+    channel = joined(nccl)
     nccl.error = "remote process exited\nLast error: connection reset"
-    text, elapsed_s = failing(lambda: group.broadcast([torch.zeros(5)], 10.0))
+    text, elapsed_s = failing(lambda: channel.broadcast([torch.zeros(5)], 10.0))
     assert "broadcast of 20 bytes" in text and text.endswith("remote process exited") and elapsed_s < 2.0
-    group.close()
-    nccl.groups.clear()
-    group = WeightChannel.host(dataclasses.replace(SPEC, prefix="nccl/2"))
-    assert failing(group.join)[0].endswith("remote process exited")
-    group.close()
-    assert nccl.groups[0].aborts == 1
+    channel.close()
+    nccl.process_groups.clear()
+    channel = host("nccl/2")
+    assert failing(channel.join)[0].endswith("remote process exited")
+    channel.close()
+    assert nccl.process_groups[0].aborts == 1
 
 
 @pytest.mark.parametrize("method", ["abort", "close"])
-def test_a_group_that_is_given_up_while_it_is_formed_is_aborted(nccl, method):
-    group = WeightChannel.host(SPEC)
-    threading.Timer(0.2, getattr(group, method)).start()
-    text, elapsed_s = failing(group.join)
+def test_a_channel_that_is_given_up_while_it_is_formed_is_aborted(nccl, method):
+    channel = host()
+    threading.Timer(0.2, getattr(channel, method)).start()
+    text, elapsed_s = failing(channel.join)
     assert text.endswith("aborted") and elapsed_s < 2.0
-    group.close()
+    channel.close()
     until_aborted(nccl)  # a `close` of the timer may still be under way
 
 
 @pytest.mark.parametrize("method", ["abort", "close"])
-def test_a_group_that_is_given_up_before_torch_has_made_it_is_aborted_when_it_appears(nccl, method):
-    group = WeightChannel.host(SPEC)
+def test_a_channel_that_is_given_up_before_torch_has_made_it_is_aborted_when_it_appears(nccl, method):
+    channel = host()
     nccl.may_make.clear()
     ended = []
-    joining = threading.Thread(target=lambda: ended.append(failing(group.join)[0]), daemon=True)
+    joining = threading.Thread(target=lambda: ended.append(failing(channel.join)[0]), daemon=True)
     joining.start()
     assert nccl.being_made.wait(10.0)
-    getattr(group, method)()
+    getattr(channel, method)()
     joining.join(10.0)
     assert ended and ended[0].endswith("aborted")
     nccl.may_make.set()
     until_aborted(nccl)
-    assert nccl.groups[0].sizes == []
-    group.close()
+    assert nccl.process_groups[0].sizes == []
+    channel.close()
 
 
-def test_groups_made_at_the_same_time_leave_the_environment_as_it_was(nccl, monkeypatch):
+def test_process_groups_made_at_the_same_time_leave_the_environment_as_it_was(nccl, monkeypatch):
     monkeypatch.setenv(SWITCH, "0")
     nccl.done.set()
     nccl.may_make.clear()
-    groups = [WeightChannel.host(dataclasses.replace(SPEC, prefix=f"nccl/{number}")) for number in range(3)]
-    joining = [threading.Thread(target=group.join, daemon=True) for group in groups]
+    channels = [host(f"nccl/{number}") for number in range(3)]
+    joining = [threading.Thread(target=channel.join, daemon=True) for channel in channels]
     for thread in joining:
         thread.start()
     assert nccl.being_made.wait(10.0)
@@ -218,9 +222,9 @@ def test_groups_made_at_the_same_time_leave_the_environment_as_it_was(nccl, monk
     for thread in joining:
         thread.join(10.0)
     assert nccl.most_inside == 1, "one would restore what another had set"
-    assert [made.switch for made in nccl.groups] == ["1"] * 3 and os.environ[SWITCH] == "0"
-    for group in groups:
-        group.close()
+    assert [made.switch for made in nccl.process_groups] == ["1"] * 3 and os.environ[SWITCH] == "0"
+    for channel in channels:
+        channel.close()
 
 
 def test_nccl_needs_a_gpu():

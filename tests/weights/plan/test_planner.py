@@ -68,10 +68,10 @@ class Bench:
     def take(self):
         return self.planner.take_outputs()
 
-    def open_group(self):
-        """The publisher opens all groups it was asked for."""
+    def open_channel(self):
+        """The publisher opens all channels it was asked for."""
         for epoch in [epoch for epoch, current in self.planner.rounds.items() if current.opening]:
-            self.planner.group_ready(ChannelReady(epoch, "127.0.0.1", 9, ""), self.now)
+            self.planner.channel_ready(ChannelReady(epoch, "127.0.0.1", 9, ""), self.now)
         return self.take()
 
     def reply(self, name, phase, *, error="", digests=None, canary=None):
@@ -98,7 +98,7 @@ class Bench:
     def offered(self, outputs):
         """The base of what publisher and generators were told to transfer; None = all of the weights."""
         if self.round.opening:
-            outputs = self.open_group()
+            outputs = self.open_channel()
         (order,) = messages(outputs, Broadcast)
         told = {offer.manifest.delta and offer.manifest.delta.base_version for offer in messages(outputs, SyncOffer)}
         assert told == {order.base_version}
@@ -116,9 +116,9 @@ class Bench:
         return outputs
 
     def catch_up(self, name):
-        """All of one generator's round on its own group."""
+        """All of one generator's round on its own channel."""
         assert self.round_of(name).catch_up
-        outputs = self.open_group() + self.reply(name, "stage") + self.broadcast_done(of=name)
+        outputs = self.open_channel() + self.reply(name, "stage") + self.broadcast_done(of=name)
         return outputs + self.reply(name, "swap")
 
 
@@ -131,11 +131,11 @@ def kinds(outputs, kind):
     return [o for o in outputs if isinstance(o, kind)]
 
 
-def test_a_round_opens_a_group_offers_swaps_and_commits():
+def test_a_round_opens_a_channel_offers_swaps_and_commits():
     bench = Bench("a", "b")
-    (open_group,) = messages(bench.snapshot(0), OpenChannel)
-    assert (open_group.world_size, open_group.prefix) == (3, "r/1/1")
-    outputs = bench.open_group()
+    (open_channel,) = messages(bench.snapshot(0), OpenChannel)
+    assert (open_channel.world_size, open_channel.prefix) == (3, "r/1/1")
+    outputs = bench.open_channel()
     assert [offer.channel.rank for offer in messages(outputs, SyncOffer)] == [1, 2]
     assert len(messages(outputs, Broadcast)) == 1
     assert messages(bench.reply("a", "stage"), SyncSwap), "a swaps as soon as it staged, without waiting for b"
@@ -157,21 +157,21 @@ def test_the_log_names_every_commit(caplog):
     assert said == [f"{name} (incarnation 1) committed version 7" for name in "ab"]
 
 
-def test_the_group_is_used_again_while_members_stay_the_same():
+def test_the_channel_is_used_again_while_members_stay_the_same():
     bench = Bench("a")
     bench.sync_all(0, ["a"])
     outputs = bench.snapshot(1)
     assert messages(outputs, SyncOffer) and not messages(outputs, OpenChannel)
 
 
-def test_a_restarted_generator_holds_nothing_and_gets_a_new_group():
+def test_a_restarted_generator_holds_nothing_and_gets_a_new_channel():
     bench = Bench("a")
     bench.sync_all(0, ["a"])
     bench.planner.joined("a", 2, 1, bench.now)
     assert bench.planner.held_version("a") is None
     bench.planner.advance(bench.now)
-    (open_group,) = messages(bench.take(), OpenChannel)
-    assert open_group.channel_epoch == 2
+    (open_channel,) = messages(bench.take(), OpenChannel)
+    assert open_channel.channel_epoch == 2
 
 
 def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
@@ -179,8 +179,8 @@ def test_a_joiner_is_caught_up_alone_while_others_hold_the_version():
     bench.sync_all(0, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
     bench.planner.advance(bench.now)
-    (open_group,) = messages(bench.take(), OpenChannel)
-    assert open_group.world_size == 2
+    (open_channel,) = messages(bench.take(), OpenChannel)
+    assert open_channel.world_size == 2
     assert list(bench.round.members) == ["b"]
     assert bench.planner.held_version("a") == 0
 
@@ -195,12 +195,12 @@ def test_a_newer_snapshot_is_asked_for_again_until_it_comes():
     assert [wanted.version for wanted in messages(bench.snapshot(1), SnapshotWanted)] == [1]
 
 
-def test_the_repeated_wish_names_the_groups_in_use_so_that_others_whose_closing_got_lost_can_be_closed():
+def test_the_repeated_wish_names_the_channels_in_use_so_that_others_whose_closing_got_lost_can_be_closed():
     bench = Bench("a", "b")
     bench.sync_all(0, ["a", "b"])
     bench.planner.joined("c", 1, 1, bench.now)
     bench.after(0.0)
-    bench.open_group()
+    bench.open_channel()
     (wanted,) = messages(bench.after(WANTED_REPEAT_S), SnapshotWanted)
     assert wanted.open_channels == [1, bench.round_of("c").channel_epoch]
     bench.reply("c", "stage")
@@ -220,19 +220,19 @@ def test_an_offer_that_is_repeated_starts_nothing():
     assert bench.round is current
 
 
-def test_a_group_that_keeps_a_version_whose_offer_got_lost_is_given_up_and_blames_nobody():
+def test_a_channel_that_keeps_a_version_whose_offer_got_lost_is_given_up_and_blames_nobody():
     bench = Bench("a")
     bench.sync_all(0, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
     bench.after(0.0)
-    bench.planner.group_ready(ChannelReady(bench.round.channel_epoch, "127.0.0.1", 9, "", version=1), bench.now)
+    bench.planner.channel_ready(ChannelReady(bench.round.channel_epoch, "127.0.0.1", 9, "", version=1), bench.now)
     assert not messages(bench.take(), Broadcast) and not bench.planner.receivers["b"].failed
     assert messages(bench.snapshot(1) + bench.after(REOPEN_S), OpenChannel)
 
 
 def test_while_a_cell_is_at_work_nothing_newer_is_asked_for():
     bench = Bench("a")
-    assert not messages(bench.snapshot(0) + bench.open_group(), SnapshotWanted)
+    assert not messages(bench.snapshot(0) + bench.open_channel(), SnapshotWanted)
     assert not messages(bench.reply("a", "stage") + bench.broadcast_done(), SnapshotWanted)
     assert messages(bench.reply("a", "swap"), SnapshotWanted)
 
@@ -241,15 +241,15 @@ def test_a_tensor_parallel_generator_takes_one_rank_per_worker():
     bench = Bench()
     bench.planner.joined("a", 1, 2, bench.now)
     bench.planner.joined("b", 1, 1, bench.now)
-    (open_group,) = messages(bench.snapshot(0), OpenChannel)
-    assert open_group.world_size == 4
-    assert [o.channel.rank for o in messages(bench.open_group(), SyncOffer)] == [1, 3]
+    (open_channel,) = messages(bench.snapshot(0), OpenChannel)
+    assert open_channel.world_size == 4
+    assert [o.channel.rank for o in messages(bench.open_channel(), SyncOffer)] == [1, 3]
 
 
 def test_wrong_digests_never_reach_a_swap():
     bench = Bench("a")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     outputs = bench.reply("a", "stage", digests=[11, 23])
     assert not messages(outputs, SyncSwap)
     (failed,) = kinds(outputs, SyncFailed)
@@ -260,7 +260,7 @@ def test_wrong_digests_never_reach_a_swap():
 def test_a_wrong_canary_taints_and_never_commits():
     bench = Bench("a")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.broadcast_done()
     wrong = [np.array([-1.0, -2.001], np.float32).tobytes()]
@@ -276,7 +276,7 @@ def test_a_commit_reports_largest_and_mean_difference_over_all_canary_tokens():
     snapshot = SnapshotReady(0, manifest_of(0, DIGESTS), [b"", b""], [row.tobytes() for row in ours], 1.0)
     bench.planner.snapshot_ready(snapshot, bench.now)
     bench.planner.advance(bench.now)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.broadcast_done()
     theirs = [np.array([-1.25, -2.0], np.float32), np.array([-3.5], np.float32)]
@@ -288,7 +288,7 @@ def test_a_nan_in_a_later_canary_sequence_is_not_lost():
     bench = Bench("a")
     bench.planner.snapshot_ready(SnapshotReady(0, manifest_of(0, DIGESTS), [b"", b""], CANARY * 2, 1.0), bench.now)
     bench.planner.advance(bench.now)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.broadcast_done()
     outputs = bench.reply("a", "swap", canary=[*CANARY, np.array([-1.0, np.nan], np.float32).tobytes()])
@@ -299,7 +299,7 @@ def test_a_nan_in_a_later_canary_sequence_is_not_lost():
 def test_a_canary_with_nan_or_missing_values_is_wrong(canary):
     bench = Bench("a")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     current = bench.round
     reply = SyncReply(1, current.snapshot.version, current.attempt, SyncPhase.SWAP, "", canary_logprobs=canary)
@@ -312,7 +312,7 @@ def test_repeated_taints_are_fatal_for_that_generator():
     bench.snapshot(0)
     fatal = []
     for _ in range(MAX_TAINTS):
-        bench.open_group()
+        bench.open_channel()
         bench.reply("a", "stage")
         bench.broadcast_done()
         outputs = bench.reply("a", "swap", error="engine says no")
@@ -324,16 +324,16 @@ def test_repeated_taints_are_fatal_for_that_generator():
 def test_a_silent_member_costs_the_others_one_deadline_and_then_sits_out():
     bench = Bench("a", "b")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage", error="collective failed")  # a is the victim of b's silence
     outputs = bench.after(GRACE_S + 0.1)
     assert {f.name for f in kinds(outputs, SyncFailed)} == {"b"}
     assert bench.round is not None, "the publisher is still in the broken collective"
     outputs = bench.broadcast_done(error="timeout")
-    (open_group,) = messages(outputs, OpenChannel)
-    assert open_group.world_size == 2 and list(bench.round.members) == ["a"]
+    (open_channel,) = messages(outputs, OpenChannel)
+    assert open_channel.world_size == 2 and list(bench.round.members) == ["a"]
     assert messages(outputs, CloseChannel), "nobody uses the broken one again"
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.broadcast_done()
     assert kinds(bench.reply("a", "swap"), Committed)
@@ -344,7 +344,7 @@ def test_a_silent_member_costs_the_others_one_deadline_and_then_sits_out():
 def test_a_member_that_dies_in_the_middle_does_not_hold_up_the_round():
     bench = Bench("a", "b")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.reply("b", "stage")
     bench.broadcast_done()
@@ -368,17 +368,17 @@ def test_no_answer_to_a_swap_taints_after_the_deadline():
 def test_the_trainers_death_ends_the_round_and_the_next_trainer_starts_anew():
     bench = Bench("a")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.planner.publisher_lost(bench.now)
     assert bench.round is None
     assert messages(bench.snapshot(0), OpenChannel)
 
 
-def test_a_publisher_that_opens_no_group_is_given_up_by_deadline():
+def test_a_publisher_that_opens_no_channel_is_given_up_by_deadline():
     bench = Bench("a")
     bench.snapshot(0)
     outputs = bench.after(TIMEOUT_S)
-    assert "opened no group" in kinds(outputs, SyncFailed)[0].reason
+    assert "opened no channel" in kinds(outputs, SyncFailed)[0].reason
     assert bench.round is not None, "it is tried again at once under a new epoch"
     assert bench.planner.channel_epoch == 2
 
@@ -396,7 +396,7 @@ def test_a_busy_generator_is_left_alone_until_it_is_free():
 def test_replies_of_another_round_or_phase_are_ignored():
     bench = Bench("a")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     current = bench.round
     for stale in (
         SyncReply(1, 7, current.attempt, SyncPhase.STAGE, "", digests=[DIGESTS]),
@@ -411,22 +411,22 @@ def test_every_wait_has_a_deadline():
     bench = Bench("a", "b")
     bench.snapshot(0)
     assert bench.planner.next_deadline(bench.now) == bench.now + TIMEOUT_S
-    bench.open_group()
+    bench.open_channel()
     assert bench.planner.next_deadline(bench.now) is not None
     bench.reply("a", "stage")
     bench.reply("b", "stage")
     assert bench.planner.next_deadline(bench.now) is not None
 
 
-def test_a_snapshot_that_is_replaced_while_its_group_opens_gives_way_to_the_newer_one():
-    """The publisher was told that it may replace it, and had done so before it read that a group is wanted."""
+def test_a_snapshot_that_is_replaced_while_its_channel_opens_gives_way_to_the_newer_one():
+    """The publisher was told that it may replace it, and had done so before it read that a channel is wanted."""
     bench = Bench("a")
     bench.sync_all(1, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
     assert messages(bench.after(0.0), OpenChannel)
     bench.planner.set_busy({"a"})
     bench.snapshot(2)
-    outputs = bench.open_group()
+    outputs = bench.open_channel()
     assert [(offer.version, offer.attempt) for offer in messages(outputs, SyncOffer)] == [(2, 0)]
     assert [broadcast.version for broadcast in messages(outputs, Broadcast)] == [2]
     bench.reply("b", "stage")
@@ -439,7 +439,7 @@ def test_a_member_that_errs_again_and_again_sits_out_in_the_end():
     bench = Bench("a")
     bench.snapshot(0)
     for failures in range(1, MAX_ERRORS + 1):
-        bench.open_group()
+        bench.open_channel()
         bench.reply("a", "stage", error="disk of the store is on fire")
         bench.broadcast_done(error="a member left")
         bench.after(0.0)
@@ -450,7 +450,7 @@ def test_a_member_that_errs_again_and_again_sits_out_in_the_end():
 def test_a_member_that_dies_while_it_stages_ends_the_wait_of_the_others():
     bench = Bench("a", "b", "c")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.planner.left("b", bench.now, "is dead")
     outputs = bench.after(0.0)
@@ -461,31 +461,31 @@ def test_a_member_that_dies_while_it_stages_ends_the_wait_of_the_others():
     assert list(bench.round.members) == ["c"]
 
 
-def test_a_member_that_dies_while_its_group_opens_is_not_waited_for():
+def test_a_member_that_dies_while_its_channel_opens_is_not_waited_for():
     bench = Bench("a", "b")
     bench.snapshot(0)
     bench.planner.left("b", bench.now, "is dead")
-    (open_group,) = messages(bench.after(0.0), OpenChannel)
-    assert open_group.world_size == 2 and list(bench.round.members) == ["a"]
+    (open_channel,) = messages(bench.after(0.0), OpenChannel)
+    assert open_channel.world_size == 2 and list(bench.round.members) == ["a"]
 
 
 def test_a_failure_names_ranks_deadline_and_what_happens_next():
     bench = Bench()
     bench.planner.joined("a", 1, 2, bench.now)
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.broadcast_done()
     (failed,) = kinds(bench.after(TIMEOUT_S + GRACE_S), SyncFailed)
     assert (failed.name, failed.phase) == ("a", "stage")
     assert failed.reason == "ranks 1 to 2: no answer within 11 s; 100 bytes were sent"
-    assert failed.remedy == "tried again in 5 s, on a group of its own"
+    assert failed.remedy == "tried again in 5 s, on a channel of its own"
 
 
 def test_wrong_digests_name_the_worker():
     bench = Bench()
     bench.planner.joined("a", 1, 2, bench.now)
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     current = bench.round
     reply = SyncReply(1, 0, current.attempt, SyncPhase.STAGE, "", digests=[DIGESTS, [11, 23]])
     bench.planner.reply("a", reply, bench.now)
@@ -496,7 +496,7 @@ def test_wrong_digests_name_the_worker():
 def test_a_wait_that_was_cut_short_says_how_long_it_was_and_why():
     bench = Bench("a", "b")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.after(0.5)
     bench.broadcast_done(error="connection reset by peer")
     failed = kinds(bench.after(GRACE_S), SyncFailed)
@@ -509,7 +509,7 @@ def test_a_wait_that_was_cut_short_says_how_long_it_was_and_why():
 def test_a_broadcast_that_does_not_end_is_logged(caplog):
     bench = Bench("a")
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.reply("a", "swap")
     bench.after(TIMEOUT_S + GRACE_S)
@@ -517,11 +517,13 @@ def test_a_broadcast_that_does_not_end_is_logged(caplog):
     assert bench.planner.held_version("a") == 0
 
 
-def test_a_publisher_that_cannot_open_a_group_is_asked_again_after_a_pause_and_costs_the_members_nothing():
+def test_a_publisher_that_cannot_open_a_channel_is_asked_again_after_a_pause_and_costs_the_members_nothing():
     bench = Bench("a")
     bench.snapshot(0)
     for _ in range(MAX_ERRORS + 1):
-        bench.planner.group_ready(ChannelReady(bench.round.channel_epoch, "127.0.0.1", 0, "no port is free"), bench.now)
+        bench.planner.channel_ready(
+            ChannelReady(bench.round.channel_epoch, "127.0.0.1", 0, "no port is free"), bench.now
+        )
         assert bench.round is None
         assert not messages(bench.after(0.0), OpenChannel), "not at once: that would go round and round"
         assert bench.planner.next_deadline(bench.now) <= bench.now + REOPEN_S
@@ -551,34 +553,34 @@ def test_a_generator_that_was_caught_up_goes_on_alone_while_evaluations_keep_all
 def test_generators_that_are_there_from_the_start_share_cells_of_the_given_size():
     bench = Bench(*"abcde", cell_size=2)
     opened = messages(bench.snapshot(0), OpenChannel)
-    assert [group.world_size for group in opened] == [3, 3, 2]
-    assert len({group.prefix for group in opened}) == 3
-    offers = messages(bench.open_group(), SyncOffer)
+    assert [channel.world_size for channel in opened] == [3, 3, 2]
+    assert len({channel.prefix for channel in opened}) == 3
+    offers = messages(bench.open_channel(), SyncOffer)
     assert sorted(offer.channel.rank for offer in offers) == [1, 1, 1, 2, 2]
 
 
 def test_a_cell_that_hangs_stalls_the_others_for_the_grace_of_cells_only():
     bench = Bench("a", "b", cell_size=1)
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage")
     bench.broadcast_done(of="a")
     assert kinds(bench.reply("a", "swap"), Committed)
     assert bench.planner.next_deadline(bench.now) == bench.now + CELL_GRACE_S
     assert messages(bench.after(CELL_GRACE_S), SnapshotWanted)
     outputs = bench.snapshot(1)
-    assert [o.name for o in outputs if isinstance(o, ToGenerator)] == ["a"], "its group is open still"
+    assert [o.name for o in outputs if isinstance(o, ToGenerator)] == ["a"], "its channel is open still"
     bench.reply("a", "stage")
     bench.broadcast_done(of="a")
     bench.reply("a", "swap")
     assert bench.planner.held_version("a") == 1 and bench.round_of("b").snapshot.version == 0
 
 
-def test_a_late_cell_takes_the_newest_snapshot_on_a_new_group():
-    """Its memory may be replaced at any moment, so that the group has to ask for it first."""
+def test_a_late_cell_takes_the_newest_snapshot_on_a_new_channel():
+    """Its memory may be replaced at any moment, so that the channel has to ask for it first."""
     bench = Bench("a", "b", cell_size=1)
     bench.snapshot(0)
-    bench.open_group()
+    bench.open_channel()
     for name in ("a", "b"):
         bench.reply(name, "stage")
         bench.broadcast_done(of=name)
@@ -590,7 +592,7 @@ def test_a_late_cell_takes_the_newest_snapshot_on_a_new_group():
     assert messages(bench.reply("a", "swap") + bench.after(CELL_GRACE_S), SnapshotWanted)
     outputs = bench.reply("b", "swap")
     assert messages(outputs, OpenChannel) and not messages(outputs, SyncOffer)
-    assert messages(bench.open_group(), SyncOffer)[0].version == 1
+    assert messages(bench.open_channel(), SyncOffer)[0].version == 1
 
 
 def test_a_newcomer_is_caught_up_beside_a_round_and_merged_at_the_next_snapshot():
@@ -598,14 +600,14 @@ def test_a_newcomer_is_caught_up_beside_a_round_and_merged_at_the_next_snapshot(
     bench.sync_all(0, ["a"])
     bench.snapshot(1)
     bench.planner.joined("b", 1, 1, bench.now)
-    (open_group,) = messages(bench.after(0.0), OpenChannel)
-    assert open_group.world_size == 2 and bench.round_of("b").catch_up
+    (open_channel,) = messages(bench.after(0.0), OpenChannel)
+    assert open_channel.world_size == 2 and bench.round_of("b").catch_up
     bench.reply("a", "stage")
     bench.broadcast_done(of="a")
     assert messages(bench.reply("a", "swap"), SnapshotWanted), "the newcomer is not waited for"
     assert kinds(bench.catch_up("b"), Committed)
-    (open_group,) = messages(bench.snapshot(2), OpenChannel)
-    assert open_group.world_size == 3 and set(bench.round.members) == {"a", "b"}
+    (open_channel,) = messages(bench.snapshot(2), OpenChannel)
+    assert open_channel.world_size == 3 and set(bench.round.members) == {"a", "b"}
 
 
 def test_a_newcomer_that_is_caught_up_waits_for_the_next_snapshot_and_not_for_another_round_of_its_own():
@@ -613,7 +615,7 @@ def test_a_newcomer_that_is_caught_up_waits_for_the_next_snapshot_and_not_for_an
     bench.sync_all(0, ["a"])
     bench.planner.joined("b", 1, 1, bench.now)
     bench.after(0.0)
-    bench.open_group()
+    bench.open_channel()
     bench.snapshot(1)  # while b still gets 0
     bench.reply("b", "stage")
     bench.broadcast_done(of="b")
@@ -763,7 +765,7 @@ def test_who_failed_does_not_cost_the_others_their_base():
     assert bench.offered(outputs) == 1
 
 
-def test_a_group_that_could_not_be_opened_costs_nobody_its_base():
+def test_a_channel_that_could_not_be_opened_costs_nobody_its_base():
     bench = Bench("a", "b")
     bench.sync_all(0, ["a", "b"])
     bench.planner.left("b", bench.now, "gone")
@@ -789,7 +791,7 @@ def test_the_next_trainers_version_of_the_same_number_is_sent_again_only_if_it_h
     other = SnapshotReady(0, manifest_of(0, [7, 8]), [b"\x01\0\0\0"], CANARY, 1.0)
     bench.planner.snapshot_ready(other, bench.now)
     assert messages(bench.after(0.0), OpenChannel)
-    bench.open_group()
+    bench.open_channel()
     bench.reply("a", "stage", digests=[7, 8])
     bench.broadcast_done()
     assert kinds(bench.reply("a", "swap"), Committed)

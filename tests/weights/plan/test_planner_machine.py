@@ -48,7 +48,7 @@ class Planner(RuleBasedStateMachine):
         self.honest: set[tuple[str, int, int, str]] = set()  # (name, incarnation, version, phase) answered well
         self.opened: set[int] = set()
         self.closed: set[int] = set()
-        self.kept: dict[int, int] = {}  # group epoch -> version whose memory the publisher keeps for it
+        self.kept: dict[int, int] = {}  # channel epoch -> version whose memory the publisher keeps for it
         self.prefixes: set[str] = set()
         self.offer: SnapshotReady | None = None  # the publisher's last
         self.to_lose: set[type] = set()  # the next message of this kind does not arrive
@@ -176,7 +176,7 @@ class Planner(RuleBasedStateMachine):
         if not error:
             self.kept[opening.channel_epoch] = self.version
         ready = ChannelReady(opening.channel_epoch, "127.0.0.1", 9, error, version=None if error else self.version)
-        self.planner.group_ready(ready, self.now)
+        self.planner.channel_ready(ready, self.now)
 
     def to_publisher(self, message):
         if self.is_lost(message):
@@ -188,7 +188,7 @@ class Planner(RuleBasedStateMachine):
                 self.opened.add(message.channel_epoch)
                 self.openings.append(message)
             case Broadcast():
-                assert message.channel_epoch not in self.closed, "a closed group is used"
+                assert message.channel_epoch not in self.closed, "a closed channel is used"
                 kept = self.kept.get(message.channel_epoch)
                 assert kept == message.version or (kept is None and not self.may_offer), "its memory may be replaced"
                 self.broadcasts.append(message)
@@ -251,12 +251,12 @@ class Planner(RuleBasedStateMachine):
             elif not self.planner.rounds and all(
                 r.held_version == self.version for r in self.planner.receivers.values()
             ):
-                in_use = {cell.group.epoch for cell in self.planner.cells if cell.group is not None}
+                in_use = {cell.channel.epoch for cell in self.planner.cells if cell.channel is not None}
                 if self.opened - self.closed == in_use:
                     return
         left_open = self.opened - self.closed
         raise AssertionError(
-            f"not settled: {self.planner.receivers} {self.planner.rounds}, groups {left_open} are open"
+            f"not settled: {self.planner.receivers} {self.planner.rounds}, channels {left_open} are open"
         )
 
     def answer_all(self):

@@ -23,7 +23,7 @@ import torch
 
 from asyncrl.generator.engines.vllm.load_recorder import Loaded, LoadRecorder
 from asyncrl.link.weight_records import WeightManifest
-from asyncrl.weights.bytes.layout import digest
+from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.patch import LORA_A, WEIGHT
 
 log = logging.getLogger("vllm.asyncrl")

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from asyncrl.generator.engines.vllm import plugin
-from asyncrl.generator.engines.vllm.plugin import WeightWorkerExtension
+from asyncrl.generator.engines.vllm.plugin import StagedWeightTransferEngine, WeightWorkerExtension, receive_with
 from asyncrl.weights.channels.channel import WeightChannel
 
 
+class OddTransferEngine(StagedWeightTransferEngine):
+    """Fails where its worker was told to."""
+
+    def __init__(self, *args):
+        super().__init__(*args, open_channel=self._open_channel)
+        self.damage_next_bytes = self.break_next_finish = False
+
+    def _open_channel(self, spec, device):
+        return OddChannel(spec, device, self)
+
+    def _end_reload(self):
+        if self.break_next_finish:
+            self.break_next_finish = False
+            raise MemoryError("no memory for a padded layer")
+        super()._end_reload()
+
+
+class OddChannel(WeightChannel):
+    def __init__(self, spec, device, engine):
+        super().__init__(spec, device)
+        self._engine = engine
+
+    def broadcast(self, parts, *args):
+        super().broadcast(parts, *args)
+        if self._engine.damage_next_bytes:
+            self._engine.damage_next_bytes = False
+            parts[0][parts[0].numel() // 2] ^= 1
+
+
+receive_with(OddTransferEngine)
+
+
 class OddWorkerExtension(WeightWorkerExtension):
+    weight_transfer_engine: OddTransferEngine
+
     def odd_break_next_apply(self) -> None:
         """The next direct apply breaks off half-way."""
         direct = self.weight_transfer_engine.direct
@@ -24,13 +57,7 @@ class OddWorkerExtension(WeightWorkerExtension):
 
     def odd_break_next_finish(self) -> None:
         """The next reload breaks off when its layers are put back."""
-        finalize = plugin.finalize_layerwise_reload
-
-        def broken(*args):
-            plugin.finalize_layerwise_reload = finalize
-            raise MemoryError("no memory for a padded layer")
-
-        plugin.finalize_layerwise_reload = broken
+        self.weight_transfer_engine.break_next_finish = True
 
     def odd_refuse_next_stage(self, rank: int) -> None:
         """Worker `rank` cannot begin the next stage."""
@@ -45,15 +72,7 @@ class OddWorkerExtension(WeightWorkerExtension):
 
     def odd_damage_next_bytes(self, rank: int) -> None:
         """What worker `rank` receives next has one bit wrong."""
-        receive = WeightChannel.broadcast
-
-        def damaged(group, parts, *args):
-            WeightChannel.broadcast = receive
-            receive(group, parts, *args)
-            parts[0][parts[0].numel() // 2] ^= 1
-
-        if self.rank == rank:
-            WeightChannel.broadcast = damaged
+        self.weight_transfer_engine.damage_next_bytes = self.rank == rank
 
     def odd_load_computed_tensors(self) -> None:
         """From now on the model computes on every tensor before it loads it."""

@@ -76,7 +76,7 @@ def train_at_random(policy, seed):
 
 
 def buffer_of(policy):
-    from asyncrl.weights.channels.channel import SnapshotBuffer
+    from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
     source = policy.sync_source()
     return SnapshotBuffer(source.named, 8192, adapted=source.adapted, patch=source.patch)

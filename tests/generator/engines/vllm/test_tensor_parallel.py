@@ -52,7 +52,7 @@ def test_every_sync_reaches_both_workers_the_first_by_a_reload_and_the_next_in_p
 
 
 def test_both_workers_report_their_own_digests(two_workers):
-    from asyncrl.weights.channels.channel import SnapshotBuffer
+    from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
     engine = two_workers
     buffer = SnapshotBuffer(engine.model.named_parameters(remove_duplicate=False), 64 * 1024)
