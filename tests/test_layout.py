@@ -12,10 +12,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,8 @@ UNSAFE_FUNCTIONS = {"torch.load", "yaml.load"}  # under their full names only, s
 HARMLESS_IMPORTS = {"pickle.UnpicklingError"}  # what torch.load(weights_only=True) raises on a bad file
 
 MAX_LINES = 500
+MAX_FUNCTION_LINES = 60
+MAX_MODULES_IN_A_FOLDER = 16
 TOP_LEVEL_FOLDERS = {".ci", ".github", "asyncrl", "benchmarks", "bin", "configs", "tests"}
 
 
@@ -175,12 +179,65 @@ def has_a_docstring(module: Module) -> list[str]:
     return [] if ast.get_docstring(module.tree) else ["no module docstring"]
 
 
+def functions_of(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def has_short_functions(module: Module) -> list[str]:
+    lengths = {node: (node.end_lineno or 0) - node.lineno + 1 for node in functions_of(module.tree)}
+    return [
+        f"line {node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+        for node, length in lengths.items()
+        if length > MAX_FUNCTION_LINES
+    ]
+
+
+def public_definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Public classes and functions of a module, and the public methods of its public classes."""
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        yield node
+        if isinstance(node, ast.ClassDef):
+            methods = (part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef))
+            yield from (method for method in methods if not method.name.startswith("_"))
+
+
+def documents_what_is_public(module: Module) -> list[str]:
+    return [
+        f"line {node.lineno}: {node.name} has no docstring"
+        for node in public_definitions(module.tree)
+        if not ast.get_docstring(node)
+    ]
+
+
+def names_the_types_on_the_wire(module: Module) -> list[str]:
+    if module.name != "asyncrl.link.messages":
+        return []
+    used = (node for node in ast.walk(module.tree) if isinstance(node, ast.Name) and node.id == "Any")
+    return [f"line {node.lineno}: Any in a message" for node in used]
+
+
+def assigns_few_names_at_once(module: Module) -> list[str]:
+    """`a, b, c = x, y, z` hides which name gets what."""
+    return [
+        f"line {node.lineno}: {len(node.value.elts)} values assigned in parallel, at most 2"
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple)
+        if len(node.value.elts) > 2
+    ]
+
+
 RULES: list[Callable[[Module], list[str]]] = [
     imports_only_inwards,
     keeps_libraries_where_they_belong,
     runs_no_data_as_code,
     is_short_enough,
+    has_short_functions,
     has_a_docstring,
+    documents_what_is_public,
+    names_the_types_on_the_wire,
+    assigns_few_names_at_once,
 ]
 
 BAD_SAMPLES = [
@@ -208,6 +265,11 @@ BAD_SAMPLES = [
     (runs_no_data_as_code, "asyncrl.x", "from torch import load"),
     (runs_no_data_as_code, "asyncrl.x", "np.load(p, allow_pickle=True)"),
     (is_short_enough, "asyncrl.x", '"""Long."""\n' + "x = 1\n" * MAX_LINES),
+    (has_short_functions, "asyncrl.x", "class C:\n  def f(self):\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (documents_what_is_public, "asyncrl.x", "def f():\n    pass"),
+    (documents_what_is_public, "asyncrl.x", 'class C:\n    """C."""\n    async def f(self):\n        pass'),
+    (names_the_types_on_the_wire, "asyncrl.link.messages", "class M:\n    field: dict[str, Any]"),
+    (assigns_few_names_at_once, "asyncrl.x", "a, b, c = 1, 2, 3"),
     (has_a_docstring, "asyncrl.x", "x = 1"),
     (has_a_docstring, "asyncrl.x", ""),
 ]
@@ -252,6 +314,59 @@ def test_programs_outside_the_package_run_no_data_as_code_either():
     scripts = [path for folder in ("benchmarks", "configs") for path in (ROOT / folder).rglob("*.py")]
     complaints = {str(path): found for path in scripts if (found := runs_no_data_as_code(Module("", path.read_text())))}
     assert not complaints, json.dumps(complaints, indent=2)
+
+
+def duplicate_classes(modules: list[Module]) -> dict[str, list[str]]:
+    """Class name → the modules that define it, where there are several."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module.name)
+    return {name: where for name, where in found.items() if len(where) > 1}
+
+
+def test_no_class_name_has_two_meanings():
+    assert duplicate_classes(PACKAGE) == {}
+    assert duplicate_classes([Module("a", "class C: ..."), Module("b", "class C: ...")]) == {"C": ["a", "b"]}
+
+
+def import_circles(modules: list[Module]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others; imports inside functions count too."""
+    names = {module.name for module in modules}
+    graph = {module.name: {name for _, full in module.imports() if (name := owner(full, names))} for module in modules}
+    sorter: TopologicalSorter[str] = TopologicalSorter({name: graph[name] - {name} for name in graph})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def owner(dotted: str, names: set[str]) -> str:
+    """The module that `dotted`, a module or a name in one, belongs to; empty for other packages."""
+    while dotted and dotted not in names:
+        dotted = dotted.rpartition(".")[0]
+    return dotted
+
+
+def test_no_module_imports_itself_through_others():
+    assert import_circles(PACKAGE) == []
+    circle = [Module("asyncrl.a", "import asyncrl.b"), Module("asyncrl.b", "def f():\n    from asyncrl import a")]
+    assert import_circles(circle)
+
+
+def crowded_folders(root: Path) -> dict[str, int]:
+    """Folder → its modules, `__init__` not counted, where there are too many to read at a glance."""
+    counts = Counter(str(path.parent.relative_to(root)) for path in root.rglob("*.py") if path.name != "__init__.py")
+    return {folder: count for folder, count in counts.items() if count > MAX_MODULES_IN_A_FOLDER}
+
+
+def test_no_folder_is_crowded(tmp_path):
+    assert crowded_folders(ROOT / "asyncrl") == {}
+    for number in range(MAX_MODULES_IN_A_FOLDER + 1):
+        (tmp_path / f"m{number}.py").touch()
+    assert crowded_folders(tmp_path) == {".": MAX_MODULES_IN_A_FOLDER + 1}
 
 
 PROBE = """

@@ -201,7 +201,9 @@ class DeskSessions:
             session = self._adopt(hello.generator_id, hello.incarnation, now)
         self._by_peer.pop(session.peer or b"", None)
         self._by_peer[peer] = session
-        session.peer, session.hello, session.instance = peer, hello, hello.instance
+        session.peer = peer
+        session.hello = hello
+        session.instance = hello.instance
         session.heard(now)
         session.progress_at = now
         session.liveness = Liveness.ALIVE

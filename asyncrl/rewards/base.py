@@ -89,6 +89,7 @@ class RemotePart(Part):
         return self.timeout_s * (self.retries + 1)
 
     def check(self) -> None:
+        """Raises ConfigError for deadlines, retries or a url that cannot work."""
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s={self.timeout_s} must be above 0")
         if self.retries < 0:
@@ -99,6 +100,7 @@ class RemotePart(Part):
             _check_url(self.url)
 
     def prepare(self) -> None:
+        """Reads the key. Raises ConfigError when it is wanted and not set."""
         self.api_key()
 
     def api_key(self) -> str:

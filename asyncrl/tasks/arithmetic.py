@@ -105,7 +105,8 @@ def worked_answer(problem: Problem, forget: Callable[[], bool] | None = None) ->
     `forget` is asked at each carry (or borrow) whether to lose it: `15,9=95`. Without it nothing is lost.
     """
     sign = 1 if problem.operation == "+" else -1
-    left, right, carry = problem.left, problem.right, 0
+    left, right = problem.left, problem.right
+    carry = 0
     columns = []
     while left or right:
         columns.append(left % 10 + sign * (right % 10) + carry)

@@ -39,6 +39,7 @@ class RewardTable:
 
     @property
     def num_groups(self) -> int:
+        """Groups of the whole batch."""
         return len(self.baselines)
 
 

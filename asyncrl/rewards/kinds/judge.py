@@ -50,6 +50,7 @@ class Judge(RemotePart):
     options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 512})
 
     def check(self) -> None:
+        """Raises ConfigError for a template, a scale or options that cannot work."""
         super().check()
         check_template("template", self.template)
         numbers = [bound for bound in self.scale if isinstance(bound, (int, float)) and math.isfinite(bound)]
@@ -59,6 +60,7 @@ class Judge(RemotePart):
             raise ConfigError(f"options sets {', '.join(sorted(taken))}, which are set here")
 
     async def fetch(self, endpoint: Endpoint, sample: Sample) -> float:
+        """The judge's score of one completion, mapped to 0..1. Raises RewardError when it gives none."""
         messages = [{"role": "user", "content": fill(self.template, sample)}]
         answer = await endpoint.post("/chat/completions", {**self.options, "model": self.model, "messages": messages})
         lowest, highest = self.scale

@@ -25,9 +25,11 @@ class Overlong(Part):
     margin: int
 
     def check(self) -> None:
+        """Raises ConfigError for bounds that no length can have."""
         _as_config_error(overlong_penalty, 0, self.max_tokens, self.margin)
 
     def value(self, sample: Sample) -> float:
+        """A penalty from -1 to 0."""
         return overlong_penalty(_tokens(sample), self.max_tokens, self.margin)
 
 
@@ -40,9 +42,11 @@ class Length(Part):
     max_tokens: int
 
     def check(self) -> None:
+        """Raises ConfigError for a bound that no length can have."""
         _as_config_error(length_penalty, 0, self.max_tokens)
 
     def value(self, sample: Sample) -> float:
+        """A penalty from -1 to 0."""
         return length_penalty(_tokens(sample), self.max_tokens)
 
 
@@ -55,12 +59,14 @@ class Format(Part):
     pattern: str
 
     def check(self) -> None:
+        """Raises ConfigError when `pattern` is no regular expression."""
         try:
             re.compile(self.pattern)
         except re.error as error:
             raise ConfigError(f"pattern={self.pattern!r} is no regular expression: {error}") from None
 
     def value(self, sample: Sample) -> float:
+        """1.0 or 0.0."""
         return has_form(sample.completion, self.pattern)
 
 
@@ -78,11 +84,13 @@ class UserRule(Part):
     args: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
+        """Raises ConfigError unless `path` names a module and a function."""
         module, separator, function = self.path.partition(":")
         if not (module and separator and function):
             raise ConfigError(f"path={self.path!r} must be `module:function`")
 
     def prepare(self) -> None:
+        """Imports the function. Raises ConfigError when there is none."""
         _ = self._function
 
     @cached_property
@@ -93,6 +101,7 @@ class UserRule(Part):
             raise ConfigError(str(error)) from None
 
     def value(self, sample: Sample) -> float:
+        """What the function returns. Raises RewardError when that is no number."""
         value = self._function(sample.completion, sample.payload, **self.args)
         if not isinstance(value, Real):
             raise RewardError(f"{self.path} must return a number, not {value!r:.200}")

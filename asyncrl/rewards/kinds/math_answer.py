@@ -23,6 +23,7 @@ class MathAnswer(Part):
     key: str = "answer"
 
     def prepare(self) -> None:
+        """Imports math-verify. Raises ConfigError when it is not installed."""
         try:
             import math_verify  # noqa: F401 - takes seconds, so at the start and not in the first reward
         except ImportError as error:
@@ -30,6 +31,7 @@ class MathAnswer(Part):
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
     def value(self, sample: Sample) -> float:
+        """1.0 when the last expression equals the gold answer, else 0.0. Raises RewardError without a gold answer."""
         from math_verify import verify
 
         if self.key not in sample.payload:

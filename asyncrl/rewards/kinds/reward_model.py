@@ -40,6 +40,7 @@ class RewardModel(RemotePart):
     batch_size: int = 16
 
     def check(self) -> None:
+        """Raises ConfigError for arguments that contradict each other."""
         super().check()
         if bool(self.url) == bool(self.path):
             raise ConfigError("needs either url, of a server that runs, or path, of a model to start one for; not both")
@@ -58,11 +59,13 @@ class RewardModel(RemotePart):
             check_template("template", self.template)
 
     def prepare(self) -> None:
+        """Raises ConfigError when there is no model at `path`, or no key for the server."""
         super().prepare()
         if self.path and not (Path(self.path) / "config.json").is_file():
             raise ConfigError(f"path={self.path} is no folder with a Hugging Face model (no config.json)")
 
     async def fetch(self, endpoint: Endpoint, sample: Sample) -> float:
+        """The model's raw score of one completion. Raises RewardError when the server gives none."""
         body: dict[str, Any] = {"use_activation": self.activation}
         if self.model:
             body["model"] = self.model

@@ -206,6 +206,7 @@ class Engines:
 
     @property
     def all(self) -> list[ModelEngine]:
+        """The engines, the actor's first."""
         return [self.actor] if self.critic is None else [self.actor, self.critic]
 
     @property

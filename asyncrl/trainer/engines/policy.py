@@ -102,10 +102,12 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.head_weight.device
 
     @property
     def vocab_size(self) -> int:
+        """Rows of the head: token ids are below it."""
         return self.head_weight.shape[0]
 
     @property
