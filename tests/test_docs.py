@@ -153,6 +153,27 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_MAX_LINES
 
 
+def glossary_words() -> list[str]:
+    """The words that the glossary explains, each once."""
+    text = (ROOT / "asyncrl" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", text.partition("## Glossary")[2], re.MULTILINE)
+    return [word for row in rows[1:] for word in row.split(", ")]
+
+
+def unused_words(words: list[str], text: str) -> list[str]:
+    """The words that stand nowhere in `text`, be it as words, as names or in the plural."""
+    folded = re.sub(r"[\s_-]+", " ", text.lower())
+    return [word for word in words if re.sub(r"[\s_-]+", " ", word.lower()) not in folded]
+
+
+def test_each_word_of_the_glossary_stands_there_once_and_is_used():
+    words = glossary_words()
+    assert len(words) > 40 and len(words) == len(set(words))
+    package = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "asyncrl").rglob("*.py"))
+    assert unused_words(words, package) == []
+    assert unused_words(["policy version", "flux capacitor"], package) == ["flux capacitor"]
+
+
 def test_the_modules_that_the_package_offers_exist():
     names = re.findall(r"`?(asyncrl(?:\.\w+)+)", asyncrl.__doc__)
     assert len(names) >= 8
