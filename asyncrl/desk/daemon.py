@@ -46,7 +46,7 @@ from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)
 
-CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}
+CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}  # nats, where weights.canary_tolerance is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,6 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
     metrics = surroundings.metrics
     proofs = Proofs(state.policy)
     acknowledgements = Acknowledgements(state.journal, state.sessions, state.counters)
-    planner = _sync_planner(config, state)
     intake = Intake(
         config,
         vocab_size=_vocab_size(config.model.path),
@@ -98,14 +97,6 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         prompts=prompts,
         proofs=proofs,
         acknowledgements=acknowledgements,
-    )
-    generators = Generators(
-        config,
-        socket=surroundings.rollout_socket,
-        state=state,
-        prompts=prompts,
-        acknowledgements=acknowledgements,
-        planner=planner,
     )
     evaluator = Evaluator(
         config,
@@ -117,14 +108,21 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
     )
     ranks = _ranks(config, state, acknowledgements, surroundings)
     versions = Versions(
-        planner=planner,
+        planner=_sync_planner(config, state),
         socket=surroundings.trainer_socket,
-        generators=generators,
         state=state,
         proofs=proofs,
         evaluator=evaluator,
         metrics=metrics,
         on_first_proof=ranks.begin,
+    )
+    generators = Generators(
+        config,
+        socket=surroundings.rollout_socket,
+        state=state,
+        prompts=prompts,
+        acknowledgements=acknowledgements,
+        versions=versions,
     )
     return Desk(
         config,

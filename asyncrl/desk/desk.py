@@ -68,8 +68,8 @@ MAX_WAIT_S = 0.5
 SAY_WAITING_EVERY_S = 30.0
 SIGNAL_STOP_TIMEOUT_S = 20.0  # systems that send it often kill 30 s later
 FINISH_TIMEOUT_S = 600.0  # the last checkpoint and the export of a large model
-# The last evaluation may take so many times generator.lease_timeout_s: one until a generator proves the version, and
-# one for itself.
+# The last evaluation may take this many times generator.lease_timeout_s: once until a generator proves the version, and
+# once until its prompts are answered.
 FINAL_EVALUATION_LEASES = 2
 # Prompts without a group after all their attempts: more than this, and more than a tenth of all, ends the run.
 MAX_GIVEN_UP = 16
@@ -110,7 +110,8 @@ class Desk:
     def run(self) -> int:
         """Serves until the last version is trained, evaluated and saved, or until a signal. Returns 0.
 
-        Raises CheckpointError or TrainerFailed when the trainer failed at the end, TooManyFailures, JournalError.
+        Raises CheckpointError or TrainerFailed when the trainer failed at the end, TooManyFailures when prompts were
+        given up wholesale, JournalError when the disk fails or another learner took over the run folder.
         """
         poller = SocketPoller()
         for source in (self.generators.socket, self.ranks.socket, self.stop.fd):
@@ -136,7 +137,7 @@ class Desk:
         self._watch_trainer(now)
         self.generators.expire(now)
         if self._stopping_since is None:
-            self.versions.advance(now)
+            self.versions.advance(now, self.generators)
             self.evaluator.advance(self.state.policy.trained, self.versions.held_versions())
             if self.ranks.decide(now):
                 self.intake.batch_taken()
@@ -183,7 +184,7 @@ class Desk:
             case messages.LeaseFailed():
                 self._pass_on(session, self.intake.failed(session, message, len(frame), now))
             case messages.SyncReply():
-                self.versions.planner.reply(session.generator_id, message, now)
+                self.versions.reply(session.generator_id, message, now)
             case messages.Bye():
                 self.generators.bye(session, message, now)
 
@@ -209,9 +210,9 @@ class Desk:
             case messages.SnapshotReady() if self.ranks.present:  # else its memory died with the trainer
                 self.versions.snapshot_ready(peer, message, now)
             case messages.ChannelReady():
-                self.versions.planner.channel_ready(message, now)
+                self.versions.channel_ready(message, now)
             case messages.BroadcastDone():
-                self.versions.planner.broadcast_done(message, now)
+                self.versions.broadcast_done(message, now)
 
     def _watch_trainer(self, now: float) -> None:
         if self._stopping_since is None and self.process.poll(now):

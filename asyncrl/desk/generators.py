@@ -8,6 +8,7 @@ from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.run_state import RunState
+from asyncrl.desk.versions import Versions
 from asyncrl.link import messages
 from asyncrl.link.desk_session import DeskSession, Liveness
 from asyncrl.link.messages import Message
@@ -15,7 +16,6 @@ from asyncrl.link.rollouts import lease_to_grant
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.types import Lease, LeaseKey, LeaseKind
-from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Generators:
         state: RunState,
         prompts: LeasedPrompts,
         acknowledgements: Acknowledgements,
-        planner: SyncPlanner,
+        versions: Versions,
     ) -> None:
         self.socket = socket
         self._config = config
@@ -46,7 +46,7 @@ class Generators:
         self._counters = state.counters
         self._prompts = prompts
         self._acknowledgements = acknowledgements
-        self._planner = planner
+        self._versions = versions
         # Admitted generators -> sequences leased to them in this run epoch; None before their first beat.
         self._granted: dict[str, int | None] = {}
 
@@ -114,7 +114,7 @@ class Generators:
 
     def describe(self) -> str:
         """Who is there and what they hold, for the log."""
-        names = [f"{s.generator_id} at version {self._planner.held_version(s.generator_id)}" for s in self.alive()]
+        names = [f"{s.generator_id} at version {self._versions.held_version(s.generator_id)}" for s in self.alive()]
         return f"{len(names)} generators alive: {', '.join(names)}" if names else "no generator is alive"
 
     def _admit(self, session: DeskSession) -> None:
@@ -124,11 +124,11 @@ class Generators:
         self._granted[session.generator_id] = None
 
     def _free(self, name: str, why: str, now: float) -> None:
-        """What a generator held goes back to the lease book and the sync planner."""
+        """Gives the leases that a generator held back to the lease book, and takes it out of the weight sync."""
         released = self._leases.release(name, now)
         log.warning("generator %s %s; %d leases go back", name, why, len(released))
         self._granted.pop(name, None)
-        self._planner.left(name, now, why)
+        self._versions.left(name, why, now)
 
     # -- leases ----------------------------------------------------------------------------------------------------
 
@@ -142,8 +142,8 @@ class Generators:
             self._compare_leases(session, beat, now)
             if beat.ready and session.hello is not None:
                 # Not at the hello: the engine starts only then, and weights can be sent to a started one alone.
-                self._planner.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
-            self._planner.holds(session.generator_id, beat.held_version, now)
+                self._versions.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
+            self._versions.holds(session.generator_id, beat.held_version, now)
         # The answer to a beat is the state of acknowledgements: it repairs lost ones and shows that the desk lives.
         self._send(session, self._sessions.ack(session))
 
@@ -169,7 +169,8 @@ class Generators:
         for session in self.alive():
             if session.beat is None or session.beat.run_epoch != self._run_epoch:
                 continue
-            name, held = session.generator_id, self._planner.held_version(session.generator_id)
+            name = session.generator_id
+            held = self._versions.held_version(name)
             granted = self._granted[name]
             if granted is None:
                 continue  # the beat is from before it was taken for dead
@@ -225,7 +226,7 @@ class Generators:
         self._send(session, message)
 
     def send(self, name: str, message: Message) -> None:
-        """To a generator by its id; nothing happens when it is not here."""
+        """Sends a message to a generator by its id; nothing happens when that has no session."""
         if (session := self._by_name(name)) is not None:
             self._send(session, message)
 

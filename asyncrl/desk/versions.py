@@ -1,12 +1,16 @@
-"""How versions reach the generators: carries the sync planner's wishes out and its results on."""
+"""How versions reach the generators: carries the sync planner's wishes out and its results on.
+
+`Versions` is the only door to the planner (`weights.plan.planner`): the other parts of the desk tell it what generators
+and publisher report, and ask it what generators hold.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 from asyncrl.desk.evaluation import Evaluator
-from asyncrl.desk.generators import Generators
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import RunState
 from asyncrl.link import messages
@@ -17,6 +21,16 @@ from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
 
 log = logging.getLogger(__name__)
+
+
+class SyncedGenerators(Protocol):
+    """What `Versions` needs of the generators: `desk.generators.Generators`."""
+
+    def send(self, name: str, message: messages.Message) -> None:
+        """Sends a message to a generator by its id."""
+
+    def gone(self, name: str, why: str, now: float) -> None:
+        """Ends a generator's session."""
 
 
 class Versions:
@@ -30,16 +44,14 @@ class Versions:
         *,
         planner: SyncPlanner,
         socket: ServerSocket,
-        generators: Generators,
         state: RunState,
         proofs: Proofs,
         evaluator: Evaluator,
         metrics: Metrics,
         on_first_proof: Callable[[float], None],
     ) -> None:
-        self.planner = planner
+        self._planner = planner
         self._socket = socket
-        self._generators = generators
         self._policy = state.policy
         self._leases = state.leases
         self._counters = state.counters
@@ -54,33 +66,61 @@ class Versions:
         """The publisher offers a version."""
         self._publisher = peer
         self._policy.published(message.version)
-        self.planner.snapshot_ready(message, now)
+        self._planner.snapshot_ready(message, now)
 
     def trainer_lost(self, now: float) -> None:
         """The trainer died, and the publisher with it: what it offered is gone."""
-        self.planner.publisher_lost(now)
+        self._planner.publisher_lost(now)
         self._publisher = None
+
+    def channel_ready(self, message: messages.ChannelReady, now: float) -> None:
+        """The publisher opened a channel, or could not."""
+        self._planner.channel_ready(message, now)
+
+    def broadcast_done(self, message: messages.BroadcastDone, now: float) -> None:
+        """The publisher sent a version over a channel, or failed."""
+        self._planner.broadcast_done(message, now)
+
+    def joined(self, name: str, incarnation: int, num_workers: int, now: float) -> None:
+        """The engine of a generator is up, with this many workers: it can take weights."""
+        self._planner.joined(name, incarnation, num_workers, now)
+
+    def left(self, name: str, why: str, now: float) -> None:
+        """A generator is gone, and whatever it held with it."""
+        self._planner.left(name, now, why)
+
+    def holds(self, name: str, version: int | None, now: float) -> None:
+        """The version that a generator says in its beat it holds, proven."""
+        self._planner.holds(name, version, now)
+
+    def reply(self, name: str, message: messages.SyncReply, now: float) -> None:
+        """A generator answers a phase of a sync."""
+        self._planner.reply(name, message, now)
+
+    def held_version(self, name: str) -> int | None:
+        """The version that a generator holds, proven; None when it holds none or is not known."""
+        return self._planner.held_version(name)
 
     def next_deadline(self, now: float) -> float:
         """When `advance` must be called even if nothing happens; infinity when never."""
-        deadline = self.planner.next_deadline(now)
+        deadline = self._planner.next_deadline(now)
         return float("inf") if deadline is None else deadline
 
     def held_versions(self) -> set[int | None]:
         """The versions that generators hold, proven."""
-        return {receiver.held_version for receiver in self.planner.receivers.values()}
+        return {receiver.held_version for receiver in self._planner.receivers.values()}
 
-    def advance(self, now: float) -> None:
+    def advance(self, now: float, generators: SyncedGenerators) -> None:
         """Lets the planner act, and does what it asks for."""
-        held = {name: receiver.held_version for name, receiver in self.planner.receivers.items()}
-        self.planner.set_busy(self._leases.eval_holders(held))
-        self.planner.advance(now)
-        for output in self.planner.take_outputs():
+        held = {name: receiver.held_version for name, receiver in self._planner.receivers.items()}
+        self._planner.set_busy(self._leases.eval_holders(held))
+        self._planner.advance(now)
+        for output in self._planner.take_outputs():
             match output:
                 case ToPublisher(message):
                     self._to_publisher(message)
                 case ToGenerator(name, message):
-                    self._generators.send(name, message)
+                    generators.send(name, message)
                 case Committed():
                     self._proofs.add(output.name, output.incarnation, output.version)
                     self._evaluator.version_proven(output.version, now)
@@ -88,12 +128,12 @@ class Versions:
                         self._proven_once = True
                         self._on_first_proof(now)
                 case SyncFailed():
-                    self._failed(output, now)
+                    self._failed(output, now, generators)
                 case RoundEnded():
                     if output.version >= 0:  # else it ended before there was anything to sync
                         self._metrics.log_sync(self._counters.sync_metrics(output))
 
-    def _failed(self, failed: SyncFailed, now: float) -> None:
+    def _failed(self, failed: SyncFailed, now: float, generators: SyncedGenerators) -> None:
         name = failed.name
         log.warning(
             "sync of %s to version %d failed (%s), %s; %s",
@@ -105,8 +145,8 @@ class Versions:
         )
         if failed.fatal:
             reason = f"its weights could not be proven: {failed.reason}"
-            self._generators.send(name, messages.Refusal(RefusalCode.TAINTED, reason, "", ""))
-            self._generators.gone(name, "could not prove its weights", now)
+            generators.send(name, messages.Refusal(RefusalCode.TAINTED, reason, "", ""))
+            generators.gone(name, "could not prove its weights", now)
 
     def _to_publisher(self, message: messages.Message) -> None:
         if self._publisher is not None:

@@ -164,10 +164,10 @@ def test_the_last_evaluation_is_waited_for_with_a_deadline_and_the_wait_is_said(
 def test_a_snapshot_of_a_trainer_that_died_is_not_offered(world):
     ready = messages.SnapshotReady(1, manifest_of(1, [1]), [], [], 1.0)
     world.desk._from_trainer(b"publisher", ready, b"", 0.0)
-    assert world.desk.versions.planner.snapshot is None
+    assert world.desk.versions._planner.snapshot is None
     world.asks_from(1)
     world.desk._from_trainer(b"publisher", ready, b"", 0.0)
-    assert world.desk.versions.planner.snapshot is ready
+    assert world.desk.versions._planner.snapshot is ready
 
 
 def test_a_learner_whose_folder_was_taken_over_ends_and_one_whose_generator_knew_another_folder_goes_on(world):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, Generators
+from asyncrl.desk.versions import Versions
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import decode, encode
 from asyncrl.link.messages import ActiveLease
@@ -43,6 +44,19 @@ class Wire:
         return found
 
 
+def versions_over(planner, parts):
+    """The door to a planner whose outputs nobody carries out: there are neither publisher nor evaluations."""
+    return Versions(
+        planner=planner,
+        socket=None,
+        state=parts.state,
+        proofs=None,
+        evaluator=None,
+        metrics=None,
+        on_first_proof=lambda now: None,
+    )
+
+
 class World:
     def __init__(self, folder, run_epoch=1, **changes):
         self.parts = make_parts(folder, small_config(**changes), run_epoch)
@@ -54,7 +68,7 @@ class World:
             state=self.parts.state,
             prompts=self.parts.prompts,
             acknowledgements=self.parts.acknowledgements,
-            planner=self.planner,
+            versions=versions_over(self.planner, self.parts),
         )
 
     def join(self, name, wanted=0, incarnation=1, now=0.0, version=0, **changes):
