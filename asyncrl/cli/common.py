@@ -51,8 +51,7 @@ def command(role: str, argv: Sequence[str] | None, start: Callable[[Config], int
     """Runs the command of `role` ("learner" or "generator") and returns its exit code (`EXIT_CODES`).
 
     `start` gets the checked configuration; it imports what is heavy. An AsyncRLError that has an exit code is printed
-    to stderr without a traceback. Every other exception passes through: it ends the interpreter with a traceback and
-    code 1.
+    to stderr without a traceback. Every other exception passes through, and ends the interpreter with code 1.
     """
     try:
         return _run(role, argv, start)

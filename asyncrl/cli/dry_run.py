@@ -130,8 +130,8 @@ def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
 def generator_memory(config: Config, model: ModelFiles) -> dict[str, int]:
     """Bytes that a generator holds, by what they hold: weights eN, staging buffer eN, KV cache, outbox.
 
-    N is the number of parameters, e the bytes per element of model.dtype. On a GPU the KV cache takes what is left of
-    generator.gpu_memory_fraction.
+    N is the number of parameters, e the bytes per element of model.dtype. On a GPU the KV cache takes what weights and
+    staging buffer leave of generator.gpu_memory_fraction.
     """
     count, element = model.num_parameters(), ELEMENT_BYTES[config.model.dtype]
     need = {

@@ -81,21 +81,21 @@ def sections() -> dict[str, str]:
 @cache
 def keys() -> tuple[Key, ...]:
     """Every configuration key, in the order of the file."""
-    found = []
+    found: list[Key] = []
     for section, section_type in typing.get_type_hints(Config).items():
         types = typing.get_type_hints(section_type)
         defaults = section_type()
-        for entry in fields(section_type):
-            found.append(
-                Key(
-                    name=f"{section}.{entry.name}",
-                    section=section,
-                    sentence=entry.metadata["sentence"],
-                    type=types[entry.name],
-                    default=getattr(defaults, entry.name),
-                    bounds=entry.metadata["bounds"],
-                )
+        found.extend(
+            Key(
+                name=f"{section}.{entry.name}",
+                section=section,
+                sentence=entry.metadata["sentence"],
+                type=types[entry.name],
+                default=getattr(defaults, entry.name),
+                bounds=entry.metadata["bounds"],
             )
+            for entry in fields(section_type)
+        )
     return tuple(found)
 
 

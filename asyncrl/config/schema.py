@@ -1,7 +1,6 @@
 """The configuration: every key with its default, its sentence and its bounds. `config.loading` loads and checks.
 
-The same file configures both daemons, so that what they must agree on is written once. Keys without a default that
-everybody wants are few; the rest is derived and logged.
+The same file configures both daemons, so that what they must agree on is written once.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 from asyncrl.config.methods import METHODS
 
-# Keys that had another name once, old → new. Whoever still writes the old one is told the new one.
+# Keys that had another name once, old → new. The old name is refused in a message with the new one.
 RENAMED_KEYS: dict[str, str] = {}
 
 

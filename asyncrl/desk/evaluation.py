@@ -118,7 +118,7 @@ class Evaluator:
             self._finish()
 
     def describe(self) -> str:
-        """What it waits for, for the log."""
+        """What the evaluation waits for, in words for the log."""
         if self._running is not None:
             answered = f"{len(self._running.rewards)} of {self._num_prompts} prompts are answered"
             return f"evaluation of version {self._running.version}: {answered}"

@@ -105,8 +105,9 @@ class Intake:
         return Taken(superseded=superseded)
 
     def failed(self, session: DeskSession, message: LeaseFailed, size: int, now: float) -> Taken:
-        """One lease that ended without a group: it is counted by reason and leased again. `size` is that of the frame
-        in bytes. Raises JournalError when the disk fails.
+        """One lease that ended without a group: it is counted by reason and leased again.
+
+        `size` is that of the frame, in bytes. Raises JournalError when the disk fails.
         """
         seen = self._sessions.see(session, message.seq, size)
         if seen is not Seen.NEW:
@@ -199,7 +200,7 @@ class Intake:
         self._acknowledgements.add(session, seq, num_rollouts=len(group.rollouts))
 
     def _repeated(self, session: DeskSession, seq: int, seen: Seen) -> Taken:
-        """What was settled before is answered again; what is being written, or over the credit, by a later ack."""
+        """Answers a result that was settled before once more. One still being written, or over the credit, waits."""
         return Taken(self._sessions.answer_duplicate(session, seq) if seen is Seen.DUPLICATE else None)
 
     def _fail_lease(self, message: GroupResult | LeaseFailed, reason: str, now: float) -> None:

@@ -16,7 +16,7 @@ class Proofs:
         self._proven: dict[tuple[str, int], set[int]] = {}  # (generator id, incarnation) -> versions
 
     def add(self, generator_id: str, incarnation: int, version: int) -> None:
-        """This generator proved `version`: from now on it may bring tokens of it."""
+        """Notes that a generator proved `version`: from now on it may bring tokens of that version."""
         self._proven.setdefault((generator_id, incarnation), set()).add(version)
 
     def check(self, group: Group, session: DeskSession) -> None:

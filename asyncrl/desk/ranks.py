@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class Ranks:
     """All ranks of the trainer.
 
-    last_logged_version is the newest step that is in the metrics already; checkpoints is the folder of those.
+    last_logged_version is the newest step that is in the metrics already; checkpoints is the folder in which the run
+    keeps its checkpoints.
     """
 
     def __init__(
@@ -71,12 +72,12 @@ class Ranks:
 
     @property
     def present(self) -> bool:
-        """A trainer said hello and did not die since."""
+        """Whether a trainer said hello and has not died since."""
         return bool(self._peers)
 
     @property
     def at_end(self) -> bool:
-        """The trainer that lives now has made all steps."""
+        """Whether the trainer that lives now has made all steps."""
         return self._dealer.at_end
 
     def request(self, peer: bytes, message: messages.BatchRequest) -> None:

@@ -3,7 +3,7 @@
     leases     {next_ordinal, next_eval_ordinal, settled: {watermark, above}, given_up, num_filtered, failures,
                counters: {}}
     sessions   generator id → {incarnation, instance, watermark, beyond}
-    account    {rollouts_acked, rollouts_dropped, groups_filtered, tokens_filtered, rollouts_failed}
+    account    `RunTotals`: {rollouts_acked, rollouts_dropped, groups_filtered, tokens_filtered, rollouts_failed}
     evals_done versions whose evaluation was asked for
 
 Checkpoints of earlier releases hold more (counters that nobody read) or less (nothing was filtered then): both are
@@ -50,11 +50,11 @@ class SavedDesk:
         """What `encode` of this release or an earlier one made. Raises CheckpointError when it is something else."""
         try:
             saved = msgpack.unpackb(data, strict_map_key=False)
-            account = saved["account"]
+            totals = saved["account"]
             return cls(
                 leases=_leases_of_map(saved["leases"]),
                 sessions={name: SavedSession(**session) for name, session in saved["sessions"].items()},
-                totals=RunTotals(**{f.name: account[f.name] for f in fields(RunTotals) if f.name in account}),
+                totals=RunTotals(**{f.name: totals[f.name] for f in fields(RunTotals) if f.name in totals}),
                 evals_done=frozenset(saved.get("evals_done", ())),
             )
         except (ValueError, TypeError, LookupError, AttributeError, msgpack.UnpackException) as error:

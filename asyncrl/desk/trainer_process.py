@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asyncrl.errors import CheckpointError, ConfigError, TrainerFailed
-from asyncrl.host.processes import die_with_parent, nccl_environment
+from asyncrl.host.processes import child_environment, die_with_parent, nccl_environment
 from asyncrl.link.trainer_link import LAST_WORDS
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,12 @@ class TrainerProcess:
 
     @property
     def running(self) -> bool:
-        """Whether it runs now; between a crash and the restart it does not."""
+        """Whether the trainer runs now; between a crash and the restart it does not."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None when there is no process."""
+        """Id of the trainer's process; None when there is none."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
@@ -74,14 +74,13 @@ class TrainerProcess:
         if self.num_ranks > 1:
             command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.num_ranks}", "-m"]
         command += ["asyncrl.trainer.rank", str(self.config_file), self.desk_address]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(self.threads),
+        environment = child_environment(
+            self.threads,
             # Idle OpenMP threads that spin would starve the desk and a generator on the same host.
-            "OMP_WAIT_POLICY": "passive",
-            "KMP_BLOCKTIME": "0",
-            "TOKENIZERS_PARALLELISM": "false",
+            OMP_WAIT_POLICY="passive",
+            KMP_BLOCKTIME="0",
             **nccl_environment(self.weights_timeout_s),
-        }
+        )
         with self.log_file.open("ab") as output:
             # Its own session: Ctrl-C in the terminal reaches the desk alone, which tells the trainer what to do.
             # When the desk is killed the kernel kills the trainer: without a desk it can do nothing useful, and a
@@ -93,6 +92,8 @@ class TrainerProcess:
                 stderr=output,
                 env=environment,
                 start_new_session=True,
+                # By preexec_fn, because torch's launcher would not ask for it by itself. It is one system call: nothing
+                # in it waits for a lock that another thread held at the fork.
                 preexec_fn=die_with_parent,
             )
         self._restart_at = None
@@ -129,11 +130,11 @@ class TrainerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs, and when it died and was not started again yet."""
+        """How the trainer ended; None while it runs, and when it died and was not started again yet."""
         return self._process.poll() if self._process else None
 
     def check_end(self) -> None:
-        """After it was told to stop and ended: raises as `poll` does unless it did what it was told."""
+        """Raises, as `poll` does, unless the trainer has ended and did what it was told; for after `Ranks.stop`."""
         code = self.exit_code
         if code or self.running:
             self._raise_final(code)
@@ -150,7 +151,7 @@ class TrainerProcess:
                 raise error(self.last_words().rpartition(LAST_WORDS)[2])
 
     def wait(self, timeout_s: float) -> int | None:
-        """Exit code, or None if it still runs after `timeout_s`."""
+        """Waits for the end; the exit code, or None if the trainer still runs after `timeout_s`."""
         if self._process is None:
             return None
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from asyncrl.config import Config
-from asyncrl.config.host_checks import has_gpu
+from asyncrl.config.host_checks import has_gpu, is_on_gpu
 from asyncrl.generator.daemon import GeneratorDaemon, GeneratorParts
 from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.identity import Identity, claim_identity
@@ -93,7 +93,7 @@ def build_generator(config: Config, identity: Identity, parts: GeneratorParts | 
 
 
 def _prompt_text(config: Config) -> Callable[[np.ndarray], str]:
-    """How parts of the reward get to see a prompt; a tokenizer is loaded only when one of them wants to."""
+    """Gives parts of the reward the text of a prompt; the tokenizer is loaded only when one of them needs that."""
     if not any(part.needs_prompt for part in make_parts(config.reward.parts).values()):
         return no_text
     tokenizer = load_tokenizer(config.model.path)
@@ -108,7 +108,7 @@ def _prompt_text(config: Config) -> Callable[[np.ndarray], str]:
 
 def _engine_options(config: Config, identity: Identity) -> EngineOptions:
     generator = config.generator
-    on_gpu = generator.device == "cuda" or (generator.device == "auto" and has_gpu())
+    on_gpu = is_on_gpu(generator.device, gpu_here=has_gpu())
     return EngineOptions(
         model_path=config.model.path,
         dtype=config.model.dtype,

@@ -103,7 +103,7 @@ class GeneratorDaemon:
         self._stopping = asyncio.Event()
         self._why_stopping = ""
         self._run_finished = False
-        self._progress = asyncio.Event()  # a lease ended or an acknowledgement came: who drains looks again
+        self._progress = asyncio.Event()  # a lease ended or an acknowledgement came: `_until` looks again
         self._beat_soon = asyncio.Event()
 
     async def run(self) -> int:
@@ -128,7 +128,7 @@ class GeneratorDaemon:
     # -- what the learner says -------------------------------------------------------------------------------------
 
     async def _serve_link(self) -> None:
-        """Frames in, whatever is due out."""
+        """Handles the frames that come in, and sends whatever is due."""
         while True:
             self.link.keep_up(self.sync.held_version)
             for frame in await self.link.receive():
@@ -170,7 +170,7 @@ class GeneratorDaemon:
         else:
             log.info("the learner went away (%s); keeping on until it returns", stop.reason)
 
-    # -- what it is told: results and beats ------------------------------------------------------------------------
+    # -- what the learner is told: results and beats ---------------------------------------------------------------
 
     def _report(self, key: LeaseKey, outcome: Group | LeaseFailure) -> None:
         """A lease has ended: a group or a failure goes to the outbox."""

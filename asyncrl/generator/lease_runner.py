@@ -18,7 +18,7 @@ from asyncrl.types import Group, Lease, LeaseKey, LeaseKind, Rollout, min_rollou
 
 @dataclass(frozen=True, slots=True)
 class LeaseFailure:
-    """A lease that ended without a group. The lease is leased again."""
+    """Why a lease ended without a group; its prompt is leased again."""
 
     reason: FailureReason
     detail: str

@@ -133,9 +133,8 @@ class WeightSync:
         self._task.add_done_callback(_report_crash)
 
     async def _stage(self, offer: SyncOffer) -> None:
-        # Not at the top: it brings torch, which the daemon must not wait for before it says hello.
         if offer is not self._wanted:
-            return
+            return  # the learner gave it up while it waited for its turn
         # One deadline for joining and staging, which is the learner's: an error that comes later is heard by nobody.
         loop = asyncio.get_running_loop()
         deadline = loop.time() + offer.timeout_s

@@ -1,4 +1,4 @@
-"""Digests that two daemons compare at hello: do both hold the same architecture and the same tokenizer?
+"""Digests that two daemons compare at hello: they show whether both hold the same architecture and tokenizer.
 
 The values of the weights are not part of a digest: they change with every step, and the canary checks them.
 """

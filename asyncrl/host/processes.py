@@ -79,7 +79,7 @@ def adopt_orphans() -> None:
 
 
 def child_environment(threads: int, **changes: str) -> dict[str, str]:
-    """This process's environment for a child that computes in `threads` threads, and `changes` on top of it."""
+    """The environment for a child that computes in `threads` threads: that of this process, and `changes` on top."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -105,11 +105,11 @@ async def kill_group(process: asyncio.subprocess.Process, what: str) -> None:
     # The group outlives its leader while a child of it runs, hence also after the leader's end.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(END_TIMEOUT_S):
             await process.wait()
-    except TimeoutError:
-        log.error("%s %d has not ended %g s after SIGKILL; going on without it", what, process.pid, END_TIMEOUT_S)
+            return
+    log.error("%s %d has not ended %g s after SIGKILL; going on without it", what, process.pid, END_TIMEOUT_S)
 
 
 class StopSignal:

@@ -24,7 +24,7 @@ class AlarmRule:
 
     limit, clears_at     in the unit of the figure, or, with of_canary_tolerance, in shares of weights.canary_tolerance
     steps                how many in a row it takes to go on, and to go off
-    why                  the reason for the limit, for whoever reads the table
+    why                  the reason for the limit, for the reader of the table
     cause, remedy        the end of the warning; with an empty cause the warning works out whether the policy or the
                          engine moved, and what helps against that
     """
@@ -192,7 +192,7 @@ def _most_lost(step: StepMetrics) -> str:
 
 
 def _off_policy(rule: AlarmRule, step: StepMetrics) -> tuple[str, str]:
-    """The cause and the remedy: did the engine or the policy open the gap to what sampled the tokens?"""
+    """Cause and remedy, by whether the engine or the policy opened the gap to what sampled the tokens."""
     engine, drift = step.gap_engine, step.gap_drift
     if engine is not None and drift is not None and engine > drift:
         cause = f"most of the gap is engine mismatch ({engine:.2g} nats, policy drift {drift:.2g})"

@@ -52,11 +52,7 @@ class JsonlSink:
         """Appends one line; it is in the file when this returns. A disk that refuses it costs that line alone."""
         line = json.dumps(to_record(metrics), allow_nan=False, separators=(",", ":")).encode() + b"\n"
         try:
-            if self._failed:
-                self._file.truncate(self._good_bytes)
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(f"only {written} of {len(line)} bytes were written")
+            self._append(line)
         except OSError as error:
             if not self._failed:
                 log.warning("%s cannot be written (%s); training goes on, lines are missing", self.path, error)
@@ -64,6 +60,14 @@ class JsonlSink:
             return
         self._failed = False
         self._good_bytes += len(line)
+
+    def _append(self, line: bytes) -> None:
+        """Raises OSError unless all of the line was written."""
+        if self._failed:
+            self._file.truncate(self._good_bytes)
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(f"only {written} of {len(line)} bytes were written")
 
     def close(self) -> None:
         """Closes the file, which has every line already."""

@@ -1,1 +1,1 @@
-"""Between the socket and the optimizer: leases, the durable journal, the replay buffer, packing."""
+"""From lease to batch: leases, pacing, the replay buffer, filtering, recovery. No bytes, no sockets, no torch."""

@@ -25,9 +25,8 @@ from asyncrl.storage.records import StoredGroup
 class ReplayBuffer:
     """Holds accepted groups, oldest token first, ties by ordinal.
 
-    over_age says what happens to a group whose oldest token is more than `max_age` steps old when it could be
-    taken: "drop" hands it back from `drop_over_age`, to be leased again; "train" leaves it in, to be trained
-    with correction.
+    over_age says what happens to a group whose oldest token is more than `max_age` steps old when it could be taken:
+    "drop" hands it back from `drop_over_age`, to be leased again; "train" leaves it in, to be trained with correction.
     """
 
     def __init__(self, pacing: Pacing, over_age: str = "drop") -> None:

@@ -25,7 +25,8 @@ class DynamicSampling:
 
     def __init__(self, groups_per_step: int) -> None:
         self._groups_per_step = groups_per_step
-        self.num_filtered = 0  # since the last batch was taken, as is the next
+        # Both since the last batch was taken.
+        self.num_filtered = 0
         self.num_differing = 0
 
     def leaves_out(self, rewards_are_equal: bool) -> bool:

@@ -20,8 +20,8 @@ Taking a batch (`straggling_version`). With v steps taken, for every version i,
 
 says that what has to be trained by version i + A fits into the batches left until then. It always holds:
 - F(0): nothing is outstanding.
-- A grant at g keeps it. Afterwards admitted <= (g + A + 1) * G and v * G groups are trained, so at most (g +
-  A + 1 - v) * G are outstanding, which bounds the left side for every i >= g; for i < g it did not change.
+- A grant at g keeps it. Afterwards admitted <= (g + A + 1) * G and v * G groups are trained, so at most
+  (g + A + 1 - v) * G are outstanding, which bounds the left side for every i >= g; for i < g it did not change.
 - A result keeps it (no token is older than its lease); a failure, expiry or drop lowers the left side, and so
   does a result that is filtered: its lease ends, and nothing comes into the buffer. The lease in its place is a
   grant like any other, at a version that is proven then.

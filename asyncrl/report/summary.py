@@ -87,7 +87,7 @@ class Syncs:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Who waited: idle time / time."""
+    """How much learner and generators waited: idle time / all their time."""
 
     learner_idle_share: float | None
     generator_idle_share: float | None
@@ -250,18 +250,27 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, picture: Path) -> li
         f"{outcome.steps} steps in {clock_time(summary.wall_s)}",
         f"reward       first {_shown(outcome.reward_first)}   last {_shown(outcome.reward_last)}",
         f"evaluation   first {_shown(outcome.eval_first)}   last {_shown(outcome.eval_last)}",
-        f"tokens/s     generated {_shown(flow.tokens_generated_per_s, ',.0f')}"
-        f"   trained {_shown(flow.tokens_trained_per_s, ',.0f')}",
-        f"idle         learner {_shown(summary.idle.learner_idle_share, '.0%')}"
-        f"   generator {_shown(summary.idle.generator_idle_share, '.0%')}",
+        (
+            f"tokens/s     generated {_shown(flow.tokens_generated_per_s, ',.0f')}"
+            f"   trained {_shown(flow.tokens_trained_per_s, ',.0f')}"
+        ),
+        (
+            f"idle         learner {_shown(summary.idle.learner_idle_share, '.0%')}"
+            f"   generator {_shown(summary.idle.generator_idle_share, '.0%')}"
+        ),
         f"policy age   mean {_shown(flow.policy_age_mean, '.2f')}   max {_shown(flow.policy_age_max, 'd')}",
-        f"off-policy   ESS median {_shown(health.ess_share_median, '.2f')}   min {_shown(health.ess_share_min, '.2f')}"
-        f"   gap engine {_shown(health.gap_engine_median, '.1e')}"
-        f"   drift {_shown(health.gap_drift_median, '.1e')} nats",
+        (
+            f"off-policy   ESS median {_shown(health.ess_share_median, '.2f')}"
+            f"   min {_shown(health.ess_share_min, '.2f')}"
+            f"   gap engine {_shown(health.gap_engine_median, '.1e')}"
+            f"   drift {_shown(health.gap_drift_median, '.1e')} nats"
+        ),
         f"alarms       {_alarms_shown(health.alarms)}",
-        f"weight sync  {_shown(syncs.sync_total_ms_median, '.0f')} ms, of it generation paused "
-        f"{_shown(syncs.sync_pause_ms_median, '.0f')} ms and training "
-        f"{_shown(syncs.sync_snapshot_ms_median, '.1f')} ms (medians of {syncs.sync_count})",
+        (
+            f"weight sync  {_shown(syncs.sync_total_ms_median, '.0f')} ms, of it generation paused "
+            f"{_shown(syncs.sync_pause_ms_median, '.0f')} ms and training "
+            f"{_shown(syncs.sync_snapshot_ms_median, '.1f')} ms (medians of {syncs.sync_count})"
+        ),
         f"summary      {Path(run_dir) / SUMMARY_FILE}",
         f"picture      {picture}",
     ]

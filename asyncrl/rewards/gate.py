@@ -20,7 +20,7 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
 
 
 class ServerGate:
-    """Open while servers answer. All of it in one event loop.
+    """Open while servers answer. It belongs to one event loop.
 
     first_pause_s is the pause before the first trial; each that fails doubles it, up to max_pause_s.
     """
@@ -64,7 +64,7 @@ class ServerGate:
 
     def _unanswered(self, trying: bool, detail: str) -> None:
         if self._down and not trying:
-            return  # went out with the job that closed the gate, and says nothing new
+            return  # this job began before the gate was closed, and says nothing new
         log.warning("rewards wait %g s for a server: %s", self._pause_s, detail)
         self._down = True
         self._resume_at = time.monotonic() + self._pause_s

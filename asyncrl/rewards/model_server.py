@@ -181,7 +181,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that give up are no news; anything else is a defect and is logged."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            log.exception("a request failed")
+            log.error("a request failed", exc_info=sys.exception())
 
 
 class Handler(BaseHTTPRequestHandler):

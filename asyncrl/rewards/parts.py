@@ -75,8 +75,10 @@ def check_reward_parts(
     problems = [problem for name, spec in parts.items() for problem in _problems_of(name, spec, reward_timeout_s)]
     if len(parts) > MAX_PARTS:
         problems.append(f"reward.parts has {len(parts)} parts, at most {MAX_PARTS} are allowed")
-    for name in set(parts) & set(task_parts or ()):
-        problems.append(f"reward.parts.{name}: the task has a part of this name already; choose another")
+    problems += [
+        f"reward.parts.{name}: the task has a part of this name already; choose another"
+        for name in set(parts) & set(task_parts or ())
+    ]
     known = None if task_parts is None else [*task_parts, *parts]
     return problems + [problem for name, weight in weights.items() for problem in _weight_problems(name, weight, known)]
 
@@ -139,10 +141,11 @@ def _value_problems(place: str, spec: Specs, reward_timeout_s: float) -> list[st
     except ConfigError as error:
         return [f"{place}: {error}"]
     if isinstance(part, RemotePart) and part.deadline_s >= reward_timeout_s:
-        return [
+        problem = (
             f"{place}: timeout_s={part.timeout_s:g} x {part.retries + 1} tries is not below generator.reward_timeout_s="
             f"{reward_timeout_s:g}, which would kill the worker first; raise that, or lower timeout_s or retries"
-        ]
+        )
+        return [problem]
     return []
 
 

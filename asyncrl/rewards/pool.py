@@ -155,11 +155,12 @@ class RewardPool:
                     RewardOutcome(scored.parts, scored.reason, scored.detail, scored.server_down, self._weights)
                     for scored in await worker.receive(decode_scored, self._timeout_s)
                 ]
-            return outcomes
         except DeadlineExceeded as error:
             failure = RewardOutcome(None, "reward_timeout", str(error))
         except (RewardError, ProtocolError) as error:
             failure = RewardOutcome(None, "reward_error", str(error))
+        else:
+            return outcomes
         await worker.kill()
         log.warning("reward worker replaced: %s", failure.detail)
         return [*outcomes, failure]
@@ -211,15 +212,19 @@ class _Worker:
                 start_new_session=True,
             )
             self._running = _Running(process)
-            if self._closed:
-                raise RewardError("the reward workers were closed")
-            await self.send(self._setup, START_TIMEOUT_S)
-            (started,) = await self.receive(decode_started, START_TIMEOUT_S)
-            if started.error:
-                raise TaskError(started.error)
+            await self._set_up()
         except BaseException:
             await self.kill()
             raise
+
+    async def _set_up(self) -> None:
+        """Has a worker that was just started make the task and the parts."""
+        if self._closed:
+            raise RewardError("the reward workers were closed")
+        await self.send(self._setup, START_TIMEOUT_S)
+        (started,) = await self.receive(decode_started, START_TIMEOUT_S)
+        if started.error:
+            raise TaskError(started.error)
 
     async def close(self) -> None:
         """Ends the worker for good."""

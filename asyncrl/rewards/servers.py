@@ -81,7 +81,7 @@ class RewardModelServer:
 
     @property
     def pid(self) -> int | None:
-        """Of the server that is up or coming up; None between two of them."""
+        """Process id of the server that is up or coming up; None between two of them."""
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
@@ -148,10 +148,16 @@ class RewardModelServer:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
             up_since = time.monotonic()
-            try:
-                await self._launch()
-            except (ModelError, DeadlineExceeded, OSError) as error:
+            if (error := await self._try_to_launch()) is not None:
                 log.error("reward model %s does not start: %s", self._name, error)
+
+    async def _try_to_launch(self) -> Exception | None:
+        """Starts the server; returns what kept it from starting, None when it is up."""
+        try:
+            await self._launch()
+        except (ModelError, DeadlineExceeded, OSError) as error:
+            return error
+        return None
 
     async def _until_bad(self) -> str:
         """Returns when the server has ended, or has not answered for a while; says which."""

@@ -8,9 +8,8 @@
     <root>/step_120.old-9c.../    replaced while step_120 was saved again; read only if that save crashed
     <root>/latest                 the newest folder's name, for people; resuming looks at the manifests
 
-Order of a save, each line durable before the next: files, MANIFEST.json, the temporary folder, rename, the
-root folder, `latest`. A crash anywhere leaves either no trace a reader would look at, or a checkpoint that
-verifies.
+Order of a save, each item durable before the next: files, MANIFEST.json, the temporary folder, rename, the root folder,
+`latest`. A crash anywhere leaves either no trace that a reader would look at, or a checkpoint that verifies.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _INCOMPLETE = re.compile(r"step_\d+\.tmp-[0-9a-f]+")
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint says about itself. `extra` is the writer's own, of JSON values."""
+    """What a checkpoint says about itself. `extra` holds what its writer adds, as JSON values."""
 
     path: Path
     version: int

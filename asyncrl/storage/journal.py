@@ -12,9 +12,8 @@ What `open` finds damaged is counted, never passed over in silence. An incomplet
 what a crash in mid-write leaves: it was never acknowledged and is cut off (`torn_bytes`). Anything else is
 skipped up to the next whole record and listed in `damage`.
 
-A failed write or fdatasync breaks the journal for good: after a failed fdatasync the kernel may have dropped the
-pages, so trying again could report success for data that is gone. The learner exits; what was not durable was
-not acknowledged.
+A failed write or fdatasync breaks the journal for good: after a failed fdatasync the kernel may have dropped the pages,
+so a second one could report success for data that is gone. The learner exits; what was not durable is not acknowledged.
 """
 
 from __future__ import annotations
@@ -133,8 +132,9 @@ class Journal:
         return self._pending_since + DURABLE_AFTER_S
 
     def append(self, record: Record, now: float) -> Location:
-        """Adds a record, durable with the next `make_durable`. Raises JournalError when the journal is closed or
-        broken, or when a new segment is due and the disk fails.
+        """Adds a record, durable with the next `make_durable`.
+
+        Raises JournalError when the journal is closed or broken, or when a new segment is due and the disk fails.
         """
         self._check_usable()
         segment = self._segments[-1]

@@ -22,8 +22,7 @@ A task of your own is one class in a module that can be imported from where the 
             return {"exact": float(completion.strip() == payload["answer"])}
 
 and is used with `task.path=my_module:Reverse task.args.letters=6`. The learner asks for examples, the reward workers
-of every generator for rewards: data files are needed beside the learner only, as long as the constructor does not
-open them.
+of every generator for rewards: data files are needed beside the learner only, unless the constructor opens them.
 
 A class may say in `part_names` what its parts are called, here `part_names = ("exact",)`: then a name in reward.weights
 that is none of them is noticed at the start, and not only in the first reward.

@@ -158,9 +158,8 @@ def test_any_wrong_name_gets_a_valid_suggestion(name):
 
 def test_the_old_name_of_a_key_is_refused_with_the_new_one(monkeypatch, write):
     monkeypatch.setitem(RENAMED_KEYS, "learner.learning_rate", "learner.lr")
-    assert refusal("learner.learning_rate=1") == "learner.learning_rate (command line) is called learner.lr now; " + (
-        "set that key"
-    )
+    message = "learner.learning_rate (command line) is called learner.lr now; set that key"
+    assert refusal("learner.learning_rate=1") == message
     with pytest.raises(ConfigError, match=r"learner\.learning_rate \(.*line 1\) is called learner\.lr now"):
         load_config(write("learner: {learning_rate: 1}"), GIVEN)
 

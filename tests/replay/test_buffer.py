@@ -1,4 +1,4 @@
-"""The replay buffer: order, the rule for taking a batch, what is over-age, and the fairness account of drops."""
+"""The replay buffer: order, the rule for taking a batch, what is over-age, and how fair drops are."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_loading_and_tokenizing_does_not_import_torch(tokenizer_folder):
         (lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"), r"has no tokenizer\.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "the tokenizer cannot be loaded"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("{}"), "has no eos_token"),
-        (lambda folder: shutil.rmtree(folder), "there is no such folder"),
+        (shutil.rmtree, "there is no such folder"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_named(tokenizer_folder, tmp_path, break_it, says):

@@ -42,8 +42,8 @@ class Completion:
     """One sampled completion of T tokens.
 
     logprobs (natural logarithm) are those of the distribution that was sampled from, at the request's temperature; of a
-    greedy completion, those at temperature 1. version_spans are contiguous and cover [0, T). text is without special
-    tokens.
+    greedy completion, those at temperature 1. version_spans are contiguous and cover [0, T). text lacks special
+    tokens such as the end token.
     """
 
     token_ids: np.ndarray  # int32 [T], end token included
@@ -71,16 +71,6 @@ class SwapReport:
     # place, and the same once more under the name of how it did so: direct_ms or reload_ms
     timings_ms: dict[str, float]
     apply: str = "reload"  # "direct" when every worker copied the weights in place, "reload" when one had to load anew
-
-    @property
-    def pause_ms(self) -> float:
-        """Milliseconds in which no token was sampled."""
-        return self.timings_ms["pause_ms"]
-
-    @property
-    def apply_ms(self) -> float:
-        """Milliseconds of the pause in which the slowest worker put the weights in place."""
-        return self.timings_ms["apply_ms"]
 
 
 class RolloutEngine(Protocol):

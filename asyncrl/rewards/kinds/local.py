@@ -74,8 +74,8 @@ class Format(Part):
 class UserRule(Part):
     """The value that a function of the user's own returns: `function(completion, payload, **args)`.
 
-    path: `module:function`; modules in the current directory can be imported. To say "this cannot be scored", the
-    function raises.
+    path: `module:function`; modules in the current directory can be imported. args: the function's keyword arguments.
+    To say "this cannot be scored", the function raises.
     """
 
     kind: ClassVar[str] = "rule"

@@ -1,4 +1,4 @@
-"""The kind `math`: compares mathematical answers by the package math-verify. 0.5, 1/2 and \\frac{1}{2} are the same."""
+r"""The kind `math`: compares mathematical answers by the package math-verify. 0.5, 1/2 and \frac{1}{2} are the same."""
 
 from __future__ import annotations
 

@@ -397,8 +397,8 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
 
 def test_joining_a_channel_that_never_forms_ends_at_its_deadline(engine):
     started = time.monotonic()
+    spec = ChannelSpec("127.0.0.1", 9, "nobody", 1, 2, "gloo", 1.0)
     with pytest.raises(ChannelError, match="worker 0 failed in phase join: .*forming weight channel.* untouched"):
-        spec = ChannelSpec("127.0.0.1", 9, "nobody", 1, 2, "gloo", 1.0)
         engine.run(engine.engine.join_channel(spec, 1.0))
     assert time.monotonic() - started < 3.0
     engine.run(engine.sync())

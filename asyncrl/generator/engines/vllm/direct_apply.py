@@ -37,7 +37,7 @@ PackedLinear = Callable[..., torch.Tensor]  # what vLLM puts behind `cpu_linear`
 
 
 class PlanRefused(Exception):
-    """This model, or this manifest, is not one for plain copies. The message says why."""
+    """Plain copies do not do for a model or a manifest. The message says why."""
 
 
 @dataclass(slots=True)
@@ -137,7 +137,7 @@ class CopyPlan:
             for pack in packs.get(name, ()):
                 packing.add(pack, name, tensor)
         if missing := self.shapes.keys() - seen:
-            raise PlanRefused(f"{sorted(missing)[0]} does not come ({len(missing)} tensors in all)")
+            raise PlanRefused(f"{min(missing)} does not come ({len(missing)} tensors in all)")
         prepared = PreparedCopy(self, basis, list(copies.values()), packing.done)
         _wait_for_casts(prepared.copies)
         return prepared
@@ -163,6 +163,7 @@ def make_plan(model: torch.nn.Module, recorder: LoadRecorder, unlike: str) -> Co
     """The plan of a reload that has just ended.
 
     Args:
+        model: the one that was loaded.
         recorder: it watched that reload.
         unlike: what else changed in it, see `SideEffects`.
 
@@ -217,8 +218,8 @@ class SideEffects:
 class DirectApply:
     """One worker's plan, and whether it may be used now.
 
-    A swap is `begin`, `load` and `end` of a reload, or `apply` of what `prepare` made ready; `failed` after either
-    broke off.
+    A swap is `begin`, `load` and `end` of a reload, or `apply` of what `prepare` made ready. `failed` is called after
+    either of them broke off.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -317,8 +318,8 @@ def unchanged_names(applied: WeightManifest | None, manifest: WeightManifest) ->
     if applied is None or applied.patch is None or manifest.patch is None:
         return set()
     names = {name for name, _ in set(applied.patch.base) & set(manifest.patch.base)}
-    for either in (applied, manifest):
-        names -= {entry.name.removesuffix(LORA_A) + WEIGHT for entry in either.layout.tensors}
+    for carrier in (applied, manifest):
+        names -= {entry.name.removesuffix(LORA_A) + WEIGHT for entry in carrier.layout.tensors}
     tied = set(applied.patch.tied) & set(manifest.patch.tied)
     return names | {name for name, original in tied if original in names}
 

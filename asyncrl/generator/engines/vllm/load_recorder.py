@@ -115,15 +115,16 @@ class LoadRecorder(TorchDispatchMode):
     def watch(self, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same pairs, which the recorder will know again by where they lie."""
         for name, tensor in named:
-            places = self._sources[storage_key(tensor)]
-            if any(place.start == _start_byte(tensor) for place in places):
-                tensor = tensor.clone()  # two names of one tensor: each needs a place of its own
-                places = self._sources[storage_key(tensor)]
-            self._pins.append(StorageWeakRef(tensor.untyped_storage()))
-            places.append(_Place(_start_byte(tensor), name, tensor.dtype))
+            watched = tensor
+            places = self._sources[storage_key(watched)]
+            if any(place.start == _start_byte(watched) for place in places):
+                watched = tensor.clone()  # two names of one tensor: each needs a place of its own
+                places = self._sources[storage_key(watched)]
+            self._pins.append(StorageWeakRef(watched.untyped_storage()))
+            places.append(_Place(_start_byte(watched), name, watched.dtype))
             places.sort(key=lambda place: place.start)
-            self.shapes[name] = tuple(tensor.shape)
-            yield name, tensor
+            self.shapes[name] = tuple(watched.shape)
+            yield name, watched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every operation of the load comes by here; those that write are noted."""

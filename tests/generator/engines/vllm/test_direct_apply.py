@@ -71,8 +71,8 @@ class Model(nn.Module):
         from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
         loaded = set()
-        for name, tensor in named:
-            tensor = self.change(name, tensor)
+        for name, sent in named:
+            tensor = self.change(name, sent)
             layer, _, last = name.partition(".")
             if layer in ("left", "right"):
                 param = getattr(self.fused, last)

@@ -107,7 +107,7 @@ def restored_engine(engine):
         pytest.param(lambda: partial_update("model.layers.1.self_attn.q_proj.weight"), id="q_proj of a fused qkv"),
         pytest.param(lambda: partial_update("model.layers.1.*", "model.norm.weight"), id="a layer"),
         pytest.param(lambda: partial_update("lm_head.weight"), id="tied embeddings"),
-        pytest.param(lambda: lora_update(), id="adapters"),
+        pytest.param(lora_update, id="adapters"),
         pytest.param(lambda: lora_update(lora_sync="merged"), id="merged"),
         pytest.param(lambda: lora_update(lora_targets=["q_proj"]), id="adapters on q_proj"),
         pytest.param(lambda: lora_update(lora_targets=["q_proj"], lora_sync="merged"), id="merged q_proj"),
