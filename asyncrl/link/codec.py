@@ -1,6 +1,6 @@
-"""Frames: a fixed header and a msgpack body.
+r"""Frames: a fixed header and a msgpack body.
 
-    offset  0  magic      4 bytes  b"aRL\\x01"
+    offset  0  magic      4 bytes  b"aRL\x01"
             4  format     u16      of this header; the message schema has its own version, in Hello
             6  wire_code  u16      names the message class
             8  flags      u32      0

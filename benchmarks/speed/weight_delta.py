@@ -105,25 +105,25 @@ def sync(old: SnapshotBuffer, new: SnapshotBuffer, received: torch.Tensor, versi
     from asyncrl.weights.bytes.digest import digest_buckets
 
     layout = new.layout
-    with _timed(figures.encode_ms):
+    with _Timed(figures.encode_ms):
         delta = encode_delta(layout, old.flat, new.flat, version, max_share=2.0)
     assert delta is not None
-    with _timed(figures.apply_ms):
+    with _Timed(figures.apply_ms):
         apply_delta(layout, received, delta.info, delta.payload)
     exact = torch.equal(received.view(torch.int64), new.flat.view(torch.int64))
     figures.wrong.append(float(not exact))
     figures.delta_mb.append(delta.info.num_bytes / 1e6)
     figures.dense_mb.append(layout.total_bytes / 1e6)
-    with _timed(figures.copy_ms):
+    with _Timed(figures.copy_ms):
         old.flat.copy_(new.flat)  # its bytes are not needed any more
     if version % 10 == 0:
-        with _timed(figures.digest_ms):
+        with _Timed(figures.digest_ms):
             digest_buckets(layout, received)
         share = figures.delta_mb[-1] / figures.dense_mb[-1]
         print(f"sync {version + 1}: {share:.2%} of the dense bytes, {sum(figures.wrong):.0f} wrong", flush=True)
 
 
-class _timed:
+class _Timed:
     """Appends the milliseconds of CPU time that the body took in this thread."""
 
     def __init__(self, values: list[float]) -> None:

@@ -198,7 +198,7 @@ def slow_loss(name, p, q, a, t):
         cap = {"ppo, cap": CAP, "gspo": 1.5}.get(name, math.inf)
         if ratio > cap:
             ratio = ratio / ratio.detach() * cap
-        inside = 1 - LOW if ratio < 1 - LOW else 1 + HIGH if ratio > 1 + HIGH else ratio
+        inside = 1 - LOW if ratio < 1 - LOW else min(ratio, 1 + HIGH)
         loss = max(-ratio * a[t], -inside * a[t])
         clipped = bool(-inside * a[t] > -ratio * a[t])
         if variant == "dual clip" and a[t] < 0 and -1.6 * a[t] < loss:

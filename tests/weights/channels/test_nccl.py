@@ -52,7 +52,7 @@ class Nccl:
         self.inside, self.most_inside = 0, 0  # calls that make a process group, now and at most
 
     @staticmethod
-    def Options(*, is_high_priority_stream):
+    def Options(*, is_high_priority_stream):  # noqa: N802 - torch's name
         assert not is_high_priority_stream
         return SimpleNamespace(config=SimpleNamespace(blocking=None), _timeout=None)
 

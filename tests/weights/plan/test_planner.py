@@ -123,8 +123,7 @@ class Bench:
 
 
 def messages(outputs, kind):
-    found = [o.message for o in outputs if isinstance(o, (ToGenerator, ToPublisher)) and isinstance(o.message, kind)]
-    return found
+    return [o.message for o in outputs if isinstance(o, (ToGenerator, ToPublisher)) and isinstance(o.message, kind)]
 
 
 def kinds(outputs, kind):
