@@ -122,17 +122,17 @@ class EngineUnderTest:
         while not self.has_begun():
             await asyncio.sleep(0.001)
 
-    async def open_group(self, version: int, timeout_s: float = 20.0) -> Any:
+    async def open_channel(self, version: int, timeout_s: float = 20.0) -> Any:
         """A weight channel with the learner's end in this process and the engine's workers as its other members."""
         from asyncrl.link.weight_records import ChannelSpec
         from asyncrl.weights.channels.channel import WeightChannel
 
         spec = ChannelSpec("127.0.0.1", 0, f"test/{version}", 0, 1 + self.num_workers, "gloo", timeout_s)
-        group = WeightChannel.host(spec)
-        root = asyncio.create_task(asyncio.to_thread(group.join))
-        await self.engine.join_channel(group.spec.for_rank(1), timeout_s)
+        channel = WeightChannel.host(spec)
+        root = asyncio.create_task(asyncio.to_thread(channel.join))
+        await self.engine.join_channel(channel.spec.for_rank(1), timeout_s)
         await root
-        return group
+        return channel
 
     async def stage(self, *, only: Any = None, tamper: Any = None, buffer: Any = None) -> int:
         """Stage the model's weights as the next version, or those of `buffer`, a SnapshotBuffer.
@@ -147,13 +147,13 @@ class EngineUnderTest:
             buffer = SnapshotBuffer(named, bucket_bytes=64 * 1024)
         buffer.snapshot()
         manifest = buffer.manifest(version)
-        group = await self.open_group(version)
-        sender = threading.Thread(target=_send, args=(group, buffer), daemon=True)
+        channel = await self.open_channel(version)
+        sender = threading.Thread(target=_send, args=(channel, buffer), daemon=True)
         sender.start()
         try:
             await self.engine.stage_weights(tamper(manifest) if tamper else manifest, 20.0)
         finally:
-            await asyncio.to_thread(group.close)
+            await asyncio.to_thread(channel.close)
             sender.join(5.0)
         return version
 
@@ -178,11 +178,11 @@ class EngineUnderTest:
         return await self.engine.generate(GenerationRequest(prompt_token_ids=prompt, **values))
 
 
-def _send(group: Any, buffer: Any) -> None:
+def _send(channel: Any, buffer: Any) -> None:
     from asyncrl.errors import ChannelError
 
     with contextlib.suppress(ChannelError):  # the test looks at the receiving end
-        group.broadcast(list(buffer.buckets()), 20.0)
+        channel.broadcast(list(buffer.buckets()), 20.0)
 
 
 @pytest.fixture(scope="session")

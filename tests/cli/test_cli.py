@@ -2,10 +2,10 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -30,6 +30,12 @@ def run(role, *arguments, **environment):
         timeout=60,
         env={**os.environ, **environment},
     )
+
+
+def cpu_seconds_of_children():
+    """Of those that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.fixture
@@ -72,13 +78,13 @@ def test_a_start_imports_no_torch_before_the_daemon_does(config_file):
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
-def test_help_answers_in_under_a_second():
-    """The best of five, because the machine may be busy; importing torch would take seconds each time."""
+def test_help_costs_less_than_a_second_of_cpu_time():
+    """Importing torch alone would cost seconds. Of the CPU, because others may use the machine; the best of three."""
     seconds = []
-    for _ in range(5):
-        started = time.monotonic()
+    for _ in range(3):
+        before = cpu_seconds_of_children()
         assert run("learner", "--help").returncode == 0
-        seconds.append(time.monotonic() - started)
+        seconds.append(cpu_seconds_of_children() - before)
     assert min(seconds) < 1.0
 
 

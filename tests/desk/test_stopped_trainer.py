@@ -15,7 +15,7 @@ from asyncrl.link import limits
 from asyncrl.link.messages import SyncOffer, SyncSwap
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.weights.plan.planner import WANTED_REPEAT_S
-from tests.weights.test_publisher import MAX_BYTES, World
+from tests.weights.weight_world import MAX_BYTES, World
 
 TIMEOUT_S = 3.0
 LINK_TIMEOUT_S = (limits.HEARTBEAT_MS + limits.HEARTBEAT_TIMEOUT_MS) / 1e3
@@ -38,13 +38,13 @@ class StoppableWorld(World):
         """The next version, until all hold it."""
         self._version += 1
         self.tell(self._version)
-        self.wait(lambda: all(self.planner.held_version(name) == self._version for name in self.receivers), timeout_s)
+        self.wait(lambda: self._all_hold(self._version), timeout_s)
 
     def tell(self, line):
         print(line, file=self.process.stdin, flush=True)
 
     @property
-    def num_open_groups(self):
+    def num_open_channels(self):
         self.tell("?")
         return int(self.process.stdout.readline())
 
@@ -94,7 +94,7 @@ def test_training_goes_on_after_the_trainer_stood_still_in_a_sync_for_longer_tha
     world.wait(world.link_is_down, LINK_TIMEOUT_S + SPARE_S)
     world.wait(lambda: len(world.ended) > num_ended, TIMEOUT_S + SPARE_S)
     world.wait(lambda: time.monotonic() >= stopped_at + TIMEOUT_S, TIMEOUT_S + SPARE_S)
-    world.planner.left("b", time.monotonic(), "is dead")  # the closing of its group gets lost
+    world.planner.left("b", time.monotonic(), "is dead")  # the closing of its channel gets lost
     world.receivers.pop("b").close()
     world._turn()
     assert world.link_is_down(), "it came back by itself"
@@ -103,4 +103,4 @@ def test_training_goes_on_after_the_trainer_stood_still_in_a_sync_for_longer_tha
     world._version = 1
     for _ in range(2):
         world.publish(timeout_s=4 * TIMEOUT_S + limits.RECONNECT_MAX_MS / 1e3 + WANTED_REPEAT_S)
-    world.wait(lambda: world.num_open_groups == 1, 2 * WANTED_REPEAT_S)
+    world.wait(lambda: world.num_open_channels == 1, 2 * WANTED_REPEAT_S)

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.desk.trainer_process import MAX_BACKOFF_S, RESTART_BACKOFF_S, TrainerProcess
 from asyncrl.errors import ConfigError, TrainerFailed
 from tests.trainer.tiny import save_tiny_model
+from tests.waits import wait_until
 
 DEADLINE_S = 60.0
 
@@ -68,13 +68,6 @@ def make(folder: Path, max_restarts: int, **seams: Any) -> TrainerProcess:
     )
 
 
-def until(condition, what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def trainer(tmp_path):
     trainer = make(tmp_path, max_restarts=1)
@@ -96,7 +89,7 @@ def test_a_death_is_told_once_and_followed_by_a_restart_after_the_back_off(train
     assert trainer.pid != first
 
 
-def test_a_trainer_starts_with_the_deadline_of_weight_groups(tmp_path):
+def test_a_trainer_starts_with_the_deadline_of_weight_channels(tmp_path):
     """torch reads it once, at the first collective of the process."""
     trainer = make(tmp_path, max_restarts=0)
     trainer.start()
@@ -108,7 +101,7 @@ def test_a_trainer_starts_with_the_deadline_of_weight_groups(tmp_path):
 def test_too_many_deaths_without_a_step_end_the_learner_with_the_last_words_of_the_trainer(tmp_path):
     trainer = make(tmp_path, max_restarts=0)
     trainer.start()
-    until(lambda: not trainer.running, "the rank ends: its configuration is missing")
+    wait_until(lambda: not trainer.running, "the rank's end: its configuration is missing", DEADLINE_S)
     with pytest.raises(TrainerFailed, match=r"died 1 times.*\n(.|\n)*missing\.yaml: there is no such"):
         trainer.poll(0.0)
 
@@ -124,7 +117,7 @@ def test_what_the_user_set_up_wrongly_ends_the_learner_at_once_with_the_trainers
     trainer = make(tmp_path, max_restarts=3)
     trainer.config_file.write_text(to_yaml(load_config(None, overrides)))
     trainer.start()
-    until(lambda: not trainer.running, "the rank ends: no parameter has that name")
+    wait_until(lambda: not trainer.running, "the rank's end: no parameter has that name", DEADLINE_S)
     with pytest.raises(ConfigError, match=r"^update\.names: 'nobody\.\*' matches no parameter"):
         trainer.poll(0.0)
 
@@ -158,7 +151,7 @@ def test_no_trainer_outlives_a_desk_that_was_killed(tmp_path):
     desk.kill()
     desk.wait()
     desk.stdout.close()
-    until(lambda: gone(pid), f"the end of trainer {pid}")
+    wait_until(lambda: gone(pid), f"the end of trainer {pid}", DEADLINE_S)
 
 
 def gone(pid: int) -> bool:

@@ -25,12 +25,12 @@ def run(scenario):
 
 def test_pauses_between_trials_double_up_to_a_limit():
     async def scenario(gate):
-        return [await job(gate, lambda: False) for _ in range(6)]
+        return [(await job(gate, lambda: False), gate._pause_s) for _ in range(6)]
 
-    times = run(scenario)
-    pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
-    for pause, least in zip(pauses, (0.05, 0.1, 0.2, 0.2, 0.2), strict=True):
-        assert least <= pause < least + 1.0
+    times, next_pauses = zip(*run(scenario), strict=True)
+    assert next_pauses == (0.1, 0.2, 0.2, 0.2, 0.2, 0.2)
+    for before, after, pause in zip(times, times[1:], (0.05, *next_pauses), strict=False):
+        assert after - before >= pause
 
 
 def test_jobs_that_were_out_already_when_it_closed_make_no_pause_longer():

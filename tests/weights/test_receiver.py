@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from asyncrl.weights.bytes.delta import encode_delta
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.receiver import WeightReceiver
+from tests.waits import wait_until
 
 TIMEOUT_S = 20.0
 
@@ -56,10 +56,7 @@ class Bench:
         return self.wait()
 
     def wait(self):
-        deadline = time.monotonic() + TIMEOUT_S
-        while self.receiver.poll().state == "running":
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_until(lambda: self.receiver.poll().state != "running", "the receiver", TIMEOUT_S)
         return self.receiver.poll()
 
     def assert_staged(self, job, version):

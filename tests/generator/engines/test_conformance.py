@@ -25,7 +25,14 @@ from asyncrl.generator.engines.base import RolloutEngine
 from asyncrl.link.field_checks import to_plain
 from asyncrl.link.weight_records import ChannelSpec
 from tests.conftest import END_TOKEN, MAX_LENGTH, randomize, reference_logprobs
-from tests.generator.engines.checks import PROMPT, TOLERANCE, assert_logprobs_are_those_of, random_prompt
+from tests.generator.engines.checks import (
+    PROMPT,
+    TOLERANCE,
+    assert_logprobs_are_those_of,
+    assert_samples_the_model,
+    random_prompt,
+)
+from tests.waits import LATE_S
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,6 @@ def ending_engine(engine):
     randomize(engine.model, 0)
     engine.run(engine.sync())
     return engine
-
-
-def assert_samples_the_model(engine, max_new_tokens=16):
-    """The engine samples from the weights of the learner's model, under its newest version alone."""
-    (completion,) = engine.run(engine.generate(PROMPT, num_rollouts=1, max_new_tokens=max_new_tokens))
-    assert {span.version for span in completion.version_spans} == {engine.engine.version}
-    assert_logprobs_are_those_of(engine.model, PROMPT, completion)
 
 
 # -- sampling and scoring ------------------------------------------------------------------------------
@@ -360,8 +360,9 @@ os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize(("fault", "limit_s"), [("SIGKILL", 2.0), ("SIGSTOP", 5.0)])
-def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_on(engine, fault, limit_s):
+@pytest.mark.parametrize(("fault", "timeout_s", "limit_s"), [("SIGKILL", 30.0, LATE_S), ("SIGSTOP", 3.0, 3.0 + LATE_S)])
+def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_on(engine, fault, timeout_s, limit_s):
+    """A death is seen; a sender that stands still is waited for until the deadline."""
     spec = ChannelSpec("127.0.0.1", 0, "lost", 0, 2, "gloo", 20.0)
     before = engine.engine.version
     command = [sys.executable, "-c", SENDER, json.dumps(to_plain(spec)), fault]
@@ -378,7 +379,7 @@ def test_a_sender_lost_in_mid_transfer_is_an_error_in_time_and_generation_goes_o
         await engine.engine.join_channel(dataclasses.replace(spec, rank=1, store_port=port), 20.0)
         started = time.monotonic()
         with pytest.raises(ChannelError, match="broadcast of 262144 bytes") as lost:
-            await engine.engine.stage_weights(buffer.manifest(99), 3.0)
+            await engine.engine.stage_weights(buffer.manifest(99), timeout_s)
         elapsed_s = time.monotonic() - started
         assert "staging version 99: worker 0 failed in phase stage, 65536 of 262144 bytes received" in str(lost.value)
         assert "the weight channel is left, nothing is staged, the weights in use are untouched" in str(lost.value)
@@ -400,7 +401,7 @@ def test_joining_a_channel_that_never_forms_ends_at_its_deadline(engine):
     spec = ChannelSpec("127.0.0.1", 9, "nobody", 1, 2, "gloo", 1.0)
     with pytest.raises(ChannelError, match="worker 0 failed in phase join: .*forming weight channel.* untouched"):
         engine.run(engine.engine.join_channel(spec, 1.0))
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 1.0 + LATE_S
     engine.run(engine.sync())
 
 
@@ -434,7 +435,7 @@ def test_an_engine_refuses_without_weights_syncs_untied_ones_exactly_and_is_foun
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="probe"):
         under_test.run(engine.probe(1.0))
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 1.0 + LATE_S
     process.send_signal(signal.SIGCONT)
     under_test.run(engine.probe(10.0))
     engine.check_alive()

@@ -25,6 +25,7 @@ from asyncrl.weights.bytes.layout import plan_buckets
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.rendezvous import WeightStore
+from tests.waits import LATE_S
 from tests.weights.bytes.test_snapshot import tied_parameters
 from tests.weights.channels.members import in_threads, pair
 
@@ -169,7 +170,7 @@ def test_a_channel_that_nobody_joins_fails_at_its_deadline():
     started = time.monotonic()
     with pytest.raises(ChannelError, match="forming weight channel 'epoch/1' as rank 0 of 2"):
         channel.join(1.0)
-    assert 0.9 < time.monotonic() - started < 3.0
+    assert 0.9 < time.monotonic() - started < 1.0 + LATE_S
     with pytest.raises(ChannelError, match="dead"):
         channel.join(1.0)
     channel.close()
@@ -181,7 +182,7 @@ def test_abort_from_another_thread_ends_a_wait():
     started = time.monotonic()
     with pytest.raises(ChannelError, match="aborted"):
         channel.join(30.0)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 0.3 + LATE_S
     channel.close()
 
 
@@ -218,9 +219,9 @@ for bucket in range(1000):
 """
 
 
-@pytest.mark.parametrize(("fault", "limit_s"), [("SIGKILL", 1.0), ("SIGSTOP", 4.0)])
-def test_a_member_that_dies_or_hangs_ends_the_broadcast_for_all_in_time(fault, limit_s):
-    timeout_s = 2.0
+@pytest.mark.parametrize(("fault", "timeout_s", "limit_s"), [("SIGKILL", 30.0, LATE_S), ("SIGSTOP", 2.0, 2.0 + LATE_S)])
+def test_a_member_that_dies_or_hangs_ends_the_broadcast_for_all_in_time(fault, timeout_s, limit_s):
+    """A death is seen; for one that hangs the others wait until their deadline."""
     root = WeightChannel.host(dataclasses.replace(SPEC, world_size=3, timeout_s=30.0))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 

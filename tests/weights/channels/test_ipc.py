@@ -23,6 +23,7 @@ from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.memory import shared_buffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.ipc import IpcTransport, _Process
+from tests.waits import LATE_S
 from tests.weights.channels.members import in_threads, members_of, pair
 
 SPEC = ChannelSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
@@ -88,7 +89,7 @@ def test_processes_take_shared_and_other_memory_and_a_killed_one_ends_the_channe
 
     error, elapsed_s = broadcast_until_it_fails(channel, shared[:NUM_BYTES], 30.0)
     assert f"rank 2 (process {doomed.process.pid}) ended before taken/7/2" in error
-    assert elapsed_s < 5.0, "a death is seen, not waited for"
+    assert elapsed_s < LATE_S, "a death is seen, not waited for"
     channel.close()
     assert healthy.error()["elapsed_s"] < 10.0
     assert names_of_ours() == set()
@@ -104,7 +105,7 @@ def test_a_receiver_that_stands_still_costs_one_deadline_and_fails_when_it_wakes
     flat = filled(1, shared_buffer(NUM_BYTES, "cpu"))
     error, elapsed_s = broadcast_until_it_fails(channel, flat, 3.0)
     assert "taken/2/2 of rank 2 did not come in time" in error
-    assert 2.9 < elapsed_s < 4.5
+    assert 2.9 < elapsed_s < 3.0 + LATE_S
     flat.zero_()  # the sender goes on; whoever wakes now must not take this for bucket 2
     channel.close()
     stopped.signal(signal.SIGCONT)
@@ -143,7 +144,7 @@ def test_a_sender_that_dies_or_stands_still_ends_the_receivers_by_their_deadline
         started = time.monotonic()
         with pytest.raises(ChannelError, match="broadcast of 100000 bytes in weight channel 'ipc/1'"):
             member.broadcast([flat], 2.0)
-        assert time.monotonic() - started < 3.5
+        assert time.monotonic() - started < 2.0 + LATE_S
         member.close()
     finally:
         sender.kill()
@@ -228,7 +229,7 @@ def test_members_that_expect_other_sizes_fail_at_once_on_both_sides():
         errors.append(str(failure.value))
 
     in_threads(lambda: failing(root, 100), lambda: failing(member, 90))
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < LATE_S
     assert all("rank 0 sends 100 bytes, 90 are expected" in error for error in errors)
     for channel in (root, member):
         with pytest.raises(ChannelError, match="dead"):
@@ -264,7 +265,7 @@ def test_members_that_cannot_share_memory_are_told_why_at_once_on_both_sides(key
             channel.join()
 
     in_threads(lambda: failing(root), lambda: failing(member))
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < LATE_S
     root.close()
     member.close()
 
@@ -289,7 +290,7 @@ def test_an_abort_ends_a_wait_on_either_side(rank):
     started = time.monotonic()
     with pytest.raises(ChannelError, match="aborted"):
         both[rank].broadcast([torch.zeros(10, dtype=torch.uint8)], 30.0)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 0.2 + LATE_S
     for channel in both:
         channel.close()
 
@@ -314,7 +315,7 @@ def test_an_answer_of_the_store_that_comes_after_the_deadline_is_not_acted_on():
     started = time.monotonic()
     with pytest.raises(ChannelError, match="waiting for ready/0 of rank 0; the call was abandoned"):
         member.broadcast([flat], 0.5)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 0.5 + LATE_S
     answers.set()
     threads[0].join(10.0)
     assert not threads[0].is_alive() and not flat.any()

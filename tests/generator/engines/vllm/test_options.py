@@ -31,7 +31,7 @@ def test_workers_get_cpus_of_their_own_where_there_are_enough(num_workers, threa
     ("device", "expected"),
     [("cuda", {"TORCH_NCCL_NONBLOCKING_TIMEOUT": "11", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}), ("cpu", {})],
 )
-def test_workers_on_gpus_start_with_the_deadline_of_weight_groups_and_survive_a_broken_one(
+def test_workers_on_gpus_start_with_the_deadline_of_weight_channels_and_survive_a_broken_one(
     monkeypatch, device, expected
 ):
     monkeypatch.setattr(os, "environ", {})

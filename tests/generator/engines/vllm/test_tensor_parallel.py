@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 from asyncrl.errors import ChannelError, EngineError
-from tests.conftest import VOCAB_SIZE, randomize, reference_logprobs, start_engine
-from tests.generator.engines.checks import ODD_WORKER
+from tests.conftest import randomize, reference_logprobs, start_engine
+from tests.generator.engines.checks import ODD_WORKER, PROMPT, TOLERANCE, assert_samples_the_model, random_prompt
 from tests.weights.delta_buffer import DeltaBuffer, change_some
-
-TOLERANCE = 1e-4  # float32 on both sides
-PROMPT = [5, 9, 33, 71, 12, 64]
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +27,10 @@ def two_workers(tied_model_dir, tmp_path_factory):
 
 def assert_it_is_the_model(engine):
     """Scores and what is sampled, by the weights the learner's model has now."""
-    sequence = np.random.default_rng(engine.next_version).integers(2, VOCAB_SIZE, 60).tolist()
+    sequence = random_prompt(60, seed=engine.next_version)
     (score,) = engine.run(engine.engine.score([sequence], 20.0))
     np.testing.assert_allclose(score, reference_logprobs(engine.model, sequence), atol=TOLERANCE, rtol=0)
-    (completion,) = engine.run(engine.generate(PROMPT, num_rollouts=1, max_new_tokens=24))
-    assert {span.version for span in completion.version_spans} == {engine.engine.version}
-    expected = reference_logprobs(engine.model, PROMPT + completion.token_ids.tolist())[len(PROMPT) - 1 :]
-    np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE, rtol=0)
+    assert_samples_the_model(engine, max_new_tokens=24)
 
 
 def test_every_sync_reaches_both_workers_the_first_by_a_reload_and_the_next_in_place(two_workers):
