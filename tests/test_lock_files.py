@@ -41,10 +41,10 @@ def unmet(requirements: list[str], locked: dict[str, str]) -> list[str]:
     """The requirements that no pin meets. Markers are evaluated for this machine."""
     wanted = [Requirement(text) for text in requirements]
     return [
-        str(one)
-        for one in wanted
-        if (one.marker is None or one.marker.evaluate({"extra": ""}))
-        and not one.specifier.contains(locked.get(canonicalize_name(one.name), "0"), prereleases=True)
+        str(requirement)
+        for requirement in wanted
+        if (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+        and not requirement.specifier.contains(locked.get(canonicalize_name(requirement.name), "0"), prereleases=True)
     ]
 
 
@@ -81,7 +81,7 @@ def test_what_is_installed_is_what_the_lock_says():
     # Not all of sys.path: packages that others carry inside them (setuptools does) are not what is installed.
     places = [sysconfig.get_paths()[name] for name in ("purelib", "platlib")]
     found = metadata.distributions(path=places)
-    installed = {canonicalize_name(one.metadata["Name"]): one.version for one in found}
+    installed = {canonicalize_name(package.metadata["Name"]): package.version for package in found}
     wanted = lock(kind)
     del wanted["pip"]  # the installer may be whichever came with Python
     assert {name: installed.get(name) for name in wanted} == wanted

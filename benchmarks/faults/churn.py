@@ -1,5 +1,7 @@
 """Half an hour in which generators come, go, hang and die at random while one learner trains. Does anybody notice?
 
+    python -m benchmarks.faults.churn [--quick]
+
 Three generators of the quickstart task (0.8 million parameters, real daemons, real engines) start; from then on, every
 5 to 15 s, one of them is started (join), told to leave (SIGTERM), killed (SIGKILL), or stopped for 1 to 20 s (SIGSTOP,
 SIGCONT), at whatever moment of its life that finds it. Empty places are filled sooner than further ones are emptied,

@@ -1,5 +1,7 @@
 """Every fault in every phase of a weight sync, with one generator and with three: what becomes of the run.
 
+    python -m benchmarks.faults.fault_matrix [--quick]
+
 The real commands; one of the generators is sabotaged (`benchmarks.faults.faulty_generator`), once per cell, in a fleet
 that lives on from cell to cell. A cell has passed when
 

@@ -1,5 +1,7 @@
 """Generator throughput against raw vLLM: what leases, rewards, versions and the link cost.
 
+    python -m benchmarks.speed.generator_vs_vllm [--quick]
+
 One engine, two ways to drive it, in turn:
 
     raw     AsyncLLM.generate with the same sampling parameters, always as many sequences in flight, the tokens unused

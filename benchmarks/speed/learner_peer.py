@@ -417,8 +417,11 @@ def main() -> None:
     from asyncrl.host.processes import die_with_parent
     from benchmarks.common import pin
 
+    if len(sys.argv) != 3 or not sys.argv[2].isdigit():
+        print("a part of benchmarks: python -m benchmarks.speed.learner_peer CONFIG CPU < COMMANDS", file=sys.stderr)
+        sys.exit(2)
     die_with_parent()
-    config_file, cpu = sys.argv[1:3]
+    config_file, cpu = sys.argv[1:]
     pin(int(cpu))
     peer = Peer(load_config(config_file, []))
     peer.serve()

@@ -1,5 +1,7 @@
 """The rollout link without a model: encoding, sockets, journal, each beside its floor.
 
+    python -m benchmarks.speed.transport [--quick]
+
 encoding  one rollout to a frame and back, checked and validated, against the same fields as lists in msgpack
           and JSON (which check nothing), and against copying its bytes twice
 sockets   frames through ClientSocket and ServerSocket against bare pyzmq sockets with the same options

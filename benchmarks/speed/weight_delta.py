@@ -1,5 +1,7 @@
 """How small and how fast lossless deltas are: training steps on a bfloat16 model, each followed by a sync in memory.
 
+    python -m benchmarks.speed.weight_delta [--quick]
+
 A random model of the Llama type (weights of standard deviation 0.02) in float32 masters under AdamW; its bfloat16
 snapshot is compared with the one before, and the delta is applied to a copy of that one, which then must have the same
 bytes as the new snapshot. No network: what is measured is encoding and applying, against one copy of the same bytes.

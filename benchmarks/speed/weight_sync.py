@@ -1,5 +1,7 @@
 """One weight sync, part by part, with sequences in flight, beside its floors.
 
+    python -m benchmarks.speed.weight_sync [--quick]
+
     blocked    the time that publishing a version takes from the training: copying the parameters to a staging buffer,
                against one copy of the flat buffer
     transfer   rate at which the worker receives the buckets, from taking part to the last byte, against one

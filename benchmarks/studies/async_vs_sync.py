@@ -1,5 +1,7 @@
 """Asynchronous against synchronous training: the two commands on two pinned CPUs, the same task, the same steps.
 
+    python -m benchmarks.studies.async_vs_sync [--quick]
+
 Runs alternate: staleness.max_age=0 (the generator waits for every step) and the configuration's own max_age. The time
 is that of the training part alone, from the moment the trainer was ready to the end of the last step as metrics.jsonl
 has it: start-up and the last evaluation are the same for both and are left out. The evaluation at the end is in the

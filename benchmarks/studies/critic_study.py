@@ -1,5 +1,7 @@
 """What a critic learns from old rollouts: GAE, importance-weighted GAE and V-trace at forced policy ages.
 
+    python -m benchmarks.studies.critic_study [--quick]
+
 PPO with a critic (algorithm.name=ppo), on rollouts that the policy of `age` versions ago has sampled (see
 delayed_sampling.py); the runs differ in algorithm.value_targets alone. Figures of a run: held-out accuracy, and the
 critic's explained variance, both means of the last three evaluations. The explained variance is that of the returns of
@@ -85,7 +87,7 @@ def report(options: argparse.Namespace, jobs: list[Job], log: JobLog) -> None:
     print()
     for note in notes:
         print(note)
-    summary = [{"targets": targets, "age": age, **one} for (targets, age), one in figures.items()]
+    summary = [{"targets": targets, "age": age, **means} for (targets, age), means in figures.items()]
     record = {"settings": [*SETTINGS, *CRITIC], "summary": summary, "notes": notes}
     shared.write(options, record, jobs, log)
     print(f"written to {draw(figures, ages, jobs, log, options.results / (shared.file_stem(options) + '.png'))}")
@@ -160,10 +162,10 @@ def _curves(axis: Any, jobs: list[Job], log: JobLog, color: Any) -> None:
     """One thin line per seed."""
     for job in jobs:
         result = log.result_of(job)
-        evals = [one for one in result["evals"] if "explained_variance" in one] if result else []
+        evals = [record for record in result["evals"] if "explained_variance" in record] if result else []
         axis.plot(
-            [one["version"] for one in evals],
-            [one["explained_variance"] for one in evals],
+            [record["version"] for record in evals],
+            [record["explained_variance"] for record in evals],
             color=color,
             linewidth=1.0,
             alpha=0.8,

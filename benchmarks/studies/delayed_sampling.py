@@ -244,18 +244,18 @@ def run_job(job: shared.Job) -> dict[str, Any]:
             evals.append(_evaluated(training))
     every = math.ceil(job["steps"] / CURVE_POINTS)
     last = evals[1:][-LAST_EVALS:]
-    explained = [one["explained_variance"] for one in last if "explained_variance" in one]
+    explained = [figures["explained_variance"] for figures in last if "explained_variance" in figures]
     return {
-        "accuracy": shared.mean([one["accuracy"] for one in last]),
+        "accuracy": shared.mean([figures["accuracy"] for figures in last]),
         **({"fresh_explained_variance": shared.mean(explained)} if explained else {}),
         "diverged_at": diverged_at,
         "evals": evals,
-        "last_half": shared.means_of([_only(FIGURES, one) for one in metrics[len(metrics) // 2 :]]),
+        "last_half": shared.means_of([_only(FIGURES, record) for record in metrics[len(metrics) // 2 :]]),
         "curve_every": every,
         "curves": {
-            name: shared.thinned([one[name] for one in metrics], every)
+            name: shared.thinned([record[name] for record in metrics], every)
             for name in CURVES
-            if metrics and all(name in one for one in metrics)
+            if metrics and all(name in record for record in metrics)
         },
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -1,5 +1,7 @@
 """Every method by its one line of configuration: the two commands train the arithmetic task, three seeds each.
 
+    python -m benchmarks.studies.method_matrix [--quick]
+
     asyncrl-learner CONFIG algorithm.name=NAME     asyncrl-generator CONFIG algorithm.name=NAME
 
 The daemons are real, with one pinned CPU each; nothing but the method and the seed differs between runs. Passed: the
@@ -176,7 +178,7 @@ def summary_of(method: str, bar: float, jobs: list[Job], log: JobLog) -> dict[st
     if not results:
         return None
     names = ("accuracy", "eval_first", "policy_age_mean", "total_s")
-    row: dict[str, Any] = {"method": method, **{name: [one[name] for one in results] for name in names}}
+    row: dict[str, Any] = {"method": method, **{name: [result[name] for result in results] for name in names}}
     return row | {"passed": shared.mean(row["accuracy"]) >= bar}
 
 

@@ -1,5 +1,7 @@
 """How learning bears with old rollouts: forced policy ages against methods, several seeds, one table and one picture.
 
+    python -m benchmarks.studies.staleness_study [--quick]
+
 Every run is the same task, model, batch size, learning rate and number of steps; what differs is how many versions old
 the policy is that samples (see delayed_sampling.py) and how the trainer corrects for it. A step makes several updates
 of the batch (learner.mini_batches), as PPO does: without a correction that is where old rollouts do their harm.
@@ -178,7 +180,7 @@ def accuracy_table(outcome: Outcome) -> str:
 def health_table(outcome: Outcome) -> str:
     def cell(method: str, age: int) -> str:
         values = [outcome.figures(method, age, name) for name in ("ess_share", "clip_fraction", "masked_share")]
-        return " / ".join(f"{shared.mean(one):.2f}" if one else "-" for one in values)
+        return " / ".join(f"{shared.mean(figures):.2f}" if figures else "-" for figures in values)
 
     rows = [[method, *(cell(method, age) for age in outcome.ages)] for method in outcome.methods]
     return shared.table(["", *(f"age {age}" for age in outcome.ages)], rows)
@@ -263,8 +265,8 @@ def _against_age(axis: Any, outcome: Outcome, method: str, number: int, color: A
     values = [outcome.accuracies(method, outcome.ages[place]) for place in places]
     axis.errorbar(
         [place + shift for place in places],
-        [shared.mean(one) for one in values],
-        [shared.std(one) for one in values],
+        [shared.mean(accuracies) for accuracies in values],
+        [shared.std(accuracies) for accuracies in values],
         fmt=_style(method),
         color=color,
         capsize=2,

@@ -54,7 +54,7 @@ def test_parts_of_any_split_add_up_to_the_whole(lengths, cut, mode):
     losses = [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
 
     def part(some):
-        index = torch.tensor([i for i, one in enumerate(some) for _ in one], dtype=torch.int64)
+        index = torch.tensor([i for i, sequence in enumerate(some) for _ in sequence], dtype=torch.int64)
         flat = torch.cat([*some, f64()])
         return aggregate_loss(flat, index, num_tokens=sum(lengths), num_sequences=len(lengths), mode=mode, max_tokens=7)
 

@@ -226,12 +226,12 @@ def random_sequences(lengths, seed):
     def normal(n):
         return torch.randn(n, generator=draw, dtype=torch.float64)
 
-    def one(n):
+    def sequence(n):
         logprobs = -1.0 - normal(n).abs()
         weights = normal(n).abs() * (torch.rand(n, generator=draw) > 0.2)
         return logprobs, logprobs - normal(n), normal(n), weights
 
-    return [one(n) for n in lengths]
+    return [sequence(n) for n in lengths]
 
 
 def flat(sequences):

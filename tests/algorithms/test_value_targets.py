@@ -321,9 +321,9 @@ def test_an_empty_mask_gives_zeros(name, shape):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_token_is_its_reward_minus_its_value(name):
-    one = torch.ones(1, 1, dtype=torch.bool)
+    mask = torch.ones(1, 1, dtype=torch.bool)
     # Ratio 0.5: the advantage is without it (the loss multiplies it), the target goes half the way.
-    advantages, targets = METHODS[name](f64(1)[None], f64(0.2)[None], f64(0.5).log()[None], one)
+    advantages, targets = METHODS[name](f64(1)[None], f64(0.2)[None], f64(0.5).log()[None], mask)
     assert advantages.item() == pytest.approx(0.8)
     assert targets.item() == pytest.approx(1.0 if name == "gae" else 0.6)
 

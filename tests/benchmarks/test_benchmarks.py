@@ -45,6 +45,12 @@ def test_help_names_every_option(script):
     assert all(option in done.stdout for option in ("--quick", "--pairs", "--results"))
 
 
+@pytest.mark.parametrize("script", ["speed.learner_peer", "studies.delayed_sampling"])
+def test_a_part_of_others_says_how_it_is_started(script):
+    done = run_script(script, "--help")
+    assert done.returncode == 2 and f"python -m benchmarks.{script} " in done.stderr.splitlines()[-1]
+
+
 def test_work_of_others_is_told_from_ones_own():
     with common.watch() as watch:
         own = common.cpu_seconds()

@@ -40,7 +40,7 @@ def values(parts, sample, weights=None, task=None):
     return compute()
 
 
-def one(spec, completion="", payload=None, num_tokens=0):
+def score_of(spec, completion="", payload=None, num_tokens=0):
     return values({"it": spec}, Sample(completion, payload or {}, "", num_tokens))["it"]
 
 
@@ -167,18 +167,18 @@ def test_what_a_machine_lacks_is_said_before_anything_starts(spec, says):
 
 
 def test_overlong_and_length_count_tokens():
-    assert [one(OVERLONG, num_tokens=count) for count in (0, 6, 8, 10, 99)] == [0.0, 0.0, -0.5, -1.0, -1.0]
-    assert one({"kind": "length", "max_tokens": 10}, num_tokens=5) == -0.5
+    assert [score_of(OVERLONG, num_tokens=count) for count in (0, 6, 8, 10, 99)] == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert score_of({"kind": "length", "max_tokens": 10}, num_tokens=5) == -0.5
 
 
 def test_a_number_of_tokens_that_is_not_known_is_a_failure():
     with pytest.raises(RewardError, match="it: the number of tokens"):
-        one(OVERLONG, num_tokens=None)
+        score_of(OVERLONG, num_tokens=None)
 
 
 def test_format_looks_at_the_whole_completion():
     spec = {"kind": "format", "pattern": "<think>.*</think>\\s*\\d+"}
-    assert [one(spec, text) for text in ("<think>a\nb</think> 7", "7")] == [1.0, 0.0]
+    assert [score_of(spec, text) for text in ("<think>a\nb</think> 7", "7")] == [1.0, 0.0]
 
 
 def test_a_rule_is_a_function_with_arguments_of_ones_own(tmp_path, monkeypatch):
@@ -187,9 +187,9 @@ def test_a_rule_is_a_function_with_arguments_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     spec = {"kind": "rule", "path": "own_rules:scaled", "args": {"factor": 2}}
     assert prepare_parts(make_parts({"it": spec})) == []
-    assert one(spec, "abc", {"bonus": 1}) == 7.0
+    assert score_of(spec, "abc", {"bonus": 1}) == 7.0
     with pytest.raises(RewardError, match="must return a number, not 'good'"):
-        one({"kind": "rule", "path": "own_rules:text"})
+        score_of({"kind": "rule", "path": "own_rules:text"})
 
 
 @pytest.mark.parametrize(
@@ -208,13 +208,13 @@ def test_a_rule_is_a_function_with_arguments_of_ones_own(tmp_path, monkeypatch):
     ],
 )
 def test_mathematical_answers_are_compared_by_their_value(answer, completion, value):
-    assert one({"kind": "math"}, completion, {"answer": answer}) == value
+    assert score_of({"kind": "math"}, completion, {"answer": answer}) == value
 
 
 @pytest.mark.parametrize("payload", [{}, {"answer": ""}, {"answer": "\\frac{"}])
 def test_a_reference_that_is_no_expression_is_a_failure_and_not_a_zero(payload):
     with pytest.raises(RewardError, match="it: .*(payload has no answer|no mathematical expression)"):
-        one({"kind": "math"}, "72", payload)
+        score_of({"kind": "math"}, "72", payload)
 
 
 # -- the sum

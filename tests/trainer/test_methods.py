@@ -384,14 +384,14 @@ def test_a_run_with_a_critic_resumes_bit_for_bit(tmp_path):
     assert load_checkpoint(tmp_path, second).version == 2
     for batch in batches[2:]:
         second.step(batch)
-    for one, other in zip(critic_of(whole).parameters(), critic_of(second).parameters(), strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(
+    for left, right in zip(critic_of(whole).parameters(), critic_of(second).parameters(), strict=True):
+        assert torch.equal(left, right)
+    for left, right in zip(
         policy_of(whole).trainable_parameters(),
         policy_of(second).trainable_parameters(),
         strict=True,
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(left, right)
 
 
 def test_a_checkpoint_with_a_critic_is_not_resumed_without_one(tmp_path):

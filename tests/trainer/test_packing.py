@@ -149,10 +149,10 @@ def test_the_order_of_arrival_does_not_matter(seed, shuffle, shared):
     arrived = list(groups)
     shuffle.shuffle(arrived)
     assert sorted_groups(arrived) == groups
-    one = pack_groups(groups, 5, 30, shared_row_tokens=shared)
-    other = pack_groups(arrived, 5, 30, shared_row_tokens=shared)
-    assert len(one) == len(other)
-    for left, right in zip(one, other, strict=True):
+    in_order = pack_groups(groups, 5, 30, shared_row_tokens=shared)
+    as_arrived = pack_groups(arrived, 5, 30, shared_row_tokens=shared)
+    assert len(in_order) == len(as_arrived)
+    for left, right in zip(in_order, as_arrived, strict=True):
         for name in ("input_ids", "predictor", "token_ids"):
             np.testing.assert_array_equal(getattr(left.rows, name), getattr(right.rows, name))
         for name in ("sequence_index", "behaviour_logprobs", "policy_ages"):
@@ -200,6 +200,6 @@ def test_five_hundred_rollouts_pack_the_same_twice():
     groups = random_case(1, num_groups=170)
     order = list(range(len(groups)))
     random.Random(0).shuffle(order)
-    one = pack_groups(groups, 5, 300)
-    two = pack_groups([groups[i] for i in order], 5, 300)
-    assert [batch.rows.input_ids.tolist() for batch in one] == [batch.rows.input_ids.tolist() for batch in two]
+    first = pack_groups(groups, 5, 300)
+    second = pack_groups([groups[i] for i in order], 5, 300)
+    assert [batch.rows.input_ids.tolist() for batch in first] == [batch.rows.input_ids.tolist() for batch in second]

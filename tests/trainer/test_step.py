@@ -99,8 +99,8 @@ def test_any_cut_into_micro_batches_makes_the_same_step(budget, shared_row_token
     assert parts["micro_batches"] > whole["micro_batches"] == 1
     for name in whole.keys() - {"micro_batches", "padded_tokens"}:
         assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=slack(1.0)), name
-    for one, other in zip(*weights, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for left, right in zip(*weights, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_batch_in_another_order_gives_the_same_bits():
@@ -186,8 +186,8 @@ def test_skipping_flat_groups_changes_no_weights():
     # A KL coefficient too small to matter keeps every token in the forward pass.
     skipping, forwarding = make_trainer(), make_trainer(with_reference=True, kl_coef=1e-30)
     for _ in range(3):
-        one, other = skipping.step(groups).metrics, forwarding.step(groups).metrics
-    assert one["tokens_without_gradient"] > other["tokens_without_gradient"] == 0
+        skipped, forwarded = skipping.step(groups).metrics, forwarding.step(groups).metrics
+    assert skipped["tokens_without_gradient"] > forwarded["tokens_without_gradient"] == 0
     for a, b in zip(weights_of(skipping), weights_of(forwarding), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

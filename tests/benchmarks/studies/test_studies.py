@@ -26,10 +26,10 @@ def job(seed: int, fate: str = "ends well") -> shared.Job:
 
 
 def test_a_study_started_again_runs_only_what_is_missing(tmp_path, capsys):
-    shared.run_in_turn([job(1)], shared.JobLog(tmp_path), lambda one: {"accuracy": 0.5})
+    shared.run_in_turn([job(1)], shared.JobLog(tmp_path), lambda _: {"accuracy": 0.5})
     ran = []
     log = shared.JobLog(tmp_path)
-    shared.run_in_turn([job(1), job(2)], log, lambda one: ran.append(one) or {"accuracy": 0.7})
+    shared.run_in_turn([job(1), job(2)], log, lambda job: ran.append(job) or {"accuracy": 0.7})
     assert ran == [job(2)]
     assert [log.result_of(job(seed))["accuracy"] for seed in (1, 2)] == [0.5, 0.7]
     assert "2 runs, 1 of them done before" in capsys.readouterr().out
@@ -37,15 +37,15 @@ def test_a_study_started_again_runs_only_what_is_missing(tmp_path, capsys):
 
 def test_a_job_with_other_settings_is_another_job(tmp_path):
     log = shared.JobLog(tmp_path)
-    shared.run_in_turn([job(1)], log, lambda one: {"accuracy": 0.5})
+    shared.run_in_turn([job(1)], log, lambda _: {"accuracy": 0.5})
     assert log.result_of({**job(1), "steps": 3}) is None
 
 
 def test_a_line_cut_short_by_a_crash_costs_its_job_only(tmp_path):
-    shared.run_in_turn([job(1)], shared.JobLog(tmp_path), lambda one: {"accuracy": 0.5})
+    shared.run_in_turn([job(1)], shared.JobLog(tmp_path), lambda _: {"accuracy": 0.5})
     with (tmp_path / "jobs.jsonl").open("a") as file:
         file.write('{"job": {"method": "samp')
-    shared.run_in_turn([job(2)], shared.JobLog(tmp_path), lambda one: {"accuracy": 0.7})
+    shared.run_in_turn([job(2)], shared.JobLog(tmp_path), lambda _: {"accuracy": 0.7})
     log = shared.JobLog(tmp_path)
     assert [log.result_of(job(seed))["accuracy"] for seed in (1, 2)] == [0.5, 0.7]
 
@@ -54,7 +54,7 @@ def test_jobs_that_fail_or_kill_their_worker_are_written_down_and_the_others_run
     jobs = [job(1), job(2, "raises"), job(3, "dies"), job(4), job(5)]
     log = shared.JobLog(tmp_path)
     shared.run_in_workers(jobs, log, WORKER)
-    assert [log.result_of(one)["accuracy"] for one in (jobs[0], jobs[3], jobs[4])] == [0.1, 0.4, 0.5]
+    assert [log.result_of(jobs[index])["accuracy"] for index in (0, 3, 4)] == [0.1, 0.4, 0.5]
     assert "ValueError: as asked" in log.error_of(jobs[1])
     assert "the worker ended in the middle" in log.error_of(jobs[2])
     assert len(shared.JobLog(tmp_path).records) == len(jobs)
@@ -63,9 +63,9 @@ def test_jobs_that_fail_or_kill_their_worker_are_written_down_and_the_others_run
 def test_workers_end_with_the_study(tmp_path):
     log = shared.JobLog(tmp_path)
     shared.run_in_workers([job(1), job(2)], log, WORKER)
-    for one in (job(1), job(2)):
+    for seed in (1, 2):
         with pytest.raises(ProcessLookupError):
-            os.kill(log.result_of(one)["pid"], 0)
+            os.kill(log.result_of(job(seed))["pid"], 0)
 
 
 # -- figures

@@ -57,8 +57,8 @@ def weights(part):
     return {name: tensor.clone() for name, tensor in part.weights.items()}
 
 
-def same(one, other):
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+def same(left, right):
+    return all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
 def test_only_what_is_wanted_comes_out_and_without_a_gradient():

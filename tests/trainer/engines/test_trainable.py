@@ -238,8 +238,8 @@ def test_training_resumes_bit_for_bit_from_what_was_trained_alone(tmp_path, name
     second = trainer_with(UPDATES[name], with_reference=True, kl_coef=0.1, seed=5)
     assert load_checkpoint(tmp_path, second).version == 3
     assert [second.step(random_groups(3, 4, seed=step)).metrics for step in (3, 4)] == expected[3:]
-    one, other = tensors(policy_of(straight)), tensors(policy_of(second))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    uninterrupted, resumed = tensors(policy_of(straight)), tensors(policy_of(second))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 @pytest.mark.parametrize(

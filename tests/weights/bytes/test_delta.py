@@ -108,9 +108,9 @@ def test_no_word_one_word_and_all_words(count, word_bytes):
     layout = layout_of(count, 1000, dtype=DTYPES[word_bytes])
     old = random_buffer(layout)
     assert assert_round_trip(layout, old, old).info.num_bytes <= 32
-    one = old.clone()
-    words(layout, one)["t1"][999] ^= 1
-    assert_round_trip(layout, old, one)
+    one_changed = old.clone()
+    words(layout, one_changed)["t1"][999] ^= 1
+    assert_round_trip(layout, old, one_changed)
     other = random_buffer(layout, seed=1)
     assert_round_trip(layout, old, other)
 
