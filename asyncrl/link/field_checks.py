@@ -3,7 +3,7 @@
     annotation                    on the wire
     ----------------------------  ------------------------------------------------------------------------
     int, bool, str, bytes         the same
-    float, AnyFloat               a number; only an AnyFloat and the values of a dict may be NaN or infinite
+    float, FloatOrNaN               a number; only a FloatOrNaN and the values of a dict may be NaN or infinite
     a StrEnum                     its value
     PayloadValue                  any plain value
     X | None                      X or nil

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, WeightManifest
-from asyncrl.link.wire_types import AnyFloat, FailureReason, NackCode, Payload, RefusalCode, SyncPhase
+from asyncrl.link.wire_types import FailureReason, FloatOrNaN, NackCode, Payload, RefusalCode, SyncPhase
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
 PROTOCOL_VERSION = 3
@@ -83,7 +83,7 @@ class WireRollout:
     logprobs: bytes  # float32 [T]
     spans: bytes  # int64 [number of spans, 3]: start, stop, version
     finish: FinishReason
-    reward: AnyFloat  # a group whose rewards are not finite is refused as a whole, by name
+    reward: FloatOrNaN  # a group whose rewards are not finite is refused as a whole, by name
     parts: dict[str, float]
 
 
