@@ -98,9 +98,8 @@ def reinforce_pp_advantages(
     group_index, num_groups  both or neither, as in `group_relative_advantages`. With them it is the paper's variant
                              with a baseline: the group takes away how hard a prompt is, the batch sets the scale
 
-    The mean and the (unbiased) standard deviation count every rollout once. verl and OpenRLHF repeat a
-    rollout's reward for each of its tokens and whiten those, so that long completions weigh more: that is
-    `whiten(rewards[sequence_index])`.
+    The mean and the (unbiased) standard deviation count every rollout once. verl and OpenRLHF repeat a rollout's
+    reward for each of its tokens and whiten `rewards[sequence_index]`, so that long completions weigh more.
 
     Where all rewards are equal, or with groups all rewards of a group, advantages are exactly 0.0.
 
@@ -137,8 +136,7 @@ def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
 
     Example: rewards (1, 0, 0.5), baselines (0.5, 0.5, 0.5) -> (0.5, -0.5, 0).
 
-    Returns [R]. Raises ShapeError on differing shapes and NonFiniteError on a reward or baseline that is NaN or is
-    infinite.
+    Returns [R]. Raises ShapeError on differing shapes, NonFiniteError on a reward or baseline that is not finite.
     """
     if rewards.dim() != 1 or rewards.shape != baselines.shape:
         shapes = tuple(rewards.shape), tuple(baselines.shape)

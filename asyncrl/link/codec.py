@@ -8,9 +8,8 @@ r"""Frames: a fixed header and a msgpack body.
            20  crc32      u32      of the header before this field and of the body
            24  reserved   8 bytes  zeros
 
-The body is the array of the message's fields in the order of declaration. Trailing fields that have defaults
-may be missing, so an older peer and an old journal stay readable. Nothing that could be executed can be expressed in a
-frame.
+The body is the array of the message's fields in the order of declaration. Trailing fields that have defaults may be
+missing, so an older peer and an old journal stay readable. A frame can express nothing that could be executed.
 """
 
 from __future__ import annotations

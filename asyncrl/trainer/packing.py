@@ -7,8 +7,8 @@ is never an input: nothing is predicted from it.
     plain row     p0 p1 p2 a0 a1 a2                   positions 0 1 2 3 4 5
     shared row    p0 p1 p2 a0 a1 a2 b0 b1             positions 0 1 2 3 4 5 3 4     segments 0 0 0 1 1 1 2 2
 
-Rows are right-padded and sorted by length, so that a micro-batch wastes little. Completion tokens are flat, without
-padding.
+Rows are right-padded and sorted by length, so that a micro-batch wastes little. Completion tokens lie flat, one after
+the other, without padding.
 """
 
 from __future__ import annotations

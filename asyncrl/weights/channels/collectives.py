@@ -128,9 +128,8 @@ class NcclTransport(_Collective):
     """ProcessGroupNCCL with a non-blocking communicator: abort is safe on no other kind.
 
     No watchdog of torch's looks after such a process group, so that a lost generator ends neither the learner nor,
-    through the state that all process groups of a process share, a vLLM worker: the deadlines are those of `_wait` and
-    `WeightChannel`.
-    `asyncrl.host.processes.nccl_environment` bounds what torch waits for inside of a call.
+    through the state that all process groups of a process share, a vLLM worker. `_wait` and `WeightChannel` keep the
+    deadlines, and `asyncrl.host.processes.nccl_environment` bounds what torch waits for inside of a call.
     """
 
     def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:

@@ -5,8 +5,7 @@ bytes and says so (`taken/k/RANK`). Rank 0 goes on when all have. The death of a
 member that stands still costs one deadline. Bytes that lie elsewhere (deltas) go through a shared buffer of the
 channel's own.
 
-The same code serves CPUs and GPUs; where the two differ is `weights.bytes.memory`. The store holds JSON and nothing
-else.
+The same code serves CPUs and GPUs; `weights.bytes.memory` knows where the two differ. The store holds JSON alone.
 """
 
 from __future__ import annotations

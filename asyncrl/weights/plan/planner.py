@@ -11,8 +11,7 @@ its cell and nobody else:
   snapshot; while evaluations keep all cells from swapping, it goes on alone.
 - A newer snapshot is asked for when no cell is at work, or CELL_GRACE_S after the first one was done: slow cells cost
   the others no more than that. Cells that are late take the newest snapshot when they are done. The request is
-  repeated until a newer snapshot comes, and names the channels in use: it repairs whatever got lost between desk and
-  publisher.
+  repeated until a newer snapshot comes, and names the channels in use, so that a lost message costs seconds.
 
 The beat of a generator tells what it holds. When that is not what it proved here, the commit was lost and is said
 again; when it stays so, the generator counts as holding nothing.

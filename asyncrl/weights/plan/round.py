@@ -68,8 +68,7 @@ MAX_ERRORS = 3  # from here on a member that answers with errors sits out like o
 class SyncRound:
     """Brings one snapshot to `members`. Every input takes `now` (monotonic seconds); outputs go to `emit`.
 
-    Its planner starts it with `open` or `offer`, gives it the messages that belong to it, and drops it once it has
-    `ended`.
+    Its planner starts it with `open` or `offer`, hands it its messages, and drops it once it has `ended`.
     """
 
     def __init__(
