@@ -136,6 +136,7 @@ class Desk:
         self.generators.acknowledge()
         self._watch_trainer(now)
         self.generators.expire(now)
+        self.generators.say_strangers(now)
         if self._stopping_since is None:
             self.versions.advance(now, self.generators)
             self.evaluator.advance(self.state.policy.trained, self.versions.held_versions())

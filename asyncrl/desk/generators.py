@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # Seeds of one group are seed, seed + 1, ...; this far apart, those of two groups never meet.
 ORDINAL_SEED_STRIDE = 8191
 RUN_SEED_STRIDE = 1_000_003
+SAY_STRANGERS_EVERY_S = 30.0
 
 
 class Generators:
@@ -49,6 +50,8 @@ class Generators:
         self._versions = versions
         # Admitted generators -> sequences leased to them in this run epoch; None before their first beat.
         self._granted: dict[str, int | None] = {}
+        self._strangers = (0, 0)  # as last said: handshakes refused, messages that are none
+        self._strangers_said_at = -SAY_STRANGERS_EVERY_S
 
     # -- coming and going ------------------------------------------------------------------------------------------
 
@@ -102,6 +105,22 @@ class Generators:
             if session.probe_due(now):
                 assert session.peer is not None
                 session.cut_off = not self.socket.reaches(session.peer, self._sessions.ack(session))
+
+    def say_strangers(self, now: float) -> None:
+        """One warning for all that knocked since the last one, so that a flood of them cannot fill the log."""
+        strangers = self.socket.handshakes_refused, self.socket.malformed_messages
+        if strangers == self._strangers or now < self._strangers_said_at + SAY_STRANGERS_EVERY_S:
+            return
+        refused, malformed = (new - old for new, old in zip(strangers, self._strangers, strict=True))
+        log.warning(
+            "%d connections were refused before a hello (no key, one that is not in transport.allowed_keys_file, or "
+            "another protocol), %d messages were not of one frame; said at most every %.0f s",
+            refused,
+            malformed,
+            SAY_STRANGERS_EVERY_S,
+        )
+        self._strangers = strangers
+        self._strangers_said_at = now
 
     def stop(self, finished: bool, reason: str) -> None:
         """Tells all generators that the learner stops; they leave when the run is finished, else wait for the next."""

@@ -49,7 +49,7 @@ class ServerSocket:
                 "(python -m asyncrl.link.curve_keys DIR makes them), or listen on 127.0.0.1"
             )
         self.max_frame_bytes = max_frame_bytes
-        self.malformed_messages = 0  # not one frame each
+        self.malformed_messages = 0  # of other than one frame
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._socket = self._context.socket(zmq.ROUTER)

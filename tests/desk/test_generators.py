@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, Generators
+from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, SAY_STRANGERS_EVERY_S, Generators
 from asyncrl.desk.versions import Versions
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import decode, encode
@@ -25,6 +25,8 @@ class Wire:
     """Stands for the ROUTER: keeps what was sent."""
 
     max_frame_bytes = MEBIBYTE
+    handshakes_refused = 0
+    malformed_messages = 0
 
     def __init__(self):
         self.sent = []
@@ -101,6 +103,25 @@ def test_a_generator_that_fits_is_welcomed_and_one_that_does_not_is_refused(worl
     ((_, refused),) = world.wire.take(messages.Refusal)
     assert (refused.code, refused.expected, refused.got) == ("tokenizer", "tokenizer", "other")
     assert [session.generator_id for session in world.generators.alive()] == ["a"]
+
+
+def test_strangers_are_counted_in_one_warning_every_thirty_seconds(world, caplog):
+    def said():
+        world.generators.say_strangers(now)
+        lines = [record.getMessage() for record in caplog.records if "refused before a hello" in record.getMessage()]
+        caplog.clear()
+        return [(line.split()[0], line.partition("), ")[2].split()[0]) for line in lines]
+
+    now = 0.0
+    assert said() == []
+    world.wire.handshakes_refused = 3
+    assert said() == [("3", "0")]
+    world.wire.handshakes_refused, world.wire.malformed_messages = 5, 7
+    now = SAY_STRANGERS_EVERY_S - 1
+    assert said() == []
+    now = SAY_STRANGERS_EVERY_S
+    assert said() == [("2", "7")]
+    assert said() == []
 
 
 def test_an_unknown_peer_is_asked_to_say_hello(world):
