@@ -113,8 +113,8 @@ class LearnerLink:
         if silence_s >= SAY_UNREACHABLE_EVERY_S and now - self._said_at >= SAY_UNREACHABLE_EVERY_S:
             self._said_at = now
             log.warning(
-                "no answer from the learner at %s for %.0f s (limit %g s): %s",
-                self._address, silence_s, self._unreachable_timeout_s, self._socket.link,
+                "no answer from the learner at %s for %.0f s (limit %g s): %s; the connection ended %d times",
+                self._address, silence_s, self._unreachable_timeout_s, self._socket.link, self._socket.disconnects,
             )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ class ServerSocket:
         self._context.destroy(linger=0)
 
     def _admit_by_key(self, auth: ServerAuth) -> None:
-        """Without a handler for the ZAP domain libzmq would accept every key: it runs before the bind."""
+        """Starts the handler that decides on keys. Before the bind: without a handler libzmq would accept every key."""
         read_allowed_keys(auth.allowed_keys_file)
         self._authenticator = ThreadAuthenticator(self._context, log=log)
         self._authenticator.start()
@@ -155,8 +155,9 @@ class _AllowList:
         try:
             return key in read_allowed_keys(self._path)
         except ConfigError as error:
-            log.error("refusing a generator: %s", error)
-            return False
+            problem = str(error)
+        log.error("refusing a generator: %s", problem)
+        return False
 
 
 class SocketPoller:
@@ -202,7 +203,7 @@ class _Dealer:
     def reconnect(self) -> None:
         """Drops the connection and makes a new one under a new routing id; the session must say hello again.
 
-        To be called by whoever receives: a receive under way elsewhere would be cancelled.
+        Only the thread or task that receives may call this: a receive under way elsewhere would be cancelled.
         """
         self._link.close()
         self._socket.close(linger=0)
@@ -219,7 +220,7 @@ class _Dealer:
         return self._link.count(zmq.EVENT_DISCONNECTED)
 
     def _close_socket(self, flush_s: float) -> None:
-        """Terminating the context then returns when all is sent or `flush_s` is over."""
+        """Closes the socket; terminating its context then waits until all is sent, but no longer than `flush_s`."""
         self._link.close()
         self._socket.close(linger=_milliseconds(flush_s))
 
@@ -267,13 +268,13 @@ class ClientSocket(_Dealer):
 
 
 class AsyncClientSocket(_Dealer):
-    """A DEALER for the generator's event loop, with frames. Make it inside the running loop."""
+    """A DEALER for the generator's event loop. Make it inside the running loop."""
 
     _socket_class = zmq.asyncio.Socket
 
     def send(self, frame: bytes) -> bool:
         """False when the frame was not queued: no connection, or the queue is full."""
-        # Without blocking the future is done on return; one that is not would send at some later time.
+        # With NOBLOCK the future is done on return; a future that is not would send at some later time.
         future = self._socket.send(frame, zmq.NOBLOCK, copy=len(frame) < _ZERO_COPY_BYTES)
         if not future.done():
             future.cancel()
