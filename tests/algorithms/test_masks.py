@@ -95,7 +95,7 @@ def test_the_second_moment_mask_equals_the_loop_with_many_equals(log_ratios, thr
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_the_second_moment_fits_its_budget_and_does_not_depend_on_the_order(log_ratios, random):
     kept = second_moment_mask(f64(*log_ratios), 0.04).tolist()
-    squares = [x * x for x, stays in zip(log_ratios, kept, strict=True) if stays]
+    squares = [x * x for x, is_kept in zip(log_ratios, kept, strict=True) if is_kept]
     assert not squares or math.fsum(squares) / len(squares) <= 0.04 * (1 + 1e-12)
     order = list(range(len(log_ratios)))
     random.shuffle(order)

@@ -425,10 +425,10 @@ def test_ppo_clip_with_importance_weights_and_opsm_is_the_loss_of_trl(trl, data,
         "sampling_per_token_logps": data.behaviour,
     }
     theirs, their_gradient = trl_loss(data, trl, loss_type=loss_type, off_policy_mask_threshold=0.3, inputs=inputs)
-    drift = (data.logprobs - data.behaviour)[data.mask]
-    stays = opsm_mask(drift, data.index, rows[data.mask], 0.3)
-    assert 0 < stays.sum() < len(stays)
-    options = {"clip_low": 0.2, "clip_high": 0.28, "loss_factors": weights[data.mask] * stays, "mode": mode}
+    log_ratios = (data.logprobs - data.behaviour)[data.mask]
+    keep_mask = opsm_mask(log_ratios, data.index, rows[data.mask], 0.3)
+    assert 0 < keep_mask.sum() < len(keep_mask)
+    options = {"clip_low": 0.2, "clip_high": 0.28, "loss_factors": weights[data.mask] * keep_mask, "mode": mode}
     ours, gradient, _ = our_loss(data, ppo_clip_loss, data.old[data.mask], rows[data.mask], **options)
     agree(ours, theirs)
     agree(gradient, their_gradient)
@@ -486,11 +486,11 @@ def test_sequence_weights_by_the_geometric_mean_are_those_of_areal(areal, data):
     bounds = {"metric": "ratio", "agg": "mean", "level": "sequence", "upper": 1.1, "lower": 0.9}
     log_ratios = (data.old - data.behaviour)[data.mask]
     cut = areal.apply_rejection_sampling(data.old, data.behaviour, data.mask, None, Config(action="mask", **bounds))
-    stays = sequence_band_mask(log_ratios, data.index, 0.9, 1.1)
-    assert 0 < stays.sum() < len(stays)
-    assert torch.equal(cut.loss_mask[data.mask], stays)
+    keep_mask = sequence_band_mask(log_ratios, data.index, 0.9, 1.1)
+    assert 0 < keep_mask.sum() < len(keep_mask)
+    assert torch.equal(cut.loss_mask[data.mask], keep_mask)
     weights = sequence_truncated_weights(log_ratios, data.index, 1e6, mean=True)
-    agree(weights * stays, cut.behave_imp_weight[data.mask].double(), ROUNDED)
+    agree(weights * keep_mask, cut.behave_imp_weight[data.mask].double(), ROUNDED)
     bounds["lower"] = None
     cut = areal.apply_rejection_sampling(data.old, data.behaviour, data.mask, None, Config(action="clamp", **bounds))
     weights = sequence_truncated_weights(log_ratios, data.index, 1.1, mean=True)
@@ -544,8 +544,8 @@ def test_band_masks_are_those_of_verl_with_the_inverse_ratio(verl, data):
 def test_opsm_is_the_off_policy_mask_of_trl(trl, data, delta):
     rows = data.row_advantages
     theirs = trl.get_off_policy_mask(rows[:, :1], data.logprobs, data.old, data.ones, delta)
-    stays = opsm_mask((data.logprobs - data.old)[data.mask], data.index, rows[data.mask], delta)
-    assert torch.equal(stays, theirs[:, 0].bool()[data.index]) and 0 < stays.sum() < len(stays)
+    keep_mask = opsm_mask((data.logprobs - data.old)[data.mask], data.index, rows[data.mask], delta)
+    assert torch.equal(keep_mask, theirs[:, 0].bool()[data.index]) and 0 < keep_mask.sum() < len(keep_mask)
 
 
 @pytest.mark.parametrize(("threshold", "share"), [(0.04, "some"), (0.5, "some"), (100.0, "all"), (1e-12, "none")])

@@ -48,11 +48,11 @@ def test_the_bytes_are_those_of_the_map():
 
 def test_a_checkpoint_of_before_groups_were_filtered_and_with_counters_that_nobody_read_is_understood():
     leases = {name: value for name, value in MAP["leases"].items() if name != "num_filtered"}
-    account = {"rollouts_acked": 40, "rollouts_trained": 32, "rollouts_dropped": 4, "results_refused": 3}
+    counters = {"rollouts_acked": 40, "rollouts_trained": 32, "rollouts_dropped": 4, "results_refused": 3}
     older = {
         "leases": leases | {"counters": {"granted": 12}},
         "sessions": MAP["sessions"],
-        "account": account | {"sync_failures": 1, "rollouts_failed": {}},
+        "account": counters | {"sync_failures": 1, "rollouts_failed": {}},
     }
     saved = SavedDesk.decode(msgpack.packb(older))
     assert saved.leases.num_filtered == 0 and saved.leases.settled == SAVED.leases.settled

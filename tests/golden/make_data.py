@@ -84,7 +84,9 @@ def make_frames():
             write_json(name, value)
     from tests.golden.test_frames import MESSAGES, RECORD_OF_KIND, SALT, known_salt
 
-    write_json("frames.json", {str(code): product.encode_message(one).hex() for code, one in sorted(MESSAGES.items())})
+    write_json(
+        "frames.json", {str(code): product.encode_message(message).hex() for code, message in sorted(MESSAGES.items())}
+    )
     with tempfile.TemporaryDirectory() as parent, pytest.MonkeyPatch.context() as monkeypatch:
         journal = Path(parent) / "journal"
         known_salt(monkeypatch)

@@ -191,7 +191,7 @@ def record_kind(record: Any) -> int:
 
 def record_values(record: Any) -> list[Any]:
     """Kind and fields of a record as JSON has them."""
-    return [record_kind(record), *(_plain(getattr(record, one.name)) for one in fields(record))]
+    return [record_kind(record), *(_plain(getattr(record, field.name)) for field in fields(record))]
 
 
 def encode_record(record: Any, salt: int) -> bytes:
@@ -336,10 +336,10 @@ def decode_message(frame: bytes) -> Any:
 def fields_left_at_default(message: Any) -> list[str]:
     """Names of optional fields that hold their default, and of containers that are empty."""
     left = []
-    for one in fields(message):
-        value = getattr(message, one.name)
-        if value == one.default or value in ("", b"", [], {}):
-            left.append(one.name)
+    for field in fields(message):
+        value = getattr(message, field.name)
+        if value == field.default or value in ("", b"", [], {}):
+            left.append(field.name)
     return left
 
 

@@ -218,6 +218,12 @@ def simulate(world: World, seed: int, steps: int) -> None:
         if queue.items:
             act(queue, chance.randrange(len(queue.items)))
 
+    def desk_syncs() -> None:  # the desk of that moment: a restart replaces it
+        world.desk.sync()
+
+    def desk_checkpoints() -> None:
+        world.desk.checkpoint()
+
     events = {
         world.finish_a_lease: 10,
         lambda: world.generator_turn(chance.choice((0.0, 0.1, 0.6, 1.0, 5.0))): 6,
@@ -225,8 +231,8 @@ def simulate(world: World, seed: int, steps: int) -> None:
         lambda: in_some_queue(lambda queue, index: world.deliver(queue, index, repeat=True)): 4,
         lambda: in_some_queue(lambda queue, index: queue.items.pop(index)): 4,
         world.calm: 3,
-        lambda: world.desk.sync(): 4,
-        lambda: world.desk.checkpoint(): 2,
+        desk_syncs: 4,
+        desk_checkpoints: 2,
         world.reconnect: 1,
         world.desk_restarts: 1,
         world.generator_restarts: 0.3,

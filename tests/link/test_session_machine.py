@@ -149,6 +149,10 @@ MUTANTS += [ForgetsItsOutbox, KeepsItsIncarnation]
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_a_broken_end_is_noticed(mutant):
     symptoms = "acknowledged but not on disk|accepted twice|acknowledged seq .* the last one sent is"
-    with pytest.raises((AssertionError, ProtocolError), match=symptoms):
+
+    def simulate_many() -> None:
         for seed in range(100):
             simulate(mutant(), seed, steps=400)
+
+    with pytest.raises((AssertionError, ProtocolError), match=symptoms):
+        simulate_many()

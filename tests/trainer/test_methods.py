@@ -205,11 +205,14 @@ def test_m2po_leaves_out_the_largest_log_ratios_of_the_whole_batch():
     squares = sorted(math.log(token.rho) ** 2 for token in tokens)
     kept = [n for n in range(1, len(squares) + 1) if sum(squares[:n]) / n <= 0.04]
     bound = squares[max(kept) - 1]
-    stays = [math.log(token.rho) ** 2 <= bound + 1e-9 for token in tokens]
-    losses = [-min(t.rho, 10.0) * t.advantage * t.logprob for t, stay in zip(tokens, stays, strict=True) if stay]
+    keep_mask = [math.log(token.rho) ** 2 <= bound + 1e-9 for token in tokens]
+    losses = [-min(t.rho, 10.0) * t.advantage * t.logprob for t, keep in zip(tokens, keep_mask, strict=True) if keep]
     metrics = assert_same_step(trainer, groups, losses, len(tokens))
     assert metrics["micro_batches"] > 1
-    assert metrics["masked_share"] == pytest.approx(1 - sum(stays) / len(stays)) and 0 < metrics["masked_share"] < 1
+    assert (
+        metrics["masked_share"] == pytest.approx(1 - sum(keep_mask) / len(keep_mask))
+        and 0 < metrics["masked_share"] < 1
+    )
 
 
 def test_masks_and_the_narrowing_with_age_act_token_by_token():
@@ -384,14 +387,14 @@ def test_a_run_with_a_critic_resumes_bit_for_bit(tmp_path):
     assert load_checkpoint(tmp_path, second).version == 2
     for batch in batches[2:]:
         second.step(batch)
-    for left, right in zip(critic_of(whole).parameters(), critic_of(second).parameters(), strict=True):
-        assert torch.equal(left, right)
-    for left, right in zip(
+    for expected, restored in zip(critic_of(whole).parameters(), critic_of(second).parameters(), strict=True):
+        assert torch.equal(expected, restored)
+    for expected, restored in zip(
         policy_of(whole).trainable_parameters(),
         policy_of(second).trainable_parameters(),
         strict=True,
     ):
-        assert torch.equal(left, right)
+        assert torch.equal(expected, restored)
 
 
 def test_a_checkpoint_with_a_critic_is_not_resumed_without_one(tmp_path):

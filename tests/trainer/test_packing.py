@@ -200,6 +200,7 @@ def test_five_hundred_rollouts_pack_the_same_twice():
     groups = random_case(1, num_groups=170)
     order = list(range(len(groups)))
     random.Random(0).shuffle(order)
-    first = pack_groups(groups, 5, 300)
-    second = pack_groups([groups[i] for i in order], 5, 300)
-    assert [batch.rows.input_ids.tolist() for batch in first] == [batch.rows.input_ids.tolist() for batch in second]
+    in_order = pack_groups(groups, 5, 300)
+    shuffled = pack_groups([groups[i] for i in order], 5, 300)
+    rows_of = [[batch.rows.input_ids.tolist() for batch in batches] for batches in (in_order, shuffled)]
+    assert rows_of[0] == rows_of[1]

@@ -99,8 +99,8 @@ def test_any_cut_into_micro_batches_makes_the_same_step(budget, shared_row_token
     assert parts["micro_batches"] > whole["micro_batches"] == 1
     for name in whole.keys() - {"micro_batches", "padded_tokens"}:
         assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=slack(1.0)), name
-    for left, right in zip(*weights, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    for whole_weight, parts_weight in zip(*weights, strict=True):
+        torch.testing.assert_close(parts_weight, whole_weight, rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_batch_in_another_order_gives_the_same_bits():

@@ -123,11 +123,12 @@ class Bench:
 
 
 def messages(outputs, kind):
-    return [o.message for o in outputs if isinstance(o, (ToGenerator, ToPublisher)) and isinstance(o.message, kind)]
+    sent = [output.message for output in outputs if isinstance(output, (ToGenerator, ToPublisher))]
+    return [message for message in sent if isinstance(message, kind)]
 
 
 def kinds(outputs, kind):
-    return [o for o in outputs if isinstance(o, kind)]
+    return [output for output in outputs if isinstance(output, kind)]
 
 
 def test_a_round_opens_a_channel_offers_swaps_and_commits():
@@ -242,7 +243,7 @@ def test_a_tensor_parallel_generator_takes_one_rank_per_worker():
     bench.planner.joined("b", 1, 1, bench.now)
     (open_channel,) = messages(bench.snapshot(0), OpenChannel)
     assert open_channel.world_size == 4
-    assert [o.channel.rank for o in messages(bench.open_channel(), SyncOffer)] == [1, 3]
+    assert [offer.channel.rank for offer in messages(bench.open_channel(), SyncOffer)] == [1, 3]
 
 
 def test_wrong_digests_never_reach_a_swap():
@@ -568,7 +569,7 @@ def test_a_cell_that_hangs_stalls_the_others_for_the_grace_of_cells_only():
     assert bench.planner.next_deadline(bench.now) == bench.now + CELL_GRACE_S
     assert messages(bench.after(CELL_GRACE_S), SnapshotWanted)
     outputs = bench.snapshot(1)
-    assert [o.name for o in outputs if isinstance(o, ToGenerator)] == ["a"], "its channel is open still"
+    assert [output.name for output in outputs if isinstance(output, ToGenerator)] == ["a"], "its channel is open still"
     bench.reply("a", "stage")
     bench.broadcast_done(of="a")
     bench.reply("a", "swap")
@@ -633,7 +634,7 @@ def test_who_failed_where_others_did_not_is_tried_alone_and_costs_them_nothing()
     bench.reply("a", "swap")
     assert list(bench.round.members) == ["b"] and bench.round.catch_up
     outputs = bench.snapshot(2)
-    assert [o.name for o in outputs if isinstance(o, ToGenerator)] == []
+    assert [output.name for output in outputs if isinstance(output, ToGenerator)] == []
     assert messages(outputs, OpenChannel)[0].world_size == 2, "a goes on alone"
 
 
