@@ -75,7 +75,7 @@ class Lease:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that the engine samples for it: the rollouts, and the greedy completion if one is asked for."""
+        """Sequences that the engine samples for this lease: the rollouts, and a greedy completion if asked for."""
         return self.num_rollouts + self.greedy_baseline
 
 
@@ -97,12 +97,12 @@ class Rollout:
 
     @property
     def oldest_version(self) -> int:
-        """The oldest policy version that sampled a token of it."""
+        """The oldest policy version that sampled one of its tokens."""
         return min(span.version for span in self.version_spans)
 
     @property
     def newest_version(self) -> int:
-        """The newest policy version that sampled a token of it."""
+        """The newest policy version that sampled one of its tokens."""
         return max(span.version for span in self.version_spans)
 
     def token_versions(self) -> np.ndarray:
@@ -149,8 +149,8 @@ class Frontier:
         frontier.add(2)                  # watermark 1, above {2}
         frontier.add(1)                  # watermark 3, above {}
 
-    Members are never removed, so memory is that of the gaps. Ordinals that are settled and seqs that were seen are
-    kept in one each.
+    Members are never removed, so memory is that of the gaps. One frontier holds the settled ordinals of a run; another
+    holds, for each generator, the numbers of its settled results.
     """
 
     __slots__ = ("above", "watermark")
@@ -184,11 +184,13 @@ class Frontier:
             return NotImplemented
         return (self.watermark, self.above) == (other.watermark, other.above)
 
+    __hash__ = None  # type: ignore[assignment]  # it changes, so it has no hash
+
     def __repr__(self) -> str:
         return f"Frontier({self.watermark}, {sorted(self.above)})"
 
     def copy(self) -> Frontier:
-        """One that does not change with this one."""
+        """A copy, which later additions to this frontier do not change."""
         return Frontier(self.watermark, self.above)
 
     def _advance(self) -> None:

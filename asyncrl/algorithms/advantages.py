@@ -68,8 +68,9 @@ def rloo_advantages(rewards: Tensor, group_index: Tensor, num_groups: int) -> Te
 
     rewards, group_index, num_groups  as in `group_relative_advantages`
 
-    Groups whose rewards are all equal get exactly 0.0. A group of one has no others to compare with: 0.0 too,
-    so it gives no gradient. (verl keeps its bare reward, which is on another scale than all other advantages.)
+    Groups whose rewards are all equal get exactly 0.0. A group of one has no others to compare with and
+    gets 0.0 too, so that it gives no gradient. (verl keeps its bare reward, which is on another scale than all
+    other advantages.)
 
     Example: rewards (1, 0, 0.5) of one group: others' means (0.25, 0.75, 0.5) -> (0.75, -0.75, 0).
 
@@ -157,7 +158,7 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-6)
     mask    bool, shape of values: only tokens inside count, the others become 0.0. None: all count
 
     The standard deviation is the unbiased one (divisor N - 1), as in `group_relative_advantages` and verl;
-    OpenRLHF divides by N. All values equal, one value among them: exactly 0.0.
+    OpenRLHF divides by N. Where all values are equal, and where there is only one, the result is exactly 0.0.
 
     Example: (1, 2, 3): mean 2, std 1 -> (-1, 0, 1).
 

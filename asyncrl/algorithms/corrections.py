@@ -14,7 +14,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def log_importance_ratios(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
-    """log rho = log pi - log mu per token, [N]. Carries the gradient of logprobs. Raises ShapeError."""
+    """Log-ratio log rho = log pi - log mu of each token, [N]. Carries the gradient of logprobs. Raises ShapeError."""
     require_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
     return logprobs - behaviour_logprobs
 

@@ -66,7 +66,7 @@ def health_metrics(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
         kl_behaviour   mean log mu - log pi: the k1 estimate of KL(behaviour || current)
         ess_share      ESS / N of the ratios, see `effective_sample_share`; absent when all ratios are 0
 
-    and masked_share over all tokens. A bucket without tokens has no keys, and without any token there is none at all.
+    and masked_share over all tokens. A bucket without tokens has no keys; without any token the result is empty.
 
     Example: the one of `health_sums`: age/4-7/tokens 2, age/4-7/ratio_mean 3, age/4-7/ess_share 36 / 40.
     """

@@ -21,7 +21,7 @@ def sequence_lengths(sequence_index: Tensor, num_sequences: int | None = None) -
     Example: (0, 0, 1) -> (2, 1).
 
     Raises ShapeError where the index is not [N], does not start at 0, goes back, leaves out a sequence or does not end
-    at the last one: then some sequence has no token, or its tokens do not lie together. Waits for the device.
+    at the last sequence: then some sequence has no token, or its tokens do not lie together. Waits for the device.
     """
     if sequence_index.dim() != 1:
         raise ShapeError(f"sequence_index must be [N]; got {tuple(sequence_index.shape)}")

@@ -41,7 +41,7 @@ def aggregate_loss(
     losses                     [N]
     sequence_index             [N] int64, which sequence of the micro-batch a token belongs to
     num_tokens, num_sequences  of the global batch: all micro-batches of all ranks
-    max_tokens                 the constant length of the last mode
+    max_tokens                 the constant that seq-mean-token-sum-norm divides by
 
     Masked tokens have loss 0 and still count in every denominator, as in AReaL: a mask never gives more weight to
     the tokens that stay.

@@ -4,7 +4,7 @@
     sequence_index  [N] int64, see `sequences`
 
 A token whose log-ratio is NaN or infinite never stays, nor does its sequence where sequences are judged. That hides no
-broken number: the losses let NaN through a weight of 0.
+broken number: a NaN in the losses survives a factor of 0.
 
 All raise ShapeError when shapes differ.
 """

@@ -149,7 +149,7 @@ def cispo_loss(
 
         loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi
 
-    clip_low  None for no floor: so MiniMax-M1 was trained, and so TRL has it
+    clip_low  None for no floor, as MiniMax-M1 was trained and as TRL does it
 
     Bounds are distances from 1, as in verl and the paper: TRL's `epsilon_high` 5 is clip_high 4 here.
 

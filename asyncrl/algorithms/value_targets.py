@@ -61,7 +61,7 @@ def gae(
 
         delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      return_t = A_t + V_t
 
-    The tokens are taken for ones that the policy being trained has sampled. For older tokens there is `vtrace`.
+    All tokens are treated as if the policy being trained had sampled them. For older tokens there is `vtrace`.
 
     rewards, values  [B, T]; mask [B, T] bool, True on completion tokens. See the module's docstring
 
@@ -255,7 +255,7 @@ def explained_variance_from_sums(sums: dict[str, float]) -> float:
 
 
 def _inside(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
-    """The tensors with 0 outside the mask, and checked. Log-ratios are held within +-MAX_LOG_RATIO before."""
+    """The tensors with 0 outside the mask and log-ratios within +-MAX_LOG_RATIO. Raises what `vtrace` raises."""
     shapes = [tuple(tensor.shape) for tensor in (*tensors.values(), mask)]
     if len(set(shapes)) > 1 or mask.dim() != 2:
         raise ShapeError(f"{', '.join(tensors)} and mask must share one shape [B, T]; got {tuple(shapes)}")

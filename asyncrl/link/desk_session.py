@@ -172,7 +172,7 @@ class DeskSessions:
         self, *, run_epoch: int, run_name: str, expected: Expected, credit_bytes: int, max_frame_bytes: int
     ) -> None:
         self.run_epoch = run_epoch
-        self.superseded_by: int | None = None  # a higher run epoch, seen by a generator: we are the old one
+        self.superseded_by: int | None = None  # a higher run epoch, seen by a generator: this learner was replaced
         self._credit_bytes = credit_bytes
         self._run_name = run_name
         self._expected = expected
@@ -331,8 +331,8 @@ class DeskSessions:
             return None
         if hello.incarnation < known.incarnation:
             reason = (
-                f"a newer process of generator {known.generator_id} was here; if that is not so, give this "
-                "one another generator.id"
+                f"a newer process of generator {known.generator_id} was here; if that is not so, "
+                "give this one another generator.id"
             )
             return Refusal(RefusalCode.FENCED, reason, f">= {known.incarnation}", str(hello.incarnation))
         if known.instance not in ("", hello.instance):
@@ -345,7 +345,7 @@ class DeskSessions:
         """A new session, in place of any older incarnation's."""
         old = self._by_id.pop(generator_id, None)
         if old is None and len(self._by_id) >= limits.MAX_GENERATORS:
-            # The one silent for longest: its leases expired long ago, so nothing late of it could be accepted.
+            # The session that is silent for longest: its leases expired long ago, so nothing of it is awaited.
             old = min(self._by_id.values(), key=lambda session: (session.peer is not None, session.heard_at))
             del self._by_id[old.generator_id]
         if old is not None:

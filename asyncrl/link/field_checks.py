@@ -75,7 +75,7 @@ class RecordPlan:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """The name that errors use."""
         return self.cls.__name__
 
 
@@ -164,14 +164,14 @@ def _both(inner: Form, check: Callable[[Convert, Any], Any]) -> Form:
 
 
 def _array_form(inner: Form, cls: type[Any]) -> Form:
-    """Of a list or tuple, which are both arrays: msgpack reads lists only."""
+    """The form of a list or a tuple: both are arrays on the wire, which msgpack reads as lists."""
     return Form(
         functools.partial(_array, inner.to_wire, cls, list), functools.partial(_array, inner.from_wire, list, cls)
     )
 
 
 def _message_plan(cls: type[Message]) -> RecordPlan:
-    """Of a message: the array of all its fields, of which an older peer leaves out the last ones."""
+    """The plan of a message: the array of all its fields, of which an older peer leaves out the last ones."""
     hints, fields = _hints(cls), dataclasses.fields(cls)
     missing = dataclasses.MISSING
     required = sum(field.default is missing and field.default_factory is missing for field in fields)
@@ -180,7 +180,7 @@ def _message_plan(cls: type[Message]) -> RecordPlan:
 
 @functools.cache
 def _array_plan(cls: Any) -> RecordPlan:
-    """Of a NamedTuple. Only its last field may be left out: what follows would move up."""
+    """The plan of a NamedTuple. Only its last field may be left out: fields behind it would move up."""
     fields = tuple(_nested_field(cls, name, name, name in cls._field_defaults) for name in cls._fields)
     required = sum(not field.left_out for field in fields)
     assert not any(field.left_out for field in fields[:-1]), f"{cls.__name__}: only the last field may be optional"
@@ -189,7 +189,7 @@ def _array_plan(cls: Any) -> RecordPlan:
 
 @functools.cache
 def _map_plan(cls: Any) -> RecordPlan:
-    """Of a dataclass."""
+    """The plan of a dataclass."""
     fields = tuple(
         _nested_field(cls, field.name, field.metadata.get(KEY, field.name), field.default is None)
         for field in dataclasses.fields(cls)

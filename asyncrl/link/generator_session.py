@@ -1,7 +1,7 @@
 """The generator's end of a session: no sockets, no clock. Times are seconds of a monotonic clock, passed in.
 
 A result is kept from `put` until the desk says that it is on disk, across lost messages, reconnects and restarts
-of the learner. At most `credit_bytes` of them are under way at once, the oldest first.
+of the learner. Results of at most `credit_bytes` are under way at once, the oldest first.
 """
 
 from __future__ import annotations

@@ -73,7 +73,10 @@ def bind(socket: zmq.Socket[bytes], address: Address) -> None:
 
 
 def _refuse_live_listener(address: Address) -> None:
-    """libzmq replaces an existing socket file, so a second learner would silently cut off the first."""
+    """Raises BindError while another process listens there.
+
+    libzmq replaces an existing socket file, so a second learner would silently cut off the first.
+    """
     with unix_sockets.socket(unix_sockets.AF_UNIX) as probe:
         probe.settimeout(1.0)
         try:

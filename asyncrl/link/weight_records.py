@@ -164,7 +164,7 @@ class Patch:
 
     base: (name, digest) of the tensors of the initial model that do not travel; the digest is that of their values
         in float32, in whatever dtype the folder stores them.
-    tied: (name, original) of tensors that are another one of the base under a second name.
+    tied: (name, original) of tensors that are tensors of the base under a second name.
     scale: None, or: the manifest carries pairs `X.lora_A.weight` [rank, in] and `X.lora_B.weight` [out, rank], each
         of which folds into the base tensor `X.weight` [out, in], see `weights.bytes.patch.fold_adapter`.
     """

@@ -147,7 +147,7 @@ class Preparation:
                 return reinforce_pp_advantages(rewards, group_index=group_index, num_groups=num_groups)
             case "remax":
                 return remax_advantages(rewards, torch.from_numpy(table.baselines)[group_index])
-        raise AssertionError(f"advantage {self._algorithm.advantage!r} is not one of a sequence")
+        raise AssertionError(f"advantage {self._algorithm.advantage!r} is not computed for whole sequences")
 
     # -- forward passes --------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Preparation:
             advantages=torch.zeros_like(behaviour_logprobs),
         )
 
-    # -- after them ------------------------------------------------------------------------------------------------
+    # -- after the forward passes ----------------------------------------------------------------------------------
 
     def finish(self, plan: BatchPlan, mini_batches: Sequence[MiniBatchData], kl_coef: float) -> None:
         """Fills in advantages, targets and the mask over the whole batch; `mini_batches` are `forward`'s."""
@@ -289,7 +289,7 @@ def _sums_of_kl(data: list[MicroBatchData], num_rollouts: int, estimator: str) -
 
 
 def _mask_second_moment(data: list[MicroBatchData], threshold: float) -> None:
-    """M2PO's mask: the threshold is one of the whole batch, so all of it is looked at together."""
+    """Sets the keep masks of M2PO. Its threshold bounds a mean over the whole batch, so all are judged together."""
     log_ratios = [batch.start_logprobs - batch.behaviour_logprobs for batch in data if batch.start_logprobs is not None]
     assert len(log_ratios) == len(data)
     if not data:

@@ -18,8 +18,8 @@ from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 class SnapshotScorer:
     """Scores sequences as the policy would with the weights that a snapshot holds.
 
-    Works on modules of its own: the policy's may be in the middle of a step. They have no memory: what is published
-    is read from the snapshot, what is not is frozen and shared with the policy. For one thread at a time.
+    Works on modules of its own: the policy's may be in the middle of a step. They take no memory: published
+    tensors are read from the snapshot, all others are frozen and shared with the policy. For one thread at a time.
 
     The weights are those on the wire, rounded to its dtype as the generators get them. Compute follows `Policy`: where
     the wire is bfloat16, layers take their matrices as autocast would have cast them, and what a float32 policy keeps

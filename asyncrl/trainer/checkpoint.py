@@ -80,8 +80,8 @@ class Restored:
 def load_checkpoint(root: Path, runner: StepRunner) -> Restored | None:
     """Puts the newest checkpoint under `root` that verifies into `runner`.
 
-    Returns None, and changes nothing, if there is none. Training then goes on bit for bit as if it had not been
-    interrupted. Checkpoints that do not verify are skipped with a warning.
+    Training then goes on bit for bit as if it had not been interrupted. Checkpoints that do not verify are skipped with
+    a warning. Returns None, and changes nothing, where no checkpoint is left.
 
     Raises CheckpointError when the newest is of another model, or verifies but cannot be loaded.
     """
@@ -98,8 +98,8 @@ def _restore(manifest: Manifest, runner: StepRunner) -> None:
     policy, critic = _parts(runner.state())
     if (critic is not None) != (path / CRITIC_WEIGHTS).exists():
         raise CheckpointError(
-            f"{path} was saved {'without' if critic else 'with'} a critic and algorithm.advantage asks for the"
-            " opposite; resume with the method the run was started with, or use another run.dir"
+            f"{path} was saved {'without' if critic else 'with'} a critic and algorithm.advantage asks for the "
+            "opposite; resume with the method the run was started with, or use another run.dir"
         )
     try:
         weights = load_file(path / WEIGHTS)

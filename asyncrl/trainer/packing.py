@@ -128,7 +128,7 @@ def _check_rollout(rollout: Rollout, version: int, where: str, index: int) -> No
     if num_tokens == 0 or len(rollout.behaviour_logprobs) != num_tokens:
         raise ShapeError(
             f"rollout {index} of {where} has {num_tokens} tokens and {len(rollout.behaviour_logprobs)} log-probs; "
-            "it needs as many of one as of the other, and at least one"
+            "it needs as many log-probs as tokens, and at least one"
         )
     if not np.isfinite(rollout.behaviour_logprobs).all():
         raise NonFiniteError(f"rollout {index} of {where} has behaviour log-probs that are NaN or infinite")

@@ -172,14 +172,18 @@ class Rank:
             )
         except CheckpointError as failure:
             error = str(failure)
-            log.error("%s", failure)
+        if error:
+            log.error("%s", error)
         self.link.send(CheckpointDone(self.runner.version, path, error, time.monotonic() - started))
         return error
 
     # -- end -------------------------------------------------------------------------------------------------------
 
     def _finish(self, stop: TrainerStop) -> int:
-        """Returns 0. Raises CheckpointError when something could not be saved: there is no later step to try again."""
+        """Saves and exports what the desk asked for. Returns exit code 0.
+
+        Raises CheckpointError when something could not be saved: there is no later step to try again.
+        """
         if self.publisher:
             self.publisher.stop(timeout_s=10.0)
         try:

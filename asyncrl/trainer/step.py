@@ -95,7 +95,7 @@ class StepRunner:
         )
 
     def load_state(self, state: StepState) -> None:
-        """Undoes `state`; weights are copied."""
+        """Takes over what `state` returned; weights are copied."""
         self.version = state.version
         self.kl_coef = state.kl_coef
         self.engines.load_state(state.engines)
@@ -195,8 +195,8 @@ def _require_finite(gradients: Gradients) -> None:
     sums = gradients.sums
     if int(sums.get("non_finite", 0)):
         raise NonFiniteError(
-            f"{int(sums['non_finite'])} of {int(sums['tokens'])} log-probs under the policy are NaN or"
-            " infinite; no update made"
+            f"{int(sums['non_finite'])} of {int(sums['tokens'])} log-probs under the policy are NaN or "
+            "infinite; no update made"
         )
     loss = float(sums.get("loss", 0.0))
     for part, norm in (("policy", gradients.policy_norm), ("critic", gradients.critic_norm)):

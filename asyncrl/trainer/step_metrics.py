@@ -55,8 +55,10 @@ def layout_metrics(plan: BatchPlan) -> dict[str, float]:
 
 
 def update_metrics(updates: Sequence[Gradients]) -> dict[str, float]:
-    """What the updates of a step measured: those of `token_metrics`, grad_norm and critic_grad_norm (before clipping,
-    mean over the updates; absent where that model was not trained).
+    """What the updates of a step measured.
+
+    Keys are those of `token_metrics`, grad_norm and critic_grad_norm (before clipping, mean over the updates; absent
+    where that model was not trained).
     """
     sums: Sums = {}
     for update in updates:

@@ -54,7 +54,7 @@ class BaseWeights:
             self._shapes = self._shapes or self._read_shapes()
             _check_carried(manifest, patch, self._shapes)
             if self._verified is None or self._verified.base != patch.base:
-                self._tensors, self._verified = {}, None  # first: the old and the new need not fit into memory at once
+                self._tensors, self._verified = {}, None  # old and new need not fit into memory at once
                 self._tensors = self._read(patch)
                 log.info("%d bytes of the initial model stay here and are not sent", self.num_bytes)
             self._verified = patch
@@ -127,7 +127,7 @@ def complete_names(manifest: WeightManifest) -> set[str]:
 
 
 def _check_carried(manifest: WeightManifest, patch: Patch, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Every tensor of the manifest has its place in the model."""
+    """Raises ProtocolError unless every tensor of the manifest has its place in the model."""
     base = {name for name, _ in patch.base}
     for name, original in patch.tied:
         if original not in base:

@@ -76,7 +76,7 @@ class Publisher(threading.Thread):
         score: log-probs of these sequences by the weights in a buffer; called in the thread.
         host: address of this machine at which receivers meet the publisher.
         backend: of all channels: gloo, nccl or ipc.
-        idle_wait_s: until the desk has answered an offer, the offer is repeated as often.
+        idle_wait_s: the first offer is repeated at this interval until the desk has answered one.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Publisher(threading.Thread):
         return True
 
     def _free_slot(self, base: _Slot | None) -> _Slot | None:
-        """A buffer that nothing needs once the fresh one is offered; a new one if there is none."""
+        """A buffer that nothing needs once the fresh snapshot is offered; a new buffer if there is none."""
         for slot in self._slots:
             if slot is not self._fresh and slot is not base and not slot.readers:
                 return slot
@@ -203,7 +203,7 @@ class Publisher(threading.Thread):
         return slot
 
     def _encode(self) -> None:
-        """The difference from base to offered; none where there is no base or it is no smaller than half of all."""
+        """Encodes the difference from base to offered, where there is a base and it takes at most half of all bytes."""
         old, new = self._base, self._offered
         new.delta, new.encode_ms = None, 0.0
         if old is None:
@@ -276,7 +276,7 @@ class Publisher(threading.Thread):
         return ""
 
     def _report(self, sent: Sent) -> None:
-        """In a sender's thread."""
+        """Takes a report; runs in the thread of its sender."""
         self._sent.append(sent)
         os.eventfd_write(self._wake, 1)
 

@@ -130,7 +130,7 @@ class WeightReceiver(Generic[PreparedT]):
             self._job = Job("join", state="done")
             channel, self._channel = self._channel, None
         if channel is not None:
-            # It breaks off what is under way and may then wait for a deadline of its own: the engine must not.
+            # Closing breaks off what is under way and may then wait until a deadline: the engine must not wait for it.
             threading.Thread(target=_close, args=(channel,), name="asyncrl: close channel", daemon=True).start()
 
     def _begin(self, phase: JobPhase, work: Callable[[Job], None]) -> None:
@@ -145,7 +145,7 @@ class WeightReceiver(Generic[PreparedT]):
             except Exception as error:  # noqa: BLE001 - whatever it is becomes the job's state, which the engine reads
                 job.error = f"{type(error).__name__}: {error}"
             job.elapsed_ms = (time.monotonic() - started) * 1e3
-            job.state = "failed" if job.error else "done"  # last: whoever sees it may read the rest
+            job.state = "failed" if job.error else "done"  # last: a reader that sees it may read the rest
 
         threading.Thread(target=run, name=f"asyncrl: {phase} weights", daemon=True).start()
 

@@ -49,6 +49,11 @@ def receive(
     The caller gives `held` away: after a failure the transport may still write to its buffer.
 
     Args:
+        channel: joined; brings the bytes.
+        manifest: what the sync promises.
+        held: what the buffer holds before; a delta starts from it.
+        device: where a new buffer lies.
+        timeout_s: bounds the transfer.
         digests: takes what was measured, bucket by bucket.
         on_received: is told the bytes of each part that has come, so that a failure can say how far it was.
         measure: the digest of a bucket.

@@ -138,12 +138,12 @@ class ModelEngine(Protocol):
         train_policy  False: the part "policy" takes no gradient (`update` leaves it as it is), and with no other part
                       the loss function is called for its sums alone
 
-        Norms that are not finite are returned, not raised: whoever has several engines decides for all.
+        Norms that are not finite are returned, not raised: a caller with several engines decides for all of them.
         """
         ...
 
     def update(self) -> None:
-        """One optimizer step of every part that `accumulate` made gradients for; they are gone then."""
+        """One optimizer step of every part that `accumulate` made gradients for; then drops the gradients."""
         ...
 
     def discard(self) -> None:
@@ -169,7 +169,7 @@ class PolicyEngine(ModelEngine, Protocol):
 
     @property
     def prefers_shared_rows(self) -> bool:
-        """Whether short rows that share a prompt are computed faster than plain ones, and rightly."""
+        """Whether short rows that share a prompt are computed correctly, and faster than plain rows."""
         ...
 
     def set_lr(self, lr: float) -> None:
@@ -223,6 +223,6 @@ class Engines:
         )
 
     def load_state(self, state: EngineState) -> None:
-        """Undoes `state`."""
+        """Takes over what `state` returned."""
         for engine in self.all:
             engine.load_state(state)

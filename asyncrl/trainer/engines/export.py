@@ -1,4 +1,4 @@
-"""The policy as a Hugging Face model folder, for everybody else."""
+"""The policy as a Hugging Face model folder, for use outside of asyncrl."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def export_model(policy: Policy, source: Path | None, folder: Path) -> None:
     """Writes the policy in Hugging Face format, with tokenizer, for AutoModelForCausalLM and `vllm serve`.
 
     Adapters are merged into their weights; weights stay float32. Tokenizer files come from `source`, a model folder;
-    where that is None or no folder, from the one the policy was loaded from. An existing folder is replaced as a whole.
+    where that is None or no folder, from where the policy was loaded. An existing folder is replaced as a whole.
 
     Raises CheckpointError when the folder cannot be written.
     """

@@ -123,7 +123,7 @@ class Policy:
         return layers == {"full_attention"}
 
     def freeze(self) -> Policy:
-        """Takes no gradients from now on: a reference policy. Returns itself."""
+        """Makes this a reference policy, which takes no gradient from now on. Returns itself."""
         self.model.requires_grad_(False)
         return self
 
@@ -245,9 +245,9 @@ class Policy:
         difference = float((own - ours).abs().max())
         if not difference <= HEAD_TOLERANCE:  # NaN fails too
             raise ModelError(
-                f"{type(self.model).__name__}: log-probs are {difference:.3g} away from softmax(head(hidden)),"
-                f" at most {HEAD_TOLERANCE} is allowed: the model caps or scales its logits, or its"
-                " weights are broken; it cannot be trained"
+                f"{type(self.model).__name__}: log-probs are {difference:.3g} away from softmax(head(hidden)), "
+                f"at most {HEAD_TOLERANCE} is allowed: the model caps or scales its logits, or its "
+                "weights are broken; it cannot be trained"
             )
 
 

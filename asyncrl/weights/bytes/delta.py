@@ -89,8 +89,10 @@ def encode_delta(
 
     Args:
         layout: of both buffers.
-        old, new: uint8 [layout.total_bytes], on one device; the padding between tensors is zero in both.
+        old: uint8 [layout.total_bytes]; the padding between tensors is zero.
+        new: the same for the version to encode, on the same device.
         base_version: the policy version in `old`.
+        max_share: of the dense bytes, above which there is no delta.
         piece_words: None = what suits the device.
     """
     _check_buffers(layout, old, new)

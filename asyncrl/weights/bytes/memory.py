@@ -208,7 +208,10 @@ def wait_event(event: Any, deadline: float) -> None:
 
 
 def wait_written(flat: torch.Tensor, deadline: float) -> None:
-    """Returns once what was put on the current stream before is done: what writes `flat` among it."""
+    """Returns once all earlier work of the current stream is done, the writes to `flat` included.
+
+    Raises ChannelError when that takes until after `deadline`.
+    """
     if flat.is_cuda:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(flat.device))

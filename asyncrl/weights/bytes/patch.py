@@ -47,7 +47,9 @@ class SyncSource:
 
 @torch.no_grad()
 def fold_adapter(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
-    """weight + scale * lora_b @ lora_a, float32 [out, in] (Hu et al. 2021, LoRA, section 4.1).
+    """The weight with its adapter folded in, float32 [out, in] (Hu et al. 2021, LoRA, section 4.1).
+
+        weight + scale * lora_b @ lora_a
 
     Learner and generators call this one function on float32 values, so that they hold the same weights.
     """

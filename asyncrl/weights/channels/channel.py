@@ -129,6 +129,7 @@ class WeightChannel:
 
         Args:
             parts: contiguous, on the channel's device; the same numbers of bytes on every member.
+            timeout_s: bounds the whole broadcast.
             on_part: is told the bytes of each part when it is done, in another thread; so a failure can say how far
                 the broadcast was.
 

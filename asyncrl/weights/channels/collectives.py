@@ -41,7 +41,7 @@ class _ProcessGroup(Protocol):
 
 
 class _Collective:
-    """What both have: a process group that appears in `form` and is dropped in `close`."""
+    """What both transports have: a process group that appears in `form` and is dropped in `close`."""
 
     def __init__(self, spec: ChannelSpec, device: torch.device, aborted: threading.Event) -> None:
         self._spec = spec
@@ -110,13 +110,14 @@ class GlooTransport(_Collective):
                 raise self._late()
             try:
                 work.wait(timedelta(seconds=min(remaining, POLL_S)))
-                return
             except RuntimeError:
                 # An expired slice and a failed transfer raise alike. A completed transfer has failed, or has succeeded
                 # just after its slice: asked again it says which.
                 if work.is_completed():
                     work.wait()
                     return
+            else:
+                return
             if self._aborted.is_set():
                 raise ChannelError("aborted")
 

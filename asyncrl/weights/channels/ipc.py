@@ -142,15 +142,18 @@ class IpcTransport:
         key = f"taken/{number}/{self._spec.rank}"
         ready = self._take(f"ready/{number}", 0, deadline, _Ready)
         try:
-            if ready.num_bytes != flat.numel():
-                raise ChannelError(f"rank 0 sends {ready.num_bytes} bytes, {flat.numel()} are expected")
-            self._open(ready.handle).copy(ready.offset, flat, deadline)
-            self._check(deadline, "the copy")
+            self._copy(ready, flat, deadline)
         except Exception as error:
             # Whatever it is, rank 0 must not wait in vain.
             self._put(key, _Record(error=str(error) or type(error).__name__))
             raise
         self._put(key, _Record())
+
+    def _copy(self, ready: _Ready, flat: torch.Tensor, deadline: float) -> None:
+        if ready.num_bytes != flat.numel():
+            raise ChannelError(f"rank 0 sends {ready.num_bytes} bytes, {flat.numel()} are expected")
+        self._open(ready.handle).copy(ready.offset, flat, deadline)
+        self._check(deadline, "the copy")
 
     def _copied(self, flat: torch.Tensor) -> torch.Tensor:
         if self._own is None or self._own.numel() < flat.numel():

@@ -75,7 +75,7 @@ class WeightStore:
 
 
 def connect_store(spec: ChannelSpec, timeout_s: float) -> Store:
-    """A connection of one's own to the channel's store, its keys below the channel's prefix.
+    """A new connection to the channel's store, its keys below the channel's prefix.
 
     Every member, rank 0 too, has its own: a blocked call on a shared one blocks all others.
     """
@@ -108,7 +108,10 @@ def within(
     """Run `call` in a daemon thread; give up on it when time is up or `cancelled` is set.
 
     Args:
+        timeout_s: how long to wait for the call.
         what: begins the text of errors.
+        call: may hang.
+        cancelled: ends the wait early; the call is abandoned.
         waiting_for: what the call hangs in, asked when it is abandoned.
 
     Raises:

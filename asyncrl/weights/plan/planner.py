@@ -232,10 +232,9 @@ class SyncPlanner:
         kept = [[name for name in cell.names if name in behind] for cell in starting]
         planned = plan_cells(kept, [receiver.name for receiver in loose], self.cell_size)
         before = [cell for cell, names in zip(starting, kept, strict=True) if names]
-        for names, cell in zip(planned, [*before, *[None] * len(planned)], strict=False):
-            if cell is None:
-                cell = Cell([])
-                self.cells.append(cell)
+        new = [Cell([]) for _ in planned[len(before) :]]
+        self.cells.extend(new)
+        for names, cell in zip(planned, [*before, *new], strict=True):
             cell.names = names
             self._start(cell, [behind[name] for name in names], now)
 

@@ -14,7 +14,7 @@ Who waits for whom, and until when:
   its own deadline.
 - SWAPPING waits for each member alone. A slow member delays nobody else's commit.
 - A member at fault (silent, tainted, wrong digests) sits out (PENALTY_S, doubling). A member that answered with an
-  error may be the victim of another one's failure and is tried again at once, MAX_ERRORS times.
+  error may be the victim of another member's failure and is tried again at once, MAX_ERRORS times.
 
 A snapshot goes out as a delta when the publisher has one and every member's staging buffer was verified to hold its
 base. A member that fails in any phase is relied on for nothing: its next round is dense.
@@ -332,6 +332,9 @@ class SyncRound:
         """Ends the round for one member.
 
         Args:
+            member: whom it ends for.
+            now: monotonic seconds.
+            reason: what went wrong, for the generator and the log.
             at_fault: it failed by its own doing and sits out.
             blame: False for a victim; otherwise it erred, and MAX_ERRORS errors in a row count as a fault.
         """
@@ -376,7 +379,8 @@ def canary_differences(ours: Sequence[bytes], theirs: Sequence[bytes]) -> tuple[
     Infinite when the rows cannot be compared, NaN when a log-prob is.
 
     Args:
-        ours, theirs: one row of log-probs for each canary sequence, float32 bytes.
+        ours: one row of log-probs for each canary sequence, float32 bytes: the learner's.
+        theirs: the same by a worker of the generator.
     """
     if len(ours) != len(theirs) or any(len(a) != len(b) for a, b in zip(ours, theirs, strict=False)):
         return float("inf"), float("inf")

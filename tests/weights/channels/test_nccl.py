@@ -58,8 +58,6 @@ class Nccl:
         assert not is_high_priority_stream
         return SimpleNamespace(config=SimpleNamespace(blocking=None), _timeout=None)
 
-    Options = make_options  # its name in torch
-
     def __call__(self, store, rank, world_size, options):
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
