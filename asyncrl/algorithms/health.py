@@ -68,7 +68,7 @@ def health_metrics(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
     and masked_share over all tokens. A bucket without tokens has no keys; without any token the result is empty.
 
-    Example: the one of `health_sums`: age/4-7/tokens 2, age/4-7/ratio_mean 3, age/4-7/ess_share 36 / 40.
+    Example, from that of `health_sums`: age/4-7/tokens 2, age/4-7/ratio_mean 3, age/4-7/ess_share 36 / 40.
     """
     if "age_tokens" not in sums or not any(sums["age_tokens"]):
         return {}

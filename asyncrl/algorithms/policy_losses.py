@@ -120,8 +120,8 @@ def gspo_loss(
     A factor of 0 takes a token's loss out, not its part in s. The paper clips at 3e-4 / 4e-4 and averages by
     seq-mean-token-mean; with old rollouts such a clip silences most sequences, which is_clipped shows.
 
-    Example: sequences (0, 0, 1), r = (0.5, 2, 1.5), A = 1, clip 0.2 / 0.2: s = (1, 1, 1.5), losses (-1, -1, -1.2), the
-    third clipped.
+    Example: sequences (0, 0, 1), r = (0.5, 2, 1.5), A = 1, clip 0.2 / 0.2: s = (1, 1, 1.5),
+    losses (-1, -1, -1.2), the third clipped.
 
     Raises ConfigError for an unknown gradient.
     """

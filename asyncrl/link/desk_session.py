@@ -187,7 +187,7 @@ class DeskSessions:
         """The newest session of a generator."""
         return self._by_id.get(generator_id)
 
-    # -- who is there
+    # -- which generators are there
 
     def hello(self, peer: bytes, hello: Hello, *, version: int, now: float) -> Admission:
         """Admits or refuses the generator behind `peer`. version: the newest policy version."""

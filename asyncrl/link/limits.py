@@ -19,7 +19,7 @@ SEND_QUEUE_FRAMES = 256
 # One call of receive() returns after this many frames, so that a busy peer cannot starve the loop.
 DRAIN_FRAMES = 256
 
-# Process level: ZMTP heartbeats come from the I/O thread and do not see a wedged process, beats do.
+# Process level: ZMTP heartbeats come from the I/O thread and do not see a process that hangs; beats do.
 BEAT_S = 1.0
 SUSPECT_S = 5.0
 DEAD_S = 15.0
@@ -28,7 +28,8 @@ NO_PROGRESS_S = 120.0
 RESEND_FIRST_S = 0.5
 RESEND_MAX_S = 8.0
 
-# Results may be at most this far ahead of the oldest unsettled one: bounds the memory of seen seqs.
+# The number of a result (seq) may be at most this far above the oldest that is not settled: it bounds what the desk
+# must remember of the results that it has seen.
 SEQ_WINDOW = 1024
-# Generators whose seqs the desk remembers; the one gone longest is forgotten first.
+# Generators whose results the desk remembers; the generator that is gone for longest is forgotten first.
 MAX_GENERATORS = 4096

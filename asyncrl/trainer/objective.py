@@ -54,8 +54,8 @@ class ActorObjective:
         algorithm = self._algorithm
         log_ratios = logprobs.detach() - data.behaviour_logprobs
         proximal = self._proximal_logprobs(data, logprobs)
-        # From the behaviour policy to the one the loss takes its ratio against or, where that is the behaviour policy
-        # itself, to the current one.
+        # From the behaviour policy to the proximal one, against which the loss takes its ratio; without a proximal
+        # policy, to the current one.
         correction_log_ratios = log_ratios if proximal is None else proximal - data.behaviour_logprobs
         keep_mask = self._keep_mask(data, correction_log_ratios)
         loss_factors = self._loss_factors(data, correction_log_ratios, keep_mask, has_proximal=proximal is not None)

@@ -83,7 +83,7 @@ class WeightReceiver(Generic[PreparedT]):
         self.prepared: PreparedT | None = None  # reads the buffer, so that it lives no longer than `staged`
 
     def begin_join(self, spec: ChannelSpec) -> None:
-        """Connect to a channel, leaving the one before.
+        """Leave the channel joined before, if any, and connect to this one.
 
         Raises:
             ChannelError: no such backend, or it cannot work on this device.

@@ -72,8 +72,8 @@ class Policy:
     def __init__(self, model: PreTrainedModel, *, dtype: str = "float32", source: Path | None = None) -> None:
         """`source` is the folder the model came from; exports copy its tokenizer.
 
-        Raises ModelError when probabilities are not softmax(head(hidden)) because a bias, a cap or a scale comes after
-        the head.
+        Raises ModelError when a bias, a cap or a scale after the head makes probabilities other than
+        softmax(head(hidden)).
         """
         self.model = model.eval()
         self.dtype = dtype

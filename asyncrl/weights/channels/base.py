@@ -40,8 +40,8 @@ class Transport(Protocol):
     def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
         """Send `parts` from rank 0 in this order, or receive into them elsewhere; return when all bytes are in place.
 
-        `on_part` is told the bytes of each part when that part is done. On rank 0 `parts` may change again once this
-        has returned.
+        `on_part` is told the bytes of each part when that part is done.
+        On rank 0 `parts` may change again once this has returned.
         """
         ...
 

@@ -170,7 +170,7 @@ class NcclTransport(_Collective):
                 # NCCL has no timeout for a collective: it waits for the dead until `close` aborts the communicator.
                 raise self._late()
         # Raises the error of a failed one, else lets go of its tensors; waits for nothing. It makes the current stream
-        # wait for the kernel, which may hang after an error: the stream of the training must not be that one.
+        # wait for the kernel, which may hang after an error: training must use another stream.
         with self._own_stream():
             work.wait()
 

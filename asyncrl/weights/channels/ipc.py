@@ -2,8 +2,8 @@
 
 Rank 0 says through the channel's store where the bytes are (`ready/k`); each receiver maps that memory once, copies the
 bytes and says so (`taken/k/RANK`). Rank 0 goes on when all have. The death of a member is noticed by its process; a
-member that stands still costs one deadline. Bytes that lie elsewhere (deltas) go through a shared buffer of the
-channel's own.
+member that stands still costs one deadline. Bytes that lie elsewhere (deltas) go through a
+shared buffer that belongs to the channel.
 
 The same code serves CPUs and GPUs; `weights.bytes.memory` knows where the two differ. The store holds JSON alone.
 """
@@ -35,7 +35,7 @@ _RecordT = TypeVar("_RecordT", bound="_Record")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Record:
-    """What a member puts into the store under a key, as JSON. An error ends the channel for whoever takes it."""
+    """What a member stores under a key, as JSON. An error ends the channel for the member that takes it."""
 
     error: str = ""
 

@@ -271,7 +271,7 @@ class SyncPlanner:
         return current
 
     def _offer(self, current: SyncRound, channel: OpenedChannel, now: float) -> None:
-        """Offers the newest snapshot: the one of the round's start may have been replaced while the channel opened."""
+        """Offers the newest snapshot, which may have come after the round started, while the channel opened."""
         assert self.snapshot is not None
         version = self.snapshot.version
         attempt = self._attempts.get(version, 0)
