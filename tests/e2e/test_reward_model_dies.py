@@ -24,8 +24,8 @@ STEPS = 30
 WEIGHTS = {"exact": 1.0, "helpful": 0.25, "long": 0.0}
 
 
-def reward_server(run: Run) -> int | None:
-    return next((pid for pid, command in run.processes().items() if "reward_server" in command), None)
+def model_server(run: Run) -> int | None:
+    return next((pid for pid, command in run.processes().items() if "rewards.model_server" in command), None)
 
 
 def groups_of(run: Run) -> list[Group]:
@@ -48,7 +48,7 @@ def test_a_run_outlives_its_reward_model_and_no_failure_becomes_a_reward(make_ru
     )
     learner, generator = run.learner(), run.generator()
     run.wait_for_version(3, learner, generator, timeout_s=START_S)
-    first = reward_server(run)
+    first = model_server(run)
     os.kill(first, signal.SIGKILL)
     generator.wait_for_log("was ended by SIGKILL; starting it again")
     wait_until(lambda: run.version() >= STEPS, START_S, "the last step", None)
