@@ -76,8 +76,9 @@ def run_learner(config: Config) -> int:
         process = _trainer_process(config, config_file, trainer_socket.address)
         # Started before the slow imports of the tokenizer: both take seconds, and neither needs the other.
         process.start()
-        open_things.callback(process.kill)
+        open_things.callback(process.kill)  # for the case that the metrics cannot be opened
         metrics = open_things.enter_context(closing(Metrics.open(config, canary_tolerance(config))))
+        open_things.callback(process.kill)  # before all else: closing the metrics may wait for the network
         surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop)
         state = restore_run(config, run_epoch, journal)
         code = make_desk(config, state, load_prompts(config, state.leases), surroundings).run()
