@@ -1,24 +1,26 @@
-"""The configuration of both daemons: `schema` declares every key, `loading` reads and checks files."""
+"""The configuration of both daemons: the `*_sections` declare every key, `loading` reads and checks files."""
 
-from asyncrl.config.schema import (
-    AlgorithmConfig,
+from asyncrl.config.daemon_sections import (
     CheckpointConfig,
-    Config,
-    CriticConfig,
-    EvalConfig,
     GeneratorConfig,
     LearnerConfig,
     LogConfig,
+    RunConfig,
+    TransportConfig,
+    WeightsConfig,
+)
+from asyncrl.config.method_sections import (
+    AlgorithmConfig,
+    CriticConfig,
+    EvalConfig,
     ModelConfig,
     RewardConfig,
-    RunConfig,
     SamplingConfig,
     StalenessConfig,
     TaskConfig,
-    TransportConfig,
     UpdateConfig,
-    WeightsConfig,
 )
+from asyncrl.config.schema import Config
 
 __all__ = [
     "AlgorithmConfig",

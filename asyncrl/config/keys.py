@@ -1,4 +1,4 @@
-"""The catalogue of configuration keys, read off the dataclasses of `asyncrl.config.schema`.
+"""The catalogue of configuration keys, read off the sections of `asyncrl.config.schema.Config`.
 
 Standard library only: `--help` is made from it.
 """
@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from asyncrl.config import Config
-from asyncrl.config.schema import Bounds
+from asyncrl.config.declaration import Bounds
 
 TYPE_NAMES = {
     str: "text",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from asyncrl.config.schema import UpdateConfig
+from asyncrl.config import UpdateConfig
 from asyncrl.errors import ConfigError
 from asyncrl.weights.bytes.patch import LORA_A, LORA_B, WEIGHT, AdaptedWeight
 

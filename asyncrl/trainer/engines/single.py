@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms.losses import Sums, merge_sums
-from asyncrl.config import Config
-from asyncrl.config.schema import LearnerConfig
+from asyncrl.config import Config, LearnerConfig
 from asyncrl.trainer.canary import SnapshotScorer
 from asyncrl.trainer.critic import Critic, load_critic
 from asyncrl.trainer.engines.base import (

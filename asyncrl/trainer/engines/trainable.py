@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from asyncrl.config.schema import UpdateConfig
+from asyncrl.config import UpdateConfig
 from asyncrl.errors import ConfigError
 from asyncrl.link.weight_records import Patch
 from asyncrl.trainer.engines.lora import adapted_weights, inject_adapters, nearest_name, plain_name

@@ -1,0 +1,192 @@
+"""Sections that say how the run and its daemons work: files, learner, generator, links, weights, checkpoints, logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncrl.config.declaration import key
+
+
+@dataclass
+class RunConfig:
+    """The run as a whole."""
+
+    name: str = key(
+        "run",
+        "Names the run in logs, checkpoints and the handshake; daemons of different runs refuse each other.",
+    )
+    dir: str = key("runs/${run.name}", "Folder for everything the run writes: journal, checkpoints, metrics, export.")
+    steps: int = key(100, "Optimizer steps to train; the run ends at this policy version.", minimum=1)
+    seed: int = key(
+        0, "Seeds the order of the prompts, new parts of the model (a critic, adapters) and the trainer.", minimum=0
+    )
+
+
+@dataclass
+class LearnerConfig:
+    """The trainer: the batch, the optimizer, and the process."""
+
+    groups_per_step: int = key(16, "Groups (prompts) in the batch of one optimizer step.", minimum=1)
+    epochs: int = key(1, "Passes over the batch in one step.", minimum=1)
+    mini_batches: int = key(
+        1,
+        "Parts into which each pass cuts the batch, with one optimizer update for each; the step still makes one "
+        "policy version.",
+        minimum=1,
+    )
+    lr: float = key(1e-6, "AdamW learning rate.", above=0.0)
+    lr_warmup_steps: int = key(0, "First steps, over which the learning rate rises linearly to learner.lr.", minimum=0)
+    betas: list[float] = key([0.9, 0.95], "AdamW betas.")
+    weight_decay: float = key(0.0, "AdamW weight decay.", minimum=0.0)
+    grad_clip: float = key(1.0, "Largest L2 norm of the gradient; a larger one is scaled down to it.", above=0.0)
+    micro_batch_tokens: int = key(
+        16384,
+        "Tokens, padding included, in one forward and backward pass; gradients add up over the passes of an update.",
+        minimum=1,
+    )
+    device: str = key(
+        "auto", "Device of the trainer; auto = cuda if there is a GPU, else cpu.", choices=("auto", "cpu", "cuda")
+    )
+    threads: int = key(1, "CPU threads of each trainer rank.", minimum=1)
+    cpus: list[int] = key([], "CPUs that desk and trainer are pinned to; empty = they are not pinned.")
+    max_trainer_restarts: int = key(
+        3, "How often in a row a trainer that died without making a step is started again.", minimum=0
+    )
+
+
+@dataclass
+class GeneratorConfig:
+    """The rollout engine and its rewards."""
+
+    id: str = key("", "Lasting name of this generator; empty = the host name and a number, which is kept in run.dir.")
+    max_sequences: int = key(64, "Sequences that are decoded at once.", minimum=1)
+    tensor_parallel_size: int = key(1, "GPUs (or CPU workers) over which one copy of the model is spread.", minimum=1)
+    kv_cache_gib: float = key(
+        1.0, "Size of the KV cache on the CPU, in GiB; on a GPU see generator.gpu_memory_fraction.", above=0.0
+    )
+    gpu_memory_fraction: float = key(
+        0.85, "Share of the GPU's memory that the engine may take.", above=0.0, maximum=1.0
+    )
+    compile: str = key(
+        "auto",
+        "Let vLLM compile the model: a slower start for faster steps. auto = on GPUs only; small models gain nothing.",
+        choices=("auto", "always", "never"),
+    )
+    device: str = key(
+        "auto", "Device of the engine; auto = cuda if there is a GPU, else cpu.", choices=("auto", "cpu", "cuda")
+    )
+    threads: int = key(1, "CPU threads of each engine worker.", minimum=1)
+    cpus: list[int] = key(
+        [],
+        "CPUs that the generator and its engine are pinned to; empty = they are not pinned. Tensor-parallel workers "
+        "take the first of them, generator.threads each, so give two such generators of one host different ones.",
+    )
+    reward_workers: int = key(1, "Processes that compute rewards.", minimum=1)
+    reward_timeout_s: float = key(
+        10.0, "Deadline of one reward, in seconds; then its worker is killed and the lease fails.", above=0.0
+    )
+    lease_timeout_s: float = key(
+        600.0, "Deadline of one lease from grant to result, in seconds; then its prompt is leased again.", above=0.0
+    )
+    outbox_bytes: int = key(
+        64 * 2**20,
+        "Bytes of results that are kept until the learner has them on disk; when they are full, no lease is taken.",
+        minimum=1,
+    )
+    unreachable_timeout_s: float = key(
+        600.0, "Give up (exit code 3) when the learner has not answered for this many seconds.", above=0.0
+    )
+    drain_timeout_s: float = key(
+        6.0,
+        "After SIGTERM, finish what can be finished within this many seconds, and hand back the other leases.",
+        above=0.0,
+    )
+
+
+@dataclass
+class TransportConfig:
+    """The rollout link between generators and learner."""
+
+    address: str = key(
+        "tcp://127.0.0.1:5770", "Where the learner listens and the generators connect; never a wildcard."
+    )
+    server_key_file: str = key(
+        "", "File with the learner's secret CURVE key; required for an address that is not loopback."
+    )
+    server_public_key_file: str = key("", "File with the learner's public CURVE key, for the generators.")
+    client_key_file: str = key("", "File with the secret CURVE key of this generator.")
+    allowed_keys_file: str = key(
+        "", "File with the public keys of the generators that the learner admits, one per line."
+    )
+    max_frame_bytes: int = key(
+        64 * 2**20, "Largest message, in bytes; a larger one is refused before it is decoded.", minimum=4096
+    )
+    credit_bytes: int = key(
+        64 * 2**20, "Bytes of results that a generator may send ahead of the learner's acknowledgements.", minimum=4096
+    )
+
+
+@dataclass
+class WeightsConfig:
+    """How new policies reach the generators."""
+
+    host: str = key(
+        "127.0.0.1",
+        "Private address of the learner at which generators meet it for weights. There is no authentication: use a "
+        "trusted network only.",
+    )
+    backend: str = key(
+        "auto",
+        "How weights travel; auto = nccl if learner and generators have GPUs, else gloo. ipc is for one machine: "
+        "generators copy out of the learner's own buffer, on one GPU (where nccl does not work) or on the CPU; all run "
+        "as one user in one PID namespace.",
+        choices=("auto", "gloo", "nccl", "ipc"),
+    )
+    bucket_bytes: int = key(64 * 2**20, "Bytes that are sent in one collective.", minimum=1024)
+    timeout_s: float = key(
+        30.0, "Deadline of each phase of a sync, in seconds; a generator that exceeds it is left out.", above=0.0
+    )
+    cell_size: int = key(
+        8,
+        "Largest number of generators that share one collective; the learner sends once for each such cell. A "
+        "generator that hangs delays those of its cell alone, for one deadline.",
+        minimum=1,
+    )
+    canary_sequences: int = key(4, "Probe sequences that learner and generator both score at each sync.", minimum=1)
+    canary_tolerance: float = key(
+        0.0,
+        "Largest difference of a log-prob on the probe sequences, in nats; 0 = 1e-4 in float32, 0.35 in bfloat16.",
+        minimum=0.0,
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """What a restarted learner goes on from. Weights never reach generators this way."""
+
+    every: int = key(
+        50, "Save after every so many steps, besides at the end and on SIGTERM; 0 = at those two only.", minimum=0
+    )
+    keep: int = key(2, "Verified checkpoints that are kept.", minimum=1)
+    resume: str = key(
+        "auto",
+        "Go on from the newest verified checkpoint and the journal after it (auto), or refuse a run.dir that was used "
+        "before (never).",
+        choices=("auto", "never"),
+    )
+
+
+@dataclass
+class LogConfig:
+    """What is logged, besides metrics.jsonl, which has every figure."""
+
+    wandb: str = key(
+        "off",
+        "Also log to Weights & Biases: not at all (off), into files for `wandb sync` (offline), or at once, which "
+        "needs a key (online).",
+        choices=("off", "offline", "online"),
+    )
+    wandb_project: str = key("asyncrl", "Project of the run at Weights & Biases.")
+    level: str = key(
+        "info", "Least important messages that the daemons log.", choices=("debug", "info", "warning", "error")
+    )
