@@ -24,10 +24,10 @@ from asyncrl.desk.desk import Desk
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.generators import Generators
 from asyncrl.desk.intake import Intake
+from asyncrl.desk.opening.restoring import checkpoint_folder, refuse_used_folder, restore_run
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.ranks import Ranks
-from asyncrl.desk.restoring import checkpoint_folder, refuse_used_folder, restore_run
 from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions

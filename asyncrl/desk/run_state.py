@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from asyncrl.desk.counters import Counters
-from asyncrl.desk.saved_state import SavedDesk
+from asyncrl.desk.opening.saved_state import SavedDesk
 from asyncrl.link.desk_session import DeskSessions
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook

@@ -25,7 +25,7 @@ import numpy as np
 
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
-from asyncrl.desk.restoring import make_sessions
+from asyncrl.desk.opening.restoring import make_sessions
 from asyncrl.errors import AsyncRLError
 from asyncrl.link import messages
 from asyncrl.link.codec import body_of, decode, encode

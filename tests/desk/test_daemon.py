@@ -5,8 +5,8 @@ from __future__ import annotations
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.daemon import load_prompts
 from asyncrl.desk.intake import Intake
+from asyncrl.desk.opening.restoring import restore_run
 from asyncrl.desk.proofs import Proofs
-from asyncrl.desk.restoring import restore_run
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.storage.journal import Journal

@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from asyncrl.desk.counters import RunTotals
-from asyncrl.desk.saved_state import SavedDesk
+from asyncrl.desk.opening.saved_state import SavedDesk
 from asyncrl.errors import CheckpointError
 from asyncrl.link.desk_session import SavedSession
 from asyncrl.replay.lease_records import SavedLeases

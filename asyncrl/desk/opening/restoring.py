@@ -13,8 +13,8 @@ from pathlib import Path
 
 from asyncrl.config import Config
 from asyncrl.desk.counters import Counters
+from asyncrl.desk.opening.saved_state import SavedDesk
 from asyncrl.desk.run_state import PolicyVersions, RunState
-from asyncrl.desk.saved_state import SavedDesk
 from asyncrl.errors import ConfigError
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.link.desk_session import DeskSessions, Expected, SavedSession
