@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from asyncrl.desk.run_state import PolicyVersions
-from asyncrl.link.messages import Batch
+from asyncrl.link.trainer_messages import Batch
 from asyncrl.replay.recovery import ReplayStep
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StoredGroup

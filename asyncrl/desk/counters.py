@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from asyncrl.link.messages import Beat, StepDone
+from asyncrl.link.messages import Beat
+from asyncrl.link.trainer_messages import StepDone
 from asyncrl.metrics import StepMetrics, SyncMetrics
 from asyncrl.metrics.types import AGE_PART, REWARD_PART
 from asyncrl.replay.buffer import ReplayBuffer

@@ -34,10 +34,10 @@ from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
 from asyncrl.errors import FrameError, JournalError, ProtocolError, TooManyFailures
 from asyncrl.host.processes import StopSignal
-from asyncrl.link import messages
+from asyncrl.link import messages, trainer_messages
 from asyncrl.link.codec import body_of, decode
 from asyncrl.link.desk_session import DeskSession
-from asyncrl.link.messages import Message
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket, SocketPoller
 from asyncrl.storage.journal import run_epoch_of
 
@@ -55,13 +55,13 @@ FROM_GENERATOR = frozenset(
 )
 FROM_TRAINER = frozenset(
     {
-        messages.TrainerHello,
-        messages.BatchRequest,
-        messages.StepDone,
-        messages.CheckpointDone,
-        messages.SnapshotReady,
-        messages.ChannelReady,
-        messages.BroadcastDone,
+        trainer_messages.TrainerHello,
+        trainer_messages.BatchRequest,
+        trainer_messages.StepDone,
+        trainer_messages.CheckpointDone,
+        trainer_messages.SnapshotReady,
+        trainer_messages.ChannelReady,
+        trainer_messages.BroadcastDone,
     }
 )
 MAX_WAIT_S = 0.5
@@ -198,21 +198,21 @@ class Desk:
 
     def _from_trainer(self, peer: bytes, message: Message, frame: bytes, now: float) -> None:
         match message:
-            case messages.TrainerHello():
+            case trainer_messages.TrainerHello():
                 self.ranks.hello(peer, message)
-            case messages.BatchRequest():
+            case trainer_messages.BatchRequest():
                 self.ranks.request(peer, message)
-            case messages.StepDone():
+            case trainer_messages.StepDone():
                 self.ranks.step_done(message, len(self.generators.alive()), now)
                 self.process.stepped()
                 self.evaluator.advance(self.state.policy.trained, self.versions.held_versions())
-            case messages.CheckpointDone():
+            case trainer_messages.CheckpointDone():
                 self.ranks.checkpoint_done(message)
-            case messages.SnapshotReady() if self.ranks.present:  # else its memory died with the trainer
+            case trainer_messages.SnapshotReady() if self.ranks.present:  # else its memory died with the trainer
                 self.versions.snapshot_ready(peer, message, now)
-            case messages.ChannelReady():
+            case trainer_messages.ChannelReady():
                 self.versions.channel_ready(message, now)
-            case messages.BroadcastDone():
+            case trainer_messages.BroadcastDone():
                 self.versions.broadcast_done(message, now)
 
     def _watch_trainer(self, now: float) -> None:

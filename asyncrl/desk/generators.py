@@ -11,8 +11,8 @@ from asyncrl.desk.run_state import RunState
 from asyncrl.desk.versions import Versions
 from asyncrl.link import messages
 from asyncrl.link.desk_session import DeskSession, Liveness
-from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import lease_to_grant
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.types import Lease, LeaseKey, LeaseKind

@@ -20,8 +20,9 @@ from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import RunState
 from asyncrl.errors import ProtocolError
 from asyncrl.link.desk_session import DeskSession, Seen
-from asyncrl.link.messages import GroupResult, LeaseFailed, Message
+from asyncrl.link.messages import GroupResult, LeaseFailed
 from asyncrl.link.rollouts import result_to_group, validate_group
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
 from asyncrl.replay.lease_records import LeaseRecord, Verdict

@@ -9,8 +9,8 @@ from pathlib import Path
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.batches import BatchDealer, DecidedStep
 from asyncrl.desk.run_state import RunState
-from asyncrl.link import messages
-from asyncrl.link.messages import Message
+from asyncrl.link import trainer_messages
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.metrics import Metrics
 from asyncrl.replay.recovery import replay_plan
@@ -54,7 +54,7 @@ class Ranks:
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    def hello(self, peer: bytes, hello: messages.TrainerHello) -> None:
+    def hello(self, peer: bytes, hello: trainer_messages.TrainerHello) -> None:
         """Everything after the trainer's checkpoint is trained again, from the journal, before anything new."""
         self._peers[hello.rank] = peer
         self._dealer.world_size = hello.world_size
@@ -63,7 +63,7 @@ class Ranks:
         if replay_to > hello.version:
             log.info("trainer is at version %d, trains again from the journal to %d", hello.version, replay_to)
         self._dealer.train_again(steps)
-        self._send(hello.rank, messages.TrainerWelcome(self._state.run_epoch, replay_to))
+        self._send(hello.rank, trainer_messages.TrainerWelcome(self._state.run_epoch, replay_to))
 
     def begin(self, now: float) -> None:
         """The first generator is ready: time before that is start-up, not idling."""
@@ -80,7 +80,7 @@ class Ranks:
         """Whether the trainer that lives now has made all steps."""
         return self._dealer.at_end
 
-    def request(self, peer: bytes, message: messages.BatchRequest) -> None:
+    def request(self, peer: bytes, message: trainer_messages.BatchRequest) -> None:
         """A rank asks for the batch of its version."""
         if self._peers.get(message.rank) != peer:
             return  # it died, and this was still on its way
@@ -94,7 +94,7 @@ class Ranks:
     def stop(self, finished: bool, reason: str) -> None:
         """Tells the ranks to save and end; when the run is finished, they export the model too."""
         for rank in self._peers:
-            self._send(rank, messages.TrainerStop(checkpoint=True, export=finished, reason=reason))
+            self._send(rank, trainer_messages.TrainerStop(checkpoint=True, export=finished, reason=reason))
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class Ranks:
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
-    def step_done(self, done: messages.StepDone, num_alive: int, now: float) -> None:
+    def step_done(self, done: trainer_messages.StepDone, num_alive: int, now: float) -> None:
         """A step was made. It is reported once, however often it is trained again; num_alive counts generators."""
         interval_s, self._step_ended_at = now - self._step_ended_at, now
         self._policy.step_made(done.version)
@@ -148,7 +148,7 @@ class Ranks:
             figures = self._counters.step_metrics(done, interval_s, self._state.buffer, num_alive)
             self._metrics.log_step(figures)
 
-    def checkpoint_done(self, done: messages.CheckpointDone) -> None:
+    def checkpoint_done(self, done: trainer_messages.CheckpointDone) -> None:
         """A checkpoint was saved, or could not be: then the one before stays. Trims the journal."""
         if done.error:
             log.error("checkpoint of version %d failed, training goes on: %s", done.version, done.error)

@@ -13,7 +13,8 @@ from typing import Protocol
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import RunState
-from asyncrl.link import messages
+from asyncrl.link import messages, trainer_messages
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.wire_types import RefusalCode
 from asyncrl.metrics import Metrics
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 class SyncedGenerators(Protocol):
     """What `Versions` needs of the generators: `desk.generators.Generators`."""
 
-    def send(self, name: str, message: messages.Message) -> None:
+    def send(self, name: str, message: Message) -> None:
         """Sends a message to a generator by its id."""
 
     def gone(self, name: str, why: str, now: float) -> None:
@@ -62,7 +63,7 @@ class Versions:
         self._proven_once = False
         self._publisher: bytes | None = None  # routing id
 
-    def snapshot_ready(self, peer: bytes, message: messages.SnapshotReady, now: float) -> None:
+    def snapshot_ready(self, peer: bytes, message: trainer_messages.SnapshotReady, now: float) -> None:
         """The publisher offers a version."""
         self._publisher = peer
         self._policy.published(message.version)
@@ -73,11 +74,11 @@ class Versions:
         self._planner.publisher_lost(now)
         self._publisher = None
 
-    def channel_ready(self, message: messages.ChannelReady, now: float) -> None:
+    def channel_ready(self, message: trainer_messages.ChannelReady, now: float) -> None:
         """The publisher opened a channel, or could not."""
         self._planner.channel_ready(message, now)
 
-    def broadcast_done(self, message: messages.BroadcastDone, now: float) -> None:
+    def broadcast_done(self, message: trainer_messages.BroadcastDone, now: float) -> None:
         """The publisher sent a version over a channel, or failed."""
         self._planner.broadcast_done(message, now)
 
@@ -148,6 +149,6 @@ class Versions:
             generators.send(name, messages.Refusal(RefusalCode.TAINTED, reason, "", ""))
             generators.gone(name, "could not prove its weights", now)
 
-    def _to_publisher(self, message: messages.Message) -> None:
+    def _to_publisher(self, message: Message) -> None:
         if self._publisher is not None:
             self._socket.send_message(self._publisher, message)

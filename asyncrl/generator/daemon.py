@@ -40,8 +40,8 @@ from asyncrl.generator.weight_phases import WeightSync
 from asyncrl.link import messages
 from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.limits import BEAT_S
-from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import grant_to_lease, group_to_result
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.rewards.pool import RewardPool
 from asyncrl.types import Group, LeaseKey

@@ -11,7 +11,7 @@ from asyncrl.errors import PeerUnreachable, Refused
 from asyncrl.link import messages
 from asyncrl.link.codec import decode
 from asyncrl.link.generator_session import GeneratorSession, GeneratorState
-from asyncrl.link.messages import Message
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import AsyncClientSocket
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ import numpy as np
 
 from asyncrl.errors import AsyncRLError, EngineError
 from asyncrl.generator.engines.base import RolloutEngine
-from asyncrl.link.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 

@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 import msgpack
 
 from asyncrl.errors import FrameError
-from asyncrl.link.body_limits import check_body
+from asyncrl.link import messages, trainer_messages
 from asyncrl.link.field_checks import Convert, Mismatch, PlannedField, RecordPlan, plan_of, shown
-from asyncrl.link.messages import Message, message_types
+from asyncrl.link.schema.body_limits import check_body
+from asyncrl.link.schema.message_base import Message, message_types
 
 HEADER_BYTES = 32
 
@@ -33,6 +34,7 @@ _FORMAT = 1
 _CHECKED = struct.Struct("<4sHHIQ")  # the part of the header that the crc covers
 _CRC = struct.Struct("<I8s")
 _RESERVED = bytes(8)
+_SCHEMA = (messages, trainer_messages)  # imported here, so that every class is registered wherever frames are read
 _UPGRADE = "run the same asyncrl version on both ends"
 
 M = TypeVar("M", bound=Message)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from asyncrl.errors import ProtocolError
-from asyncrl.link.messages import Message
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import JSON_LIKE, KEY, MAY_BE_NAN, PayloadValue
 
 R = TypeVar("R")

@@ -13,18 +13,8 @@ from enum import StrEnum
 
 from asyncrl.errors import ProtocolError
 from asyncrl.link import codec, limits
-from asyncrl.link.messages import (
-    Ack,
-    ActiveLease,
-    GroupResult,
-    Hello,
-    LeaseFailed,
-    Message,
-    Nack,
-    Refusal,
-    RunMessage,
-    Welcome,
-)
+from asyncrl.link.messages import Ack, ActiveLease, GroupResult, Hello, LeaseFailed, Nack, Refusal, Welcome
+from asyncrl.link.schema.message_base import Message, RunMessage
 from asyncrl.link.wire_types import NackCode, RefusalCode
 
 Result = GroupResult | LeaseFailed

@@ -23,7 +23,7 @@ from asyncrl.host.addresses import parse_address
 from asyncrl.link import limits
 from asyncrl.link.codec import encode
 from asyncrl.link.curve_keys import ClientAuth, ServerAuth, public_key, read_allowed_keys
-from asyncrl.link.messages import Message
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.socket_options import CLIENT_EVENTS, HANDSHAKE_FAILURES, LinkMonitor, bind, set_options
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from asyncrl.link.codec import decode, encode
-from asyncrl.link.messages import Message
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ClientSocket, SocketPoller
 
 MAX_FRAME_BYTES = 2**31 - 1  # a batch may be large, and this link never leaves the host

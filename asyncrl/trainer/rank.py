@@ -23,19 +23,19 @@ from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, CheckpointError, UserError
 from asyncrl.host.processes import die_with_parent, leave, pin_to
 from asyncrl.link.codec import decode_body
-from asyncrl.link.messages import (
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import result_to_group
+from asyncrl.link.schema.message_base import Message
+from asyncrl.link.trainer_link import LAST_WORDS, TrainerLink
+from asyncrl.link.trainer_messages import (
     Batch,
     BatchRequest,
     CheckpointDone,
-    GroupResult,
-    Message,
     StepDone,
     TrainerHello,
     TrainerStop,
     TrainerWelcome,
 )
-from asyncrl.link.rollouts import result_to_group
-from asyncrl.link.trainer_link import LAST_WORDS, TrainerLink
 from asyncrl.metrics.types import REWARD_PART
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines.single import load_engines

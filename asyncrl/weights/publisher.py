@@ -29,17 +29,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from asyncrl.errors import AsyncRLError
-from asyncrl.link.messages import (
+from asyncrl.link.schema.message_base import Message
+from asyncrl.link.trainer_link import TrainerLink
+from asyncrl.link.trainer_messages import (
     Broadcast,
     BroadcastDone,
     ChannelReady,
     CloseChannel,
-    Message,
     OpenChannel,
     SnapshotReady,
     SnapshotWanted,
 )
-from asyncrl.link.trainer_link import TrainerLink
 from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncrl.weights.bytes.delta import Delta, delta_pays, encode_delta

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from asyncrl.errors import AsyncRLError
-from asyncrl.link.messages import Broadcast
+from asyncrl.link.trainer_messages import Broadcast
 from asyncrl.weights.channels.channel import WeightChannel
 
 log = logging.getLogger(__name__)

@@ -33,7 +33,8 @@ from asyncrl.generator.engines.vllm.engine import VLLMEngine
 from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.lease_runner import LeaseRunner
 from asyncrl.generator.weight_phases import WeightSync
-from asyncrl.link.messages import Message, SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.schema.message_base import Message
 from asyncrl.types import LOGPROB_DTYPE, Group, Lease
 from benchmarks.faults.fleet import own_mark, signal_marked
 

@@ -27,11 +27,11 @@ from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.desk.opening.restoring import make_sessions
 from asyncrl.errors import AsyncRLError
-from asyncrl.link import messages
+from asyncrl.link import messages, trainer_messages
 from asyncrl.link.codec import body_of, decode, encode
 from asyncrl.link.desk_session import DeskSession, Seen
-from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import lease_to_grant, result_to_group, validate_group
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket, SocketPoller
 from asyncrl.link.weight_records import ChannelPlace
 from asyncrl.storage.journal import DURABLE_AFTER_S
@@ -40,6 +40,7 @@ from asyncrl.weights.plan.round import canary_differences
 
 _M = TypeVar("_M", bound=Message)
 
+FROM_PUBLISHER = trainer_messages.SnapshotReady | trainer_messages.ChannelReady | trainer_messages.BroadcastDone
 RUN_EPOCH = 1
 COMMAND_TIMEOUT_S = 600.0
 ENGINE_START_TIMEOUT_S = 300.0
@@ -138,15 +139,15 @@ class Peer:
         self.weights.change()
         blocked_ms = self.weights.publisher.publish(self.version)
         started = time.perf_counter()
-        ready = self._from_publisher(messages.SnapshotReady)
+        ready = self._from_publisher(trainer_messages.SnapshotReady)
         offered = time.perf_counter()
         offer = messages.SyncOffer(RUN_EPOCH, self.version, 0, self._place(), ready.manifest, timeout_s)
         self._send(session, offer)
-        self._to_publisher(messages.Broadcast(self.version, 0, GROUP_EPOCH, timeout_s))
+        self._to_publisher(trainer_messages.Broadcast(self.version, 0, GROUP_EPOCH, timeout_s))
         staged = self._sync_reply("stage")
         staged_ms = (time.perf_counter() - offered) * 1e3
-        done = self._from_publisher(messages.BroadcastDone)
-        self._to_publisher(messages.SnapshotWanted(ready.version))
+        done = self._from_publisher(trainer_messages.BroadcastDone)
+        self._to_publisher(trainer_messages.SnapshotWanted(ready.version))
         if done.error or staged.digests != [list(ready.manifest.digests)]:
             raise AsyncRLError(f"staged digests {staged.digests} are not {ready.manifest.digests} {done.error}")
         self._send(session, messages.SyncSwap(RUN_EPOCH, self.version, 0, ready.canary, timeout_s))
@@ -218,7 +219,7 @@ class Peer:
 
     def _handle(self, peer: bytes, frame: bytes) -> None:
         message, now = decode(frame, max_bytes=self.socket.max_frame_bytes), time.monotonic()
-        if isinstance(message, messages.SnapshotReady | messages.ChannelReady | messages.BroadcastDone):
+        if isinstance(message, FROM_PUBLISHER):
             self.publisher, self.published[type(message)] = peer, message
             return
         if isinstance(message, messages.Hello):
@@ -305,8 +306,8 @@ class Peer:
         """The generator's place in the weight channel, which is opened when it is needed first."""
         if self.weights.place is None:
             timeout_s = self.config.weights.timeout_s
-            self._to_publisher(messages.OpenChannel(GROUP_EPOCH, "benchmark/1", 2, timeout_s))
-            ready = self._from_publisher(messages.ChannelReady)
+            self._to_publisher(trainer_messages.OpenChannel(GROUP_EPOCH, "benchmark/1", 2, timeout_s))
+            ready = self._from_publisher(trainer_messages.ChannelReady)
             if ready.error:
                 raise AsyncRLError(ready.error)
             self.weights.place = ChannelPlace(GROUP_EPOCH, ready.host, ready.port, "benchmark/1", 1, 2, ready.backend)

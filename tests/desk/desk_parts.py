@@ -24,6 +24,7 @@ from asyncrl.link import messages
 from asyncrl.link.codec import encode_body
 from asyncrl.link.desk_session import DeskSession, DeskSessions, Expected
 from asyncrl.link.rollouts import group_to_result
+from asyncrl.link.schema.message_base import Message
 from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
@@ -140,7 +141,7 @@ class Parts:
         result = group_to_result(group, seq, self.state.run_epoch)
         return self.intake.group(session, result, encode_body(result), now)
 
-    def deliver(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> messages.Message | None:
+    def deliver(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> Message | None:
         """As `take`; returns what the sender is told at once."""
         return self.take(session, group, seq, now).reply
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asyncrl.desk.counters import Counters, RunTotals
-from asyncrl.link.messages import StepDone
+from asyncrl.link.trainer_messages import StepDone
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.pacing import Pacing
 from asyncrl.weights.plan.records import Committed, RoundEnded

@@ -14,7 +14,7 @@ from asyncrl.desk.daemon import Surroundings, make_desk
 from asyncrl.desk.desk import FINAL_EVALUATION_LEASES, SIGNAL_STOP_TIMEOUT_S
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.errors import CheckpointError, JournalError, TrainerFailed
-from asyncrl.link import messages
+from asyncrl.link import messages, trainer_messages
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import LAST_WORDS
 from tests.desk.desk_parts import MEBIBYTE, VOCAB, MetricsLog, hello, make_parts, small_config
@@ -65,8 +65,8 @@ class World:
 
     def asks_from(self, version, peer=b"trainer"):
         """A trainer that said hello asks for the batch of `version`."""
-        self.desk._from_trainer(peer, messages.TrainerHello(0, 1, version, 1), b"", 0.0)
-        self.desk._from_trainer(peer, messages.BatchRequest(0, version), b"", 0.0)
+        self.desk._from_trainer(peer, trainer_messages.TrainerHello(0, 1, version, 1), b"", 0.0)
+        self.desk._from_trainer(peer, trainer_messages.BatchRequest(0, version), b"", 0.0)
 
     def end(self):
         """The run is over, and the trainer ends by itself."""
@@ -94,13 +94,13 @@ def test_the_run_ends_when_the_trainer_that_lives_has_made_the_last_step(world):
     world.trainer()
     world.asks_from(STEPS - 1)
     assert world.desk._stopping_since is None
-    world.desk._from_trainer(b"trainer", messages.StepDone(STEPS, FIGURES, 0.1, 0.0), b"", 0.0)
+    world.desk._from_trainer(b"trainer", trainer_messages.StepDone(STEPS, FIGURES, 0.1, 0.0), b"", 0.0)
     assert world.parts.state.policy.trained == STEPS
     assert [figures.version for figures in world.log.steps] == [STEPS]
     world.desk._over(0.0)
     assert world.desk._stopping_since is None, "it has not saved what it did, and may die before it does"
     world.ranks.lost()
-    world.desk._from_trainer(b"trainer", messages.BatchRequest(0, STEPS), b"", 0.0)  # was still on its way
+    world.desk._from_trainer(b"trainer", trainer_messages.BatchRequest(0, STEPS), b"", 0.0)  # was still on its way
     world.desk._over(0.0)
     world.asks_from(STEPS - 2, peer=b"next")
     world.desk._over(0.0)
@@ -162,7 +162,7 @@ def test_the_last_evaluation_is_waited_for_with_a_deadline_and_the_wait_is_said(
 
 
 def test_a_snapshot_of_a_trainer_that_died_is_not_offered(world):
-    ready = messages.SnapshotReady(1, manifest_of(1, [1]), [], [], 1.0)
+    ready = trainer_messages.SnapshotReady(1, manifest_of(1, [1]), [], [], 1.0)
     world.desk._from_trainer(b"publisher", ready, b"", 0.0)
     assert world.desk.versions._planner.snapshot is None
     world.asks_from(1)

@@ -21,8 +21,9 @@ from asyncrl.cli import dry_run
 from asyncrl.cli.common import command
 from asyncrl.config import host_checks
 from asyncrl.config.loading import load_config
-from asyncrl.link import codec, messages, wire_types
+from asyncrl.link import codec, messages, trainer_messages, wire_types
 from asyncrl.link.rollouts import group_to_result, result_to_group
+from asyncrl.link.schema.message_base import message_types
 from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage import records, segment
@@ -318,7 +319,7 @@ def optimizer_values(trainer: StepRunner) -> dict[str, np.ndarray]:
 
 def message_codes() -> set[int]:
     """The code of every message there is."""
-    return set(messages.message_types())
+    return set(message_types())
 
 
 def message_code(message: Any) -> int:
@@ -407,20 +408,20 @@ def example_messages() -> list[Any]:
         m.SyncAbort(3, 7, 2, "canary differs", True),
         m.Stop(3, True, "all steps are trained"),
         m.Abandon(3, [LeaseKey(train, 11, 1), LeaseKey(evaluate, 2, 0)]),
-        m.TrainerHello(1, 2, 6, 4321),
-        m.BatchRequest(1, 6),
-        m.StepDone(7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, 0.25),
-        m.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta),
-        m.ChannelReady(4, "10.0.0.1", 40123, "address in use", "nccl", 6),
-        m.BroadcastDone(7, 2, 4, "a peer vanished", 42.5, 640, 3072, 1.75),
-        m.CheckpointDone(7, "runs/quickstart/checkpoints/step_7", "disk full", 1.5),
-        m.TrainerWelcome(3, 6),
-        m.Batch(6, 1, [codec.encode_body(result)], b"\x81\xa4next\x0d", True, True),
-        m.OpenChannel(4, "run/3/cell/2", 3, 30.0),
-        m.Broadcast(7, 2, 4, 30.0, 6),
-        m.TrainerStop(True, True, "all steps are trained"),
-        m.SnapshotWanted(6, [3, 4]),
-        m.CloseChannel(3),
+        trainer_messages.TrainerHello(1, 2, 6, 4321),
+        trainer_messages.BatchRequest(1, 6),
+        trainer_messages.StepDone(7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, 0.25),
+        trainer_messages.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta),
+        trainer_messages.ChannelReady(4, "10.0.0.1", 40123, "address in use", "nccl", 6),
+        trainer_messages.BroadcastDone(7, 2, 4, "a peer vanished", 42.5, 640, 3072, 1.75),
+        trainer_messages.CheckpointDone(7, "runs/quickstart/checkpoints/step_7", "disk full", 1.5),
+        trainer_messages.TrainerWelcome(3, 6),
+        trainer_messages.Batch(6, 1, [codec.encode_body(result)], b"\x81\xa4next\x0d", True, True),
+        trainer_messages.OpenChannel(4, "run/3/cell/2", 3, 30.0),
+        trainer_messages.Broadcast(7, 2, 4, 30.0, 6),
+        trainer_messages.TrainerStop(True, True, "all steps are trained"),
+        trainer_messages.SnapshotWanted(6, [3, 4]),
+        trainer_messages.CloseChannel(3),
     ]  # fmt: skip
 
 

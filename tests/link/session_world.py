@@ -11,7 +11,8 @@ import random
 from asyncrl.link import codec, limits
 from asyncrl.link.desk_session import DeskSessions, Expected, Seen
 from asyncrl.link.generator_session import GeneratorSession, GeneratorState
-from asyncrl.link.messages import PROTOCOL_VERSION, Beat, Hello, LeaseFailed, Message
+from asyncrl.link.messages import PROTOCOL_VERSION, Beat, Hello, LeaseFailed
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.types import LeaseKind
 

@@ -19,24 +19,23 @@ from hypothesis import given, settings
 
 from asyncrl.errors import FrameError, ProtocolError
 from asyncrl.link import codec
-from asyncrl.link.body_limits import BASE_OBJECTS, MAX_DEPTH, check_body
 from asyncrl.link.field_checks import from_plain, to_plain
 from asyncrl.link.messages import (
     Abandon,
     Ack,
     ActiveLease,
-    Batch,
     Beat,
     GroupResult,
     Hello,
     LeaseFailed,
     LeaseGrant,
     Nack,
-    StepDone,
     SyncReply,
     WireRollout,
-    message_types,
 )
+from asyncrl.link.schema.body_limits import BASE_OBJECTS, MAX_DEPTH, check_body
+from asyncrl.link.schema.message_base import message_types
+from asyncrl.link.trainer_messages import Batch, StepDone
 from asyncrl.link.weight_records import DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
 from asyncrl.link.wire_types import KEY, MAY_BE_NAN, FailureReason, PayloadValue, SyncPhase
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind

@@ -18,12 +18,12 @@ from asyncrl.link.messages import (
     Hello,
     LeaseFailed,
     LeaseGrant,
-    Message,
     Nack,
     Refusal,
     Stop,
     Welcome,
 )
+from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.types import LeaseKind
 

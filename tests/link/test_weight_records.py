@@ -9,7 +9,8 @@ import pytest
 
 from asyncrl.errors import FrameError, ProtocolError
 from asyncrl.link import codec
-from asyncrl.link.messages import SnapshotReady, SyncOffer
+from asyncrl.link.messages import SyncOffer
+from asyncrl.link.trainer_messages import SnapshotReady
 from asyncrl.link.weight_records import (
     ChannelPlace,
     ChannelSpec,

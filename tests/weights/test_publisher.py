@@ -10,7 +10,7 @@ import torch
 
 from asyncrl.desk.counters import Counters
 from asyncrl.link.codec import decode, encode
-from asyncrl.link.messages import SnapshotWanted
+from asyncrl.link.trainer_messages import SnapshotWanted
 from asyncrl.weights.channels import rendezvous
 from tests.weights.weight_world import MAX_BYTES, TIMEOUT_S, Receiver, World
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from asyncrl.errors import ChannelError
-from asyncrl.link.messages import Broadcast
+from asyncrl.link.trainer_messages import Broadcast
 from asyncrl.weights.sender import ChannelSender, Sent
 
 TIMEOUT_S = 10.0

@@ -15,8 +15,9 @@ import torch
 
 from asyncrl.errors import AsyncRLError
 from asyncrl.link.codec import decode, encode
-from asyncrl.link.messages import BroadcastDone, ChannelReady, SnapshotReady, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.messages import SyncOffer, SyncReply, SyncSwap
 from asyncrl.link.sockets import ServerSocket
+from asyncrl.link.trainer_messages import BroadcastDone, ChannelReady, SnapshotReady
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel

@@ -22,15 +22,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from asyncrl.link.messages import (
-    BroadcastDone,
-    ChannelReady,
-    CloseChannel,
-    SnapshotReady,
-    SnapshotWanted,
-    SyncCommit,
-    SyncReply,
-)
+from asyncrl.link.messages import SyncCommit, SyncReply
+from asyncrl.link.trainer_messages import BroadcastDone, ChannelReady, CloseChannel, SnapshotReady, SnapshotWanted
 from asyncrl.weights.plan.cells import plan_cells
 from asyncrl.weights.plan.records import (
     Cell,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from asyncrl.link.messages import Message
+from asyncrl.link.schema.message_base import Message
 
 
 @dataclass(slots=True)

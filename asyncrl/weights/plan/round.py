@@ -28,17 +28,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from asyncrl.link.messages import (
-    Broadcast,
-    BroadcastDone,
-    OpenChannel,
-    SnapshotReady,
-    SyncAbort,
-    SyncCommit,
-    SyncOffer,
-    SyncReply,
-    SyncSwap,
-)
+from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.trainer_messages import Broadcast, BroadcastDone, OpenChannel, SnapshotReady
 from asyncrl.link.weight_records import ChannelPlace, WeightManifest
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.types import LOGPROB_DTYPE

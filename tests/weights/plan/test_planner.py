@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from asyncrl.link.messages import (
+from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.trainer_messages import (
     Broadcast,
     BroadcastDone,
     ChannelReady,
@@ -11,11 +12,6 @@ from asyncrl.link.messages import (
     OpenChannel,
     SnapshotReady,
     SnapshotWanted,
-    SyncAbort,
-    SyncCommit,
-    SyncOffer,
-    SyncReply,
-    SyncSwap,
 )
 from asyncrl.link.weight_records import DeltaInfo
 from asyncrl.link.wire_types import SyncPhase

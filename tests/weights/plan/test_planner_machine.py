@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from asyncrl.link.messages import (
+from asyncrl.link.messages import SyncOffer, SyncReply, SyncSwap
+from asyncrl.link.trainer_messages import (
     Broadcast,
     BroadcastDone,
     ChannelReady,
@@ -15,9 +16,6 @@ from asyncrl.link.messages import (
     OpenChannel,
     SnapshotReady,
     SnapshotWanted,
-    SyncOffer,
-    SyncReply,
-    SyncSwap,
 )
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.plan.planner import SyncPlanner

@@ -1,0 +1,164 @@
+"""The trainer link's messages, grouped by direction: trainer ranks and the publisher to the desk, on one host.
+
+Frames and rules are those of `link.messages`. Both ends are processes of one learner: fields may change at any time.
+"""
+
+from __future__ import annotations
+
+from asyncrl.link.schema.message_base import Message, message
+from asyncrl.link.weight_records import DeltaInfo, WeightManifest
+
+# -- trainer ranks -> desk --------------------------------------------------------------------------------------------
+
+
+@message(40)
+class TrainerHello(Message):
+    """A trainer rank is up, holding `version` from its checkpoint (0 = the initial model)."""
+
+    rank: int
+    world_size: int
+    version: int
+    pid: int
+
+
+@message(41)
+class BatchRequest(Message):
+    """A rank wants its shard of the batch that makes `version` + 1. Repeated until answered."""
+
+    rank: int
+    version: int
+
+
+@message(42)
+class StepDone(Message):
+    """Version `version` exists. The metrics are sums and means of this step, as rank 0 sees them."""
+
+    version: int
+    metrics: dict[str, float]
+    step_s: float
+    idle_s: float  # waiting for the batch
+
+
+@message(43)
+class SnapshotReady(Message):
+    """The publisher holds a snapshot of `version`, ready to broadcast."""
+
+    version: int
+    manifest: WeightManifest
+    canary: list[bytes]  # int32 token ids
+    canary_logprobs: list[bytes]  # float32, the learner's own
+    snapshot_ms: float
+    delta: DeltaInfo | None = None  # what can be sent instead of everything
+
+
+@message(44)
+class ChannelReady(Message):
+    """The publisher hosts the store of a new channel at this address; members may join."""
+
+    channel_epoch: int
+    host: str
+    port: int
+    error: str
+    backend: str = "gloo"
+    version: int | None = None  # offered last, and kept for this channel
+
+
+@message(45)
+class BroadcastDone(Message):
+    """The broadcast of `version` in the channel ended; `error` is empty when every bucket went out."""
+
+    version: int
+    attempt: int
+    channel_epoch: int
+    error: str
+    transfer_ms: float
+    num_bytes: int  # sent
+    dense_bytes: int = 0  # of all buckets
+    encode_ms: float = 0.0  # spent on making the delta of this version, sent or not
+
+
+@message(46)
+class CheckpointDone(Message):
+    """A checkpoint of `version` is durable at `path`, or failed with `error`."""
+
+    version: int
+    path: str
+    error: str
+    seconds: float
+
+
+# -- desk -> trainer ranks --------------------------------------------------------------------------------------------
+
+
+@message(60)
+class TrainerWelcome(Message):
+    """The trainer may start. Versions up to `replay_to` are trained again from the journal before new ones."""
+
+    run_epoch: int
+    replay_to: int
+
+
+@message(61)
+class Batch(Message):
+    """One rank's shard of the groups that make `version` + 1, each the frame body of its GroupResult."""
+
+    version: int
+    rank: int
+    groups: list[bytes]
+    desk_state: bytes  # what the desk needs to resume after this step; goes into the checkpoint unread
+    checkpoint: bool  # save after this step
+    publish: bool  # False while versions are trained again from the journal
+
+
+@message(62)
+class OpenChannel(Message):
+    """Host the store of channel `channel_epoch` for `world_size` ranks and answer ChannelReady.
+
+    The snapshot offered last is kept for this channel until its next broadcast has ended.
+    """
+
+    channel_epoch: int
+    prefix: str
+    world_size: int
+    timeout_s: float
+
+
+@message(63)
+class Broadcast(Message):
+    """Send the snapshot of `version` in channel `channel_epoch`, as soon as all of its ranks have joined.
+
+    With a `base_version` only the difference to it is sent: every member has staged and verified the base.
+    """
+
+    version: int
+    attempt: int
+    channel_epoch: int
+    timeout_s: float
+    base_version: int | None = None
+
+
+@message(64)
+class TrainerStop(Message):
+    """Finish the step in hand, checkpoint if `checkpoint`, export if `export`, and exit 0."""
+
+    checkpoint: bool
+    export: bool
+    reason: str
+
+
+@message(65)
+class SnapshotWanted(Message):
+    """The publisher may offer a newer snapshot in place of `version`, the newest that the desk knows of.
+
+    Repeated until a newer one comes. A publisher that has offered a newer one offers it again: the desk did not get it.
+    """
+
+    version: int
+    open_channels: list[int] | None = None  # epochs in use, all others are closed; None = not said
+
+
+@message(66)
+class CloseChannel(Message):
+    """Nobody uses this channel any more: leave it, and break off what is sent in it."""
+
+    channel_epoch: int
