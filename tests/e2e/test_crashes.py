@@ -23,6 +23,7 @@ from tests.e2e.daemons import (
     check_results_have_no_gap,
     wait_until,
 )
+from tests.waits import LATE_S
 
 STEPS = 30
 
@@ -96,7 +97,7 @@ def test_a_killed_trainer_is_started_again_by_its_desk(story):
 
 
 def test_a_killed_desk_takes_its_trainer_along(story):
-    assert story.trainer_outlived_the_desk_s < 5.0
+    assert story.trainer_outlived_the_desk_s < LATE_S
 
 
 def test_the_generator_outlives_the_desk_and_joins_the_next_one(story):
