@@ -24,6 +24,7 @@ from asyncrl.config.checks import check, check_values, raise_all
 from asyncrl.config.keys import Key, keys_by_name, sections
 from asyncrl.config.methods import METHODS
 from asyncrl.config.schema import RENAMED_KEYS
+from asyncrl.config.written import by_declared_types, compose, text_as_written, value_by_declared_type
 from asyncrl.errors import ConfigError
 
 COMMAND_LINE = " (command line)"
@@ -80,7 +81,9 @@ def _from_file(path: Path) -> Iterator[_Written]:
         raise ConfigError(f"{path}: the configuration cannot be read ({error})") from None
     try:
         loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+        lines = _lines(compose(text))
+        if isinstance(loaded, DictConfig) and text.strip():  # read first as it stands: errors then name its own lines
+            loaded = OmegaConf.create(by_declared_types(text, _key_set_by))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     content = OmegaConf.to_container(loaded, resolve=False) if isinstance(loaded, DictConfig) else None
@@ -96,11 +99,12 @@ def _from_override(override: str) -> Iterator[_Written]:
     if not equals or not name:
         raise ConfigError(f"{override!r} (command line) is not key=value, for example run.steps=20")
     key = _key_set_by(name)
-    if not text and key is not None and key.type is str:
-        yield _Written(name, "", COMMAND_LINE)
+    if key is not None and key.type is str:
+        yield _Written(name, text_as_written(text), COMMAND_LINE)
         return
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        value = OmegaConf.create(value_by_declared_type(text, key))
+        parsed = OmegaConf.to_container(value, resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException):
         raise ConfigError(
             f"{override!r} (command line): the value is not valid YAML; quote it: {name}=\"'...'\""

@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import socket
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def parse_address(text: str) -> Address:
         raise BindError(f"address {text!r} is a wildcard: name the one private address to listen on")
     if host == "localhost":
         host = "127.0.0.1"
+    if isinstance(address := ip_address(host), ipaddress.IPv4Address):
+        host = str(address)  # an old spelling, such as 127.1, or an IPv4 address inside an IPv6 one
     shown = f"[{host}]" if ":" in host else host
     return Address(f"tcp://{shown}:{port or '*'}", host=host, port=port)
 
@@ -118,11 +121,28 @@ def is_wildcard(host: str) -> bool:
 
 
 def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that `host` spells, with or without brackets; None for a name."""
+    """The address that `host` spells in any way that a socket would take, with or without brackets; None for a name.
+
+    Examples: `0`, `0x0` and `0.0` are 0.0.0.0, `127.1` is 127.0.0.1, `[::ffff:10.0.0.1]` is 10.0.0.1.
+    """
+    host = host.strip("[]")
     try:
-        return ipaddress.ip_address(host.strip("[]"))
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return None
+        if not (spelled := _numeric_host(host)):
+            return None
+        address = ipaddress.ip_address(spelled)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _numeric_host(host: str) -> str:
+    """What the C library makes of an address in one of its older spellings, such as `0x7f.1`; empty for a name."""
+    try:
+        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST) if host else []
+    except (OSError, UnicodeError):
+        return ""
+    return str(found[0][4][0]) if found else ""
 
 
 def _check_ipc_path(path: str) -> None:

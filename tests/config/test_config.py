@@ -190,7 +190,6 @@ def test_new_names_of_renamed_keys_exist_and_old_ones_do_not():
         ("learner.cpus=0", "0", "list of integers"),
         ("learner.cpus=[a]", "['a']", "list of integers"),
         ("task.args=[1]", "[1]", "mapping"),
-        ("generator.id=null", "null", "text"),
     ],
 )
 def test_a_wrong_value_is_refused_with_value_rule_and_default(override, value, rule):
