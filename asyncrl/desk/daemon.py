@@ -33,6 +33,7 @@ from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
 from asyncrl.host.addresses import ipc_address
 from asyncrl.host.processes import StopSignal, pin_to
+from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.curve_keys import server_auth
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import MAX_FRAME_BYTES
@@ -41,7 +42,7 @@ from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.report.summary import report
 from asyncrl.storage.journal import Journal, next_run_epoch
 from asyncrl.tasks.base import load_task
-from asyncrl.tasks.prompts import PromptSource, load_tokenizer
+from asyncrl.tasks.prompts import PromptSource
 from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)

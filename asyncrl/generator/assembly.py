@@ -19,13 +19,13 @@ from asyncrl.generator.identity import Identity, claim_identity
 from asyncrl.generator.lease_runner import no_text
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.host.processes import StopSignal, pin_to
+from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link import messages
 from asyncrl.link.curve_keys import client_auth
 from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.rewards.parts import make_parts
 from asyncrl.rewards.pool import RewardPool
-from asyncrl.tasks.prompts import load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncrl.errors import ModelError, TaskError
-from asyncrl.host.model_folder import find_model
+from asyncrl.errors import TaskError
 from asyncrl.tasks.base import Example, Task
 from asyncrl.tasks.shuffle import shuffled_index
 from asyncrl.types import TOKEN_DTYPE
@@ -35,30 +34,6 @@ class Prompt:
 
     token_ids: np.ndarray  # int32 [P]
     payload: dict[str, Any]  # what the task's reward needs
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder (or cached hub name), without importing torch.
-
-    Raises ModelError when there is none, when it has no tokenizer.json, or when it has no end token.
-    """
-    folder = find_model(path).folder
-    if not (folder / "tokenizer.json").is_file():
-        raise ModelError(
-            f"model.path={path} has no tokenizer.json; convert its tokenizer once with "
-            f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:
-        raise ModelError(
-            f"model.path={path}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); copy it again"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"model.path={path}: the tokenizer has no eos_token; name one in tokenizer_config.json")
-    return tokenizer
 
 
 class PromptSource:

@@ -25,8 +25,9 @@ from torch import Tensor
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.errors import NonFiniteError
+from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.tasks.base import Task, checked_reward, load_task
-from asyncrl.tasks.prompts import Prompt, PromptSource, load_tokenizer
+from asyncrl.tasks.prompts import Prompt, PromptSource
 from asyncrl.trainer.critic import load_critic
 from asyncrl.trainer.engines.policy import Policy, load_policy
 from asyncrl.trainer.engines.single import engines_for

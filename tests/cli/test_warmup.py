@@ -78,7 +78,7 @@ def test_the_gsm8k_model_loads_everywhere_and_keeps_text_whole(tmp_path, word_pr
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asyncrl.host.model_folder import find_model
-    from asyncrl.tasks.prompts import load_tokenizer
+    from asyncrl.host.tokenizer import load_tokenizer
 
     folder = tmp_path / "model"
     done = run_warmup("gsm8k", folder, "--data", word_problems, "--minutes", "0.05", "--threads", "1")
@@ -135,8 +135,8 @@ def test_the_arithmetic_model_is_cheap_to_make_and_lands_in_its_window(tmp_path)
 
     from asyncrl.cli.supervised import complete
     from asyncrl.cli.warmup_arithmetic import EVAL_PROBLEMS, judge
+    from asyncrl.host.tokenizer import load_tokenizer
     from asyncrl.tasks.arithmetic import Arithmetic
-    from asyncrl.tasks.prompts import load_tokenizer
 
     folder = tmp_path / "model"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, RUN_SEED_STRIDE
-from asyncrl.tasks.prompts import load_tokenizer
+from asyncrl.host.tokenizer import load_tokenizer
 from tests.e2e.daemons import START_S, STEP_S, Run
 from tests.e2e.letters_task import Letters
 from tests.tolerances import slack

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from asyncrl.errors import ModelError, TaskError
+from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.tasks.base import Example
-from asyncrl.tasks.prompts import PromptSource, load_tokenizer
+from asyncrl.tasks.prompts import PromptSource
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -137,7 +138,8 @@ def test_chat_messages_go_through_the_template(tokenizer_folder):
 
 def test_loading_and_tokenizing_does_not_import_torch(tokenizer_folder):
     program = (
-        "import sys; from asyncrl.tasks.prompts import load_tokenizer, PromptSource\n"
+        "import sys\nfrom asyncrl.tasks.prompts import PromptSource\n"
+        "from asyncrl.host.tokenizer import load_tokenizer\n"
         "from asyncrl.tasks.arithmetic import Arithmetic\n"
         f"tokenizer = load_tokenizer({str(tokenizer_folder)!r})\n"
         f"tokenizer.chat_template = {CHAT_TEMPLATE!r}\n"

@@ -32,6 +32,7 @@ from asyncrl.generator.engines.vllm.options import (
     stop_token_ids,
 )
 from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from
+from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.field_checks import to_plain
 from asyncrl.link.weight_records import ChannelSpec, WeightManifest
 
@@ -127,7 +128,6 @@ class VLLMEngine:
 
     def _build(self) -> Any:
         """Imports what is heavy here, in a thread: until then the daemon is up within a second."""
-        from transformers import AutoTokenizer
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -143,7 +143,7 @@ class VLLMEngine:
             def __del__(self) -> None:
                 """`close` shuts it down. AsyncLLM would do so here, which fails while Python exits."""
 
-        self._tokenizer = AutoTokenizer.from_pretrained(self._options.model_path)
+        self._tokenizer = load_tokenizer(self._options.model_path)
         self._stop_ids = stop_token_ids(self._options.model_path, self._tokenizer)
         arguments = engine_arguments(self._options, BACKEND, self._worker_extension or EXTENSION)
         if self._dead:
