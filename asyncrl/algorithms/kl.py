@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.corrections import MAX_LOG_RATIO
+from asyncrl.algorithms.corrections import MAX_LOG_RATIO, truncated_ratios
 from asyncrl.algorithms.sequences import require_same_shape
 from asyncrl.errors import ConfigError, NonFiniteError
 
@@ -20,9 +20,19 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str = "
     With d = log pi_ref - log pi of a token sampled from pi:
 
         k1 = -d              unbiased, high variance, may be negative
-        k2 = d^2 / 2         biased, low variance; its gradient is that of the exact KL in expectation
+        k2 = d^2 / 2         biased, low variance
         k3 = exp(d) - 1 - d  unbiased, never negative; the estimator of GRPO (Shao et al. 2024, eq. 4)
         abs = |d|            a distance, not an estimate of the KL
+
+    A good value is not yet a good gradient. What each teaches, in expectation over tokens of the policy itself:
+
+               in the reward (as a penalty)                   in the loss (differentiated)
+        k1     the gradient of KL(policy || reference)        0: the mean of d log pi
+        k2     that of another function                       the gradient of KL(policy || reference)
+        k3     that of another function, may point away       the gradient of KL(reference || policy)
+        abs    that of another function                       the gradient of twice the total variation distance
+
+    So k1 belongs into the reward, k2 and k3 into the loss; `importance_weighted_kl` is for tokens of another policy.
 
     logprobs            [...] under the policy; carries the gradient
     reference_logprobs  [...] of the same tokens under the reference
@@ -43,6 +53,29 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str = "
     if estimator == "abs":
         return difference.abs()
     raise ConfigError(f"KL estimator {estimator!r} is not one of {', '.join(KL_ESTIMATORS)}")
+
+
+def importance_weighted_kl(
+    logprobs: Tensor, reference_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float | Tensor | None
+) -> Tensor:
+    """k3 of tokens that an older policy sampled, weighted by their truncated importance ratio (DeepSeek-V3.2, 3.1).
+
+        min(rho, cap) k3        gradient: min(rho, cap) (log pi - log pi_ref) d log pi
+
+    Both factors carry the gradient. Below the cap the mean over tokens of the *behaviour* policy is exactly
+    KL(policy || reference), and so is its gradient; without the weight k2 and k3 are those of neither policy.
+
+    logprobs, reference_logprobs  as in `kl_estimate`; [N]
+    behaviour_logprobs            [N] of the policy that sampled
+    cap                           float or [N], above 0; None: ratios are held below e^20
+
+    Example: log pi = -1, log pi_ref = -2, log mu = -1.5, no cap: rho = 1.6487, k3 = 0.3679, value 0.6065,
+    gradient 1.6487.
+
+    Returns [N]. Raises ShapeError.
+    """
+    require_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
+    return truncated_ratios(logprobs - behaviour_logprobs, cap) * kl_estimate(logprobs, reference_logprobs, "k3")
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, *, horizon_steps: float = 10.0) -> float:

@@ -67,22 +67,23 @@ def aggregate_loss(
     raise ConfigError(f"loss aggregation {mode!r} is not one of {', '.join(AGGREGATIONS)}")
 
 
-def ratio_sums(log_ratios: Tensor, is_clipped: Tensor, *, cap: float | Tensor | None = None) -> Sums:
+def ratio_sums(log_ratios: Tensor, is_clipped: Tensor, *, is_capped: Tensor | None = None) -> Sums:
     """What is measured of the importance ratios of one micro-batch, whatever its loss.
 
     log_ratios  [N] without gradient: log pi - log mu
     is_clipped  [N] bool, as a policy loss returns it
-    cap         float or [N], where the loss truncates ratios; None: it does not
+    is_capped   [N] bool, where a cap truncated an importance weight; None: the loss has no cap
 
     The ratios summed here are those before the cap, held below e^20.
 
-    Example: r = (1.5, 0.5, 4), cap 2, the first two clipped: tokens 3, ratio_sum 6, ratio_square_sum 18.5,
+    Example: r = (1.5, 0.5, 4), the first two clipped, the last capped: tokens 3, ratio_sum 6, ratio_square_sum 18.5,
     ratio_max 4, clipped 2, capped 1.
 
     Returns scalars: tokens, ratio_sum, ratio_square_sum, ratio_max (absent for N = 0), clipped, log_ratio_sum,
-    log_ratio_abs_sum, and capped with a cap. NaN stays NaN. Raises ShapeError on differing shapes.
+    log_ratio_abs_sum, and capped with is_capped. NaN stays NaN. Raises ShapeError on differing shapes.
     """
-    require_same_shape(log_ratios=log_ratios, is_clipped=is_clipped)
+    is_capped_too = {} if is_capped is None else {"is_capped": is_capped}
+    require_same_shape(log_ratios=log_ratios, is_clipped=is_clipped, **is_capped_too)
     ratios = log_ratios.clamp(max=MAX_LOG_RATIO).exp()
     sums = {
         "tokens": ratios.new_tensor(float(ratios.numel())),
@@ -92,8 +93,8 @@ def ratio_sums(log_ratios: Tensor, is_clipped: Tensor, *, cap: float | Tensor | 
         "log_ratio_sum": log_ratios.sum(),
         "log_ratio_abs_sum": log_ratios.abs().sum(),
     }
-    if cap is not None:
-        sums["capped"] = (ratios > cap).sum(dtype=ratios.dtype)
+    if is_capped is not None:
+        sums["capped"] = is_capped.sum(dtype=ratios.dtype)
     if ratios.numel():
         sums["ratio_max"] = ratios.max()
     return sums

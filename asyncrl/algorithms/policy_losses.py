@@ -59,17 +59,22 @@ def ppo_clip_loss(
 
     With r_C = `truncated_ratios`(r, ratio_cap):
 
-        loss = max(-r_C A, -clip(r_C, 1 - clip_low, 1 + clip_high) A)
-        A < 0 and dual_clip = c:  loss = min(loss, -c A)                      (Ye et al. 2020, eq. 5)
+        loss = -min(1 + clip_high, C) A     where A > 0 and r > 1 + clip_high
+             = -(1 - clip_low) A            where A < 0 and r < 1 - clip_low
+             = -r_C A                       else
+        A < 0, r > c and dual_clip = c:  loss = -min(c, C) A                  (Ye et al. 2020, eq. 5)
+
+    All bounds are tested on r itself; the cap only weighs what they leave. So a cap below 1 + clip_high, as `age_cap`
+    gives it for old tokens, switches neither the clip nor the dual clip off.
 
     How clip and cap share the work, as the weight of A * d log pi in the gradient:
 
-                 r < 1 - clip_low    inside    1 + clip_high < r <= C    r > C
-        A > 0           r              r                 0                 0
-        A < 0           0              r                 r                 C    (dual clip: 0 from c on)
+                 r < 1 - clip_low      inside       r > 1 + clip_high
+        A > 0        min(r, C)        min(r, C)             0
+        A < 0            0            min(r, C)         min(r, C)     (dual clip: 0 from r = c on)
 
-    PPO's clip is one-sided: for A < 0 it leaves the ratio unbounded above, and one stale token can own the
-    gradient. The cap (above 1 + clip_high as a rule) bounds it there only, and keeps the gradient.
+    PPO's clip is one-sided: for A < 0 it leaves the ratio unbounded above, and one stale token can own the gradient.
+    The cap bounds it, and keeps the gradient.
 
     The ratio against the policy that sampled makes the clip a trust region around what was sampled. The ratio against
     the policy at the start of the step does not: with one optimizer step per batch it is 1 and clips nothing.
@@ -84,13 +89,8 @@ def ppo_clip_loss(
     the first two.
     """
     require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    ratios = truncated_ratios(log_importance_ratios(logprobs, old_logprobs), ratio_cap)
-    losses, is_clipped = _clipped_surrogate(ratios, advantages, clip_low, clip_high)
-    if dual_clip is not None:
-        bound = -dual_clip * advantages
-        is_bounded = (advantages < 0) & (bound < losses)
-        losses = torch.where(is_bounded, bound, losses)
-        is_clipped = is_clipped | is_bounded
+    log_ratios = log_importance_ratios(logprobs, old_logprobs)
+    losses, is_clipped = _clipped_surrogate(log_ratios, advantages, clip_low, clip_high, ratio_cap, dual_clip)
     return PolicyLoss(_scaled(losses, loss_factors), is_clipped)
 
 
@@ -111,7 +111,7 @@ def gspo_loss(
         s = exp(mean over the sequence of log r)        loss = max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A)
 
     sequence_index  [N] int64, see `sequences`
-    ratio_cap       truncates s as it truncates r in `ppo_clip_loss`
+    ratio_cap       weighs by min(s, ratio_cap) as in `ppo_clip_loss`; the clip is tested on s itself
     gradient        "sequence": s is differentiated, so a token's loss moves all tokens of its sequence (eq. 10; TRL,
                     AReaL). "token": s_t = sg(s) pi_t / sg(pi_t), so a token's loss moves that token alone (GSPO-token,
                     eq. 14; verl). Their losses are always equal, their gradients as long as all tokens of a sequence
@@ -131,8 +131,7 @@ def gspo_loss(
         mean_log_ratios = mean_log_ratios.detach() + (logprobs - logprobs.detach())
     elif gradient != "sequence":
         raise ConfigError(f"GSPO gradient {gradient!r} is not one of {', '.join(GSPO_GRADIENTS)}")
-    ratios = truncated_ratios(mean_log_ratios, ratio_cap)
-    losses, is_clipped = _clipped_surrogate(ratios, advantages, clip_low, clip_high)
+    losses, is_clipped = _clipped_surrogate(mean_log_ratios, advantages, clip_low, clip_high, ratio_cap, None)
     return PolicyLoss(_scaled(losses, loss_factors), is_clipped)
 
 
@@ -224,12 +223,29 @@ def topr_loss(
 
 
 def _clipped_surrogate(
-    ratios: Tensor, advantages: Tensor, clip_low: float | Tensor, clip_high: float | Tensor
+    log_ratios: Tensor,
+    advantages: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    ratio_cap: float | Tensor | None,
+    dual_clip: float | None,
 ) -> tuple[Tensor, Tensor]:
-    plain = -ratios * advantages
+    """Losses of `ppo_clip_loss`, and where its bounds switched the gradient off."""
+    # What the bounds look at is the ratio as it is: one that the cap had lowered would never reach them.
+    ratios = truncated_ratios(log_ratios.detach(), None)
+    is_high = (advantages > 0) & (ratios > 1.0 + clip_high)
+    is_low = (advantages < 0) & (ratios < 1.0 - clip_low)
+    is_clipped = is_high | is_low
     # One bound at a time: torch.clamp takes two numbers or two tensors, not one of each.
-    clipped = -ratios.clamp(min=1.0 - clip_low).clamp(max=1.0 + clip_high) * advantages
-    return torch.maximum(plain, clipped), clipped > plain
+    bounds = ratios.clamp(min=1.0 - clip_low).clamp(max=1.0 + clip_high)
+    if dual_clip is not None:
+        is_bounded = (advantages < 0) & (ratios > dual_clip)
+        is_clipped = is_clipped | is_bounded
+        bounds = torch.where(is_bounded, dual_clip, bounds)
+    if ratio_cap is not None:  # or the loss would jump where the bound takes over
+        bounds = bounds.clamp(max=ratio_cap)
+    losses = -torch.where(is_clipped, bounds, truncated_ratios(log_ratios, ratio_cap)) * advantages
+    return losses, is_clipped
 
 
 def _scaled(losses: Tensor, loss_factors: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from asyncrl.config import Config
+from asyncrl.config.methods import KL_ESTIMATORS_BY_PLACE
 
 RATIO_LOSSES = ("ppo_clip", "gspo", "cispo")  # losses with a clipped ratio, which may be against a proximal policy
 COMPARING = ("group", "rloo", "reinforce_pp_baseline")  # advantages that compare rewards within the group
@@ -109,6 +110,41 @@ def _kl_has_a_weight(config: Config) -> str | None:
     return f"{asked} with algorithm.kl_coef=0: there is no KL; set algorithm.kl_coef, 0.05 for example, to start from"
 
 
+def _kl_has_its_gradient(config: Config) -> str | None:
+    """An estimator with the right value may have another gradient, or none: what it would train is not the KL."""
+    estimator, place = config.algorithm.kl_estimator, config.algorithm.kl_in
+    fitting = KL_ESTIMATORS_BY_PLACE[place]
+    if estimator == "auto" or estimator in fitting:
+        return None
+    if estimator == "abs":
+        reason = "it is a distance, and in neither place has it the gradient of the KL"
+    elif place == "loss":
+        reason = "its gradient is 0 in expectation, so nothing would hold the policy near the reference"
+    else:
+        reason = "as a penalty its expected gradient is not that of the KL; it may even point away from the reference"
+    return (
+        f"algorithm.kl_estimator={estimator} with algorithm.kl_in={place}: {reason}; set algorithm.kl_estimator to "
+        f"auto or {' or '.join(fitting)}"
+    )
+
+
+def _dual_clip_acts(config: Config) -> str | None:
+    algorithm = config.algorithm
+    if algorithm.dual_clip == 0.0:
+        return None
+    if algorithm.loss != "ppo_clip":
+        return (
+            f"algorithm.dual_clip={algorithm.dual_clip} with algorithm.loss={algorithm.loss}: only ppo_clip has a dual "
+            "clip; set algorithm.dual_clip=0"
+        )
+    if algorithm.dual_clip <= 1.0:
+        return (
+            f"algorithm.dual_clip={algorithm.dual_clip} would switch off bad tokens that have not moved; set it above "
+            "1 (3 is usual), or to 0 for none"
+        )
+    return None
+
+
 def _mini_batches_have_groups(config: Config) -> str | None:
     parts, groups = config.learner.mini_batches, config.learner.groups_per_step
     if parts <= groups:
@@ -153,6 +189,8 @@ METHOD_RULES: tuple[Callable[[Config], str | None], ...] = (
     _age_schedule_has_something_to_narrow,
     _dynamic_sampling_compares,
     _kl_has_a_weight,
+    _kl_has_its_gradient,
+    _dual_clip_acts,
     _mini_batches_have_groups,
     _updates_are_named,
     _critic_warm_up_ends,

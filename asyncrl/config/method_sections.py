@@ -156,7 +156,13 @@ class AlgorithmConfig:
         0.0, "Weight of the KL to the reference policy, the initial model; 0 loads no reference.", minimum=0.0
     )
     kl_in: str = key("loss", "Whether the KL is added to the loss or taken off the reward.", choices=("loss", "reward"))
-    kl_estimator: str = key("k3", "Estimator of the KL from log-probs.", choices=("k1", "k2", "k3", "abs"))
+    kl_estimator: str = key(
+        "auto",
+        "Estimator of the KL from log-probs: k1 in the reward and k3 in the loss (auto), k2, or k3 weighted by the "
+        "importance ratio up to tis_cap, for old tokens (k3_weighted). One that does not have the gradient of the KL "
+        "where algorithm.kl_in puts it is refused.",
+        choices=("auto", "k1", "k2", "k3", "k3_weighted", "abs"),
+    )
     kl_target: float = key(
         0.0, "Adapt kl_coef so that the KL stays near this many nats per token; 0 = kl_coef is fixed.", minimum=0.0
     )

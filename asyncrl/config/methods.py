@@ -48,3 +48,11 @@ METHODS: dict[str, dict[str, Any]] = {
     # Schulman et al. 2017, with a critic.
     "ppo": {"advantage": "gae", "clip_high": 0.2},
 }
+
+# Which estimators of the KL have its gradient, by algorithm.kl_in. The first is what kl_estimator=auto stands for.
+KL_ESTIMATORS_BY_PLACE: dict[str, tuple[str, ...]] = {"loss": ("k3", "k2", "k3_weighted"), "reward": ("k1",)}
+
+
+def chosen_kl_estimator(kl_estimator: str, kl_in: str) -> str:
+    """The estimator that algorithm.kl_estimator names; `auto` depends on the place that algorithm.kl_in names."""
+    return KL_ESTIMATORS_BY_PLACE[kl_in][0] if kl_estimator == "auto" else kl_estimator

@@ -28,6 +28,7 @@ from asyncrl.algorithms.layout import pad_sequences, unpad_sequences
 from asyncrl.algorithms.masks import second_moment_mask
 from asyncrl.algorithms.value_targets import gae, importance_weighted_gae, token_rewards, vtrace
 from asyncrl.config import Config
+from asyncrl.config.methods import chosen_kl_estimator
 from asyncrl.errors import ShapeError
 from asyncrl.trainer.engines.base import Engines, Want
 from asyncrl.trainer.engines.policy import to_device
@@ -82,6 +83,7 @@ class Preparation:
         self._temperature = config.sampling.temperature
         self._engines = engines
         self._has_reference = engines.actor.has_reference
+        self._kl_estimator = chosen_kl_estimator(config.algorithm.kl_estimator, config.algorithm.kl_in)
         self._kl_in_reward = self._has_reference and self._algorithm.kl_in == "reward"
         self._needs_start = needs_start_logprobs(config) or self._kl_in_reward
         self.planner = Planner(
@@ -208,7 +210,7 @@ class Preparation:
         if plan.advantages is not None:
             advantages = torch.from_numpy(plan.advantages)
         else:
-            kl = _sums_of_kl(data, plan.num_rollouts, self._algorithm.kl_estimator)
+            kl = _sums_of_kl(data, plan.num_rollouts, self._kl_estimator)
             advantages = self._sequence_advantages(plan.rewards, torch.from_numpy(plan.rewards.rewards) - kl_coef * kl)
         for micro_batch in data:
             own = advantages.to(micro_batch.advantages)[micro_batch.rollout_index]
@@ -220,7 +222,7 @@ class Preparation:
         for micro_batch in data:
             penalties = None
             if self._kl_in_reward:
-                penalties = kl_coef * _kl(micro_batch, self._algorithm.kl_estimator)
+                penalties = kl_coef * _kl(micro_batch, self._kl_estimator)
             own = rewards.to(micro_batch.advantages)[micro_batch.rollout_index]
             steps = token_rewards(own, micro_batch.sequence_index, penalties)
             micro_batch.advantages, micro_batch.targets = self._from_values(micro_batch, steps)

@@ -20,7 +20,7 @@ from asyncrl.algorithms.corrections import (
     truncated_ratios,
 )
 from asyncrl.algorithms.health import health_sums
-from asyncrl.algorithms.kl import kl_estimate
+from asyncrl.algorithms.kl import importance_weighted_kl, kl_estimate
 from asyncrl.algorithms.losses import Sums, ratio_sums
 from asyncrl.algorithms.masks import band_mask, opsm_mask, sequence_band_mask
 from asyncrl.algorithms.policy_losses import (
@@ -31,7 +31,9 @@ from asyncrl.algorithms.policy_losses import (
     reinforce_loss,
     topr_loss,
 )
+from asyncrl.algorithms.sequences import sequence_means, sequence_sums
 from asyncrl.config import Config
+from asyncrl.config.methods import chosen_kl_estimator
 from asyncrl.trainer.batch import MicroBatchData
 
 
@@ -63,14 +65,14 @@ class ActorObjective:
         losses = policy.losses
         sums: Sums = {}
         if data.reference_logprobs is not None:
-            kl = kl_estimate(logprobs, data.reference_logprobs, algorithm.kl_estimator)
+            kl = self._kl(data, data.reference_logprobs, logprobs)
             sums["kl_reference_sum"] = kl.detach().sum()
             if algorithm.kl_in == "loss":
                 losses = losses + kl_coef * kl
         if algorithm.entropy_coef > 0.0:
             losses = losses - algorithm.entropy_coef * entropies
-        cap = self._cap(data) if algorithm.correction != "none" else None
-        sums |= ratio_sums(log_ratios, policy.is_clipped, cap=cap)
+        is_capped = self._is_capped(data, correction_log_ratios, has_proximal=proximal is not None)
+        sums |= ratio_sums(log_ratios, policy.is_clipped, is_capped=is_capped)
         sums |= health_sums(log_ratios, data.policy_ages, is_clipped=policy.is_clipped, is_masked=~keep_mask)
         is_fresh = data.policy_ages == 0
         sums |= {
@@ -120,6 +122,28 @@ class ActorObjective:
         if algorithm.correction == "tis" and has_proximal:
             return factors * truncated_ratios(log_ratios, self._cap(data))
         return factors
+
+    def _is_capped(self, data: MicroBatchData, log_ratios: Tensor, *, has_proximal: bool) -> Tensor | None:
+        """Tokens whose importance weight the cap truncated, bool [N]; None where there is no cap.
+
+        log_ratios  [N] as in `_loss_factors`
+        """
+        algorithm, index = self._algorithm, data.sequence_index
+        if algorithm.correction == "sequence_tis":
+            return sequence_sums(log_ratios, index).exp() > algorithm.tis_cap
+        if algorithm.correction == "none" or (algorithm.loss in ("cispo", "topr") and not has_proximal):
+            return None
+        if algorithm.loss == "gspo" and not has_proximal:
+            log_ratios = sequence_means(log_ratios, index)
+        return log_ratios.exp() > self._cap(data)
+
+    def _kl(self, data: MicroBatchData, reference_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+        """KL to the reference, [N], as the loss takes it."""
+        estimator = chosen_kl_estimator(self._algorithm.kl_estimator, self._algorithm.kl_in)
+        if estimator == "k3_weighted":
+            cap = self._cap(data)
+            return importance_weighted_kl(logprobs, reference_logprobs, data.behaviour_logprobs, cap)
+        return kl_estimate(logprobs, reference_logprobs, estimator)
 
     def _policy_loss(
         self, data: MicroBatchData, logprobs: Tensor, proximal: Tensor | None, loss_factors: Tensor

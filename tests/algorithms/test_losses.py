@@ -75,7 +75,7 @@ CLIPPED = torch.tensor([True, True, False])
 
 
 def test_ratio_sums_of_three_tokens_by_hand():
-    sums = sums_to_floats(ratio_sums(f64(1.5, 0.5, 4.0).log(), CLIPPED, cap=2.0))
+    sums = sums_to_floats(ratio_sums(f64(1.5, 0.5, 4.0).log(), CLIPPED, is_capped=~CLIPPED))
     logs = [math.log(1.5), math.log(0.5), math.log(4.0)]
     assert sums == pytest.approx(
         {
@@ -85,9 +85,7 @@ def test_ratio_sums_of_three_tokens_by_hand():
     )  # fmt: skip
 
 
-def test_a_cap_per_token_counts_per_token():
-    sums = ratio_sums(f64(1.5, 0.5, 4.0).log(), CLIPPED, cap=f64(1.4, 0.6, 5.0))
-    assert sums["capped"] == 1
+def test_a_loss_without_a_cap_has_no_capped_tokens():
     assert "capped" not in ratio_sums(f64(1.5, 0.5, 4.0).log(), CLIPPED)
 
 
@@ -100,16 +98,16 @@ def test_ratio_sums_of_extremes_stay_in_range_and_nan_stays_nan():
 
 
 def test_without_tokens_there_is_no_largest_ratio():
-    sums = ratio_sums(torch.zeros(0), torch.zeros(0, dtype=torch.bool), cap=2.0)
+    sums = ratio_sums(torch.zeros(0), torch.zeros(0, dtype=torch.bool), is_capped=torch.zeros(0, dtype=torch.bool))
     assert "ratio_max" not in sums
     assert sums["tokens"] == sums["ratio_sum"] == sums["capped"] == 0
 
 
 def test_sums_of_parts_merge_to_the_sums_of_the_whole():
-    log_ratios, is_clipped = torch.randn(6, dtype=torch.float64), torch.rand(6) < 0.5
+    log_ratios, is_clipped, is_capped = torch.randn(6, dtype=torch.float64), torch.rand(6) < 0.5, torch.rand(6) < 0.5
 
     def sums(rows):
-        return ratio_sums(log_ratios[rows], is_clipped[rows], cap=1.1)
+        return ratio_sums(log_ratios[rows], is_clipped[rows], is_capped=is_capped[rows])
 
     merged = merge_sums(merge_sums({}, sums(slice(0, 2))), merge_sums(sums(slice(2, 2)), sums(slice(2, 6))))
     whole = sums(slice(0, 6))

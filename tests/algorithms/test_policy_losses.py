@@ -172,6 +172,11 @@ CLIP = {"clip_low": LOW, "clip_high": HIGH}
 LOSSES = {
     "ppo": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, loss_factors=w),
     "ppo, cap": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, ratio_cap=CAP, loss_factors=w),
+    "ppo, low cap": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, ratio_cap=1.1, loss_factors=w),
+    "ppo, dual clip, cap": lambda p, q, a, i, w: ppo_clip_loss(
+        p, q, a, **CLIP, ratio_cap=1.3, dual_clip=1.6, loss_factors=w
+    ),
+    "gspo, low cap": lambda p, q, a, i, w: gspo_loss(p, q, a, i, **CLIP, ratio_cap=1.1, loss_factors=w),
     "ppo, dual clip": lambda p, q, a, i, w: ppo_clip_loss(p, q, a, **CLIP, dual_clip=1.6, loss_factors=w),
     "gspo": lambda p, q, a, i, w: gspo_loss(p, q, a, i, **CLIP, ratio_cap=1.5, loss_factors=w),
     "gspo, token": lambda p, q, a, i, w: gspo_loss(p, q, a, i, **CLIP, gradient="token", loss_factors=w),
@@ -186,6 +191,9 @@ LOSSES = {
 }
 
 
+CAPS = {"ppo, cap": CAP, "ppo, low cap": 1.1, "ppo, dual clip, cap": 1.3, "gspo": 1.5, "gspo, low cap": 1.1}
+
+
 def slow_loss(name, p, q, a, t):
     """Loss of token t of one sequence, lists of scalars, and whether a bound acted on it: the formulas as read."""
     kind, _, variant = name.partition(", ")
@@ -195,15 +203,16 @@ def slow_loss(name, p, q, a, t):
         if variant == "token":
             ratio = ratio.detach() * (p[t] - p[t].detach()).exp()
     if kind in ("ppo", "gspo"):
-        cap = {"ppo, cap": CAP, "gspo": 1.5}.get(name, math.inf)
-        if ratio > cap:
-            ratio = ratio / ratio.detach() * cap
-        inside = 1 - LOW if ratio < 1 - LOW else min(ratio, 1 + HIGH)
-        loss = max(-ratio * a[t], -inside * a[t])
-        clipped = bool(-inside * a[t] > -ratio * a[t])
-        if variant == "dual clip" and a[t] < 0 and -1.6 * a[t] < loss:
-            return -1.6 * a[t] + 0.0 * p[t], True
-        return loss + 0.0 * p[t], clipped
+        cap = {"ppo, cap": CAP, "gspo": 1.5, "ppo, dual clip, cap": 1.3}.get(
+            name, 1.1 if "low cap" in name else math.inf
+        )
+        plain = float(ratio.detach())
+        bound = 1 + HIGH if a[t] > 0 and plain > 1 + HIGH else 1 - LOW if a[t] < 0 and plain < 1 - LOW else None
+        if "dual clip" in name and a[t] < 0 and plain > 1.6:
+            bound = 1.6
+        if bound is not None:
+            return -min(bound, cap) * a[t] + 0.0 * p[t], True
+        return -(ratio / plain * min(plain, cap)) * a[t], False
     weight = float(ratio.detach())
     bounded = weight
     if kind == "cispo":
@@ -311,7 +320,9 @@ def test_extreme_ratios_give_finite_losses_and_gradients(name, log_ratio, advant
 def test_a_token_impossible_under_the_policy_has_ratio_zero_or_no_finite_loss(name, advantage):
     logprobs, old = torch.tensor([-math.inf, -1.0]), torch.tensor([-1.0, -1.0])
     losses, _ = LOSSES[name](logprobs, old, torch.full((2,), advantage), torch.tensor([0, 1]), None)
-    has_ratio_alone = name.startswith("ppo") or name == "gspo"  # the others multiply by log pi, or cancel it
+    has_ratio_alone = name.startswith("ppo") or (
+        name.startswith("gspo") and "token" not in name
+    )  # the others multiply by log pi, or cancel it
     assert bool(torch.isfinite(losses[0])) == has_ratio_alone
     assert torch.isfinite(losses[1])
 

@@ -489,8 +489,12 @@ def test_the_choices_are_those_that_the_formulas_know():
     from asyncrl.algorithms.kl import KL_ESTIMATORS
     from asyncrl.algorithms.losses import AGGREGATIONS
     from asyncrl.algorithms.value_targets import VALUE_LOSSES
+    from asyncrl.config.methods import KL_ESTIMATORS_BY_PLACE
 
     choices = {key.name: key.bounds.choices for key in keys()}
-    assert choices["algorithm.kl_estimator"] == KL_ESTIMATORS
+    assert set(choices["algorithm.kl_estimator"]) - {"auto", "k3_weighted"} == set(KL_ESTIMATORS)
+    assert {name for place in KL_ESTIMATORS_BY_PLACE.values() for name in place} < set(
+        choices["algorithm.kl_estimator"]
+    )
     assert choices["algorithm.aggregation"] == AGGREGATIONS
     assert choices["critic.loss"] == VALUE_LOSSES

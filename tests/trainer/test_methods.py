@@ -104,11 +104,12 @@ def whitened(values):
     return (np.asarray(values) - np.mean(values)) / (np.std(values, ddof=1) + 1e-6)
 
 
-def clipped(ratio, advantage, low, high, cap=None):
-    """PPO's clip; above the cap the value is the cap and the gradient stays."""
-    if cap is not None and float(ratio.detach()) > cap:
-        ratio = ratio / ratio.detach() * cap
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+def clipped(ratio, advantage, low, high, cap=math.inf):
+    """PPO's clip, tested on the ratio itself; above the cap the value is the cap and the gradient stays."""
+    weight = float(ratio.detach())
+    if (advantage > 0 and weight > 1 + high) or (advantage < 0 and weight < 1 - low):
+        return -min(max(1 - low, min(weight, 1 + high)), cap) * advantage + 0.0 * ratio
+    return -(ratio / weight * min(weight, cap)) * advantage
 
 
 def assert_same_step(trainer, groups, losses, count):
@@ -228,17 +229,32 @@ def test_masks_and_the_narrowing_with_age_act_token_by_token():
     assert 0 < metrics["masked_share"] < 1
 
 
+def test_a_cap_below_the_clip_leaves_the_clip_alone():
+    overrides = ["algorithm.age_schedule=cap", "algorithm.tis_cap=1.3", "algorithm.clip_high=0.28"]
+    trainer, groups = make_trainer("grpo", *overrides), old_groups()
+    tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
+    caps = [1 + 0.3 / (1 + token.age) for token in tokens]
+    assert min(caps) < 1.28 < max(caps)
+    losses = [clipped(t.ratio, t.advantage, 0.2, 0.28, cap=cap) for t, cap in zip(tokens, caps, strict=True)]
+    off = [(t.advantage > 0 and t.rho > 1.28) or (t.advantage < 0 and t.rho < 0.8) for t in tokens]
+    capped = [t.rho > cap for t, cap in zip(tokens, caps, strict=True)]
+    metrics = assert_same_step(trainer, groups, losses, len(tokens))
+    assert metrics["clip_fraction"] == pytest.approx(sum(off) / len(tokens))
+    assert metrics["cap_fraction"] == pytest.approx(sum(capped) / len(tokens))
+
+
 def test_sequence_truncation_weights_whole_completions():
     trainer, groups = make_trainer("reinforce", "algorithm.correction=sequence_tis"), old_groups()
     tokens = tokens_of(policy_of(trainer), groups, grpo_advantages(groups))
     rho = {s: math.prod(token.rho for token in tokens if token.sequence == s) for s in range(12)}
     losses = [-min(rho[token.sequence], 2.0) * token.advantage * token.logprob for token in tokens]
-    assert_same_step(trainer, groups, losses, len(tokens))
+    metrics = assert_same_step(trainer, groups, losses, len(tokens))
+    assert metrics["cap_fraction"] == pytest.approx(sum(rho[t.sequence] > 2.0 for t in tokens) / len(tokens))
 
 
 def test_kl_in_the_reward_lowers_the_reward_of_completions_that_left_the_reference():
     reference = tiny_policy(seed=9).freeze()
-    overrides = ["algorithm.kl_coef=0.3", "algorithm.kl_in=reward", "algorithm.kl_estimator=k1"]
+    overrides = ["algorithm.kl_coef=0.3", "algorithm.kl_in=reward"]
     trainer, groups = make_trainer("grpo", *overrides, reference=reference), old_groups()
     zeros = [[0.0] * 4] * 3
     own, others = tokens_of(policy_of(trainer), groups, zeros), tokens_of(reference, groups, zeros)

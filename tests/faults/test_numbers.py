@@ -1,0 +1,269 @@
+"""What once came out wrong without a word: losses, KL, rows, rewards and their figures, each with its right value."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from asyncrl.algorithms.kl import kl_estimate
+from asyncrl.config.loading import load_config
+from asyncrl.config.methods import KL_ESTIMATORS_BY_PLACE, chosen_kl_estimator
+from asyncrl.errors import ConfigError
+from asyncrl.trainer.batch import MicroBatchData
+from asyncrl.trainer.objective import ActorObjective
+
+
+def config_of(*overrides):
+    return load_config(None, ["model.path=unused", *overrides])
+
+
+# -- expected gradients over a small vocabulary ----------------------------------------------------------------------
+#
+# One token is sampled from mu, given an advantage by its number, and scored by pi = softmax(logits). The expectation of
+# the gradient over all tokens of the vocabulary needs no sampling: every token once, weighted by mu.
+
+
+def softmaxes(size, seed, distance):
+    """log pi (with its logits), log mu, `distance` apart in logits; float64."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_()
+    with torch.no_grad():
+        log_mu = torch.log_softmax(logits + distance * torch.randn(size, generator=draw, dtype=torch.float64), 0)
+    return logits, torch.log_softmax(logits, 0), log_mu
+
+
+def token_data(log_mu, advantages, ages, reference=None, start=None):
+    """Every token of the vocabulary as a completion of one token."""
+    count = torch.arange(len(log_mu))
+    return MicroBatchData(
+        rows=None,
+        rollout_index=count,
+        sequence_index=count,
+        behaviour_logprobs=log_mu,
+        policy_ages=ages,
+        advantages=advantages,
+        reference_logprobs=reference,
+        start_logprobs=start,
+    )
+
+
+def expected_gradient(config, data, logits, logprobs, weights, kl_coef=0.0):
+    """Gradient towards the logits of the mean loss, and the sums for the metrics."""
+    found = ActorObjective(config).losses(data, logprobs, torch.zeros_like(logprobs), kl_coef)
+    (gradient,) = torch.autograd.grad((weights * found.losses).sum(), logits, retain_graph=True)
+    return gradient, found.sums
+
+
+def slow_gradient(logprobs, weights, factors):
+    """sum over tokens of weight x factor x d(-log pi)/d logits, by the formula of the softmax."""
+    pi = logprobs.detach().exp()
+    total = torch.zeros_like(pi)
+    for token, (weight, factor) in enumerate(zip(weights.tolist(), factors, strict=True)):
+        one_hot = torch.zeros_like(pi)
+        one_hot[token] = 1.0
+        total -= weight * factor * (one_hot - pi)
+    return total
+
+
+def slow_factor(loss, ratio, advantage, age, *, low, high, cap, dual, schedule):
+    """What multiplies -d log pi of one token, and whether a bound of the loss acted on it."""
+    cap = 1 + (cap - 1) / (1 + age) if schedule == "cap" else cap
+    if schedule == "clip":
+        low, high = low / math.sqrt(1 + age), high / math.sqrt(1 + age)
+    if loss in ("ppo_clip", "gspo"):
+        if (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low):
+            return 0.0, True
+        if dual and advantage < 0 and ratio > dual:
+            return 0.0, True
+        return min(ratio, cap) * advantage, False
+    if loss == "cispo":
+        return min(ratio, 1 + high) * advantage, ratio > 1 + high
+    if loss == "topr":
+        return (1.0 if advantage > 0 else min(ratio, 1.0)) * advantage, advantage <= 0 and ratio > 1
+    return min(ratio, cap) * advantage, ratio > cap
+
+
+CASES = [
+    (loss, schedule, cap, dual)
+    for loss in ("ppo_clip", "gspo", "cispo", "topr", "reinforce")
+    for schedule in ("none", "cap", "clip")
+    for cap in (1.0, 1.1, 2.0)
+    for dual in (0.0, 1.2, 3.0)
+    if not (dual and loss != "ppo_clip")
+    and not (schedule == "clip" and loss in ("topr", "reinforce"))
+    and not (schedule == "cap" and loss in ("cispo", "topr"))
+]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(("loss", "schedule", "cap", "dual"), CASES)
+def test_W3_every_bound_is_tested_on_the_ratio_before_it_is_truncated(loss, schedule, cap, dual):
+    config = config_of(
+        f"algorithm.loss={loss}", f"algorithm.age_schedule={schedule}", f"algorithm.tis_cap={cap}",
+        f"algorithm.dual_clip={dual}",
+    )  # fmt: skip
+    logits, logprobs, log_mu = softmaxes(12, seed=1, distance=1.0)
+    advantages = torch.tensor([1.0, -1.0, 0.5] * 4, dtype=torch.float64)
+    ages = torch.tensor([0, 3, 8, 16] * 3)
+    ratios = (logprobs.detach() - log_mu).exp().tolist()
+    assert max(ratios) > 3 and min(ratios) < 0.5
+    gradient, sums = expected_gradient(config, token_data(log_mu, advantages, ages), logits, logprobs, log_mu.exp())
+    found = [
+        slow_factor(loss, ratio, advantage, age, low=0.2, high=0.28, cap=cap, dual=dual, schedule=schedule)
+        for ratio, advantage, age in zip(ratios, advantages.tolist(), ages.tolist(), strict=True)
+    ]
+    expected = slow_gradient(logprobs, log_mu.exp(), [factor for factor, _ in found])
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+    assert int(sums["clipped"]) == sum(clipped for _, clipped in found)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("age", [0, 1, 2, 3, 8, 16, 64])
+@pytest.mark.parametrize("overrides", [("algorithm.age_schedule=cap",), ("algorithm.tis_cap=1",)])
+def test_W3_a_good_token_beyond_the_clip_has_no_gradient_at_any_age(age, overrides):
+    config = config_of(*overrides)
+    logprobs = torch.tensor([math.log(0.5)], dtype=torch.float64, requires_grad=True)
+    data = token_data(torch.tensor([math.log(0.1)], dtype=torch.float64), torch.ones(1).double(), torch.tensor([age]))
+    found = ActorObjective(config).losses(data, logprobs, torch.zeros(1).double(), 0.0)
+    (gradient,) = torch.autograd.grad(found.losses.sum(), logprobs)
+    assert gradient.item() == 0.0
+    assert int(found.sums["clipped"]) == 1 and float(found.sums["age_clipped"].sum()) == 1
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("proximal", ["recomputed", "interpolated"])
+@pytest.mark.parametrize("loss", ["ppo_clip", "gspo", "cispo"])
+@pytest.mark.parametrize("masks", ["[]", "[band]", "[opsm]"])
+def test_W3_with_a_proximal_policy_the_clip_sees_its_ratio_and_masks_see_the_way_to_it(proximal, loss, masks):
+    schedule = "none" if loss == "cispo" else "cap"
+    config = config_of(
+        f"algorithm.loss={loss}", f"algorithm.proximal={proximal}", "algorithm.tis_cap=1.1", f"algorithm.masks={masks}",
+        f"algorithm.age_schedule={schedule}",
+    )  # fmt: skip
+    logits, logprobs, log_mu = softmaxes(12, seed=2, distance=1.0)
+    _, start, _ = softmaxes(12, seed=5, distance=0.0)
+    advantages = torch.tensor([1.0, -1.0, 0.5] * 4, dtype=torch.float64)
+    ages = torch.tensor([0, 3, 8, 16] * 3)
+    data = token_data(log_mu, advantages, ages, start=start.detach())
+    gradient, sums = expected_gradient(config, data, logits, logprobs, log_mu.exp())
+    factors, capped, masked = [], 0, 0
+    for token in range(12):
+        age, advantage, log_pi = int(ages[token]), float(advantages[token]), logprobs[token].item()
+        share = age / (age + 1)
+        prox = start[token].item() if proximal == "recomputed" else (1 - share) * float(log_mu[token]) + share * log_pi
+        way = math.exp(prox - float(log_mu[token]))
+        cap = 1 + 0.1 / (1 + age) if schedule == "cap" else 1.1
+        keep = 1.0
+        if "band" in masks:
+            keep = float(0.5 <= way <= 5.0)
+        if "opsm" in masks:
+            keep = float(advantage >= 0 or -math.log(way) <= 0.5)
+        factor, _ = slow_factor(
+            loss, math.exp(log_pi - prox), advantage, age, low=0.2, high=0.28, cap=math.inf, dual=0, schedule="none"
+        )
+        factors.append(keep * min(way, cap) * factor)
+        capped += way > cap
+        masked += not keep
+    expected = slow_gradient(logprobs, log_mu.exp(), factors)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+    assert int(sums["capped"]) == capped and float(sums["age_masked"].sum()) == masked
+
+
+@pytest.mark.parametrize("loss", ["cispo", "topr"])
+def test_W3_a_loss_that_uses_no_cap_reports_none(loss):
+    logits, logprobs, log_mu = softmaxes(12, seed=1, distance=1.0)
+    data = token_data(log_mu, torch.ones(12).double(), torch.zeros(12, dtype=torch.int64))
+    _, sums = expected_gradient(config_of(f"algorithm.loss={loss}"), data, logits, logprobs, log_mu.exp())
+    assert "capped" not in sums
+
+
+# -- the KL ----------------------------------------------------------------------------------------------------------
+
+
+def likeness(gradient, true):
+    """Cosine between two gradients, and the length of the first over that of the second."""
+    cosine = torch.dot(gradient, true) / (gradient.norm() * true.norm())
+    return float(cosine), float(gradient.norm() / true.norm())
+
+
+def kl_gradient(logits, logprobs, reference):
+    """Gradient of KL(policy || reference) towards the logits, summed over the whole vocabulary."""
+    kl = (logprobs.exp() * (logprobs - reference)).sum()
+    return torch.autograd.grad(kl, logits, retain_graph=True)[0], float(kl)
+
+
+def reward_gradient(config, logits, logprobs, log_mu, reference, estimator):
+    """Of the policy gradient whose reward is minus the KL, as the trainer prepares it: `estimator` of each token."""
+    data = token_data(log_mu, torch.zeros(50).double(), torch.full((50,), 3), reference, start=logprobs.detach())
+    data.advantages = -kl_estimate(logprobs.detach(), reference, estimator)
+    return expected_gradient(config, data, logits, logprobs, log_mu.exp())[0]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("distance", [0.045, 0.4])  # KL of about 0.001 and 0.08
+def test_W4_the_kl_has_its_gradient_in_either_place(seed, distance):
+    logits, logprobs, reference = softmaxes(50, seed, distance)
+    true, kl = kl_gradient(logits, logprobs, reference)
+    assert kl < 0.3
+    pi = logprobs.detach()
+    for estimator in KL_ESTIMATORS_BY_PLACE["loss"]:
+        config = config_of("algorithm.kl_coef=1", f"algorithm.kl_estimator={estimator}")
+        data = token_data(pi, torch.zeros(50).double(), torch.zeros(50, dtype=torch.int64), reference)
+        cosine, length = likeness(expected_gradient(config, data, logits, logprobs, pi.exp(), kl_coef=1.0)[0], true)
+        # k3's gradient is that of KL(reference || policy), which is near when the KL is small.
+        assert cosine > (0.8 if estimator == "k3" and distance > 0.1 else 0.99), estimator
+        assert length == pytest.approx(1.0, abs=0.5 if estimator == "k3" and distance > 0.1 else 0.1), estimator
+    config = config_of("algorithm.kl_coef=1", "algorithm.kl_in=reward", "algorithm.loss=reinforce")
+    cosine, length = likeness(reward_gradient(config, logits, logprobs, pi, reference, "k1"), true)
+    assert cosine == pytest.approx(1.0) and length == pytest.approx(1.0)
+
+
+@pytest.mark.numeric
+def test_W4_what_is_refused_has_indeed_another_gradient():
+    logits, logprobs, reference = softmaxes(50, 0, 0.045)
+    true, _ = kl_gradient(logits, logprobs, reference)
+    pi = logprobs.detach()
+    config = config_of("algorithm.loss=reinforce")
+    for estimator in ("k2", "k3", "abs"):
+        cosine, length = likeness(reward_gradient(config, logits, logprobs, pi, reference, estimator), true)
+        assert not (cosine > 0.9 and 0.9 < length < 1.1), estimator
+    config.algorithm.kl_estimator = "k1"
+    data = token_data(pi, torch.zeros(50).double(), torch.zeros(50, dtype=torch.int64), reference)
+    assert expected_gradient(config, data, logits, logprobs, pi.exp(), kl_coef=1.0)[0].norm() < 1e-9 * true.norm()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("seed", range(4))
+def test_W4_the_weighted_k3_of_old_tokens_is_the_kl_of_the_policy(seed):
+    logits, logprobs, reference = softmaxes(50, seed, 0.2)
+    log_mu = torch.log_softmax(logits.detach() + 0.8 * softmaxes(50, seed + 100, 0.0)[0].detach(), 0)
+    true, kl = kl_gradient(logits, logprobs, reference)
+    likenesses = {}
+    for estimator, cap in (("k3_weighted", 1e6), ("k3_weighted", 2.0), ("k3", 2.0), ("k2", 2.0)):
+        config = config_of("algorithm.kl_coef=1", f"algorithm.kl_estimator={estimator}", f"algorithm.tis_cap={cap}")
+        data = token_data(log_mu, torch.zeros(50).double(), torch.full((50,), 3), reference)
+        gradient, sums = expected_gradient(config, data, logits, logprobs, log_mu.exp(), kl_coef=1.0)
+        likenesses[estimator, cap] = likeness(gradient, true)
+        if cap == 1e6:  # nothing is truncated: value and gradient are exact
+            found = ActorObjective(config).losses(data, logprobs, torch.zeros(50).double(), 1.0).losses.detach()
+            assert float((log_mu.exp() * found).sum()) == pytest.approx(kl)
+            assert likenesses[estimator, cap] == pytest.approx((1.0, 1.0))
+    assert likenesses["k3_weighted", 2.0][0] > max(likenesses["k3", 2.0][0], likenesses["k2", 2.0][0])
+
+
+@pytest.mark.parametrize(("place", "estimator"), [("loss", "k3"), ("reward", "k1")])
+def test_W4_the_default_depends_on_the_place(place, estimator):
+    algorithm = config_of("algorithm.kl_coef=0.1", f"algorithm.kl_in={place}").algorithm
+    assert chosen_kl_estimator(algorithm.kl_estimator, algorithm.kl_in) == estimator
+
+
+@pytest.mark.parametrize(
+    ("place", "estimator"), [("reward", "k2"), ("reward", "k3"), ("reward", "abs"), ("loss", "k1"), ("loss", "abs")]
+)
+def test_W4_an_estimator_without_the_gradient_of_the_kl_is_refused_with_the_reason(place, estimator):
+    for more in ([], ["algorithm.i_know=true"]):
+        with pytest.raises(ConfigError, match=rf"kl_estimator={estimator}.*(gradient).*set algorithm.kl_estimator"):
+            config_of("algorithm.kl_coef=0.1", f"algorithm.kl_in={place}", f"algorithm.kl_estimator={estimator}", *more)
