@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asyncrl.config.declaration import key
+from asyncrl.config.declaration import ACCEPTED, REFUSED, RULED, key
 
 
 @dataclass
@@ -14,11 +14,19 @@ class RunConfig:
     name: str = key(
         "run",
         "Names the run in logs, checkpoints and the handshake; daemons of different runs refuse each other.",
+        if_changed=ACCEPTED,
     )
-    dir: str = key("runs/${run.name}", "Folder for everything the run writes: journal, checkpoints, metrics, export.")
-    steps: int = key(100, "Optimizer steps to train; the run ends at this policy version.", minimum=1)
+    dir: str = key(
+        "runs/${run.name}",
+        "Folder for everything the run writes: journal, checkpoints, metrics, export.",
+        if_changed=ACCEPTED,
+    )
+    steps: int = key(100, "Optimizer steps to train; the run ends at this policy version.", minimum=1, if_changed=RULED)
     seed: int = key(
-        0, "Seeds the order of the prompts, new parts of the model (a critic, adapters) and the trainer.", minimum=0
+        0,
+        "Seeds the order of the prompts, new parts of the model (a critic, adapters) and the trainer.",
+        minimum=0,
+        if_changed=REFUSED,
     )
 
 
@@ -26,31 +34,47 @@ class RunConfig:
 class LearnerConfig:
     """The trainer: the batch, the optimizer, and the process."""
 
-    groups_per_step: int = key(16, "Groups (prompts) in the batch of one optimizer step.", minimum=1)
-    epochs: int = key(1, "Passes over the batch in one step.", minimum=1)
+    groups_per_step: int = key(
+        16, "Groups (prompts) in the batch of one optimizer step.", minimum=1, if_changed=REFUSED
+    )
+    epochs: int = key(1, "Passes over the batch in one step.", minimum=1, if_changed=REFUSED)
     mini_batches: int = key(
         1,
         "Parts into which each pass cuts the batch, with one optimizer update for each; the step still makes one "
         "policy version.",
         minimum=1,
+        if_changed=REFUSED,
     )
-    lr: float = key(1e-6, "AdamW learning rate.", above=0.0)
-    lr_warmup_steps: int = key(0, "First steps, over which the learning rate rises linearly to learner.lr.", minimum=0)
-    betas: list[float] = key([0.9, 0.95], "AdamW betas.")
-    weight_decay: float = key(0.0, "AdamW weight decay.", minimum=0.0)
-    grad_clip: float = key(1.0, "Largest L2 norm of the gradient; a larger one is scaled down to it.", above=0.0)
+    lr: float = key(1e-6, "AdamW learning rate.", above=0.0, if_changed=ACCEPTED)
+    lr_warmup_steps: int = key(
+        0, "First steps, over which the learning rate rises linearly to learner.lr.", minimum=0, if_changed=ACCEPTED
+    )
+    betas: list[float] = key([0.9, 0.95], "AdamW betas.", if_changed=ACCEPTED)
+    weight_decay: float = key(0.0, "AdamW weight decay.", minimum=0.0, if_changed=ACCEPTED)
+    grad_clip: float = key(
+        1.0, "Largest L2 norm of the gradient; a larger one is scaled down to it.", above=0.0, if_changed=ACCEPTED
+    )
     micro_batch_tokens: int = key(
         16384,
         "Tokens, padding included, in one forward and backward pass; gradients add up over the passes of an update.",
         minimum=1,
+        if_changed=ACCEPTED,
     )
     device: str = key(
-        "auto", "Device of the trainer; auto = cuda if there is a GPU, else cpu.", choices=("auto", "cpu", "cuda")
+        "auto",
+        "Device of the trainer; auto = cuda if there is a GPU, else cpu.",
+        choices=("auto", "cpu", "cuda"),
+        if_changed=ACCEPTED,
     )
-    threads: int = key(1, "CPU threads of each trainer rank.", minimum=1)
-    cpus: list[int] = key([], "CPUs that desk and trainer are pinned to; empty = they are not pinned.")
+    threads: int = key(1, "CPU threads of each trainer rank.", minimum=1, if_changed=ACCEPTED)
+    cpus: list[int] = key(
+        [], "CPUs that desk and trainer are pinned to; empty = they are not pinned.", if_changed=ACCEPTED
+    )
     max_trainer_restarts: int = key(
-        3, "How often in a row a trainer that died without making a step is started again.", minimum=0
+        3,
+        "How often in a row a trainer that died without making a step is started again.",
+        minimum=0,
+        if_changed=ACCEPTED,
     )
 
 
@@ -58,48 +82,73 @@ class LearnerConfig:
 class GeneratorConfig:
     """The rollout engine and its rewards."""
 
-    id: str = key("", "Lasting name of this generator; empty = the host name and a number, which is kept in run.dir.")
-    max_sequences: int = key(64, "Sequences that are decoded at once.", minimum=1)
-    tensor_parallel_size: int = key(1, "GPUs (or CPU workers) over which one copy of the model is spread.", minimum=1)
+    id: str = key(
+        "",
+        "Lasting name of this generator; empty = the host name and a number, which is kept in run.dir.",
+        if_changed=ACCEPTED,
+    )
+    max_sequences: int = key(64, "Sequences that are decoded at once.", minimum=1, if_changed=ACCEPTED)
+    tensor_parallel_size: int = key(
+        1, "GPUs (or CPU workers) over which one copy of the model is spread.", minimum=1, if_changed=ACCEPTED
+    )
     kv_cache_gib: float = key(
-        1.0, "Size of the KV cache on the CPU, in GiB; on a GPU see generator.gpu_memory_fraction.", above=0.0
+        1.0,
+        "Size of the KV cache on the CPU, in GiB; on a GPU see generator.gpu_memory_fraction.",
+        above=0.0,
+        if_changed=ACCEPTED,
     )
     gpu_memory_fraction: float = key(
-        0.85, "Share of the GPU's memory that the engine may take.", above=0.0, maximum=1.0
+        0.85, "Share of the GPU's memory that the engine may take.", above=0.0, maximum=1.0, if_changed=ACCEPTED
     )
     compile: str = key(
         "auto",
         "Let vLLM compile the model: a slower start for faster steps. auto = on GPUs only; small models gain nothing.",
         choices=("auto", "always", "never"),
+        if_changed=ACCEPTED,
     )
     device: str = key(
-        "auto", "Device of the engine; auto = cuda if there is a GPU, else cpu.", choices=("auto", "cpu", "cuda")
+        "auto",
+        "Device of the engine; auto = cuda if there is a GPU, else cpu.",
+        choices=("auto", "cpu", "cuda"),
+        if_changed=ACCEPTED,
     )
-    threads: int = key(1, "CPU threads of each engine worker.", minimum=1)
+    threads: int = key(1, "CPU threads of each engine worker.", minimum=1, if_changed=ACCEPTED)
     cpus: list[int] = key(
         [],
         "CPUs that the generator and its engine are pinned to; empty = they are not pinned. Tensor-parallel workers "
         "take the first of them, generator.threads each, so give two such generators of one host different ones.",
+        if_changed=ACCEPTED,
     )
-    reward_workers: int = key(1, "Processes that compute rewards.", minimum=1)
+    reward_workers: int = key(1, "Processes that compute rewards.", minimum=1, if_changed=ACCEPTED)
     reward_timeout_s: float = key(
-        10.0, "Deadline of one reward, in seconds; then its worker is killed and the lease fails.", above=0.0
+        10.0,
+        "Deadline of one reward, in seconds; then its worker is killed and the lease fails.",
+        above=0.0,
+        if_changed=ACCEPTED,
     )
     lease_timeout_s: float = key(
-        600.0, "Deadline of one lease from grant to result, in seconds; then its prompt is leased again.", above=0.0
+        600.0,
+        "Deadline of one lease from grant to result, in seconds; then its prompt is leased again.",
+        above=0.0,
+        if_changed=ACCEPTED,
     )
     outbox_bytes: int = key(
         64 * 2**20,
         "Bytes of results that are kept until the learner has them on disk; when they are full, no lease is taken.",
         minimum=1,
+        if_changed=ACCEPTED,
     )
     unreachable_timeout_s: float = key(
-        600.0, "Give up (exit code 3) when the learner has not answered for this many seconds.", above=0.0
+        600.0,
+        "Give up (exit code 3) when the learner has not answered for this many seconds.",
+        above=0.0,
+        if_changed=ACCEPTED,
     )
     drain_timeout_s: float = key(
         6.0,
         "After SIGTERM, finish what can be finished within this many seconds, and hand back the other leases.",
         above=0.0,
+        if_changed=ACCEPTED,
     )
 
 
@@ -108,21 +157,33 @@ class TransportConfig:
     """The rollout link between generators and learner."""
 
     address: str = key(
-        "tcp://127.0.0.1:5770", "Where the learner listens and the generators connect; never a wildcard."
+        "tcp://127.0.0.1:5770",
+        "Where the learner listens and the generators connect; never a wildcard.",
+        if_changed=ACCEPTED,
     )
     server_key_file: str = key(
-        "", "File with the learner's secret CURVE key; required for an address that is not loopback."
+        "",
+        "File with the learner's secret CURVE key; required for an address that is not loopback.",
+        if_changed=ACCEPTED,
     )
-    server_public_key_file: str = key("", "File with the learner's public CURVE key, for the generators.")
-    client_key_file: str = key("", "File with the secret CURVE key of this generator.")
+    server_public_key_file: str = key(
+        "", "File with the learner's public CURVE key, for the generators.", if_changed=ACCEPTED
+    )
+    client_key_file: str = key("", "File with the secret CURVE key of this generator.", if_changed=ACCEPTED)
     allowed_keys_file: str = key(
-        "", "File with the public keys of the generators that the learner admits, one per line."
+        "", "File with the public keys of the generators that the learner admits, one per line.", if_changed=ACCEPTED
     )
     max_frame_bytes: int = key(
-        64 * 2**20, "Largest message, in bytes; a larger one is refused before it is decoded.", minimum=4096
+        64 * 2**20,
+        "Largest message, in bytes; a larger one is refused before it is decoded.",
+        minimum=4096,
+        if_changed=ACCEPTED,
     )
     credit_bytes: int = key(
-        64 * 2**20, "Bytes of results that a generator may send ahead of the learner's acknowledgements.", minimum=4096
+        64 * 2**20,
+        "Bytes of results that a generator may send ahead of the learner's acknowledgements.",
+        minimum=4096,
+        if_changed=ACCEPTED,
     )
 
 
@@ -134,6 +195,7 @@ class WeightsConfig:
         "127.0.0.1",
         "Private address of the learner at which generators meet it for weights. There is no authentication: use a "
         "trusted network only.",
+        if_changed=ACCEPTED,
     )
     backend: str = key(
         "auto",
@@ -141,22 +203,30 @@ class WeightsConfig:
         "generators copy out of the learner's own buffer, on one GPU (where nccl does not work) or on the CPU; all run "
         "as one user in one PID namespace.",
         choices=("auto", "gloo", "nccl", "ipc"),
+        if_changed=ACCEPTED,
     )
-    bucket_bytes: int = key(64 * 2**20, "Bytes that are sent in one collective.", minimum=1024)
+    bucket_bytes: int = key(64 * 2**20, "Bytes that are sent in one collective.", minimum=1024, if_changed=ACCEPTED)
     timeout_s: float = key(
-        30.0, "Deadline of each phase of a sync, in seconds; a generator that exceeds it is left out.", above=0.0
+        30.0,
+        "Deadline of each phase of a sync, in seconds; a generator that exceeds it is left out.",
+        above=0.0,
+        if_changed=ACCEPTED,
     )
     cell_size: int = key(
         8,
         "Largest number of generators that share one collective; the learner sends once for each such cell. A "
         "generator that hangs delays those of its cell alone, for one deadline.",
         minimum=1,
+        if_changed=ACCEPTED,
     )
-    canary_sequences: int = key(4, "Probe sequences that learner and generator both score at each sync.", minimum=1)
+    canary_sequences: int = key(
+        4, "Probe sequences that learner and generator both score at each sync.", minimum=1, if_changed=ACCEPTED
+    )
     canary_tolerance: float = key(
         0.0,
         "Largest difference of a log-prob on the probe sequences, in nats; 0 = 1e-4 in float32, 0.35 in bfloat16.",
         minimum=0.0,
+        if_changed=ACCEPTED,
     )
 
 
@@ -165,14 +235,18 @@ class CheckpointConfig:
     """What a restarted learner goes on from. Weights never reach generators this way."""
 
     every: int = key(
-        50, "Save after every so many steps, besides at the end and on SIGTERM; 0 = at those two only.", minimum=0
+        50,
+        "Save after every so many steps, besides at the end and on SIGTERM; 0 = at those two only.",
+        minimum=0,
+        if_changed=ACCEPTED,
     )
-    keep: int = key(2, "Verified checkpoints that are kept.", minimum=1)
+    keep: int = key(2, "Verified checkpoints that are kept.", minimum=1, if_changed=ACCEPTED)
     resume: str = key(
         "auto",
         "Go on from the newest verified checkpoint and the journal after it (auto), or refuse a run.dir that was used "
         "before (never).",
         choices=("auto", "never"),
+        if_changed=ACCEPTED,
     )
 
 
@@ -185,8 +259,12 @@ class LogConfig:
         "Also log to Weights & Biases: not at all (off), into files for `wandb sync` (offline), or at once, which "
         "needs a key (online).",
         choices=("off", "offline", "online"),
+        if_changed=ACCEPTED,
     )
-    wandb_project: str = key("asyncrl", "Project of the run at Weights & Biases.")
+    wandb_project: str = key("asyncrl", "Project of the run at Weights & Biases.", if_changed=ACCEPTED)
     level: str = key(
-        "info", "Least important messages that the daemons log.", choices=("debug", "info", "warning", "error")
+        "info",
+        "Least important messages that the daemons log.",
+        choices=("debug", "info", "warning", "error"),
+        if_changed=ACCEPTED,
     )

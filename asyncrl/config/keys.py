@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from asyncrl.config import Config
-from asyncrl.config.declaration import Bounds
+from asyncrl.config.declaration import Bounds, IfChanged
 
 TYPE_NAMES = {
     str: "text",
@@ -34,6 +34,8 @@ class Key:
     type: Any
     default: Any
     bounds: Bounds
+    if_changed: IfChanged  # what becomes of a run that is resumed with another value
+    shared: bool  # learner and generator must have the same value
 
     @property
     def rule(self) -> str:
@@ -93,6 +95,8 @@ def keys() -> tuple[Key, ...]:
                 type=types[entry.name],
                 default=getattr(defaults, entry.name),
                 bounds=entry.metadata["bounds"],
+                if_changed=entry.metadata["if_changed"],
+                shared=entry.metadata["shared"],
             )
             for entry in fields(section_type)
         )
