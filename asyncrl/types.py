@@ -42,6 +42,13 @@ class LeaseKey(NamedTuple):
     attempt: int
 
 
+class Setting(NamedTuple):
+    """One thing that decides a run: a configuration key with its value as JSON, or a file with its digest."""
+
+    name: str
+    value: str
+
+
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
     """Completion tokens [start, stop) were sampled under policy `version`."""

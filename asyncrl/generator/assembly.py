@@ -18,6 +18,7 @@ from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.identity import Identity, claim_identity
 from asyncrl.generator.lease_runner import no_text
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.model_folder import find_model
 from asyncrl.host.processes import StopSignal, pin_to
 from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link import messages
@@ -26,6 +27,7 @@ from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.rewards.parts import make_parts
 from asyncrl.rewards.pool import RewardPool
+from asyncrl.tasks.fingerprint import shared_settings
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +141,11 @@ def _session(config: Config, identity: Identity) -> GeneratorSession:
         incarnation=identity.incarnation,
         max_run_epoch=0,
         model_fingerprint=model_folder_fingerprint(config.model.path),
-        tokenizer_fingerprint=tokenizer_fingerprint(Path(config.model.path)),
+        tokenizer_fingerprint=tokenizer_fingerprint(find_model(config.model.path).folder),
         task=config.task.path,
         num_workers=config.generator.tensor_parallel_size,
         first_unacked_seq=1,
+        settings=shared_settings(config),
     )
     return GeneratorSession(
         hello,

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncrl.errors import ModelError
 from asyncrl.host.model_folder import TOKENIZER_FILES, find_model
+from asyncrl.types import Setting
 
 # Differ between two copies of one model without changing what it computes.
 VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
 DIGEST_CHARACTERS = 16
+ABSENT = "absent"
+WHOLE_BYTES = 64 * 2**20  # a larger file is not read whole
+_SAMPLES = 64
+_SAMPLE_BYTES = 2**16
 
 
 def model_fingerprint(config: Mapping[str, Any]) -> str:
@@ -47,3 +52,44 @@ def tokenizer_fingerprint(folder: Path) -> str:
         digest.update(f"{name}:{len(content)}:".encode())
         digest.update(content)
     return digest.hexdigest()[:DIGEST_CHARACTERS]
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file, or of all files of a folder with their names: 16 hex characters.
+
+    Of a file over WHOLE_BYTES its size and 64 pieces of 64 KiB are read, the first and the last of them included: a
+    start must not wait for gigabytes. Raises OSError when it cannot be read.
+    """
+    digest = hashlib.sha256()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        name = file.relative_to(path).as_posix() if file != path else ""
+        digest.update(f"{name}:{size}:".encode())
+        with file.open("rb") as opened:
+            if size <= WHOLE_BYTES:
+                while block := opened.read(2**22):
+                    digest.update(block)
+                continue
+            for number in range(_SAMPLES):
+                opened.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:DIGEST_CHARACTERS]
+
+
+class Difference(NamedTuple):
+    """A setting that two sides have with different values."""
+
+    name: str
+    before: str  # of an earlier start, or of the learner
+    after: str
+
+
+def differences(before: Iterable[Setting], after: Iterable[Setting]) -> list[Difference]:
+    """Every setting that differs, by name; one that is on one side only is `ABSENT` on the other."""
+    old, new = dict(before), dict(after)
+    return [
+        Difference(name, old.get(name, ABSENT), new.get(name, ABSENT))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from asyncrl.host.fingerprints import differences
 from asyncrl.link import limits
 from asyncrl.link.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refusal, Welcome
 from asyncrl.link.wire_types import NackCode, RefusalCode
-from asyncrl.types import Frontier
+from asyncrl.types import Frontier, Setting
 
 
 class Seen(StrEnum):
@@ -160,6 +161,7 @@ class Expected:
     model_fingerprint: str
     tokenizer_fingerprint: str
     task: str
+    settings: tuple[Setting, ...] = ()  # what decides prompts and rewards
 
 
 class DeskSessions:
@@ -311,6 +313,15 @@ class DeskSessions:
                 remedy = "asyncrl version" if code is RefusalCode.PROTOCOL else code
                 reason = f"learner and generator differ in {code}: give both the same {remedy}"
                 return Refusal(code, reason, str(want), str(got))
+        if found := differences(expected.settings, hello.settings):
+            names = ", ".join(difference.name for difference in found)
+            reason = f"learner and generator differ in what decides prompts or rewards ({names}): give both the same"
+            return Refusal(
+                RefusalCode.CONFIG,
+                reason,
+                "; ".join(f"{difference.name}: {difference.before}" for difference in found),
+                "; ".join(f"{difference.name}: {difference.after}" for difference in found),
+            )
         if hello.max_run_epoch > self.run_epoch:
             self.superseded_by = max(hello.max_run_epoch, self.superseded_by or 0)
             reason = (

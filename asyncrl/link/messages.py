@@ -14,9 +14,9 @@ from typing import NamedTuple
 from asyncrl.link.schema.message_base import Message, RunMessage, message
 from asyncrl.link.weight_records import ChannelPlace, WeightManifest
 from asyncrl.link.wire_types import FailureReason, FloatOrNaN, NackCode, Payload, RefusalCode, SyncPhase
-from asyncrl.types import FinishReason, LeaseKey, LeaseKind
+from asyncrl.types import FinishReason, LeaseKey, LeaseKind, Setting
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 # -- records inside messages ------------------------------------------------------------------------------------------
@@ -66,6 +66,7 @@ class Hello(Message):
     first_unacked_seq: int
     held_version: int | None = None  # the version it last proved in this incarnation, if any
     instance: str = ""  # random per process: two processes under one id and incarnation are told apart
+    settings: list[Setting] = field(default_factory=list)  # what decides prompts and rewards on its side
 
 
 @message(2)

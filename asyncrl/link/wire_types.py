@@ -49,7 +49,7 @@ class RefusalCode(StrEnum):
     TOKENIZER = "tokenizer"
     TASK = "task"
     RUN = "run"  # the two ends differ in run.name
-    CONFIG = "config"  # they differ in transport.max_frame_bytes
+    CONFIG = "config"  # they differ in what decides prompts or rewards, or in transport.max_frame_bytes
     FENCED = "fenced"  # another process has its generator.id
     TAINTED = "tainted"  # its weights could not be proven too often
     RUN_EPOCH = "run_epoch"  # this learner was replaced and has not noticed: its successor may take its place

@@ -47,6 +47,7 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
             "model_fingerprint": fingerprints.model_fingerprint,
             "tokenizer_fingerprint": fingerprints.tokenizer_fingerprint,
             "task": fingerprints.task,
+            "settings": list(fingerprints.settings),
         }
         session = state.sessions.hello(b"g2", type(greeting)(**fields), version=0, now=0.0).session
         for seq, tokens_version, taken in ((1, 2, True), (2, 3, False)):

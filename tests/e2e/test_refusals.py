@@ -189,7 +189,9 @@ def test_a_second_generator_of_the_same_id_is_refused(make_run):
 
 
 def hello(name: str, run: Run) -> bytes:
+    from asyncrl.config.loading import load_config
     from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+    from asyncrl.tasks.fingerprint import shared_settings
 
     model = run.config["model"]["path"]
     message = Hello(
@@ -203,6 +205,7 @@ def hello(name: str, run: Run) -> bytes:
         num_workers=1,
         first_unacked_seq=1,
         instance=name,
+        settings=shared_settings(load_config(run.config_file)),
     )
     return encode(message, max_bytes=MEBIBYTE)
 

@@ -35,7 +35,7 @@ from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.single import SingleCriticEngine, SinglePolicyEngine, engines_for
 from asyncrl.trainer.engines.trainable import apply_update
 from asyncrl.trainer.step import StepRunner
-from asyncrl.types import FinishReason, Frontier, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
+from asyncrl.types import FinishReason, Frontier, Group, LeaseKey, LeaseKind, Rollout, Setting, VersionSpan
 from tests.golden.float64_model import fill, float64_qwen2, qwen2
 
 MAX_FRAME_BYTES = 2**20
@@ -383,7 +383,10 @@ def example_messages() -> list[Any]:
     result = group_to_result(example_group(11), seq=90, run_epoch=3)
     m, train, evaluate = messages, LeaseKind.TRAIN, LeaseKind.EVAL
     return [
-        m.Hello(3, "gen-a", 2, 3, "0123456789abcdef", "fedcba9876543210", "own.module:Task", 2, 17, 6, "7f3a"),
+        m.Hello(
+            4, "gen-a", 2, 3, "0123456789abcdef", "fedcba9876543210", "own.module:Task", 2, 17, 6, "7f3a",
+            [Setting("reward.weights", '{"exact": 2.0}'), Setting("file own.module (source)", "00112233aabbccdd")],
+        ),
         m.Beat(
             3, 640, [m.ActiveLease(train, 11, 1, 5), m.ActiveLease(evaluate, 2, 0, 6), m.ActiveLease(train, 12, 0)],
             123_456, 789, 3, 512.5, 7.25, 65_536, 6, 4, False, 632,

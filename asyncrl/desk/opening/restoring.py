@@ -17,6 +17,7 @@ from asyncrl.desk.opening.saved_state import SavedDesk
 from asyncrl.desk.run_state import PolicyVersions, RunState
 from asyncrl.errors import ConfigError
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.model_folder import find_model
 from asyncrl.link.desk_session import DeskSessions, Expected, SavedSession
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
@@ -25,6 +26,7 @@ from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
 from asyncrl.storage.checkpoint_files import find_latest, load_desk_state
 from asyncrl.storage.journal import Journal
+from asyncrl.tasks.fingerprint import shared_settings
 from asyncrl.types import Frontier
 
 log = logging.getLogger(__name__)
@@ -75,8 +77,9 @@ def make_sessions(config: Config, run_epoch: int) -> DeskSessions:
         run_name=config.run.name,
         expected=Expected(
             model_folder_fingerprint(config.model.path),
-            tokenizer_fingerprint(Path(config.model.path)),
+            tokenizer_fingerprint(find_model(config.model.path).folder),
             config.task.path,
+            tuple(shared_settings(config)),
         ),
         credit_bytes=config.transport.credit_bytes,
         max_frame_bytes=config.transport.max_frame_bytes,
