@@ -130,6 +130,7 @@ class Desk:
     def _tick(self, now: float) -> None:
         """Does what time or the last messages made due. Results count before a batch is decided."""
         self.intake.note_given_up(now)
+        self.generators.judge()
         self._check_failures()
         self._check_superseded()
         self.acknowledgements.make_durable_if_due(now)
@@ -221,7 +222,7 @@ class Desk:
             self.ranks.lost()
 
     def _check_failures(self) -> None:
-        """Raises TooManyFailures when prompts are given up wholesale."""
+        """Raises TooManyFailures when prompts are given up wholesale, or no generator brings groups any more."""
         leases = self.state.leases
         given_up = leases.num_given_up
         if given_up > MAX_GIVEN_UP and given_up > MAX_GIVEN_UP_SHARE * (given_up + leases.num_trained):
@@ -230,6 +231,12 @@ class Desk:
                 f"{given_up} prompts got no group after all their attempts, {leases.num_trained} did "
                 f"(rollouts lost by reason: {self.state.counters.totals.rollouts_failed}); see the warnings above, "
                 "correct the task's reward or the generator, and start again"
+            )
+        if why := self.generators.hopeless():
+            self.generators.stop(True, "the learner gives up: every generator fails")
+            raise TooManyFailures(
+                f"every generator's leases fail, trials after a back-off too ({why}); see the warnings above, correct "
+                "the task's reward or the generators, and start again: the run goes on where it stands"
             )
 
     def _check_superseded(self) -> None:

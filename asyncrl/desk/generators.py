@@ -15,6 +15,7 @@ from asyncrl.link.rollouts import lease_to_grant
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.replay.lease_records import LeaseRecord
+from asyncrl.replay.outcomes import Recovered
 from asyncrl.types import Lease, LeaseKey, LeaseKind
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Generators:
         self._to_peer(peer, admission.reply)
         if admission.released is not None:
             self._free(admission.released[0], "was replaced by a newer incarnation", now)
+            self._leases.outcomes.forget(admission.released[0])
         if admission.session is None:
             log.warning("refused %s: %s", hello.generator_id, admission.reply)
         elif hello.generator_id not in self._granted:
@@ -76,6 +78,7 @@ class Generators:
     def bye(self, session: DeskSession, message: messages.Bye, now: float) -> None:
         """A generator leaves by itself."""
         self.gone(session.generator_id, f"said goodbye ({message.reason})", now)
+        self._leases.outcomes.forget(session.generator_id)
 
     def gone(self, name: str, why: str, now: float) -> None:
         """Ends a generator's session; it would have to come back as a new incarnation."""
@@ -98,6 +101,28 @@ class Generators:
             elif session.liveness is Liveness.ALIVE and name not in self._granted and session.hello is not None:
                 # It was taken for dead and is here again: what it held is gone, so it begins with the weights.
                 self._admit(session)
+
+    def judge(self) -> None:
+        """Says who was set aside because its leases fail, and has the weights of such a generator sent again."""
+        for news in self._leases.outcomes.take_news():
+            if isinstance(news, Recovered):
+                log.info("generator %s finished its trial lease: it gets leases as before", news.name)
+                continue
+            log.warning(
+                "generator %s is set aside: %d of its last %d leases failed (%s; the last one: %s); its weights are "
+                "sent again, and it gets one lease as a trial in %.0f s, later again while trials fail (said once)",
+                news.name,
+                news.num_failed,
+                news.num_ended,
+                ", ".join(f"{count} x {reason}" for reason, count in news.reasons.items()),
+                news.detail or "no detail",
+                news.backoff_s,
+            )
+            self._versions.send_again(news.name)
+
+    def hopeless(self) -> str:
+        """Why no generator that is here will bring a group any more, in words; empty while one may."""
+        return self._leases.outcomes.hopeless(self._granted)
 
     def _probe_silent(self, now: float) -> None:
         """Sends silent generators an Ack that nobody asked for: if it cannot be sent, the connection is gone."""
@@ -147,6 +172,7 @@ class Generators:
         released = self._leases.release(name, now)
         log.warning("generator %s %s; %d leases go back", name, why, len(released))
         self._granted.pop(name, None)
+        self._leases.outcomes.died(name)
         self._versions.left(name, why, now)
 
     # -- leases ----------------------------------------------------------------------------------------------------

@@ -91,9 +91,9 @@ class Intake:
             self._check(group)
             self._proofs.check(group, session)
         except ProtocolError as error:
-            self._fail_lease(message, "invalid", now)
+            self._fail_lease(message, "invalid", now, str(error))
             return Taken(self._refuse(session, message.seq, NackCode.INVALID, str(error), now))
-        verdict, superseded = self._leases.accept(group.key)
+        verdict, superseded = self._leases.accept(group.key, session.generator_id, now)
         if verdict is Verdict.UNKNOWN:
             what = f"{group.key} is not wanted"
             return Taken(self._refuse(session, message.seq, NackCode.UNKNOWN_LEASE, what, now))
@@ -114,10 +114,11 @@ class Intake:
         if seen is not Seen.NEW:
             return self._repeated(session, message.seq, seen)
         reason = message.reason
-        if reason is not FailureReason.RETURNED:
+        # Of a generator that was set aside this was said once, with the reason.
+        if reason is not FailureReason.RETURNED and not self._leases.outcomes.is_set_aside(session.generator_id):
             what = f"{message.kind} {message.ordinal}.{message.attempt}"
             log.warning("%s: lease %s failed (%s): %s", session.generator_id, what, reason, message.detail)
-        self._fail_lease(message, reason, now)
+        self._fail_lease(message, reason, now, message.detail)
         self._seen(session, message.seq, now)
         return Taken()
 
@@ -129,7 +130,7 @@ class Intake:
     def note_given_up(self, now: float) -> None:
         """Prompts that will get no group any more: journalled, so that a restart does not lease them again."""
         for ordinal in self._leases.take_given_up():
-            log.error("prompt %d is given up: too many of its leases failed", ordinal)
+            log.error("prompt %d is given up: it failed where other prompts did not", ordinal)
             self._journal.append(PromptGivenUp(ordinal), now)
 
     def _is_late_eval(self, key: LeaseKey) -> bool:
@@ -204,10 +205,10 @@ class Intake:
         """Answers a result that was settled before once more. One still being written, or over the credit, waits."""
         return Taken(self._sessions.answer_duplicate(session, seq) if seen is Seen.DUPLICATE else None)
 
-    def _fail_lease(self, message: GroupResult | LeaseFailed, reason: str, now: float) -> None:
+    def _fail_lease(self, message: GroupResult | LeaseFailed, reason: str, now: float, detail: str) -> None:
         num_rollouts = self._config.sampling.group_size if message.kind is LeaseKind.TRAIN else 1
         self._counters.lease_failed(reason, num_rollouts)
-        self._leases.fail(message.key, reason, now)
+        self._leases.fail(message.key, reason, now, detail)
 
     def _refuse(self, session: DeskSession, seq: int, code: NackCode, reason: str, now: float) -> Message:
         log.warning("%s: result %d refused (%s): %s", session.generator_id, seq, code, reason)

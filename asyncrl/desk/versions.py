@@ -90,6 +90,10 @@ class Versions:
         """A generator is gone, and whatever it held with it."""
         self._planner.left(name, now, why)
 
+    def send_again(self, name: str) -> None:
+        """Whatever a generator holds is doubted: it counts as holding nothing, and gets the newest version anew."""
+        self._planner.send_again(name)
+
     def holds(self, name: str, version: int | None, now: float) -> None:
         """The version that a generator says in its beat it holds, proven."""
         self._planner.holds(name, version, now)

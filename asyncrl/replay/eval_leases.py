@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncrl.replay.lease_records import Acceptance, LeaseRecord, Verdict, first_attempt
+from asyncrl.replay.running_leases import RunningLeases
 from asyncrl.types import LeaseKey, LeaseKind
 
-MAX_TRIES = 3
+MAX_FAILURES = 3  # that a generator at fault does not explain
+MAX_TRIES = 32
 
 
 @dataclass(slots=True)
@@ -23,11 +25,12 @@ class EvalProgress:
     first_ordinal: int
     num_prompts: int
     deadline_at: float  # monotonic seconds
-    waiting: list[int] = field(default_factory=list)
-    running: dict[int, LeaseRecord] = field(default_factory=dict)
+    waiting: deque[int] = field(default_factory=deque)
+    running: RunningLeases = field(default_factory=RunningLeases)
     finished: set[int] = field(default_factory=set)
     given_up: set[int] = field(default_factory=set)
     tries: Counter[int] = field(default_factory=Counter)
+    failures: Counter[int] = field(default_factory=Counter)
 
     @property
     def done(self) -> bool:
@@ -59,7 +62,7 @@ class EvalLeases:
         assert unfinished is None, f"evaluation of version {unfinished.version} is still running"
         first = self.next_ordinal
         self.next_ordinal += num_prompts
-        waiting = list(range(first, first + num_prompts))
+        waiting = deque(range(first, first + num_prompts))
         self.current = EvalProgress(version, first, num_prompts, now + timeout_s, waiting)
         return self.current
 
@@ -70,13 +73,13 @@ class EvalLeases:
             return []
         granted: list[LeaseRecord] = []
         while evaluation.waiting and len(granted) < room:
-            ordinal = evaluation.waiting.pop(0)
+            ordinal = evaluation.waiting.popleft()
             attempt = self._first_attempt + evaluation.tries[ordinal]
             evaluation.tries[ordinal] += 1
             deadline_at = min(now + self._lease_timeout_s, evaluation.deadline_at)
             key = LeaseKey(LeaseKind.EVAL, ordinal, attempt)
             record = LeaseRecord(key, holder, held_version, now, deadline_at, pinned_version=evaluation.version)
-            evaluation.running[ordinal] = record
+            evaluation.running.add(record)
             granted.append(record)
         return granted
 
@@ -85,7 +88,7 @@ class EvalLeases:
         evaluation = self._unfinished()
         if evaluation is None:
             return set()
-        holders = {record.holder for record in evaluation.running.values()}
+        holders = evaluation.running.holders()
         if evaluation.waiting:
             holders |= {name for name, version in held_versions.items() if version == evaluation.version}
         return holders
@@ -100,38 +103,53 @@ class EvalLeases:
         was_granted = 0 <= key.attempt - self._first_attempt < evaluation.tries[key.ordinal]
         if not was_granted or key.ordinal in evaluation.given_up:
             return Acceptance(Verdict.UNKNOWN)
-        running = evaluation.running.pop(key.ordinal, None)
-        if key.ordinal in evaluation.waiting:
+        running = evaluation.running.get(key.ordinal)
+        if running is not None:
+            evaluation.running.remove(running)
+        else:
             evaluation.waiting.remove(key.ordinal)
         evaluation.finished.add(key.ordinal)
         return Acceptance(Verdict.ACCEPTED, running if running is not None and running.key != key else None)
 
     def running(self) -> list[LeaseRecord]:
         """Running leases, oldest grant first."""
-        return list(self.current.running.values()) if self.current is not None else []
+        return list(self.current.running) if self.current is not None else []
 
-    def fail(self, key: LeaseKey) -> bool:
-        """Puts a running lease back, or gives up its prompt after `MAX_TRIES`. False if it is not running."""
-        evaluation = self.current
-        record = evaluation.running.get(key.ordinal) if evaluation is not None else None
-        if evaluation is None or record is None or record.key != key:
-            return False
-        del evaluation.running[key.ordinal]
-        if evaluation.tries[key.ordinal] >= MAX_TRIES:
-            evaluation.given_up.add(key.ordinal)
+    def running_of(self, holder: str) -> list[LeaseRecord]:
+        """Running leases of one generator."""
+        return self.current.running.of(holder) if self.current is not None else []
+
+    @property
+    def any_waiting(self) -> bool:
+        """Whether a prompt waits to be leased."""
+        return self.current is not None and bool(self.current.waiting)
+
+    def get(self, key: LeaseKey) -> LeaseRecord | None:
+        """The running lease of this name."""
+        record = self.current.running.get(key.ordinal) if self.current is not None else None
+        return record if record is not None and record.key == key else None
+
+    def fail(self, record: LeaseRecord, now: float, *, held_against_prompt: bool) -> None:
+        """Puts a running lease back, or gives up its prompt: after MAX_FAILURES of its own, or MAX_TRIES in all."""
+        evaluation, ordinal = self.current, record.key.ordinal
+        assert evaluation is not None and evaluation.running.get(ordinal) == record, f"{record.key} is not running"
+        evaluation.running.remove(record)
+        evaluation.failures[ordinal] += held_against_prompt
+        if evaluation.failures[ordinal] >= MAX_FAILURES or evaluation.tries[ordinal] >= MAX_TRIES:
+            evaluation.given_up.add(ordinal)
         else:
-            evaluation.waiting.append(key.ordinal)
-        return True
-
-    def expire(self, now: float) -> list[LeaseRecord]:
-        """Fails leases past their deadline; past that of the evaluation, gives up all that is left of it."""
-        expired = [record for record in self.running() if record.deadline_at <= now]
-        for record in expired:
-            self.fail(record.key)
-        evaluation = self._unfinished()
-        if evaluation is not None and evaluation.deadline_at <= now:
+            evaluation.waiting.append(ordinal)
+        if evaluation.deadline_at <= now:
             evaluation.give_up_waiting()
-        return expired
+
+    def past_deadline(self, now: float) -> list[LeaseRecord]:
+        """Leases past their deadline, which the caller fails. Past that of the evaluation, gives up what is left."""
+        evaluation = self._unfinished()
+        if evaluation is None:
+            return []
+        if evaluation.deadline_at <= now:
+            evaluation.give_up_waiting()
+        return evaluation.running.past_deadline(now)
 
     def abandon(self) -> None:
         """Gives up what is still waiting: nobody holds the version any more."""
@@ -143,7 +161,7 @@ class EvalLeases:
         evaluation = self._unfinished()
         if evaluation is None:
             return float("inf")
-        return min([evaluation.deadline_at, *(record.deadline_at for record in evaluation.running.values())])
+        return min(evaluation.deadline_at, evaluation.running.next_deadline())
 
     def _unfinished(self) -> EvalProgress | None:
         return self.current if self.current is not None and not self.current.done else None

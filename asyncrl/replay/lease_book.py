@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from asyncrl.replay.eval_leases import EvalLeases, EvalProgress
 from asyncrl.replay.lease_records import (
     ATTEMPTS_PER_EPOCH,
+    NOBODYS_FAULT,
     Acceptance,
     LeaseRecord,
     Reconciled,
@@ -19,14 +20,28 @@ from asyncrl.replay.lease_records import (
     blame,
     first_attempt,
 )
+from asyncrl.replay.outcomes import Blame, Outcomes
 from asyncrl.replay.pacing import Pacing
+from asyncrl.replay.running_leases import RunningLeases
+from asyncrl.replay.waiting_prompts import WaitingPrompts
 from asyncrl.types import Frontier, LeaseKey, LeaseKind
 
-MAX_BLAMED_FAILURES = 3
+# Strikes (`replay.outcomes`) that give a prompt up; at two generators, as many failures of any kind do, once each of
+# the two gave a strike.
+MAX_STRIKES = 3
+# Failures of one prompt that give it up where its generator fails on nothing else: at the end of a run nothing else
+# may be left to try.
+MAX_LONE_FAILURES = 8
 # Leases of one ordinal in one run epoch, for whatever reason they fail: a prompt that kills its generator ends too.
 MAX_ATTEMPTS = 32
 BACKOFF_S = 1.0  # after a failure that may be the prompt's doing; doubles
+MAX_BACKOFF_S = 16.0
 RECONCILE_AFTER_S = 5.0  # a grant younger than this may still be on its way when the generator beats
+# A trial of a generator that was set aside ends after this many times the mean duration of a lease: until then the
+# learner may have to wait for it.
+TRIAL_DURATIONS = 4.0
+MIN_TRIAL_S = 2.0
+_MEAN_WEIGHT = 0.1  # of the newest lease in the running mean of durations
 
 
 class LeaseBook:
@@ -41,8 +56,8 @@ class LeaseBook:
         self._lease_timeout_s = lease_timeout_s
         self._first_attempt = first_attempt(run_epoch)
         self._next_ordinal = 0
-        self._waiting: dict[int, float] = {}  # ordinal -> not before
-        self._running: dict[int, LeaseRecord] = {}  # in order of grant, which is the order of deadlines
+        self._waiting = WaitingPrompts()
+        self._running = RunningLeases()
         self._running_by_version: Counter[int] = Counter()
         self._accepted: dict[int, int] = {}  # ordinal -> attempt
         self._settled = Frontier()
@@ -50,7 +65,10 @@ class LeaseBook:
         self._num_filtered = 0
         self._given_up_news: list[int] = []
         self._tries: Counter[int] = Counter()
-        self._failures: Counter[int] = Counter()
+        self._strikes: dict[int, Counter[str]] = {}  # ordinal -> generator -> strikes
+        self._failures: Counter[int] = Counter()  # by ordinal: those that may be the prompt's own
+        self._mean_lease_s: float | None = None  # how long leases take that end with a group
+        self.outcomes = Outcomes()
         self._evals = EvalLeases(lease_timeout_s, run_epoch, 0)
 
     # -- what stands -----------------------------------------------------------------------------------------
@@ -87,46 +105,53 @@ class LeaseBook:
 
     def running(self) -> list[LeaseRecord]:
         """Running training leases, oldest grant first."""
-        return list(self._running.values())
+        return list(self._running)
 
     def in_range(self, ordinal: int) -> bool:
         """Ordinals the run can need: one for each group it trains on, one more for each given up or filtered."""
         return 0 <= ordinal < self._pacing.total_groups + self.num_given_up + self.num_filtered
 
     def next_deadline(self, now: float) -> float:
-        """When `expire` has something to do or a back-off ends; infinity when never."""
-        first = next(iter(self._running.values()), None)
-        backoffs = (time for time in self._waiting.values() if time > now)
-        lease_deadline = first.deadline_at if first is not None else float("inf")
-        return min([lease_deadline, self._evals.next_deadline(), *backoffs])
+        """When `expire` has something to do, a back-off ends or a trial is due; infinity when never."""
+        return min(
+            self._running.next_deadline(),
+            self._waiting.next_time(now),
+            self._evals.next_deadline(),
+            self.outcomes.next_trial(now),
+        )
 
     # -- a lease's life --------------------------------------------------------------------------------------
+
+    def may_grant(self, newest_version: int) -> bool:
+        """Whether any generator could get a lease: one that holds `newest_version`, or one for the evaluation."""
+        return self._evals.any_waiting or self.num_admitted < self._pacing.ceiling(newest_version)
 
     def grant(
         self, holder: str, held_version: int | None, room: int, learner_version: int, now: float
     ) -> list[LeaseRecord]:
         """Up to `room` leases for a generator that proved `held_version` (None: nothing proved, no leases).
 
-        Eval leases come first. Nothing is granted beyond the groups of the last step.
+        Eval leases come first. Nothing is granted beyond the groups of the last step. A generator that was set aside
+        (`replay.outcomes`) gets one lease for a trial, or none.
         """
+        room = self.outcomes.room(holder, room, now)
         if held_version is None or room <= 0:
             return []
         issued_version = min(held_version, learner_version)
         leases = self._evals.grant(holder, held_version, room, now)
         ceiling = self._pacing.ceiling(issued_version)
-        again = sorted((ordinal for ordinal, time in self._waiting.items() if time <= now), reverse=True)
         while len(leases) < room and self.num_admitted < ceiling:
-            if again:
-                ordinal = again.pop()
-                del self._waiting[ordinal]
-            elif self.in_range(self._next_ordinal):
+            ordinal = self._waiting.take(now)
+            if ordinal is None:
+                if not self.in_range(self._next_ordinal):
+                    break
                 ordinal = self._next_ordinal
                 self._next_ordinal += 1
-            else:
-                break
             key = LeaseKey(LeaseKind.TRAIN, ordinal, self._first_attempt + self._tries[ordinal])
             self._tries[ordinal] += 1
             leases.append(self._start(key, holder, issued_version, now))
+        for lease in leases:
+            self.outcomes.granted(holder, lease.key)
         return leases
 
     def adopt(self, holder: str, key: LeaseKey, issued_version: int, now: float) -> bool:
@@ -145,58 +170,94 @@ class LeaseBook:
             or self.num_admitted >= self._pacing.ceiling(issued_version)
         ):
             return False
-        self._learn_of(ordinal, now)
-        del self._waiting[ordinal]
+        self._learn_of(ordinal)
+        self._waiting.discard(ordinal)
         self._start(key, holder, issued_version, now)
         return True
 
-    def accept(self, key: LeaseKey) -> Acceptance:
-        """A valid group came in for `key`. The first of its ordinal wins, even if its lease has expired."""
+    def accept(self, key: LeaseKey, by: str = "", now: float = 0.0) -> Acceptance:
+        """A valid group came in for `key`. The first of its ordinal wins, even if its lease has expired.
+
+        `by` is the generator that brought it; empty where that is not known.
+        """
         if key.kind == LeaseKind.EVAL:
-            return self._evals.accept(key)
+            accepted = self._evals.accept(key)
+        else:
+            accepted = self._accept(key, now)
+        if accepted.superseded is not None:
+            self.outcomes.took_back(accepted.superseded.holder, accepted.superseded.key, now)
+        if by and accepted.verdict is not Verdict.UNKNOWN:
+            self.outcomes.succeeded(by, key)
+        return accepted
+
+    def _accept(self, key: LeaseKey, now: float) -> Acceptance:
         if key.ordinal in self._given_up or not self._may_have_been_granted(key):
             return Acceptance(Verdict.UNKNOWN)
         if key.ordinal in self._accepted or key.ordinal in self._settled:
             return Acceptance(Verdict.DUPLICATE)
-        self._learn_of(key.ordinal, 0.0)
+        self._learn_of(key.ordinal)
         running = self._running.get(key.ordinal)
         if running is not None:
             self._stop(running)
-        self._waiting.pop(key.ordinal, None)
+        self._waiting.discard(key.ordinal)
         self._accepted[key.ordinal] = key.attempt
-        return Acceptance(Verdict.ACCEPTED, running if running is not None and running.key != key else None)
+        if running is None or running.key != key:
+            return Acceptance(Verdict.ACCEPTED, running)
+        took_s = now - running.granted_at
+        mean_s = took_s if self._mean_lease_s is None else self._mean_lease_s
+        self._mean_lease_s = mean_s + _MEAN_WEIGHT * (took_s - mean_s)
+        return Acceptance(Verdict.ACCEPTED)
 
-    def fail(self, key: LeaseKey, reason: str, now: float) -> bool:
+    def fail(self, key: LeaseKey, reason: str, now: float, detail: str = "") -> bool:
         """A lease ended without a group: its ordinal is leased again, or given up when too much failed.
 
         False when the lease was not running (expired, leased again): the news is late and changes nothing.
         """
         if key.kind == LeaseKind.EVAL:
-            return self._evals.fail(key)
+            return self._fail_eval(key, reason, detail, now)
         record = self._running.get(key.ordinal)
         if record is None or record.key != key:
             return False
         self._stop(record)
+        alone = self._judge(record, reason, detail, now) is not Blame.NONE
         backoff_s = 0.0
         if blame(reason):
-            backoff_s = BACKOFF_S * 2 ** self._failures[key.ordinal]
+            backoff_s = min(BACKOFF_S * 2 ** self._failures[key.ordinal], MAX_BACKOFF_S)
             self._failures[key.ordinal] += 1
-        self._lease_again(key.ordinal, now, backoff_s)
+        self._lease_again(key.ordinal, now, backoff_s, alone)
         return True
+
+    def _fail_eval(self, key: LeaseKey, reason: str, detail: str, now: float) -> bool:
+        record = self._evals.get(key)
+        if record is None:
+            return False
+        verdict = self._judge(record, reason, detail, now)
+        self._evals.fail(record, now, held_against_prompt=verdict is not Blame.NONE or reason in NOBODYS_FAULT)
+        return True
+
+    def _judge(self, record: LeaseRecord, reason: str, detail: str, now: float) -> Blame:
+        """Notes a failure for or against its generator and its prompt."""
+        if reason in NOBODYS_FAULT:
+            self.outcomes.took_back(record.holder, record.key, now)
+            return Blame.NONE
+        took_s = now - record.granted_at
+        verdict = self.outcomes.failed(record.holder, record.key, reason, detail, now, took_s)
+        if verdict is Blame.STRIKE and blame(reason) and record.key.kind is LeaseKind.TRAIN:
+            self._strikes.setdefault(record.key.ordinal, Counter())[record.holder] += 1
+        return verdict
 
     def expire(self, now: float) -> list[LeaseRecord]:
         """Fails every lease past its deadline and returns them: their holders should abandon them."""
-        expired = []
-        for record in self.running():
-            if record.deadline_at > now:
-                break
-            self.fail(record.key, "expired", now)
-            expired.append(record)
-        return expired + self._evals.expire(now)
+        expired = self._running.past_deadline(now) + self._evals.past_deadline(now)
+        return self._fail_all(expired, "expired", now)
 
     def release(self, holder: str, now: float) -> list[LeaseRecord]:
         """Puts back all leases of a generator that left, died or was fenced."""
         return self._fail_all(self._leases_of(holder), "released", now)
+
+    def num_held(self, holder: str) -> int:
+        """Training leases that a generator holds."""
+        return self._running.num_of(holder)
 
     def reconcile(self, holder: str, active_keys: Collection[LeaseKey], now: float) -> Reconciled:
         """Compares with the leases a beat lists; those it should know but does not are put back."""
@@ -212,7 +273,7 @@ class LeaseBook:
         """An accepted group was over-age and leaves the buffer untrained: its ordinal is leased again."""
         assert self._accepted.get(key.ordinal) == key.attempt, f"{key} is not in the buffer"
         del self._accepted[key.ordinal]
-        self._lease_again(key.ordinal, now, 0.0)
+        self._lease_again(key.ordinal, now, 0.0, alone=False)
 
     def train(self, keys: Iterable[LeaseKey]) -> None:
         """A batch of accepted groups was taken for training; they will never be leased again."""
@@ -262,7 +323,7 @@ class LeaseBook:
             settled=self._settled.copy(),
             given_up=sorted(self._given_up),
             num_filtered=self._num_filtered,
-            failures=dict(sorted(self._failures.items())),
+            failures={ordinal: strikes.total() for ordinal, strikes in sorted(self._strikes.items())},
         )
 
     def restore(
@@ -288,7 +349,7 @@ class LeaseBook:
             self._settled = state.settled.copy()
             self._given_up = set(state.given_up)
             self._num_filtered = state.num_filtered
-            self._failures.update(state.failures)
+            self._strikes = {ordinal: Counter({"": count}) for ordinal, count in state.failures.items()}
         for ordinal in given_up:
             if ordinal not in self._settled:
                 self._settle(ordinal)
@@ -303,37 +364,51 @@ class LeaseBook:
         known = [self._next_ordinal - 1, self._settled.watermark - 1, *self._settled.above, *self._accepted]
         self._next_ordinal = 1 + max(known)
         unfinished = range(self._settled.watermark, self._next_ordinal)
-        self._waiting = {n: 0.0 for n in unfinished if n not in self._settled and n not in self._accepted}
+        self._waiting = WaitingPrompts(n for n in unfinished if n not in self._settled and n not in self._accepted)
 
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _start(self, key: LeaseKey, holder: str, issued_version: int, now: float) -> LeaseRecord:
-        record = LeaseRecord(key, holder, issued_version, now, now + self._lease_timeout_s)
-        self._running[key.ordinal] = record
+        timeout_s = self._lease_timeout_s
+        if self.outcomes.is_set_aside(holder) and self._mean_lease_s is not None:
+            timeout_s = min(timeout_s, max(MIN_TRIAL_S, TRIAL_DURATIONS * self._mean_lease_s))
+        record = LeaseRecord(key, holder, issued_version, now, now + timeout_s)
+        self._running.add(record)
         self._running_by_version[issued_version] += 1
         return record
 
     def _stop(self, record: LeaseRecord) -> None:
-        del self._running[record.key.ordinal]
+        self._running.remove(record)
         self._running_by_version[record.issued_version] -= 1
         if not self._running_by_version[record.issued_version]:
             del self._running_by_version[record.issued_version]
 
-    def _lease_again(self, ordinal: int, now: float, backoff_s: float) -> None:
-        if self._failures[ordinal] < MAX_BLAMED_FAILURES and self._tries[ordinal] < MAX_ATTEMPTS:
-            self._waiting[ordinal] = now + backoff_s
+    def _lease_again(self, ordinal: int, now: float, backoff_s: float, alone: bool) -> None:
+        """`alone` says of a failure that its generator failed on nothing else since its last success."""
+        if self._tries[ordinal] < MAX_ATTEMPTS and not self._is_beyond_help(ordinal, alone):
+            self._waiting.add(ordinal, now + backoff_s, now)
             return
         self._settle(ordinal)
         self._given_up.add(ordinal)
         self._given_up_news.append(ordinal)
 
+    def _is_beyond_help(self, ordinal: int, alone: bool) -> bool:
+        strikes = self._strikes.get(ordinal, Counter())
+        failures = self._failures[ordinal]
+        return (
+            strikes.total() >= MAX_STRIKES
+            or (len(strikes) > 1 and failures >= MAX_STRIKES)
+            or (alone and failures >= MAX_LONE_FAILURES)
+        )
+
     def _settle(self, ordinal: int) -> None:
         self._settled.add(ordinal)
         self._tries.pop(ordinal, None)
         self._failures.pop(ordinal, None)
+        self._strikes.pop(ordinal, None)
 
     def _leases_of(self, holder: str) -> list[LeaseRecord]:
-        return [record for record in (*self._running.values(), *self._evals.running()) if record.holder == holder]
+        return self._running.of(holder) + self._evals.running_of(holder)
 
     def _fail_all(self, records: list[LeaseRecord], reason: str, now: float) -> list[LeaseRecord]:
         for record in records:
@@ -353,10 +428,10 @@ class LeaseBook:
             return key.attempt >= 0 and self._maybe_leased_before(key.ordinal)
         return key.attempt - self._first_attempt < self._tries[key.ordinal]
 
-    def _learn_of(self, ordinal: int, now: float) -> None:
+    def _learn_of(self, ordinal: int) -> None:
         """An earlier run epoch had leased this ordinal, hence all before it: those not known yet wait to be leased."""
         while self._next_ordinal <= ordinal:
-            self._waiting[self._next_ordinal] = now
+            self._waiting.add(self._next_ordinal, 0.0, 0.0)
             self._next_ordinal += 1
 
 

@@ -59,7 +59,12 @@ class SavedLeases:
     settled: Frontier  # ordinals trained, given up or filtered
     given_up: list[int]
     num_filtered: int
-    failures: dict[int, int]  # ordinal -> failures that may have been the prompt's own
+    failures: dict[int, int]  # ordinal -> strikes: failures that are held against the prompt
+
+
+# How a lease may end without a word on its generator or its prompt: the generator died, left or was replaced, or an
+# evaluation came under a weight swap.
+NOBODYS_FAULT = frozenset({"released", "not_pinned"})
 
 
 def first_attempt(run_epoch: int) -> int:

@@ -94,7 +94,7 @@ class Run:
         work = self.work[name].pop(key)
         if not self.late_results and all(record.key != key for record in self.leases.running()):
             return
-        verdict, superseded = self.leases.accept(key)
+        verdict, superseded = self.leases.accept(key, name, self.now)
         if superseded is not None:
             self.work[superseded.holder].pop(superseded.key, None)
         if verdict != Verdict.ACCEPTED:

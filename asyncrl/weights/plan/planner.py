@@ -105,11 +105,21 @@ class SyncPlanner:
         waited_s = now - receiver.committed_at
         if waited_s > self.rules.timeout_s + COMMIT_REPEAT_S:
             log.warning("%s holds version %s instead of %d: sent again", name, version, receiver.held_version)
-            receiver.held_version = receiver.staged_version = None
-            self._leave_cell(name)
+            self.send_again(name)
         elif waited_s > COMMIT_REPEAT_S:
             commit = SyncCommit(self.rules.run_epoch, receiver.held_version, receiver.held_attempt)
             self._emit(ToGenerator(name, commit))
+
+    def send_again(self, name: str) -> None:
+        """What a generator holds is doubted: it counts as holding nothing and is caught up, with all bytes.
+
+        Nothing happens while it takes part in a round: that proves what it holds.
+        """
+        receiver = self.receivers.get(name)
+        if receiver is None or self._in_round(name):
+            return
+        receiver.held_version = receiver.staged_version = None
+        self._leave_cell(name)
 
     def snapshot_ready(self, message: SnapshotReady, now: float) -> None:
         """The publisher offers a newer snapshot; `advance` starts the rounds. A repeated offer changes nothing."""

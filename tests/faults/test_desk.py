@@ -1,0 +1,172 @@
+"""What the desk decides when generators, batches and peers go wrong: each test is named after the fault it holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from asyncrl.replay.lease_book import LeaseBook
+from asyncrl.replay.outcomes import MAX_FAILED_TRIALS, Blame, Outcomes, Recovered, SetAside
+from asyncrl.replay.pacing import Pacing
+from asyncrl.types import LeaseKey, LeaseKind
+from tests.faults.desk_fleet import Fleet, Stub
+
+
+def train_key(ordinal, attempt=0):
+    return LeaseKey(LeaseKind.TRAIN, ordinal, attempt)
+
+
+# -- R1: one generator that fails with everything
+
+KINDS = ["reward_error", "reward_timeout", "engine", "invalid", "returned", "tainted", "deadline", "silence"]
+
+
+def fleet(folder, bad=None, **changes):
+    """Three good generators; a fourth, whose every lease ends as `bad` says."""
+    stubs = [Stub(f"good{index}", room=8, work_s=1.0) for index in range(3)]
+    if bad is not None:
+        fail_s = 4.0 if bad == "deadline" else 0.05
+        stubs.insert(0, Stub("bad", room=8, work_s=1.0, answer=lambda grant: bad, fail_s=fail_s))
+    return Fleet(folder, stubs, **changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_R1_one_bad_generator_of_four_costs_no_prompt_and_little_time(tmp_path, caplog, kind):
+    three = fleet(tmp_path / "three", steps=200, lease_timeout_s=4.0)
+    alone_s = three.run(400.0)
+    four = fleet(tmp_path / "four", kind, steps=200, lease_timeout_s=4.0)
+    took_s = four.run(400.0)
+    assert (three.version, four.version) == (200, 200)
+    assert four.parts.leases.num_given_up == 0
+    assert alone_s / took_s >= 0.9
+    aside = [record.getMessage() for record in caplog.records if "is set aside" in record.getMessage()]
+    assert len(aside) == 1 and "generator bad is set aside" in aside[0]
+    assert four.parts.leases.outcomes.is_set_aside("bad")
+    three.close()
+    four.close()
+
+
+def test_R1_a_generator_that_heals_is_back_by_its_trial(tmp_path, caplog):
+    caplog.set_level("INFO")
+    world = None
+    ill = Stub("ill", 8, 1.0, answer=lambda grant: "engine" if world.now < 5.0 else "group", fail_s=0.05)
+    world = Fleet(tmp_path, [ill, *(Stub(f"good{n}", 8, 1.0) for n in range(3))], steps=60)
+    world.run(100.0)
+    assert not world.parts.leases.outcomes.is_set_aside("ill")
+    assert "generator ill finished its trial lease" in caplog.text
+    assert world.parts.leases.num_given_up == 0
+    world.close()
+
+
+def test_R1_the_weights_of_a_generator_that_is_set_aside_are_sent_again(tmp_path):
+    world = fleet(tmp_path, "engine", steps=4)
+    seen = set()
+    while world.version < 4 and world.now < 60.0:
+        world.run(world.now + 0.02)
+        seen.add((world.parts.leases.outcomes.is_set_aside("bad"), world.planner.held_version("bad") is None))
+    assert (True, True) in seen
+    world.close()
+
+
+def test_R1_a_prompt_that_fails_everywhere_is_given_up_and_nobody_is_set_aside(tmp_path):
+    def answer(grant):
+        return "reward_error" if grant.ordinal in (5, 77) else "group"
+
+    world = Fleet(tmp_path, [Stub(f"g{n}", 8, 1.0, answer) for n in range(3)], steps=40)
+    world.run(100.0)
+    assert world.version == 40
+    assert world.parts.leases.state().given_up == [5, 77]
+    assert not any(world.parts.leases.outcomes.is_set_aside(name) for name in world.stubs)
+    world.close()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_R1_the_last_prompt_of_a_run_fails_at_the_only_generator_and_the_run_ends(tmp_path, steps):
+    last = 8 * steps - 1
+    world = Fleet(
+        tmp_path, [Stub("g", 8, 1.0, lambda grant: "engine" if grant.ordinal == last else "group")], steps=steps
+    )
+    world.run(200.0)
+    assert world.version == steps
+    assert world.parts.leases.state().given_up == [last]
+    world.close()
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+def test_R1_where_every_generator_fails_with_everything_the_run_ends_with_a_sentence(tmp_path, names):
+    world = Fleet(tmp_path, [Stub(name, 8, 1.0, lambda grant: "reward_error", fail_s=0.05) for name in names])
+    while not (why := world.generators.hopeless()) and world.now < 120.0:
+        world.run(world.now + 0.1)
+    assert 20.0 < world.now < 60.0, "an outage of seconds ends no run"
+    assert all(f"{name}: " in why for name in names) and "stub: reward_error" in why
+    assert world.parts.leases.num_given_up == 0
+    world.close()
+
+
+def test_R1_a_newcomer_gives_a_failing_fleet_hope(tmp_path):
+    outcomes = Outcomes()
+    now = 0.0
+    for number in range(6):
+        outcomes.failed("a", train_key(number), "engine", "no memory", now)
+    for number in range(10, 10 + MAX_FAILED_TRIALS):
+        assert outcomes.hopeless(["a"]) == ""
+        now = outcomes.next_trial(now)
+        assert outcomes.room("a", 8, now - 0.01) == 0
+        assert outcomes.room("a", 8, now) == 1
+        outcomes.granted("a", train_key(number))
+        assert outcomes.room("a", 8, now) == 0, "one at a time"
+        outcomes.failed("a", train_key(number), "engine", "no memory", now)
+    assert outcomes.hopeless(["a"]) == "a: 10 x engine; the last one: no memory"
+    assert outcomes.hopeless(["a", "new"]) == ""
+    outcomes.forget("a")
+    assert outcomes.room("a", 8, now) == 8
+
+
+def test_R1_a_strike_follows_a_success_and_failures_in_company_are_none():
+    outcomes = Outcomes()
+    failed = lambda name, ordinal: outcomes.failed(name, train_key(ordinal), "engine", "", 0.0)  # noqa: E731
+    assert failed("a", 1) is Blame.ALONE, "it has not finished anything yet"
+    assert failed("a", 2) is Blame.NONE
+    outcomes.succeeded("a", train_key(3))
+    assert failed("a", 1) is Blame.STRIKE
+    assert failed("a", 1) is Blame.ALONE, "no success in between"
+    assert failed("a", 2) is Blame.NONE
+    assert failed("a", 1) is Blame.NONE
+    assert failed("b", 1) is Blame.ALONE
+
+
+def test_R1_a_trial_that_its_generator_took_along_is_due_again_and_a_success_brings_it_back():
+    outcomes = Outcomes()
+    for number in range(6):
+        outcomes.failed("a", train_key(number), "returned", "", 0.0)
+    assert [type(news) for news in outcomes.take_news()] == [SetAside]
+    outcomes.granted("a", train_key(9))
+    outcomes.took_back("a", train_key(9), 7.0)
+    assert outcomes.room("a", 8, 7.0) == 1
+    outcomes.granted("a", train_key(10))
+    outcomes.succeeded("a", train_key(10))
+    assert outcomes.take_news() == [Recovered("a")]
+    assert outcomes.room("a", 8, 7.0) == 8
+
+
+def test_R1_a_judge_that_is_down_for_all_generators_for_a_while_costs_no_prompt(tmp_path):
+    """Each generator's first failure follows a success; all further ones say nothing of their prompts."""
+    world = None
+    stubs = [
+        Stub(f"g{n}", 4, 1.0, lambda grant: "reward_error" if 10.0 < world.now < 18.0 else "group", fail_s=0.05)
+        for n in range(12)
+    ]
+    world = Fleet(tmp_path, stubs, steps=60, groups_per_step=8)
+    world.run(200.0)
+    assert world.version == 60
+    assert world.parts.leases.num_given_up == 0
+    world.close()
+
+
+def test_R1_an_evaluation_prompt_is_not_given_up_for_a_generator_that_fails_with_everything():
+    book = LeaseBook(Pacing(2, 1, 10), lease_timeout_s=60.0)
+    evaluation = book.start_eval(version=0, num_prompts=8, timeout_s=600.0, now=0.0)
+    for _ in range(40):
+        for record in book.grant("bad", 0, 1, 0, now=0.0):
+            book.fail(record.key, "reward_error", 0.0)
+    assert evaluation.given_up == set()
+    assert len(book.grant("good", 0, 8, 0, now=0.0)) == 8
