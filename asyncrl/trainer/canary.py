@@ -24,9 +24,14 @@ class SnapshotScorer:
     The weights are those on the wire, rounded to its dtype as the generators get them. Compute follows `Policy`: where
     the wire is bfloat16, layers take their matrices as autocast would have cast them, and what a float32 policy keeps
     in float32 (norms, embedding, head) is widened for the time of the call.
+
+    Sequences take the layouts that training uses: where it has shared rows, every second one, the first among them,
+    goes through a shared row. A model that computes something else there does not agree with its generators.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, shared_rows: bool = False) -> None:
+        """`shared_rows`: whether training lays out short completions in shared rows."""
+        self._shared_rows = shared_rows
         source = policy.sync_source()
         names = {name for name, _ in source.named}
         named = named_parameters(policy.model)
@@ -57,7 +62,15 @@ class SnapshotScorer:
                 place = self._places[name]
                 narrow = tensor.dim() > 1 and id(place) not in self._wide
                 place.data = tensor if narrow else tensor.to(empty[name].dtype)
-            return self._policy.score(sequences)
+            return self._score(sequences)
         finally:
             for name, place in self._places.items():
                 place.data = empty[name]
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        if not self._shared_rows:
+            return self._policy.score(sequences)
+        scores: list[np.ndarray] = [np.empty(0)] * len(sequences)
+        scores[0::2] = self._policy.score_in_shared_rows(sequences[0::2])
+        scores[1::2] = self._policy.score(sequences[1::2])
+        return scores

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from asyncrl.errors import NonFiniteError, ProtocolError, ShapeError
-from asyncrl.types import Group, Rollout
+from asyncrl.types import FinishReason, Group, Rollout, VersionSpan
 
 PADDING_SEGMENT = -1
 
@@ -112,6 +112,23 @@ def pack_groups(
         rows.sort(key=lambda row: (-row.length, row.order))
         batches += [_micro_batch(chunk, version, is_shared) for chunk in _chunks(rows, token_budget)]
     return batches
+
+
+def doubled_rows(sequences: Sequence[Sequence[int]]) -> Rows:
+    """Sequences of two tokens or more in shared rows: the first token is the prompt, what follows stands there twice.
+
+    What a model makes of the second copy shows whether shared rows are the same to it as plain ones.
+
+    Example: (7, 1, 2) -> inputs 7 1 1, segments 0 1 2, and the tokens 1 2 1 2 are asked for.
+    """
+    rows = []
+    for index, sequence in enumerate(sequences):
+        tokens = np.asarray(sequence, dtype=np.int32)
+        spans = (VersionSpan(0, len(tokens) - 1, 0),)
+        logprobs = np.zeros(len(tokens) - 1, dtype=np.float32)
+        rollout = Rollout(tokens[1:], logprobs, spans, FinishReason.LENGTH, reward=0.0)
+        rows.append(_Row((0, 0, index), tokens[:1], [rollout, rollout], [2 * index, 2 * index + 1]))
+    return _micro_batch(rows, 0, True).rows
 
 
 def check_group(group: Group, version: int) -> None:

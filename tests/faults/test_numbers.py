@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from asyncrl.algorithms.kl import kl_estimate
+from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.config.methods import KL_ESTIMATORS_BY_PLACE, chosen_kl_estimator
 from asyncrl.errors import ConfigError
 from asyncrl.trainer.batch import MicroBatchData
+from asyncrl.trainer.canary import SnapshotScorer
+from asyncrl.trainer.engines.attention import is_full_attention
+from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.engines.single import engines_for
 from asyncrl.trainer.objective import ActorObjective
+from asyncrl.trainer.packing import pack_groups
+from asyncrl.trainer.step import StepRunner
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from tests.trainer.tiny import random_groups
 
 
 def config_of(*overrides):
@@ -191,7 +202,7 @@ def likeness(gradient, true):
 def kl_gradient(logits, logprobs, reference):
     """Gradient of KL(policy || reference) towards the logits, summed over the whole vocabulary."""
     kl = (logprobs.exp() * (logprobs - reference)).sum()
-    return torch.autograd.grad(kl, logits, retain_graph=True)[0], float(kl)
+    return torch.autograd.grad(kl, logits, retain_graph=True)[0], kl.item()
 
 
 def reward_gradient(config, logits, logprobs, log_mu, reference, estimator):
@@ -267,3 +278,108 @@ def test_W4_an_estimator_without_the_gradient_of_the_kl_is_refused_with_the_reas
     for more in ([], ["algorithm.i_know=true"]):
         with pytest.raises(ConfigError, match=rf"kl_estimator={estimator}.*(gradient).*set algorithm.kl_estimator"):
             config_of("algorithm.kl_coef=0.1", f"algorithm.kl_in={place}", f"algorithm.kl_estimator={estimator}", *more)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.3,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def policy_of_family(family, **keys):
+    keys = TINY | (EXPERTS if "moe" in family or family == "mixtral" else {}) | keys
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **keys)
+        return Policy(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float())
+
+
+def far_apart(policy):
+    """Largest difference between log-probs of four completions in plain rows and in shared ones, nats."""
+    groups = random_groups(1, 4, seed=3, prompt=(20, 20), completion=(8, 12), vocab=60)
+    layouts = []
+    for limit in (0, 192):
+        (batch,) = pack_groups(groups, 0, 4096, shared_row_tokens=limit)
+        assert (batch.rows.segment_ids is not None) == (limit > 0)
+        logprobs = policy.logprobs(batch.rows, 1.0)[0].detach().numpy()
+        layouts.append([logprobs[batch.sequence_index == np.flatnonzero(batch.rollout_index == n)] for n in range(4)])
+    return max(float(np.abs(plain - shared).max()) for plain, shared in zip(*layouts, strict=True))
+
+
+FULL = ("llama", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma", "olmo2", "gpt_neox", "smollm3")
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(("family", "keys"), [(name, {}) for name in FULL] + [("mistral", {"sliding_window": None})])
+def test_W6_rows_are_shared_where_attention_is_full_and_change_nothing(family, keys):
+    policy = policy_of_family(family, **keys)
+    assert policy.allows_shared_rows
+    assert far_apart(policy) < 1e-4
+
+
+WINDOWED = [
+    ("mistral", {"sliding_window": 8}),
+    ("phi3", {"sliding_window": 8}),
+    ("mixtral", {"sliding_window": 8}),
+    ("starcoder2", {"sliding_window": 8}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    ("gemma3_text", {"sliding_window": 8}),
+]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(("family", "keys"), WINDOWED)
+def test_W6_rows_are_not_shared_behind_a_window_whether_its_layers_are_listed_or_not(family, keys):
+    policy = policy_of_family(family, **keys)
+    assert not policy.allows_shared_rows
+    runner = StepRunner(engines_for(policy, Config()), Config())
+    assert runner.preparation.planner.shared_row_tokens == 0
+    assert far_apart(policy) > 0.01, "shared rows would be wrong here"
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("mistral", {"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]}),
+        ("llama", {"attention_chunk_size": 64}),
+        ("llama", {"alibi": True}),
+        ("llama", {"layer_types": ["full_attention", "linear_attention"]}),
+        ("llama", {"attention_window": [16]}),
+        ("falcon", {"head_dim": None}),
+        ("bloom", {}),
+        ("mamba", {}),
+        ("opt", {}),
+    ],
+)
+def test_W6_attention_of_a_kind_that_is_not_known_keeps_rows_apart(family, keys):
+    config = AutoConfig.for_model("mistral" if family == "mistral" else "llama")
+    for name, value in keys.items():
+        setattr(config, name, value)
+    if family not in ("llama", "mistral"):
+        config.model_type = family
+    assert not is_full_attention(config)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(("family", "keys"), [("qwen2", {}), *WINDOWED[:2]])
+def test_W6_the_canary_goes_through_the_rows_of_training_and_sees_what_they_change(family, keys):
+    policy = policy_of_family(family, **keys)
+    source = policy.sync_source()
+    buffer = SnapshotBuffer(source.named, 1 << 16, None, adapted=source.adapted, patch=source.patch)
+    buffer.snapshot()
+    sequences = policy.sample_sequences(3, 24, seed=1)
+    # What a generator computes: each sequence alone.
+    alone = [policy.score([sequence])[0] for sequence in sequences]
+    canary = SnapshotScorer(policy, shared_rows=True)(sequences, buffer)
+    apart = [float(np.abs(ours - theirs).max()) for ours, theirs in zip(canary, alone, strict=True)]
+    assert apart[1] < 1e-4, "every second sequence has a plain row"
+    if keys:
+        assert min(apart[0], apart[2]) > 0.01
+    else:
+        assert max(apart) < 1e-4
+    for ours, theirs in zip(SnapshotScorer(policy)(sequences, buffer), alone, strict=True):
+        assert np.abs(ours - theirs).max() < 1e-4

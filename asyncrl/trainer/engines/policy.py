@@ -19,6 +19,7 @@ from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ShapeError
 from asyncrl.host.fingerprints import model_fingerprint
 from asyncrl.host.model_folder import find_model
+from asyncrl.trainer.engines.attention import is_full_attention
 from asyncrl.trainer.engines.lora import adapters_off, is_adapter
 from asyncrl.trainer.engines.trainable import (
     apply_update,
@@ -28,7 +29,7 @@ from asyncrl.trainer.engines.trainable import (
     patched_source,
     tensors_of,
 )
-from asyncrl.trainer.packing import Rows
+from asyncrl.trainer.packing import Rows, doubled_rows
 from asyncrl.weights.bytes.patch import SyncSource
 
 HEAD_TOLERANCE = 1e-3
@@ -117,10 +118,8 @@ class Policy:
 
     @property
     def allows_shared_rows(self) -> bool:
-        """Whether several completions may share a prompt in one row: not where sliding windows count its positions."""
-        config = self.model.config
-        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        return layers == {"full_attention"}
+        """Whether several completions may share a prompt in one row."""
+        return is_full_attention(self.model.config)
 
     def freeze(self) -> Policy:
         """Makes this a reference policy, which takes no gradient from now on. Returns itself."""
@@ -234,6 +233,18 @@ class Policy:
         logprobs, _ = chunked_logprobs(hidden, self.head_weight, token_ids)
         cuts = np.cumsum(np.array(lengths) - 1)[:-1]
         return np.split(logprobs.cpu().numpy(), cuts)
+
+    @torch.no_grad()
+    def score_in_shared_rows(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """`score` through the layout of shared rows: each sequence behind a copy of itself, which it does not see."""
+        lengths = [len(tokens) for tokens in sequences]
+        if not lengths:
+            return []
+        if min(lengths) < 2:
+            raise ShapeError(f"sequences to score need at least 2 tokens; got lengths {lengths}")
+        logprobs, _ = self.logprobs(doubled_rows(sequences), 1.0)
+        cuts = np.cumsum(np.repeat(np.array(lengths) - 1, 2))[:-1]
+        return np.split(logprobs.cpu().numpy(), cuts)[1::2]
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -228,7 +228,7 @@ class SinglePolicyEngine(_SingleEngine):
 
     def snapshot_scorer(self) -> Scorer:
         """See `PolicyEngine.snapshot_scorer`."""
-        return SnapshotScorer(self.policy)
+        return SnapshotScorer(self.policy, shared_rows=self.prefers_shared_rows)
 
     def export(self, folder: Path, tokenizer_folder: Path | None) -> None:
         """See `PolicyEngine.export`."""
