@@ -16,6 +16,7 @@ from typing import IO
 from asyncrl.errors import ConfigError
 
 MAX_PER_HOST = 256
+MAX_ID_CHARACTERS = 128
 
 
 @dataclass(slots=True)
@@ -30,8 +31,13 @@ class Identity:
 def claim_identity(folder: Path, wanted_id: str) -> Identity:
     """Takes `wanted_id`, or the first free `<host>-<n>`, and raises its incarnation durably.
 
-    Raises ConfigError when `wanted_id` is held by a running generator, or its file is damaged.
+    Raises ConfigError when `wanted_id` cannot be sent, is held by a running generator, or its file is damaged.
     """
+    if wanted_id and (len(wanted_id) > MAX_ID_CHARACTERS or not wanted_id.isprintable() or set(" /") & set(wanted_id)):
+        raise ConfigError(
+            f"generator.id={wanted_id!r:.200} must have at most {MAX_ID_CHARACTERS} printable characters, none of them "
+            "a space or a slash"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     candidates = [wanted_id] if wanted_id else [f"{socket.gethostname()}-{n}" for n in range(MAX_PER_HOST)]
     for generator_id in candidates:

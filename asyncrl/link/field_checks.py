@@ -12,6 +12,7 @@
     dict[str, X]                  a map
     a NamedTuple                  an array of its fields
     a dataclass                   a map of its fields, under their names or under `field(metadata={KEY: name})`
+    Annotated[X, rule]            the same as X, if it keeps the rule (`link.schema.field_rules`)
 
 In a NamedTuple or a dataclass, a field `X | None = None` that is None is left out, and nil is not taken for it: each
 record has one encoding. All other fields must be there, and no others.
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from asyncrl.errors import ProtocolError
+from asyncrl.link.schema.field_rules import AtMost, BrokenRule, Fields, Printed, Rule
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import JSON_LIKE, KEY, MAY_BE_NAN, PayloadValue
 
@@ -123,8 +125,7 @@ def shown(value: Any) -> str:
 def _form(hint: Any) -> Form:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        check = _MARKED[args[1]]
-        return Form(check, check)
+        return _ruled_form(args[0], args[1:])
     if origin in (types.UnionType, typing.Union):
         (inner,) = (_form(arg) for arg in args if arg is not types.NoneType)
         return _both(inner, _optional)
@@ -139,11 +140,27 @@ def _form(hint: Any) -> Form:
             functools.partial(_fixed, [form.from_wire for form in forms], list, tuple),
         )
     if origin is dict:
-        assert args[0] is str, f"maps have string keys, not {hint}"
-        # A metric may be NaN: to refuse the message would hide the failure that it reports.
-        return _both(Form(_number, _number) if args[1] is float else _form(args[1]), _dict)
+        key, value = _form(args[0]), _form(args[1])
+        return Form(
+            functools.partial(_dict, key.to_wire, value.to_wire),
+            functools.partial(_dict, key.from_wire, value.from_wire),
+        )
     assert isinstance(hint, type), f"no check for the annotation {hint}"
     return _class_form(hint)
+
+
+def _ruled_form(hint: Any, marks: tuple[Any, ...]) -> Form:
+    """The form of an annotation with marks: a kind of value of its own, a rule, or the rules of a record's fields."""
+    (mark,) = marks
+    if isinstance(mark, str):
+        return Form(_MARKED[mark], _MARKED[mark])
+    if isinstance(mark, Fields):
+        return _record_form(_array_plan(hint, mark))
+    form = _form(hint)
+    if isinstance(mark, Printed):
+        return Form(_after(form.to_wire, mark.sent), _after(form.from_wire, mark.received))
+    first = isinstance(mark, AtMost)  # a list is measured before its items are looked at
+    return Form(_kept(mark, form.to_wire, first), _kept(mark, form.from_wire, first))
 
 
 def _class_form(cls: type[Any]) -> Form:
@@ -152,11 +169,46 @@ def _class_form(cls: type[Any]) -> Form:
     if issubclass(cls, enum.StrEnum):
         return Form(functools.partial(_value_of, cls), functools.partial(_member, cls))
     if issubclass(cls, tuple):
-        plan = _array_plan(cls)
-        return Form(functools.partial(_record_to_array, plan), functools.partial(_array_to_record, plan))
+        return _record_form(_array_plan(cls))
     assert dataclasses.is_dataclass(cls), f"no check for the class {cls}"
     plan = _map_plan(cls)
     return Form(functools.partial(_record_to_map, plan), functools.partial(_map_to_record, plan))
+
+
+def _record_form(plan: RecordPlan) -> Form:
+    return Form(functools.partial(_record_to_array, plan), functools.partial(_array_to_record, plan))
+
+
+def _after(convert: Convert, rule: Callable[[str], str]) -> Convert:
+    """`convert`, then `rule`, which gives another text."""
+
+    def checked(value: Any) -> Any:
+        text = convert(value)
+        try:
+            return rule(text)
+        except BrokenRule as broken:
+            raise _must_be(broken.rule, shown(text)) from None
+
+    return checked
+
+
+def _kept(rule: Rule, convert: Convert, first: bool) -> Convert:
+    """`convert` for values that keep `rule`, which is looked at `first` or afterwards."""
+    assert not isinstance(rule, Printed)
+    check: Callable[[Any], None] = rule.check
+
+    def checked(value: Any) -> Any:
+        try:
+            if first and isinstance(value, _MEASURED):
+                check(value)
+                return convert(value)
+            converted = convert(value)
+            check(converted)
+        except BrokenRule as broken:
+            raise _must_be(broken.rule, shown(value)) from None
+        return converted
+
+    return checked
 
 
 def _both(inner: Form, check: Callable[[Convert, Any], Any]) -> Form:
@@ -179,9 +231,10 @@ def _message_plan(cls: type[Message]) -> RecordPlan:
 
 
 @functools.cache
-def _array_plan(cls: Any) -> RecordPlan:
+def _array_plan(cls: Any, rules: Fields | None = None) -> RecordPlan:
     """The plan of a NamedTuple. Only its last field may be left out: fields behind it would move up."""
-    fields = tuple(_nested_field(cls, name, name, name in cls._field_defaults) for name in cls._fields)
+    hints = _hints(cls) | dict(rules.hints if rules is not None else ())
+    fields = tuple(_nested_field(hints[name], name, name, name in cls._field_defaults) for name in cls._fields)
     required = sum(not field.left_out for field in fields)
     assert not any(field.left_out for field in fields[:-1]), f"{cls.__name__}: only the last field may be optional"
     return RecordPlan(cls, fields, required)
@@ -190,8 +243,9 @@ def _array_plan(cls: Any) -> RecordPlan:
 @functools.cache
 def _map_plan(cls: Any) -> RecordPlan:
     """The plan of a dataclass."""
+    hints = _hints(cls)
     fields = tuple(
-        _nested_field(cls, field.name, field.metadata.get(KEY, field.name), field.default is None)
+        _nested_field(hints[field.name], field.name, field.metadata.get(KEY, field.name), field.default is None)
         for field in dataclasses.fields(cls)
     )
     return RecordPlan(cls, fields, required=sum(not field.left_out for field in fields))
@@ -202,8 +256,7 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(cls, localns={"PayloadValue": PayloadValue}, include_extras=True)
 
 
-def _nested_field(cls: Any, name: str, key: str, left_out: bool) -> PlannedField:
-    hint = _hints(cls)[name]
+def _nested_field(hint: Any, name: str, key: str, left_out: bool) -> PlannedField:
     if left_out:
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
     return PlannedField(name, key, _form(hint), left_out)
@@ -259,13 +312,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return _each(_plain, enumerate(value), [None] * len(value))
     if isinstance(value, dict):
-        return _dict(_plain, value)
+        return _dict(_str, _plain, value)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     raise _must_be("a string, number, boolean, bytes, None, or a list or dict of these", shown(value))
 
 
 _SCALARS: dict[type[Any], Convert] = {int: _int, float: _finite, bool: _bool, str: _str, bytes: _bytes}
+_MEASURED = (list, tuple, dict, str, bytes, memoryview)
 _MARKED: dict[str, Convert] = {MAY_BE_NAN: _number, JSON_LIKE: _plain}
 
 
@@ -298,12 +352,13 @@ def _fixed(converts: list[Convert], given: type[Any], wanted: type[Any], value: 
     return wanted(_at(f"[{place}]", convert, value[place]) for place, convert in enumerate(converts))
 
 
-def _dict(convert: Convert, value: Any) -> dict[str, Any]:
+def _dict(convert_key: Convert, convert: Convert, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _must_be("a map", shown(value))
     for name in value:
         if not isinstance(name, str):
             raise _must_be("a map with string keys", shown(name))
+        convert_key(name)
     checked: dict[str, Any] = _each(convert, value.items(), {})
     return checked
 

@@ -5,8 +5,28 @@ Frames and rules are those of `link.messages`. Both ends are processes of one le
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from asyncrl.link.schema.field_rules import AtMost
 from asyncrl.link.schema.message_base import Message, message
 from asyncrl.link.weight_records import DeltaInfo, WeightManifest
+from asyncrl.link.wire_types import (
+    Canary,
+    Count,
+    Figures,
+    Label,
+    Milliseconds,
+    Number,
+    Port,
+    Rank,
+    Reason,
+    Seconds,
+    Size,
+    Tag,
+)
+
+Epochs = Annotated[list[Number], AtMost(65_536)]
+Held = Annotated[bytes, AtMost(2**31 - 1)]  # what passes through unread
 
 # -- trainer ranks -> desk --------------------------------------------------------------------------------------------
 
@@ -15,39 +35,39 @@ from asyncrl.link.weight_records import DeltaInfo, WeightManifest
 class TrainerHello(Message):
     """A trainer rank is up, holding `version` from its checkpoint (0 = the initial model)."""
 
-    rank: int
-    world_size: int
-    version: int
-    pid: int
+    rank: Rank
+    world_size: Rank
+    version: Number
+    pid: Size
 
 
 @message(41)
 class BatchRequest(Message):
     """A rank wants its shard of the batch that makes `version` + 1. Repeated until answered."""
 
-    rank: int
-    version: int
+    rank: Rank
+    version: Number
 
 
 @message(42)
 class StepDone(Message):
     """Version `version` exists. The metrics are sums and means of this step, as rank 0 sees them."""
 
-    version: int
-    metrics: dict[str, float]
-    step_s: float
-    idle_s: float  # waiting for the batch
+    version: Number
+    metrics: Figures
+    step_s: Seconds
+    idle_s: Seconds  # waiting for the batch
 
 
 @message(43)
 class SnapshotReady(Message):
     """The publisher holds a snapshot of `version`, ready to broadcast."""
 
-    version: int
+    version: Number
     manifest: WeightManifest
-    canary: list[bytes]  # int32 token ids
-    canary_logprobs: list[bytes]  # float32, the learner's own
-    snapshot_ms: float
+    canary: Canary  # int32 token ids
+    canary_logprobs: Canary  # float32, the learner's own
+    snapshot_ms: Milliseconds
     delta: DeltaInfo | None = None  # what can be sent instead of everything
 
 
@@ -55,36 +75,36 @@ class SnapshotReady(Message):
 class ChannelReady(Message):
     """The publisher hosts the store of a new channel at this address; members may join."""
 
-    channel_epoch: int
-    host: str
-    port: int
-    error: str
-    backend: str = "gloo"
-    version: int | None = None  # offered last, and kept for this channel
+    channel_epoch: Number
+    host: Label
+    port: Port
+    error: Reason
+    backend: Tag = "gloo"
+    version: Number | None = None  # offered last, and kept for this channel
 
 
 @message(45)
 class BroadcastDone(Message):
     """The broadcast of `version` in the channel ended; `error` is empty when every bucket went out."""
 
-    version: int
-    attempt: int
-    channel_epoch: int
-    error: str
-    transfer_ms: float
-    num_bytes: int  # sent
-    dense_bytes: int = 0  # of all buckets
-    encode_ms: float = 0.0  # spent on making the delta of this version, sent or not
+    version: Number
+    attempt: Number
+    channel_epoch: Number
+    error: Reason
+    transfer_ms: Milliseconds
+    num_bytes: Count  # sent
+    dense_bytes: Count = 0  # of all buckets
+    encode_ms: Milliseconds = 0.0  # spent on making the delta of this version, sent or not
 
 
 @message(46)
 class CheckpointDone(Message):
     """A checkpoint of `version` is durable at `path`, or failed with `error`."""
 
-    version: int
-    path: str
-    error: str
-    seconds: float
+    version: Number
+    path: Annotated[str, AtMost(4096)]
+    error: Reason
+    seconds: Seconds
 
 
 # -- desk -> trainer ranks --------------------------------------------------------------------------------------------
@@ -94,18 +114,18 @@ class CheckpointDone(Message):
 class TrainerWelcome(Message):
     """The trainer may start. Versions up to `replay_to` are trained again from the journal before new ones."""
 
-    run_epoch: int
-    replay_to: int
+    run_epoch: Number
+    replay_to: Number
 
 
 @message(61)
 class Batch(Message):
     """One rank's shard of the groups that make `version` + 1, each the frame body of its GroupResult."""
 
-    version: int
-    rank: int
-    groups: list[bytes]
-    desk_state: bytes  # what the desk needs to resume after this step; goes into the checkpoint unread
+    version: Number
+    rank: Rank
+    groups: Annotated[list[Held], AtMost(2**20)]
+    desk_state: Held  # what the desk needs to resume after this step; goes into the checkpoint unread
     checkpoint: bool  # save after this step
     publish: bool  # False while versions are trained again from the journal
 
@@ -117,10 +137,10 @@ class OpenChannel(Message):
     The snapshot offered last is kept for this channel until its next broadcast has ended.
     """
 
-    channel_epoch: int
-    prefix: str
-    world_size: int
-    timeout_s: float
+    channel_epoch: Number
+    prefix: Label
+    world_size: Rank
+    timeout_s: Seconds
 
 
 @message(63)
@@ -130,11 +150,11 @@ class Broadcast(Message):
     With a `base_version` only the difference to it is sent: every member has staged and verified the base.
     """
 
-    version: int
-    attempt: int
-    channel_epoch: int
-    timeout_s: float
-    base_version: int | None = None
+    version: Number
+    attempt: Number
+    channel_epoch: Number
+    timeout_s: Seconds
+    base_version: Number | None = None
 
 
 @message(64)
@@ -143,7 +163,7 @@ class TrainerStop(Message):
 
     checkpoint: bool
     export: bool
-    reason: str
+    reason: Reason
 
 
 @message(65)
@@ -153,12 +173,12 @@ class SnapshotWanted(Message):
     Repeated until a newer one comes. A publisher that has offered a newer one offers it again: the desk did not get it.
     """
 
-    version: int
-    open_channels: list[int] | None = None  # epochs in use, all others are closed; None = not said
+    version: Number
+    open_channels: Epochs | None = None  # epochs in use, all others are closed; None = not said
 
 
 @message(66)
 class CloseChannel(Message):
     """Nobody uses this channel any more: leave it, and break off what is sent in it."""
 
-    channel_epoch: int
+    channel_epoch: Number

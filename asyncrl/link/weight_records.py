@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from asyncrl.errors import ProtocolError
-from asyncrl.link.wire_types import KEY
+from asyncrl.link.schema.field_rules import AtMost, Within
+from asyncrl.link.wire_types import KEY, Count, Digest, Label, Number, Port, Rank, Seconds, Tag
 
+MAX_TENSORS = 2**20  # names or buckets of one policy
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
 DTYPE_BYTES = {  # size of one element; the names are those of torch
     "float32": 4,
@@ -38,13 +40,13 @@ class ChannelSpec:
         ProtocolError: the rank is not in the channel, or no time is left to form it.
     """
 
-    store_host: str
-    store_port: int
-    prefix: str
-    rank: int
-    world_size: int
-    backend: str
-    timeout_s: float
+    store_host: Label
+    store_port: Port
+    prefix: Label
+    rank: Rank
+    world_size: Rank
+    backend: Tag
+    timeout_s: Seconds
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size or not self.timeout_s > 0:
@@ -62,13 +64,13 @@ class ChannelSpec:
 class ChannelPlace:
     """A channel as a generator is told of it: `rank` is that of its first worker; see ChannelSpec."""
 
-    channel_epoch: int = field(metadata={KEY: "group_epoch"})
-    store_host: str
-    store_port: int
-    prefix: str
-    rank: int
-    world_size: int
-    backend: str
+    channel_epoch: Number = field(metadata={KEY: "group_epoch"})
+    store_host: Label
+    store_port: Port
+    prefix: Label
+    rank: Rank
+    world_size: Rank
+    backend: Tag
 
     def spec(self, timeout_s: float) -> ChannelSpec:
         """What to join, within `timeout_s`. Raises ProtocolError."""
@@ -86,10 +88,10 @@ class ChannelPlace:
 class TensorEntry(NamedTuple):
     """One named tensor in the flat buffer. Tied tensors are two entries with one offset and travel once."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # bytes
+    name: Label
+    dtype: Tag
+    shape: Annotated[tuple[Count, ...], AtMost(16)]
+    offset: Count  # bytes
 
     @property
     def word_bytes(self) -> int:
@@ -110,9 +112,9 @@ class WeightLayout:
         ProtocolError: a tensor lies outside the buffer, or the buckets do not cover it.
     """
 
-    total_bytes: int
-    tensors: tuple[TensorEntry, ...]
-    buckets: tuple[tuple[int, int], ...]
+    total_bytes: Count
+    tensors: Annotated[tuple[TensorEntry, ...], AtMost(MAX_TENSORS)]
+    buckets: Annotated[tuple[tuple[Count, Count], ...], AtMost(MAX_TENSORS)]
 
     def __post_init__(self) -> None:
         for entry in self.tensors:
@@ -148,10 +150,10 @@ class DeltaInfo:
         ProtocolError: no delta can have this size or these pieces.
     """
 
-    base_version: int  # the policy version it starts from
-    num_bytes: int
-    digest: int  # of the delta's own bytes
-    piece_words: int
+    base_version: Number  # the policy version it starts from
+    num_bytes: Count
+    digest: Digest  # of the delta's own bytes
+    piece_words: Count
 
     def __post_init__(self) -> None:
         if self.num_bytes < 0 or self.piece_words < 1:
@@ -169,9 +171,9 @@ class Patch:
         of which folds into the base tensor `X.weight` [out, in], see `weights.bytes.patch.fold_adapter`.
     """
 
-    base: tuple[tuple[str, int], ...]
-    tied: tuple[tuple[str, str], ...] = ()
-    scale: float | None = None
+    base: Annotated[tuple[tuple[Label, Digest], ...], AtMost(MAX_TENSORS)]
+    tied: Annotated[tuple[tuple[Label, Label], ...], AtMost(MAX_TENSORS)] = ()
+    scale: Annotated[float, Within(-1e30, 1e30)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +187,9 @@ class WeightManifest:
         ProtocolError: the digests do not match the buckets in number.
     """
 
-    version: int
+    version: Number
     layout: WeightLayout
-    digests: tuple[int, ...]
+    digests: Annotated[tuple[Digest, ...], AtMost(MAX_TENSORS)]
     patch: Patch | None = None
     delta: DeltaInfo | None = None
 

@@ -1,9 +1,17 @@
-"""Types of message fields: words to choose from, and what the types of Python cannot say; see `link.field_checks`."""
+"""Types of message fields: words to choose from, and what the types of Python cannot say; see `link.field_checks`.
+
+Every number, text, list and map of a message has one of these types or a rule of `link.schema.field_rules` of its own;
+`tests/faults/test_wire.py` looks for those that have none.
+"""
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated, TypeAlias
+
+from asyncrl.link.schema.field_rules import AtMost, Fields, Line, Printed, Within
+from asyncrl.types import LeaseKey, Setting
 
 MAY_BE_NAN, JSON_LIKE = "may be NaN", "JSON-like"
 KEY = "key"  # in `field(metadata={KEY: name})`: what the field is called on the wire, where that is not its name here
@@ -11,11 +19,38 @@ KEY = "key"  # in `field(metadata={KEY: name})`: what the field is called on the
 # A float field refuses NaN and infinity. This one takes them: what it carries is judged by its reader, by name.
 FloatOrNaN = Annotated[float, MAY_BE_NAN]
 
+MAX_WORKERS = 1024  # tensor-parallel ranks of one generator
+MAX_LEASES = 2**13  # that one generator has in hand
+SPAN_BYTES = 24  # three int64
+MAX_SPANS = 1024  # of one rollout: weights were swapped that often while it was sampled, less one
+
+Count = Annotated[int, Within(0, 2**53 - 1)]  # of things, bytes, tokens: a float holds it without loss
+Number = Annotated[int, Within(0, 2**62 - 1)]  # a place in an order: version, ordinal, attempt, seq, epoch
+Size = Annotated[int, Within(0, 2**31 - 1)]  # of something that is held whole: a group, a completion
+Rank = Annotated[int, Within(0, 2**20)]
+Port = Annotated[int, Within(0, 65_535)]
+Digest = Annotated[int, Within(-(2**63), 2**64 - 1)]  # any 64 bits
+Finite = Annotated[float, Within(-sys.float_info.max, sys.float_info.max)]
+Seconds = Annotated[float, Within(0.0, 1e12)]
+Milliseconds = Annotated[float, Within(0.0, 1e15)]
+Name = Annotated[str, Line(1, 128, spaces=False)]  # of a generator
+Tag = Annotated[str, Line(0, 256, spaces=False)]  # a fingerprint, a backend
+Label = Annotated[str, Line(0, 1024)]  # of a tensor, a figure, a host
+Reason = Annotated[str, Printed(4096)]  # for people
+Tokens = Annotated[bytes, AtMost(2**28)]  # int32 or float32 per token
+Canary = Annotated[list[Tokens], AtMost(4096)]  # one array for each canary sequence
+WorkerDigests = Annotated[list[Annotated[list[Digest], AtMost(2**20)]], AtMost(MAX_WORKERS)]  # one for each bucket
+Figures = Annotated[dict[Label, FloatOrNaN], AtMost(4096)]
+Timings = Annotated[dict[Label, Milliseconds], AtMost(256)]
+_SETTING = Fields((("name", Label), ("value", Annotated[str, AtMost(65_536)])))
+Settings = Annotated[list[Annotated[Setting, _SETTING]], AtMost(1024)]
+LeaseName = Annotated[LeaseKey, Fields((("ordinal", Number), ("attempt", Number)))]
+
 # What a task gives its reward along with a prompt: it travels as it is, and nobody on the way looks into it.
 PayloadValue: TypeAlias = Annotated[
     None | bool | int | float | str | bytes | list["PayloadValue"] | dict[str, "PayloadValue"], JSON_LIKE
 ]
-Payload: TypeAlias = dict[str, PayloadValue]
+Payload: TypeAlias = Annotated[dict[Annotated[str, AtMost(65_536)], PayloadValue], AtMost(65_536)]
 
 
 class FailureReason(StrEnum):

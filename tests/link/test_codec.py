@@ -34,19 +34,22 @@ from asyncrl.link.messages import (
     WireRollout,
 )
 from asyncrl.link.schema.body_limits import BASE_OBJECTS, MAX_DEPTH, check_body
+from asyncrl.link.schema.field_rules import Fields, Line, Printed, Within
 from asyncrl.link.schema.message_base import message_types
 from asyncrl.link.trainer_messages import Batch, StepDone
 from asyncrl.link.weight_records import DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
-from asyncrl.link.wire_types import KEY, MAY_BE_NAN, FailureReason, PayloadValue, SyncPhase
+from asyncrl.link.wire_types import JSON_LIKE, KEY, FailureReason, PayloadValue, SyncPhase
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
 MAX_BYTES = 64 * 2**20
 TYPES = sorted(message_types().values(), key=lambda cls: cls.wire_code)
 
 
-def values(hint) -> st.SearchStrategy:
-    """Any value of an annotation."""
+def values(hint, rule=None) -> st.SearchStrategy:
+    """Any value of an annotation, within its rule."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return payload_values if args[1] == JSON_LIKE else values(args[0], args[1])
     if origin is list:
         return st.lists(values(args[0]), max_size=3)
     if origin is tuple and args[-1] is Ellipsis:
@@ -54,14 +57,26 @@ def values(hint) -> st.SearchStrategy:
     if origin is tuple:
         return st.tuples(*map(values, args))
     if origin is dict:
-        return st.dictionaries(st.text(max_size=5), values(args[1]), max_size=3)
-    if origin is typing.Annotated:
-        return values(float) if args[1] == MAY_BE_NAN else payload_values
+        return st.dictionaries(values(args[0]), values(args[1]), max_size=3)
     if args:  # optional
-        return st.none() | values(args[0])
+        return st.none() | values(next(arg for arg in args if arg is not type(None)))
     if issubclass(hint, StrEnum):
         return st.sampled_from(list(hint))
+    if isinstance(rule, Fields):
+        return st.builds(hint, **{name: values(inner) for name, inner in _hints(hint, rule).items()})
+    if isinstance(rule, Within):
+        if hint is int:
+            return st.integers(int(rule.low), int(rule.high))
+        return st.floats(rule.low, rule.high)
+    if isinstance(rule, Line):
+        return st.from_regex(rf"[!-~]{{{rule.least},20}}", fullmatch=True)
+    if isinstance(rule, Printed):
+        return st.from_regex(r"[ -~]{0,20}", fullmatch=True)
     return SIMPLE[hint] if hint in SIMPLE else records(hint)
+
+
+def _hints(cls, rule) -> dict:
+    return typing.get_type_hints(cls, include_extras=True) | dict(rule.hints)
 
 
 def records(cls) -> st.SearchStrategy:
@@ -91,14 +106,15 @@ layouts = st.lists(st.integers(1, 3), max_size=3).map(
         tuple((64 * sum(sizes[:i]), 64 * sum(sizes[: i + 1])) for i in range(len(sizes))),
     )
 )
+numbers, digests = st.integers(0, 2**62 - 1), SIMPLE[int]
 MADE_BY_RULE = {  # records whose fields must fit together
-    DeltaInfo: st.builds(DeltaInfo, SIMPLE[int], st.integers(0, 2**63), SIMPLE[int], st.integers(1, 2**63)),
+    DeltaInfo: st.builds(DeltaInfo, numbers, st.integers(0, 2**53 - 1), digests, st.integers(1, 2**53 - 1)),
     WeightManifest: layouts.flatmap(
         lambda layout: st.builds(
             WeightManifest,
-            SIMPLE[int],
+            numbers,
             st.just(layout),
-            st.tuples(*[SIMPLE[int] for _ in layout.buckets]),
+            st.tuples(*[digests for _ in layout.buckets]),
             st.none() | st.deferred(lambda: records(Patch)),
             st.none() | st.deferred(lambda: MADE_BY_RULE[DeltaInfo]),
         )
@@ -447,7 +463,7 @@ def test_a_bomb_is_refused_fast_and_in_bounded_memory(name):
 def test_the_largest_body_the_limits_allow_stays_within_sixteen_mebibytes_of_objects():
     body = msgpack.packb([1, 2, [[]] * (BASE_OBJECTS - 10), 3])
     tracemalloc.start()
-    with pytest.raises(FrameError, match=r"Ack.beyond\[0\] is list of length 0"):
+    with pytest.raises(FrameError, match="Ack.beyond is list of length 65526, must be of at most 4096"):
         decode(frame_of(body))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

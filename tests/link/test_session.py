@@ -15,6 +15,7 @@ from asyncrl.link.messages import (
     Ack,
     ActiveLease,
     Beat,
+    GroupResult,
     Hello,
     LeaseFailed,
     LeaseGrant,
@@ -154,8 +155,9 @@ def test_the_outbox_reports_when_its_budget_is_spent_but_takes_finished_work():
 
 def test_a_result_over_the_frame_limit_raises_and_uses_no_seq():
     session = generator()
-    with pytest.raises(FrameError, match=r"LeaseFailed of \d+ bytes is over the limit"):
-        session.put(failed("x" * MAX_BYTES), 0.0)
+    large = GroupResult(1, 1, LeaseKind.TRAIN, 1, 0, bytes(4 * MAX_BYTES), [])
+    with pytest.raises(FrameError, match=r"GroupResult of \d+ bytes is over the limit"):
+        session.put(lambda seq, run_epoch: large, 0.0)
     assert session.put(failed(), 0.0) == 1
 
 

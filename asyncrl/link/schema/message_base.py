@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar, dataclass_transform
 
+from asyncrl.link.wire_types import Number
+
 _REGISTRY: dict[int, type[Message]] = {}
 
 
@@ -20,7 +22,7 @@ class Message:
 class RunMessage(Message):
     """Base of the messages that belong to one run epoch: to one life of the learner. See GeneratorSession.receive."""
 
-    run_epoch: int
+    run_epoch: Number
 
 
 M = TypeVar("M", bound=Message)
