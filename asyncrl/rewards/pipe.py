@@ -5,25 +5,20 @@
     worker -> pool   first   WorkerStarted  ready, or why not
                      then    Scored         one per completion of the job, in order, each as soon as it is known
 
-A frame is a length (uint32, little-endian) and a msgpack map of the message's fields. What comes from a worker is not
-trusted: foreign code runs in there, and may write to the pipe.
+The body of a frame (`host.pipes`) is a msgpack map of the message's fields. What comes from a worker is not trusted.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import msgpack
 
 from asyncrl.errors import ProtocolError
 from asyncrl.rewards.base import Sample
 
-_T = TypeVar("_T")
-
-LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1024 * 1024  # of what a worker sends
 FAILURES = ("reward_error", "reward_timeout")
 
@@ -81,9 +76,9 @@ PipeMessage = WorkerSetup | RewardJob | WorkerStarted | Scored
 
 
 def encode(message: PipeMessage) -> bytes:
-    """The frame of a message, length included."""
+    """The body of a message's frame."""
     body: bytes = msgpack.packb({field.name: getattr(message, field.name) for field in fields(message)})
-    return LENGTH.pack(len(body)) + body
+    return body
 
 
 def decode_setup(body: bytes) -> WorkerSetup:
@@ -127,41 +122,3 @@ def _not_a_message() -> ProtocolError:
     return ProtocolError(
         "the reward worker's pipe carries something that is not a result; does the reward write to it?"
     )
-
-
-class FrameBuffer:
-    """Bytes of a worker's pipe, cut into frames."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def feed(self, chunk: bytes) -> None:
-        """Adds what was read."""
-        self._bytes += chunk
-
-    def clear(self) -> None:
-        """Forgets what was read: it came from a worker that is gone."""
-        self._bytes.clear()
-
-    def take(self, decode: Callable[[bytes], _T]) -> list[_T]:
-        """The messages that are there in whole. Raises ProtocolError where the first of them is none."""
-        messages: list[_T] = []
-        start = 0
-        try:
-            while (body := self._body_at(start)) is not None:
-                messages.append(decode(body))
-                start += LENGTH.size + len(body)
-        except ProtocolError:
-            if not messages:
-                raise
-        del self._bytes[:start]
-        return messages
-
-    def _body_at(self, start: int) -> bytes | None:
-        if len(self._bytes) - start < LENGTH.size:
-            return None
-        (size,) = LENGTH.unpack_from(self._bytes, start)
-        if size > MAX_FRAME_BYTES:
-            raise ProtocolError(f"a result in the pipe has {size} bytes, over the limit of {MAX_FRAME_BYTES}")
-        begin = start + LENGTH.size
-        return bytes(self._bytes[begin : begin + size]) if len(self._bytes) - begin >= size else None

@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from asyncrl.errors import DeadlineExceeded, ProtocolError, RewardError, TaskError
-from asyncrl.host.processes import END_TIMEOUT_S, child_environment, kill_group
+from asyncrl.host.guarded_process import foreign_environment, how_it_ended
+from asyncrl.host.pipes import FrameBuffer, framed
+from asyncrl.host.processes import END_TIMEOUT_S, kill_group
 from asyncrl.rewards.gate import ServerGate
 from asyncrl.rewards.parts import weighted_sum
-from asyncrl.rewards.pipe import FrameBuffer, PipeMessage, RewardJob, WorkerSetup, decode_scored, decode_started, encode
+from asyncrl.rewards.pipe import (
+    MAX_FRAME_BYTES,
+    PipeMessage,
+    RewardJob,
+    WorkerSetup,
+    decode_scored,
+    decode_started,
+    encode,
+)
 from asyncrl.rewards.servers import RewardModels
 
 log = logging.getLogger(__name__)
@@ -182,7 +190,7 @@ class _Worker:
     def __init__(self, setup: WorkerSetup):
         self._setup = setup
         self._running: _Running | None = None
-        self._received = FrameBuffer()
+        self._received = FrameBuffer(MAX_FRAME_BYTES)
         self._closed = False
 
     @property
@@ -207,8 +215,7 @@ class _Worker:
                 "asyncrl.rewards.worker",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                # The worker finds what this process finds, also a task beside the configuration.
-                env=child_environment(1, PYTHONPATH=os.pathsep.join(entry or os.getcwd() for entry in sys.path)),
+                env=foreign_environment(),
                 start_new_session=True,
             )
             self._running = _Running(process)
@@ -235,7 +242,7 @@ class _Worker:
         """Raises DeadlineExceeded when the worker does not take it, RewardError when there is no worker (any more)."""
         running = self._alive()
         try:
-            running.jobs.write(encode(message))
+            running.jobs.write(framed(encode(message)))
             async with asyncio.timeout(timeout_s):
                 await running.jobs.drain()
         except TimeoutError:
@@ -282,6 +289,4 @@ async def _ending(process: asyncio.subprocess.Process) -> str:
             code = await process.wait()
     except TimeoutError:
         return "the reward closed its worker's pipes"
-    if code < 0:
-        return f"the reward's process was ended by {signal.Signals(-code).name}"
-    return f"the reward ended its process with exit code {code}"
+    return how_it_ended(code, "the reward")

@@ -14,12 +14,11 @@ import sys
 from collections.abc import Callable
 
 from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError, UserError
+from asyncrl.host.pipes import private_pipes, read_frame, write_frame
 from asyncrl.host.processes import adopt_orphans, tie_to_parent
 from asyncrl.rewards.base import ServerUnavailable
 from asyncrl.rewards.parts import RewardParts, make_parts, prepare_parts
 from asyncrl.rewards.pipe import (
-    LENGTH,
-    PipeMessage,
     Scored,
     WorkerSetup,
     WorkerStarted,
@@ -37,8 +36,8 @@ def main() -> None:
     if not tie_to_parent():
         return
     adopt_orphans()  # of a reward's children: all of them must be found, to be ended
-    jobs, results = _private_pipes()
-    frame = _read(jobs)
+    jobs, results = private_pipes()
+    frame = read_frame(jobs)
     if frame is None:
         return
     setup = decode_setup(frame)
@@ -46,12 +45,12 @@ def main() -> None:
     try:
         rewards = _make_rewards(setup)
     except UserError as error:
-        _write(results, WorkerStarted(str(error)))
+        write_frame(results, encode(WorkerStarted(str(error))))
         return
-    _write(results, WorkerStarted())
-    while (frame := _read(jobs)) is not None:
+    write_frame(results, encode(WorkerStarted()))
+    while (frame := read_frame(jobs)) is not None:
         for compute in rewards.begin(decode_job(frame).samples()):
-            _write(results, _score(compute))
+            write_frame(results, encode(_score(compute)))
 
 
 def _make_rewards(setup: WorkerSetup) -> RewardParts:
@@ -60,16 +59,6 @@ def _make_rewards(setup: WorkerSetup) -> RewardParts:
     if problems := prepare_parts(parts):
         raise ConfigError("\n".join(problems))
     return RewardParts(load_task(setup.path, dict(setup.args)), parts, setup.weights)
-
-
-def _private_pipes() -> tuple[int, int]:
-    """Moves the pool's pipes away from stdin and stdout: a reward that prints or reads must not disturb them."""
-    jobs, results = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(2, 1)
-    os.close(null)
-    return jobs, results
 
 
 def _limit_memory(memory_bytes: int) -> None:
@@ -118,29 +107,6 @@ def _end_children() -> None:
                 for pid in file.read().split():
                     os.kill(int(pid), signal.SIGKILL)
         os.waitpid(-1, 0)
-
-
-def _read(fd: int) -> bytes | None:
-    """The body of the next frame; None when the pool has closed the pipe."""
-    header = _read_exactly(fd, LENGTH.size)
-    return None if header is None else _read_exactly(fd, LENGTH.unpack(header)[0])
-
-
-def _read_exactly(fd: int, size: int) -> bytes | None:
-    chunks = []
-    while size:
-        chunk = os.read(fd, size)
-        if not chunk:
-            return None
-        chunks.append(chunk)
-        size -= len(chunk)
-    return b"".join(chunks)
-
-
-def _write(fd: int, message: PipeMessage) -> None:
-    frame = memoryview(encode(message))
-    while frame:
-        frame = frame[os.write(fd, frame) :]
 
 
 if __name__ == "__main__":

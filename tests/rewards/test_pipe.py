@@ -4,10 +4,9 @@ import msgpack
 import pytest
 
 from asyncrl.errors import ProtocolError
+from asyncrl.host.pipes import LENGTH, FrameBuffer, framed
 from asyncrl.rewards.pipe import (
-    LENGTH,
     MAX_FRAME_BYTES,
-    FrameBuffer,
     RewardJob,
     Scored,
     WorkerSetup,
@@ -22,9 +21,8 @@ from asyncrl.rewards.pipe import (
 JOB = RewardJob(["a", "b"], [3, None], "prompt", {"answer": ["7", 1.5, None]})
 
 
-def framed(content):
-    body = msgpack.packb(content)
-    return LENGTH.pack(len(body)) + body
+def packed(content):
+    return msgpack.packb(content)
 
 
 @pytest.mark.parametrize(
@@ -39,9 +37,7 @@ def framed(content):
     ],
 )
 def test_a_message_comes_out_as_it_went_in(message, decode):
-    frame = encode(message)
-    assert LENGTH.unpack_from(frame) == (len(frame) - LENGTH.size,)
-    assert decode(frame[LENGTH.size :]) == message
+    assert decode(encode(message)) == message
 
 
 @pytest.mark.parametrize(
@@ -59,7 +55,7 @@ def test_a_message_comes_out_as_it_went_in(message, decode):
 )
 def test_what_is_no_result_is_an_error(content):
     with pytest.raises(ProtocolError, match="something that is not a result"):
-        decode_scored(framed(content)[LENGTH.size :])
+        decode_scored(packed(content))
 
 
 def test_what_cannot_be_read_is_an_error():
@@ -69,18 +65,20 @@ def test_what_cannot_be_read_is_an_error():
 
 
 def test_frames_are_cut_wherever_the_pipe_cut_them():
-    frames = encode(Scored({"exact": 1.0})) + encode(Scored({"exact": 0.0}))
-    buffer, taken = FrameBuffer(), []
+    frames = framed(encode(Scored({"exact": 1.0}))) + framed(encode(Scored({"exact": 0.0})))
+    buffer, taken = FrameBuffer(MAX_FRAME_BYTES), []
     for byte in frames:
         buffer.feed(bytes([byte]))
         taken += buffer.take(decode_scored)
     assert [scored.parts for scored in taken] == [{"exact": 1.0}, {"exact": 0.0}]
 
 
-@pytest.mark.parametrize("bad", [framed(["nonsense"]), LENGTH.pack(MAX_FRAME_BYTES + 1), LENGTH.pack(1) + b"\xc1"])
+@pytest.mark.parametrize(
+    "bad", [framed(packed(["nonsense"])), LENGTH.pack(MAX_FRAME_BYTES + 1), LENGTH.pack(1) + b"\xc1"]
+)
 def test_results_before_what_is_none_are_taken_first(bad):
-    buffer = FrameBuffer()
-    buffer.feed(encode(Scored({"exact": 1.0})) + bad)
+    buffer = FrameBuffer(MAX_FRAME_BYTES)
+    buffer.feed(framed(encode(Scored({"exact": 1.0}))) + bad)
     assert buffer.take(decode_scored) == [Scored({"exact": 1.0})]
     with pytest.raises(ProtocolError):
         buffer.take(decode_scored)
