@@ -196,7 +196,12 @@ def untied_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_engine(
-    model_dir: Path, log_path: Path, *, tensor_parallel_size: int = 1, worker_extension: str | None = None
+    model_dir: Path,
+    log_path: Path,
+    *,
+    tensor_parallel_size: int = 1,
+    worker_extension: str | None = None,
+    fits_context: bool = False,
 ) -> EngineUnderTest:
     """A started vLLM engine without weights; `worker_extension` puts another class into its workers."""
     import torch
@@ -209,6 +214,7 @@ def start_engine(
     options = EngineOptions(
         str(model_dir),
         max_model_len=MAX_LENGTH,
+        fits_context=fits_context,
         max_sequences=16,
         tensor_parallel_size=tensor_parallel_size,
         kv_cache_bytes=64 * 2**20,

@@ -14,7 +14,8 @@ def make_model_folder(folder: Path) -> Path:
     """config.json, a tokenizer file and 536 float32 parameters."""
     folder.mkdir()
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8}
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **shape}))
+    sizes = {"vocab_size": 50, "max_position_embeddings": 32768, **shape}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes}))
     (folder / "tokenizer.json").write_text("{}")
     tensors = {name: np.zeros(shape, dtype=np.float32) for name, shape in TENSORS.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

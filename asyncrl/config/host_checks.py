@@ -9,6 +9,7 @@ from pathlib import Path
 from asyncrl.config import Config
 from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
 from asyncrl.config.keys import value_of
+from asyncrl.host.model_config import known_context, vocab_size
 from asyncrl.host.model_folder import ModelFiles, find_model
 from asyncrl.host.processes import cpu_problem
 
@@ -16,11 +17,40 @@ from asyncrl.host.processes import cpu_problem
 def check_host(config: Config, role: str) -> ModelFiles:
     """Checks what depends on the machine that `role` ("learner" or "generator") starts on; returns the model.
 
-    Raises ConfigError naming every missing key file, CPU and GPU, and a weights.host with which no memory can be
-    shared; ModelError when the model is missing or incomplete.
+    Raises ConfigError naming every missing key file, CPU and GPU, a weights.host with which no memory can be shared,
+    and a model.max_length beyond what the models can read; ModelError when a model is missing or cannot be trained.
     """
     raise_all([*_key_file_problems(config, role), *_device_problems(config, role), *_ipc_problems(config)])
-    return find_model(config.model.path)
+    model = find_model(config.model.path)
+    raise_all(list(_length_problems(config, model, "model.path")))
+    if role == "learner" and has_own_critic(config) and config.critic.path:
+        critic = find_model(config.critic.path, "critic.path")
+        raise_all([*_critic_problems(model, critic), *_length_problems(config, critic, "critic.path")])
+    return model
+
+
+def has_own_critic(config: Config) -> bool:
+    """Whether the learner holds a second model, the critic with a trunk of its own."""
+    return config.algorithm.advantage == "gae" and config.critic.trunk == "own"
+
+
+def _length_problems(config: Config, model: ModelFiles, key: str) -> Iterator[str]:
+    longest = config.model.max_length
+    context = known_context(model.config)
+    if context is not None and longest > context:
+        yield (
+            f"model.max_length={longest} is longer than the context of {key}={model.folder}, {context} tokens; "
+            f"set model.max_length to {context} or less"
+        )
+
+
+def _critic_problems(model: ModelFiles, critic: ModelFiles) -> Iterator[str]:
+    own, needed = vocab_size(critic.config), vocab_size(model.config)
+    if own < needed:
+        yield (
+            f"critic.path={critic.folder} knows {own} tokens and model.path={model.folder} {needed}: the critic reads "
+            "what the policy writes; give a critic of the same vocabulary"
+        )
 
 
 def _key_file_problems(config: Config, role: str) -> Iterator[str]:

@@ -9,7 +9,6 @@ reach a learner that has not fenced its predecessor.
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
 from asyncrl.host.addresses import ipc_address
+from asyncrl.host.model_config import read_model_config, vocab_size
 from asyncrl.host.processes import StopSignal, pin_to
 from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.curve_keys import server_auth
@@ -94,7 +94,7 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
     acknowledgements = Acknowledgements(state.journal, state.sessions, state.counters)
     intake = Intake(
         config,
-        vocab_size=_vocab_size(config.model.path),
+        vocab_size=vocab_size(read_model_config(Path(config.model.path), f"model.path={config.model.path}")),
         state=state,
         prompts=prompts,
         proofs=proofs,
@@ -204,10 +204,6 @@ def _write_config(config: Config, run_dir: Path) -> Path:
     path = run_dir / "config.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     return path
-
-
-def _vocab_size(model_path: str) -> int:
-    return int(json.loads((Path(model_path) / "config.json").read_text())["vocab_size"])
 
 
 def _last_logged_version(run_dir: Path) -> int:

@@ -18,6 +18,7 @@ from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.identity import Identity, claim_identity
 from asyncrl.generator.lease_runner import no_text
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.model_config import known_context, read_model_config
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.processes import StopSignal, pin_to
 from asyncrl.host.tokenizer import load_tokenizer
@@ -115,6 +116,7 @@ def _engine_options(config: Config, identity: Identity) -> EngineOptions:
         model_path=config.model.path,
         dtype=config.model.dtype,
         max_model_len=config.model.max_length,
+        fits_context=_fits_context(config),
         max_sequences=generator.max_sequences,
         tensor_parallel_size=generator.tensor_parallel_size,
         kv_cache_bytes=None if on_gpu else int(generator.kv_cache_gib * 2**30),
@@ -127,6 +129,12 @@ def _engine_options(config: Config, identity: Identity) -> EngineOptions:
         seed=zlib.crc32(f"{config.run.seed}/{identity.generator_id}/{identity.incarnation}".encode()),
         log_path=str(Path(config.run.dir) / "generators" / f"{identity.generator_id}.vllm.log"),
     )
+
+
+def _fits_context(config: Config) -> bool:
+    path = config.model.path
+    context = known_context(read_model_config(Path(path), f"model.path={path}"))
+    return context is not None and config.model.max_length <= context
 
 
 def _connect(config: Config) -> AsyncClientSocket:

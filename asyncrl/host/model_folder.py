@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import ModelError
+from asyncrl.host.model_config import read_model_config, size_of
 
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format itself
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
@@ -42,45 +43,37 @@ class ModelFiles:
 
         None when config.json does not say.
         """
-        layers = self._size("num_hidden_layers")
-        heads = self._size("num_attention_heads")
+        layers, heads = size_of(self.config, "num_hidden_layers"), size_of(self.config, "num_attention_heads")
         if not layers or not heads:
             return None
-        head_dim = self._size("head_dim") or self._size("hidden_size") // heads
-        return 2 * layers * (self._size("num_key_value_heads") or heads) * head_dim * element_bytes
-
-    def _size(self, name: str) -> int:
-        """A size from config.json; 0 when it is not there."""
-        return int(self.config.get(name) or 0)
+        head_dim = size_of(self.config, "head_dim") or size_of(self.config, "hidden_size") // heads
+        return 2 * layers * (size_of(self.config, "num_key_value_heads") or heads) * head_dim * element_bytes
 
 
-def find_model(path: str) -> ModelFiles:
+def find_model(path: str, name: str = "model.path") -> ModelFiles:
     """The model at `path`: a folder, or the name of a model in the local Hugging Face cache.
 
-    Raises ModelError when there is no such folder, or when config.json, tokenizer or weights are missing.
+    name is the configuration key that messages speak of. Raises ModelError when there is no such folder, when
+    tokenizer or weights are missing, and as `read_model_config` does.
     """
+    key = f"{name}={path}"
     folder = Path(path).expanduser()
     if not folder.is_dir():
         cached = _cached_snapshot(path)
         if cached is None:
-            raise ModelError(_missing(path))
+            raise ModelError(_missing(path, key))
         folder = cached
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"model.path={path} has no config.json: it is not a Hugging Face model folder") from None
-    except ValueError as error:
-        raise ModelError(f"model.path={path}: config.json cannot be read ({error}); copy the model again") from None
+    config = read_model_config(folder, key)
     if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         raise ModelError(
-            f"model.path={path} holds no tokenizer (one of {', '.join(VOCABULARY_FILES)}); "
+            f"{key} holds no tokenizer (one of {', '.join(VOCABULARY_FILES)}); "
             f"save it beside the weights with tokenizer.save_pretrained"
         )
-    return ModelFiles(folder, _weight_files(path, folder), config)
+    return ModelFiles(folder, _weight_files(key, folder), config)
 
 
-def _missing(path: str) -> str:
-    message = f"model.path={path}: there is no such folder; bin/warmup makes tiny models for a task"
+def _missing(path: str, key: str) -> str:
+    message = f"{key}: there is no such folder; bin/warmup makes tiny models for a task"
     if not path.startswith((".", "/", "~")) and path.count("/") == 1:
         message += f", and `hf download {path}` fetches a model of that name into {_hub_cache()}"
     return message
@@ -103,23 +96,24 @@ def _cached_snapshot(name: str) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
-def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
+def _weight_files(key: str, folder: Path) -> tuple[Path, ...]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError):
-            raise ModelError(f"model.path={path}: {index.name} cannot be read; copy the model again") from None
+            raise ModelError(f"{key}: {index.name} cannot be read; copy the model again") from None
         files = tuple(folder / name for name in sorted(names))
+    elif (folder / "model.safetensors").is_file():
+        files = (folder / "model.safetensors",)  # others beside it are not the model's: a checkpoint has some
     else:
         files = tuple(sorted(folder.glob("*.safetensors")))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ModelError(f"model.path={path}: the index names {missing[0]}, which is missing; copy the model again")
+        raise ModelError(f"{key}: the index names {missing[0]}, which is missing; copy the model again")
     if not files:
         raise ModelError(
-            f"model.path={path} holds no .safetensors file; save the model with save_pretrained "
-            "(pickled weights are not read)"
+            f"{key} holds no .safetensors file; save the model with save_pretrained (pickled weights are not read)"
         )
     return files
 

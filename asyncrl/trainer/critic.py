@@ -25,7 +25,7 @@ def load_critic(config: Config, policy: Policy) -> Critic | None:
     if config.critic.trunk == "shared":
         return Critic(None, policy.head_weight.shape[1], dtype=config.model.dtype, device=policy.device)
     path = config.critic.path or config.model.path
-    trunk = load_float32(AutoModel, find_model(path).folder, f"critic.path={path}").eval()
+    trunk = load_float32(AutoModel, find_model(path, "critic.path").folder, f"critic.path={path}").eval()
     return Critic(trunk, trunk.config.hidden_size, dtype=config.model.dtype, device=policy.device)
 
 

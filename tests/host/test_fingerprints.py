@@ -7,7 +7,13 @@ import pytest
 from asyncrl.errors import ModelError
 from asyncrl.host.fingerprints import model_fingerprint, model_folder_fingerprint, tokenizer_fingerprint
 
-CONFIG = {"model_type": "qwen2", "hidden_size": 16, "dtype": "float32", "transformers_version": "5.19.0"}
+CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "dtype": "float32",
+    "transformers_version": "5.19.0",
+}
 
 
 def test_sizes_count_and_bookkeeping_does_not():

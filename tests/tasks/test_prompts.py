@@ -32,7 +32,7 @@ def tokenizer_folder(tmp_path_factory):
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     fast.save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 100}')
     (folder / "model.safetensors").write_bytes(b"")
     return folder
 

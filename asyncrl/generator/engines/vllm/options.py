@@ -38,6 +38,7 @@ class EngineOptions:
     model_path: str
     dtype: str = "float32"
     max_model_len: int = 1024  # prompt plus completion, in tokens
+    fits_context: bool = False  # whether max_model_len is known to lie within the context of the model
     max_sequences: int = 64
     tensor_parallel_size: int = 1
     kv_cache_bytes: int | None = 1 << 30
@@ -63,6 +64,10 @@ def prepare_environment(options: EngineOptions) -> None:
         # vLLM opens sockets between its own processes; keep them off the network.
         "VLLM_HOST_IP": "127.0.0.1",
     }
+    if options.fits_context:
+        # The engine's own limit is one token above max_model_len, and so may be one above the model's context. No
+        # token ever has that last position: the token after a full sequence is sampled, but not read again.
+        values["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     if options.log_path:
         values["VLLM_LOGGING_CONFIG_PATH"] = str(_write_logging_config(Path(options.log_path)))
     if options.device == "cpu":
