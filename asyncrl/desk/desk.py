@@ -140,7 +140,7 @@ class Desk:
         self.generators.say_strangers(now)
         if self._stopping_since is None:
             self.versions.advance(now, self.generators)
-            self.evaluator.advance(self.state.policy.trained, self.versions.held_versions())
+            self.evaluator.advance(self.state.policy.trained, self.versions)
             if self.ranks.decide(now):
                 self.intake.batch_taken()
             self.generators.acknowledge()
@@ -150,10 +150,10 @@ class Desk:
 
     def _timeout(self, now: float) -> float:
         deadlines = (
-            now + MAX_WAIT_S,
             self.state.journal.durable_due,
             self.state.leases.next_deadline(now),
             self.versions.next_deadline(now),
+            now if self.generators.grants_left else now + MAX_WAIT_S,
         )
         return max(0.0, min(deadlines) - now)
 
@@ -206,7 +206,7 @@ class Desk:
             case trainer_messages.StepDone():
                 self.ranks.step_done(message, len(self.generators.alive()), now)
                 self.process.stepped()
-                self.evaluator.advance(self.state.policy.trained, self.versions.held_versions())
+                self.evaluator.advance(self.state.policy.trained, self.versions)
             case trainer_messages.CheckpointDone():
                 self.ranks.checkpoint_done(message)
             case trainer_messages.SnapshotReady() if self.ranks.present:  # else its memory died with the trainer

@@ -7,6 +7,7 @@ only their next weight swap waits (`LeaseBook.eval_holders`). Every token of a r
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from asyncrl.config import Config
@@ -97,7 +98,7 @@ class Evaluator:
         """Whether nothing is due and nothing runs."""
         return self._due is None and self._running is None
 
-    def advance(self, version: int, held_versions: set[int | None]) -> None:
+    def advance(self, version: int, held_versions: Container[int | None]) -> None:
         """Notes what is due at the newest `version`, takes in results that became durable, ends what is complete.
 
         held_versions are those that generators hold, proven.

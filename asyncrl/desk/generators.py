@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import islice
 
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 ORDINAL_SEED_STRIDE = 8191
 RUN_SEED_STRIDE = 1_000_003
 SAY_STRANGERS_EVERY_S = 30.0
+# One call of `grant`: leases that it grants, and generators whose turn it is, most of which may have to wait.
+GRANTS_AT_ONCE = 64
+TURNS_AT_ONCE = 256
 
 
 class Generators:
@@ -51,6 +55,8 @@ class Generators:
         self._versions = versions
         # Admitted generators -> sequences leased to them in this run epoch; None before their first beat.
         self._granted: dict[str, int | None] = {}
+        self._wanting: dict[str, None] = {}  # those that have room for more, whose turn is next first
+        self.grants_left = False  # the last call of `grant` stopped before all had their turn
         self._strangers = (0, 0)  # as last said: handshakes refused, messages that are none
         self._strangers_said_at = -SAY_STRANGERS_EVERY_S
 
@@ -82,7 +88,7 @@ class Generators:
 
     def gone(self, name: str, why: str, now: float) -> None:
         """Ends a generator's session; it would have to come back as a new incarnation."""
-        if (session := self._by_name(name)) is not None:
+        if (session := self._sessions.get(name)) is not None:
             self._sessions.bye(session)
         self._free(name, why, now)
 
@@ -126,10 +132,9 @@ class Generators:
 
     def _probe_silent(self, now: float) -> None:
         """Sends silent generators an Ack that nobody asked for: if it cannot be sent, the connection is gone."""
-        for session in self._sessions:
-            if session.probe_due(now):
-                assert session.peer is not None
-                session.cut_off = not self.socket.reaches(session.peer, self._sessions.ack(session))
+        for session in self._sessions.to_probe(now):
+            assert session.peer is not None
+            session.cut_off = not self.socket.reaches(session.peer, self._sessions.ack(session))
 
     def say_strangers(self, now: float) -> None:
         """One warning for all that knocked since the last one, so that a flood of them cannot fill the log."""
@@ -154,7 +159,8 @@ class Generators:
 
     def alive(self) -> list[DeskSession]:
         """Admitted generators whose beats come in time."""
-        return [s for s in self._sessions if s.liveness is Liveness.ALIVE and s.generator_id in self._granted]
+        sessions = map(self._sessions.get, self._granted)
+        return [session for session in sessions if session is not None and session.liveness is Liveness.ALIVE]
 
     def describe(self) -> str:
         """Who is there and what they hold, for the log."""
@@ -172,6 +178,7 @@ class Generators:
         released = self._leases.release(name, now)
         log.warning("generator %s %s; %d leases go back", name, why, len(released))
         self._granted.pop(name, None)
+        self._wanting.pop(name, None)
         self._leases.outcomes.died(name)
         self._versions.left(name, why, now)
 
@@ -185,6 +192,9 @@ class Generators:
             if session.generator_id in self._granted and self._granted[session.generator_id] is None:
                 self._granted[session.generator_id] = beat.sequences_received
             self._compare_leases(session, beat, now)
+            granted = self._granted.get(session.generator_id)
+            if granted is not None and beat.sequences_wanted > granted:
+                self._wanting.setdefault(session.generator_id)
             if beat.ready and session.hello is not None:
                 # Not at the hello: the engine starts only then, and weights can be sent to a started one alone.
                 self._versions.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
@@ -210,23 +220,52 @@ class Generators:
         return issued_version is None or self._leases.adopt(name, key, issued_version, now)
 
     def grant(self, now: float) -> None:
-        """Grants leases to every generator that has room, as far as pacing allows."""
-        for session in self.alive():
-            if session.beat is None or session.beat.run_epoch != self._run_epoch:
-                continue
-            name = session.generator_id
-            held = self._versions.held_version(name)
+        """Grants leases to the generators that have room, as far as pacing allows: a slice of them in each call.
+
+        While `grants_left` is set, the next call goes on with those whose turn has not come: a fleet that wants
+        thousands of leases at once must not keep beats waiting.
+        """
+        left = GRANTS_AT_ONCE
+        turns = list(islice(self._wanting, TURNS_AT_ONCE)) if self._leases.may_grant(self._policy.trained) else []
+        for name in turns:
+            del self._wanting[name]
+            left -= self._grant_to(name, left, now)
+            if self._wants(name):
+                self._wanting[name] = None  # behind all others
+            if left <= 0:
+                break
+        self.grants_left = left <= 0 and bool(self._wanting)
+
+    def _grant_to(self, name: str, most: int, now: float) -> int:
+        """Grants up to `most` leases to one generator; returns how many it were."""
+        session = self._sessions.get(name)
+        if session is None or not self._wants(name):
+            return 0
+        num_granted = 0
+        while num_granted < most and self._wants(name):
+            records = self._leases.grant(name, self._versions.held_version(name), 1, self._policy.trained, now)
+            if not records:
+                break
+            lease = self._lease(records[0], now)
+            num_granted += 1
             granted = self._granted[name]
-            if granted is None:
-                continue  # the beat is from before it was taken for dead
-            while session.beat.sequences_wanted > granted:
-                records = self._leases.grant(name, held, 1, self._policy.trained, now)
-                if not records:
-                    break
-                lease = self._lease(records[0], now)
-                granted += lease.num_sequences
-                self._send(session, lease_to_grant(lease, self._run_epoch))
-            self._granted[name] = granted
+            assert granted is not None
+            self._granted[name] = granted + lease.num_sequences
+            self._send(session, lease_to_grant(lease, self._run_epoch))
+        return num_granted
+
+    def _wants(self, name: str) -> bool:
+        """Whether a generator is there, has room, and said so to this learner."""
+        session = self._sessions.get(name)
+        if session is None or session.liveness is not Liveness.ALIVE or session.beat is None:
+            return False
+        granted = self._granted.get(name)
+        # None: the beat is from before it was taken for dead.
+        return (
+            granted is not None
+            and session.beat.run_epoch == self._run_epoch
+            and session.beat.sequences_wanted > granted
+        )
 
     def _lease(self, record: LeaseRecord, now: float) -> Lease:
         sampling, key = self._config.sampling, record.key
@@ -272,11 +311,8 @@ class Generators:
 
     def send(self, name: str, message: Message) -> None:
         """Sends a message to a generator by its id; nothing happens when that has no session."""
-        if (session := self._by_name(name)) is not None:
+        if (session := self._sessions.get(name)) is not None:
             self._send(session, message)
-
-    def _by_name(self, name: str) -> DeskSession | None:
-        return next((session for session in self._sessions if session.generator_id == name), None)
 
     def _send(self, session: DeskSession, message: Message) -> None:
         if session.peer is not None:

@@ -23,6 +23,8 @@ from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGe
 
 log = logging.getLogger(__name__)
 
+LOOK_AT_EVALUATION_S = 0.05  # generators that an evaluation needs may not swap: so often it is seen that it is over
+
 
 class SyncedGenerators(Protocol):
     """What `Versions` needs of the generators: `desk.generators.Generators`."""
@@ -62,44 +64,53 @@ class Versions:
         self._on_first_proof = on_first_proof
         self._proven_once = False
         self._publisher: bytes | None = None  # routing id
+        self._changed = True  # since the last `advance`
+        self._due_at = 0.0  # when `advance` has something to do though nothing changed
 
     def snapshot_ready(self, peer: bytes, message: trainer_messages.SnapshotReady, now: float) -> None:
         """The publisher offers a version."""
+        self._changed = True
         self._publisher = peer
         self._policy.published(message.version)
         self._planner.snapshot_ready(message, now)
 
     def trainer_lost(self, now: float) -> None:
         """The trainer died, and the publisher with it: what it offered is gone."""
+        self._changed = True
         self._planner.publisher_lost(now)
         self._publisher = None
 
     def channel_ready(self, message: trainer_messages.ChannelReady, now: float) -> None:
         """The publisher opened a channel, or could not."""
+        self._changed = True
         self._planner.channel_ready(message, now)
 
     def broadcast_done(self, message: trainer_messages.BroadcastDone, now: float) -> None:
         """The publisher sent a version over a channel, or failed."""
+        self._changed = True
         self._planner.broadcast_done(message, now)
 
     def joined(self, name: str, incarnation: int, num_workers: int, now: float) -> None:
         """The engine of a generator is up, with this many workers: it can take weights."""
-        self._planner.joined(name, incarnation, num_workers, now)
+        self._changed |= self._planner.joined(name, incarnation, num_workers, now)
 
     def left(self, name: str, why: str, now: float) -> None:
         """A generator is gone, and whatever it held with it."""
+        self._changed = True
         self._planner.left(name, now, why)
 
     def send_again(self, name: str) -> None:
         """Whatever a generator holds is doubted: it counts as holding nothing, and gets the newest version anew."""
+        self._changed = True
         self._planner.send_again(name)
 
     def holds(self, name: str, version: int | None, now: float) -> None:
         """The version that a generator says in its beat it holds, proven."""
-        self._planner.holds(name, version, now)
+        self._changed |= self._planner.holds(name, version, now)
 
     def reply(self, name: str, message: messages.SyncReply, now: float) -> None:
         """A generator answers a phase of a sync."""
+        self._changed = True
         self._planner.reply(name, message, now)
 
     def held_version(self, name: str) -> int | None:
@@ -107,19 +118,29 @@ class Versions:
         return self._planner.held_version(name)
 
     def next_deadline(self, now: float) -> float:
-        """When `advance` must be called even if nothing happens; infinity when never."""
-        deadline = self._planner.next_deadline(now)
-        return float("inf") if deadline is None else deadline
+        """When `advance` has something to do even if nothing happens; infinity when never."""
+        return now if self._changed else self._due_at
 
-    def held_versions(self) -> set[int | None]:
-        """The versions that generators hold, proven."""
-        return {receiver.held_version for receiver in self._planner.receivers.values()}
+    def __contains__(self, version: object) -> bool:
+        """Whether a generator holds this version, proven."""
+        return any(receiver.held_version == version for receiver in self._planner.receivers.values())
 
     def advance(self, now: float, generators: SyncedGenerators) -> None:
-        """Lets the planner act, and does what it asks for."""
+        """Lets the planner act, and does what it asks for; nothing where nothing changed and no deadline has come."""
+        if not self._changed and now < self._due_at:
+            return
+        self._changed = False
         held = {name: receiver.held_version for name, receiver in self._planner.receivers.items()}
-        self._planner.set_busy(self._leases.eval_holders(held))
+        busy = self._leases.eval_holders(held)
+        self._planner.set_busy(busy)
         self._planner.advance(now)
+        self._carry_out(now, generators)
+        deadline = self._planner.next_deadline(now)
+        self._due_at = float("inf") if deadline is None else deadline
+        if busy or self._leases.eval_is_running:
+            self._due_at = min(self._due_at, now + LOOK_AT_EVALUATION_S)
+
+    def _carry_out(self, now: float, generators: SyncedGenerators) -> None:
         for output in self._planner.take_outputs():
             match output:
                 case ToPublisher(message):

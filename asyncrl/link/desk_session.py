@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from asyncrl.host.deadlines import Deadlines
 from asyncrl.host.fingerprints import differences
 from asyncrl.link import limits
 from asyncrl.link.messages import PROTOCOL_VERSION, Ack, Beat, Hello, Nack, Refusal, Welcome
@@ -103,10 +104,22 @@ class DeskSession:
 
     def probe_due(self, now: float) -> bool:
         """Whether it is silent for so long that its connection should be looked at; once in BEAT_S."""
-        due = self.peer is not None and now - max(self.heard_at + limits.BEAT_S, self.probed_at) >= limits.BEAT_S
+        due = now >= self._probe_at()
         if due:
             self.probed_at = now
         return due
+
+    def _probe_at(self) -> float:
+        if self.peer is None:
+            return math.inf
+        return max(self.heard_at + limits.BEAT_S, self.probed_at) + limits.BEAT_S
+
+    def next_look(self) -> float:
+        """When it must be probed or measured next, if nothing comes from it until then; infinity when never."""
+        if self.liveness in (Liveness.DEAD, Liveness.GONE):
+            return math.inf  # only what it sends can change that
+        waits_s = limits.DEAD_S if self.liveness is Liveness.SUSPECT and not self.cut_off else limits.SUSPECT_S
+        return min(self._probe_at(), self.heard_at + waits_s, self.progress_at + limits.NO_PROGRESS_S)
 
     def on_beat(self, beat: Beat, now: float) -> None:
         """Takes in a beat. Answer it with an Ack: that is how the generator knows that the desk lives."""
@@ -181,6 +194,9 @@ class DeskSessions:
         self._max_frame_bytes = max_frame_bytes
         self._by_id: dict[str, DeskSession] = {}
         self._by_peer: dict[bytes, DeskSession] = {}
+        # When each session is to be looked at: what is heard of it in the meantime only puts that off.
+        self._looks: Deadlines[str] = Deadlines()
+        self._to_measure: dict[str, DeskSession] = {}  # looked at since the last tick, or heard again
 
     def __iter__(self) -> Iterator[DeskSession]:
         return iter(list(self._by_id.values()))
@@ -209,6 +225,7 @@ class DeskSessions:
         session.heard(now)
         session.progress_at = now
         session.liveness = Liveness.ALIVE
+        self._looks.set(session.generator_id, session.next_look())
         session.seqs.settle_below(hello.first_unacked_seq)
         welcome = Welcome(
             run_epoch=self.run_epoch,
@@ -226,6 +243,8 @@ class DeskSessions:
         session = self._by_peer.get(peer)
         if session is not None:
             session.heard(now)
+            if session.liveness is not Liveness.ALIVE:
+                self._to_measure[session.generator_id] = session
         return session
 
     def unknown_peer(self) -> Nack:
@@ -238,14 +257,37 @@ class DeskSessions:
         self._by_peer.pop(session.peer or b"", None)
         session.peer = None
 
+    def to_probe(self, now: float) -> list[DeskSession]:
+        """Sessions that are silent for so long that their connections should be looked at, before `tick`."""
+        self._take_looks(now)
+        return [session for session in self._to_measure.values() if session.probe_due(now)]
+
     def tick(self, now: float) -> list[tuple[DeskSession, Liveness]]:
-        """Sessions whose liveness changed since the last call, each with what it was before."""
+        """Sessions whose liveness changed since the last call, each with what it was before.
+
+        Only those are measured whose time has come: it costs nothing that others are known.
+        """
+        self._take_looks(now)
+        measured, self._to_measure = self._to_measure, {}
         changed = []
-        for session in self._by_id.values():
+        for name, session in measured.items():
+            if self._by_id.get(name) is not session:
+                continue
             before, session.liveness = session.liveness, session.measure(now)
             if session.liveness is not before:
                 changed.append((session, before))
+            if (look_at := session.next_look()) < math.inf:
+                self._looks.set(name, look_at)
         return changed
+
+    def next_look(self) -> float:
+        """When `to_probe` or `tick` has something to do though nothing came; infinity when never."""
+        return self._looks.earliest()
+
+    def _take_looks(self, now: float) -> None:
+        for name in self._looks.take_due(now):
+            if (session := self._by_id.get(name)) is not None:
+                self._to_measure[name] = session
 
     # -- results
 
@@ -359,8 +401,10 @@ class DeskSessions:
             # The session that is silent for longest: its leases expired long ago, so nothing of it is awaited.
             old = min(self._by_id.values(), key=lambda session: (session.peer is not None, session.heard_at))
             del self._by_id[old.generator_id]
+            self._looks.remove(old.generator_id)
         if old is not None:
             self.bye(old)
         session = DeskSession(generator_id, incarnation, "", SettledSeqs(), heard_at=now)
         self._by_id[generator_id] = session
+        self._looks.set(generator_id, session.next_look())
         return session

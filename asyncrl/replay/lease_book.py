@@ -301,6 +301,11 @@ class LeaseBook:
         """The latest evaluation of this run epoch, done or not."""
         return self._evals.current
 
+    @property
+    def eval_is_running(self) -> bool:
+        """Whether an evaluation was started and is not done."""
+        return self._evals.current is not None and not self._evals.current.done
+
     def start_eval(self, version: int, num_prompts: int, timeout_s: float, now: float) -> EvalProgress:
         """Starts an evaluation; its leases go first, and only to generators that hold exactly `version`."""
         return self._evals.start(version, num_prompts, timeout_s, now)

@@ -176,9 +176,9 @@ class Outcomes:
 
     def hopeless(self, names: Iterable[str]) -> str:
         """Why no group will come from these generators, in words; empty while one of them may still bring some."""
-        records = {name: self._records.get(name) for name in names}
         said = []
-        for name, record in records.items():
+        for name in names:
+            record = self._records.get(name)
             if record is None or not record.set_aside or record.times_set_aside <= MAX_FAILED_TRIALS:
                 return ""
             reasons = Counter(ended.reason for ended in record.window if ended.reason)

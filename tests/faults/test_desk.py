@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+
 import pytest
 
+from asyncrl.desk.generators import GRANTS_AT_ONCE
+from asyncrl.link import limits, messages
+from asyncrl.link.desk_session import DeskSessions, Expected, Liveness
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.outcomes import MAX_FAILED_TRIALS, Blame, Outcomes, Recovered, SetAside
 from asyncrl.replay.pacing import Pacing
 from asyncrl.types import LeaseKey, LeaseKind
+from tests.desk.desk_parts import hello
 from tests.faults.desk_fleet import Fleet, Stub
 
 
@@ -170,3 +177,66 @@ def test_R1_an_evaluation_prompt_is_not_given_up_for_a_generator_that_fails_with
             book.fail(record.key, "reward_error", 0.0)
     assert evaluation.given_up == set()
     assert len(book.grant("good", 0, 8, 0, now=0.0)) == 8
+
+
+# -- R17: what one message costs does not grow with the fleet
+
+
+def test_R17_a_beat_a_poll_and_a_grant_look_at_no_other_generator(tmp_path, monkeypatch):
+    """Counted in calls, not in seconds: with 400 generators as many as with 40."""
+
+    def calls(num_generators):
+        stubs = [Stub(f"g{n}", room=4, work_s=1e9) for n in range(num_generators)]
+        world = Fleet(tmp_path / str(num_generators), stubs, steps=10**6, groups_per_step=num_generators)
+        world.run(2.5)
+        assert world.parts.leases.num_running == 4 * num_generators
+        counted = Counter()
+
+        def count(frame, event, _):
+            if event == "call" and "asyncrl" in frame.f_code.co_filename:
+                counted["calls"] += 1
+
+        sys.setprofile(count)
+        world.generators.expire(world.now)
+        world._beat(world.stubs["g7"])
+        world.generators.grant(world.now)
+        world.parts.leases.next_deadline(world.now)
+        world.generators.expire(world.now)
+        sys.setprofile(None)
+        world.close()
+        return counted["calls"]
+
+    few, many = calls(40), calls(400)
+    assert many <= few + 20
+
+
+def test_R17_grants_come_in_slices_so_that_no_beat_waits_for_all_of_them(tmp_path):
+    world = Fleet(tmp_path, [Stub(f"g{n}", room=16, work_s=1e9) for n in range(50)], groups_per_step=400, max_age=1)
+    for name in world.stubs:
+        world._proved(name)
+    sizes = []
+    while not sizes or world.generators.grants_left:
+        world.generators.grant(0.0)
+        sizes.append(sum(isinstance(m, messages.LeaseGrant) for _, m in world.wire.sent))
+        world._deliver()
+    assert max(sizes) == GRANTS_AT_ONCE and sum(sizes) == 800
+    assert all(len(stub.held) == 16 for stub in world.stubs.values())
+    world.close()
+
+
+def test_R17_generators_that_are_gone_for_good_cost_a_poll_nothing():
+    sessions = DeskSessions(
+        run_epoch=1,
+        run_name="run",
+        expected=Expected("model", "tokenizer", ()),
+        credit_bytes=2**20,
+        max_frame_bytes=2**20,
+    )
+    for number in range(2000):
+        sessions.hello(b"%d" % number, hello(f"g{number}"), version=0, now=0.0)
+    assert len(sessions.tick(limits.SUSPECT_S)) == len(sessions.tick(limits.DEAD_S)) == 2000
+    assert {session.liveness for session in sessions} == {Liveness.DEAD}
+    assert sessions.to_probe(1e6) == [] and sessions.tick(1e6) == []
+    assert sessions.next_look() == float("inf")
+    assert sessions.of(b"7", 1e6) is sessions.get("g7")
+    assert [(session.generator_id, session.liveness) for session, _ in sessions.tick(1e6)] == [("g7", Liveness.ALIVE)]

@@ -65,6 +65,7 @@ class SyncPlanner:
         self.receivers: dict[str, Receiver] = {}
         self.snapshot: SnapshotReady | None = None
         self.rounds: dict[int, SyncRound] = {}  # by channel epoch
+        self._round_of: dict[str, SyncRound] = {}  # by member: everybody is in one round at a time
         self.cells: list[Cell] = []
         self.channel_epoch = 0
         self._attempts: dict[int, int] = {}  # by version: offers of it so far
@@ -76,32 +77,35 @@ class SyncPlanner:
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
-    def joined(self, name: str, incarnation: int, num_workers: int, now: float) -> None:
-        """A generator said hello. A new incarnation holds nothing, whatever it says."""
+    def joined(self, name: str, incarnation: int, num_workers: int, now: float) -> bool:
+        """A generator said hello. A new incarnation holds nothing, whatever it says. True if that is news."""
         known = self.receivers.get(name)
         if known is not None and known.incarnation == incarnation:
-            return
+            return False
         self.left(name, now, "restarted")
         self.receivers[name] = Receiver(name, incarnation, num_workers)
+        return True
 
     def left(self, name: str, now: float, reason: str) -> None:
         """A generator is dead, fenced or gone."""
         self.receivers.pop(name, None)
-        for current in list(self.rounds.values()):
+        current = self._round_of.get(name)
+        if current is not None:
             current.left(name, now, reason)
         self._leave_cell(name)
-        self._advance_rounds(now)
+        if current is not None:
+            self._advance_round(current, now)
 
     def set_busy(self, names: set[str]) -> None:
         """These generators must keep their version for now."""
         for receiver in self.receivers.values():
             receiver.busy = receiver.name in names
 
-    def holds(self, name: str, version: int | None, now: float) -> None:
-        """A generator's beat says that it holds `version`, proven."""
+    def holds(self, name: str, version: int | None, now: float) -> bool:
+        """A generator's beat says that it holds `version`, proven. True if that is not what it proved here."""
         receiver = self.receivers.get(name)
         if receiver is None or receiver.held_version in (None, version) or self._in_round(name):
-            return
+            return False
         waited_s = now - receiver.committed_at
         if waited_s > self.rules.timeout_s + COMMIT_REPEAT_S:
             log.warning("%s holds version %s instead of %d: sent again", name, version, receiver.held_version)
@@ -109,6 +113,7 @@ class SyncPlanner:
         elif waited_s > COMMIT_REPEAT_S:
             commit = SyncCommit(self.rules.run_epoch, receiver.held_version, receiver.held_attempt)
             self._emit(ToGenerator(name, commit))
+        return True
 
     def send_again(self, name: str) -> None:
         """What a generator holds is doubted: it counts as holding nothing and is caught up, with all bytes.
@@ -159,15 +164,16 @@ class SyncPlanner:
         """The publisher says how a broadcast ended."""
         if (current := self.rounds.get(message.channel_epoch)) is not None:
             current.broadcast_done(message, now)
-            self._advance_rounds(now)
+            self._advance_round(current, now)
 
     def reply(self, name: str, message: SyncReply, now: float) -> None:
         """A generator says how a phase ended for it."""
         if message.run_epoch != self.rules.run_epoch:
             return  # of a learner before this one, whose versions and attempts have the same numbers
-        for current in self.rounds.values():
+        current = self._round_of.get(name)
+        if current is not None:
             current.reply(name, message, now)
-        self._advance_rounds(now)
+            self._advance_round(current, now)
 
     def advance(self, now: float) -> None:
         """Applies deadlines and starts rounds that are due. Called whenever something happened or time passed."""
@@ -210,7 +216,7 @@ class SyncPlanner:
         """The receivers that can take the newest snapshot now and do not hold it."""
         assert self.snapshot is not None
         newest = self.snapshot.version, self.snapshot.manifest.digests
-        taken = {name for current in self.rounds.values() for name in current.members}
+        taken = self._round_of
         return [
             receiver
             for name, receiver in sorted(self.receivers.items())
@@ -271,6 +277,7 @@ class SyncPlanner:
     ) -> SyncRound:
         current = SyncRound(self.rules, channel_epoch, members, self._emit, catch_up=catch_up, now=now)
         self.rounds[channel_epoch] = current
+        self._round_of.update(dict.fromkeys(current.members, current))
         return current
 
     def _offer(self, current: SyncRound, channel: OpenedChannel, now: float) -> None:
@@ -304,12 +311,18 @@ class SyncPlanner:
 
     def _advance_rounds(self, now: float) -> None:
         for current in list(self.rounds.values()):
-            current.advance(now)
-            if current.ended:
-                self._end(current, now)
+            self._advance_round(current, now)
+
+    def _advance_round(self, current: SyncRound, now: float) -> None:
+        current.advance(now)
+        if current.ended:
+            self._end(current, now)
 
     def _end(self, current: SyncRound, now: float) -> None:
         del self.rounds[current.channel_epoch]
+        for name in current.members:
+            if self._round_of.get(name) is current:
+                del self._round_of[name]
         self._emit(current.result(now))
         cell = None if current.catch_up else self._cell_of(current.members)
         if cell is not None:
@@ -347,7 +360,7 @@ class SyncPlanner:
         return any(not current.catch_up and set(current.members) & set(cell.names) for current in self.rounds.values())
 
     def _in_round(self, name: str) -> bool:
-        return any(name in current.members for current in self.rounds.values())
+        return name in self._round_of
 
     def _emit(self, output: Output) -> None:
         self._outputs.append(output)
