@@ -228,7 +228,7 @@ def test_R17_generators_that_are_gone_for_good_cost_a_poll_nothing():
     sessions = DeskSessions(
         run_epoch=1,
         run_name="run",
-        expected=Expected("model", "tokenizer", ()),
+        expected=Expected("model", "tokenizer", "tests:Task"),
         credit_bytes=2**20,
         max_frame_bytes=2**20,
     )
