@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Link level: ZMTP heartbeats notice a cut cable within interval + timeout, so within 3.5 s.
+# Link level: ZMTP heartbeats notice a cut cable within interval + timeout, so within 3.5 s. The peers of the desk ask
+# and it answers; it notices by their silence, HEARTBEAT_TTL_MS after their last question.
 HEARTBEAT_MS = 1_000
 HEARTBEAT_TIMEOUT_MS = 2_500
 HEARTBEAT_TTL_MS = 3_000
@@ -14,7 +15,8 @@ RECONNECT_MAX_MS = 1_000  # a learner that restarts is found within a second of 
 
 # Queues between application and I/O thread, in frames. Credit is the real bound, these are the backstop. Sending
 # comes in bursts (one lease per free sequence, a full outbox after a reconnect) of frames kept in any case.
-RECEIVE_QUEUE_FRAMES = 8
+DESK_RECEIVE_QUEUE_FRAMES = 8  # of each peer
+PEER_RECEIVE_QUEUE_FRAMES = 4_096
 SEND_QUEUE_FRAMES = 256
 # One call of receive() returns after this many frames, so that a busy peer cannot starve the loop.
 DRAIN_FRAMES = 256

@@ -33,14 +33,21 @@ CLIENT_EVENTS: int = sum(_CLIENT_EVENTS)
 
 
 def set_options(socket: zmq.Socket[bytes], address: Address, max_frame_bytes: int) -> None:
-    """The options of both ends. Must run before bind or connect."""
+    """The options of one end. Must run before bind or connect.
+
+    Only DEALERs ask for heartbeats. libzmq 4.3.5 aborts the process that sends one to a peer which hung up while the
+    frames it had sent were still unread (`!_io_error`, stream_engine_base.cpp). A desk that stands still for seconds
+    meets such peers; it never pings, and drops a silent one by the time to live that the peer's own pings carry. A
+    DEALER has a queue so long that it is never full while its owner reads at all.
+    """
+    is_desk = socket.get(zmq.TYPE) == zmq.ROUTER
     for option, value in (
         (zmq.LINGER, 0),  # flushing is the session's work: a close that waits could wait for ever
         (zmq.IMMEDIATE, 1),  # queue nothing for a peer that is not there
         (zmq.SNDHWM, limits.SEND_QUEUE_FRAMES),
-        (zmq.RCVHWM, limits.RECEIVE_QUEUE_FRAMES),
+        (zmq.RCVHWM, limits.DESK_RECEIVE_QUEUE_FRAMES if is_desk else limits.PEER_RECEIVE_QUEUE_FRAMES),
         (zmq.MAXMSGSIZE, max_frame_bytes),
-        (zmq.HEARTBEAT_IVL, limits.HEARTBEAT_MS),
+        (zmq.HEARTBEAT_IVL, 0 if is_desk else limits.HEARTBEAT_MS),
         (zmq.HEARTBEAT_TIMEOUT, limits.HEARTBEAT_TIMEOUT_MS),
         (zmq.HEARTBEAT_TTL, limits.HEARTBEAT_TTL_MS),
         (zmq.HANDSHAKE_IVL, limits.HANDSHAKE_MS),

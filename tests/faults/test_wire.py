@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 import typing
 from enum import StrEnum
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -19,6 +22,7 @@ from asyncrl.link.schema.message_base import message_types
 from asyncrl.link.wire_types import JSON_LIKE, MAX_SPANS, MAY_BE_NAN, PayloadValue
 from asyncrl.types import FinishReason
 
+ROOT = Path(__file__).resolve().parents[2]
 HELLO = [3, "gen-a", 2, 3, "0123", "4567", "own.module:Task", 2, 17]
 BEAT = [3, 640, [], 123, 7, 3, 512.5, 7.25, 65_536]
 ROLLOUT = {"tokens": b"", "logprobs": b"", "spans": b"", "finish": "stop", "reward": 0.5, "parts": {"exact": 0.5}}
@@ -149,3 +153,21 @@ def test_R14_a_generator_id_that_could_not_be_sent_is_refused_at_its_start(tmp_p
     with pytest.raises(ConfigError, match="generator.id=.* must have at most 128 printable characters"):
         claim_identity(tmp_path, name)
     assert claim_identity(tmp_path, "gpu-7.rack_3").incarnation == 1
+
+
+def stalled_desk(stall_s, num_vanishing, num_staying):
+    command = [sys.executable, "-m", "tests.faults.stalled_desk", str(stall_s), str(num_vanishing), str(num_staying)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_R19_a_desk_that_stands_still_survives_peers_that_leave_with_unread_frames():
+    done = stalled_desk(3.0, num_vanishing=4, num_staying=4)
+    assert done.returncode == 0, done.stderr
+    assert "alive: read" in done.stdout
+
+
+@pytest.mark.slow
+def test_R19_a_desk_survives_a_stall_of_twelve_seconds_each_time():
+    for _ in range(4):
+        done = stalled_desk(12.0, num_vanishing=8, num_staying=4)
+        assert done.returncode == 0, done.stderr
