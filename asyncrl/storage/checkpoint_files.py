@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import CheckpointError
+from asyncrl.storage.disk import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def write_checkpoint(
     assert keep >= 1, keep
     tmp = root / f"step_{version}.tmp-{uuid.uuid4().hex}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)  # durably: what is in a folder that is gone after a power loss was saved in vain
         _remove_leftovers(root)
         _check_free_space(root, expected_bytes)
         tmp.mkdir()
@@ -165,7 +166,7 @@ def write_folder_atomically(folder: Path, write_files: Callable[[Path], None]) -
     """
     tmp = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         tmp.mkdir()
         write_files(tmp)
         _fsync_tree(tmp)
