@@ -23,7 +23,7 @@ import numpy as np
 
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.errors import CheckpointError
-from asyncrl.link import messages
+from asyncrl.link import trainer_messages
 from asyncrl.link.codec import decode, decode_body
 from asyncrl.link.messages import GroupResult, Message
 from asyncrl.link.rollouts import result_to_group
@@ -111,19 +111,19 @@ class Trainer:
         """Its exit code."""
         await asyncio.sleep(self.place.chance.uniform(0.05, 1.0))
         self._load()
-        hello = messages.TrainerHello(0, 1, self.policy.version, 1)
+        hello = trainer_messages.TrainerHello(0, 1, self.policy.version, 1)
         welcome = await self._ask(hello)
-        assert isinstance(welcome, messages.TrainerWelcome), welcome
+        assert isinstance(welcome, trainer_messages.TrainerWelcome), welcome
         self.run_epoch = welcome.run_epoch
         publishing = asyncio.create_task(self.publisher.main())
         if self.policy.version >= welcome.replay_to:
             self.publisher.publish(self.policy)
         try:
             while True:
-                answer = await self._ask(messages.BatchRequest(0, self.policy.version))
-                if isinstance(answer, messages.TrainerStop):
+                answer = await self._ask(trainer_messages.BatchRequest(0, self.policy.version))
+                if isinstance(answer, trainer_messages.TrainerStop):
                     return self._finish(answer)
-                if isinstance(answer, messages.Batch) and answer.version == self.policy.version:
+                if isinstance(answer, trainer_messages.Batch) and answer.version == self.policy.version:
                     await self._train(answer)
         finally:
             publishing.cancel()
@@ -139,14 +139,14 @@ class Trainer:
                 self.policy = Policy.from_json((manifest.path / STATE_FILE).read_text())
                 self.desk_state = load_desk_state(manifest)
 
-    async def _train(self, batch: messages.Batch) -> None:
+    async def _train(self, batch: trainer_messages.Batch) -> None:
         await asyncio.sleep(self.place.chance.uniform(0.2, 1.0) * self.place.step_s)
         self.policy.train(batch.groups)
         self.desk_state = batch.desk_state
         self.place.stepped(self.policy)
         if batch.publish:
             self.publisher.publish(self.policy)
-        self.link.send_message(messages.StepDone(self.policy.version, FIGURES, 0.1, 0.0))
+        self.link.send_message(trainer_messages.StepDone(self.policy.version, FIGURES, 0.1, 0.0))
         if batch.checkpoint:
             await asyncio.sleep(self.place.chance.uniform(0.0, 0.3))
             self._save()
@@ -167,9 +167,9 @@ class Trainer:
                 )
         except CheckpointError as failure:
             error = str(failure)
-        self.link.send_message(messages.CheckpointDone(self.policy.version, path, error, 0.1))
+        self.link.send_message(trainer_messages.CheckpointDone(self.policy.version, path, error, 0.1))
 
-    def _finish(self, stop: messages.TrainerStop) -> int:
+    def _finish(self, stop: trainer_messages.TrainerStop) -> int:
         if stop.checkpoint and self.desk_state:
             self._save()
         return 0
@@ -189,7 +189,7 @@ class Publisher:
         self._link = Dealer(trainer.place.network, "publisher", sent=_nothing, read=_nothing)
         self._fresh: tuple[int, bytes] | None = None
         self._offered: tuple[int, bytes] | None = None
-        self._offer: messages.SnapshotReady | None = None
+        self._offer: trainer_messages.SnapshotReady | None = None
         self._wanted = True
         self._heard = False
         self._channels: dict[int, tuple[WeightChannel, tuple[int, bytes]]] = {}
@@ -226,12 +226,14 @@ class Publisher:
         weights = weights_of(chain)
         row = canary_row(weights, CANARY).tobytes()
         canary = [np.array(CANARY, "<i4").tobytes()]
-        self._offer = messages.SnapshotReady(version, manifest_of(version, digests_of(weights)), canary, [row], 1.0)
+        self._offer = trainer_messages.SnapshotReady(
+            version, manifest_of(version, digests_of(weights)), canary, [row], 1.0
+        )
         self._link.send_message(self._offer)
 
     def _handle(self, message: Message) -> None:
         match message:
-            case messages.SnapshotWanted():
+            case trainer_messages.SnapshotWanted():
                 if self._offered is not None and message.version == self._offered[0]:
                     self._wanted = True
                     self._offer_fresh()
@@ -240,22 +242,22 @@ class Publisher:
                 if message.open_channels is not None:
                     for epoch in self._channels.keys() - set(message.open_channels):
                         self._close(epoch)
-            case messages.OpenChannel():
+            case trainer_messages.OpenChannel():
                 assert self._offered is not None
                 channel = self._trainer.place.channels[message.prefix] = WeightChannel(message.world_size)
                 self._channels[message.channel_epoch] = channel, self._offered
                 version = self._offered[0]
                 self._link.send_message(
-                    messages.ChannelReady(message.channel_epoch, "host", 1, "", "gloo", version)
+                    trainer_messages.ChannelReady(message.channel_epoch, "host", 1, "", "gloo", version)
                 )
-            case messages.Broadcast():
+            case trainer_messages.Broadcast():
                 task = asyncio.create_task(self._broadcast(message))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-            case messages.CloseChannel():
+            case trainer_messages.CloseChannel():
                 self._close(message.channel_epoch)
 
-    async def _broadcast(self, order: messages.Broadcast) -> None:
+    async def _broadcast(self, order: trainer_messages.Broadcast) -> None:
         error = self._cannot(order)
         if not error:
             channel, kept = self._channels[order.channel_epoch]
@@ -274,10 +276,10 @@ class Publisher:
                         future.set_result(weights_of(kept[1]))
                 channel.waiting.clear()
         self._link.send_message(
-            messages.BroadcastDone(order.version, order.attempt, order.channel_epoch, error, 1.0, 192, 192)
+            trainer_messages.BroadcastDone(order.version, order.attempt, order.channel_epoch, error, 1.0, 192, 192)
         )
 
-    def _cannot(self, order: messages.Broadcast) -> str:
+    def _cannot(self, order: trainer_messages.Broadcast) -> str:
         found = self._channels.get(order.channel_epoch)
         if found is None:
             return f"channel {order.channel_epoch} is not open"

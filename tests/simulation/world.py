@@ -10,317 +10,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from asyncrl.config import Config
-from asyncrl.desk.daemon import Surroundings, make_desk
-from asyncrl.desk.desk import FROM_GENERATOR, FROM_TRAINER, Desk
-from asyncrl.desk.prompts import LeasedPrompts
-from asyncrl.desk.restoring import restore_run
-from asyncrl.errors import AsyncRLError, JournalError, Refused
-from asyncrl.generator.assembly import _session
-from asyncrl.generator.daemon import GeneratorDaemon, GeneratorParts
-from asyncrl.generator.identity import Identity
-from asyncrl.link import messages
-from asyncrl.link.codec import decode
+from asyncrl.errors import AsyncRLError
 from asyncrl.link.messages import Message
-from asyncrl.storage.journal import Journal, next_run_epoch
-from asyncrl.tasks.prompts import Prompt
-from tests.desk.desk_parts import MetricsLog
 from tests.simulation.checker import Checker, Violation, records_in
 from tests.simulation.clock import START_S, VirtualLoop, virtual_time
 from tests.simulation.disk import Disk
-from tests.simulation.engine import VOCAB, Engine, EngineFaults, Rewards, Samples, WeightChannel
-from tests.simulation.network import MAX_FRAME_BYTES, Dealer, Network, Router, Weather
-from tests.simulation.trainer import Policy, ProcessDied, SimulatedProcess, TrainerPlace
+from tests.simulation.engine import VOCAB, Samples, WeightChannel
+from tests.simulation.lives import DeskLife, GeneratorLife
+from tests.simulation.network import Network, Weather
+from tests.simulation.plan import FAULT_KINDS, Plan, make_config
+from tests.simulation.trainer import Policy, ProcessDied
 
 HEALED_WITHIN_S = 400.0  # from the last fault to the end of the run; penalties in the weight sync take up to 120 s
 FOLDERS = "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-@dataclass(slots=True)
-class Plan:
-    """What happens in one run; drawn from its seed."""
-
-    seed: int
-    steps: int
-    groups_per_step: int
-    max_age: int
-    num_generators: int
-    keep: int
-    checkpoint_every: int
-    segment_bytes: int
-    dynamic_sampling: bool
-    num_evals: int
-    weather: Weather
-    engine: EngineFaults
-    kinds: dict[str, float]  # fault -> weight
-    faults_for_s: float
-    pause_s: float  # mean between two faults
-
-    @classmethod
-    def of(cls, seed: int) -> Plan:
-        chance = random.Random(f"plan {seed}")
-        wild = chance.random() < 0.5
-        weather = Weather(
-            loss=chance.choice((0.0, 0.02, 0.1)),
-            repeat=chance.choice((0.0, 0.05, 0.2)) if wild else 0.0,
-            reorder=wild,
-            delay_s=chance.choice((0.001, 0.02, 0.1)),
-            spike=chance.choice((0.0, 0.02)),
-        )
-        engine = EngineFaults(
-            stage_error=chance.choice((0.0, 0.1)),
-            flip_bit=chance.choice((0.0, 0.0, 0.15)),
-            stale_swap=chance.choice((0.0, 0.0, 0.15)),
-            swap_error=chance.choice((0.0, 0.05)),
-            swap_hang=chance.choice((0.0, 0.0, 0.03)),
-            generate_error=chance.choice((0.0, 0.01)),
-            reward_error=chance.choice((0.0, 0.03)),
-        )
-        kinds = {name: chance.choice((0.0, 1.0, 2.0)) for name in FAULTS}
-        if not any(kinds.values()):
-            kinds["desk"] = 1.0
-        return cls(
-            seed=seed,
-            steps=chance.randint(4, 8),
-            groups_per_step=chance.randint(1, 3),
-            max_age=chance.randint(0, 2),
-            num_generators=chance.randint(1, 3),
-            keep=chance.randint(1, 2),
-            checkpoint_every=chance.randint(1, 3),
-            segment_bytes=chance.choice((1500, 4000, 1 << 20)),
-            dynamic_sampling=chance.random() < 0.4,
-            num_evals=chance.choice((0, 2)),
-            weather=weather,
-            engine=engine,
-            kinds=kinds,
-            faults_for_s=60.0,
-            pause_s=chance.choice((0.5, 2.0, 5.0)),
-        )
-
-
-class Prompts:
-    """Prompt n is [n + 1]."""
-
-    def train(self, ordinal: int) -> Prompt:
-        return Prompt(np.array([ordinal + 1], np.int32), {"index": ordinal})
-
-
-class NoSignal:
-    """In the place of StopSignal: nobody sends one."""
-
-    fd = -1
-    received = None
-
-
-def make_config(plan: Plan, folder: Path) -> Config:
-    config = Config()
-    config.run.dir, config.run.steps, config.run.name = str(folder / "run"), plan.steps, "sim"
-    config.model.path = str(folder / "model")
-    config.learner.groups_per_step = plan.groups_per_step
-    config.learner.max_trainer_restarts = 10_000
-    config.sampling.group_size, config.sampling.max_new_tokens = 2, 4
-    config.staleness.max_age = plan.max_age
-    config.algorithm.dynamic_sampling = plan.dynamic_sampling
-    config.generator.lease_timeout_s, config.generator.max_sequences = 20.0, 4
-    config.generator.outbox_bytes = 4000
-    config.transport.max_frame_bytes = MAX_FRAME_BYTES
-    config.transport.credit_bytes = 4096
-    config.weights.timeout_s, config.weights.cell_size = 3.0, 2
-    config.checkpoint.every, config.checkpoint.keep = plan.checkpoint_every, plan.keep
-    config.eval.prompts, config.eval.every = plan.num_evals, 3
-    return config
-
-
-class DeskLife:
-    """One life of the desk, from its start to its death."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.wake = asyncio.Event()
-        self.journal: Journal | None = None
-        self.process: SimulatedProcess | None = None
-        self.steps_left: int | None = None
-        self.loses_power = False
-        self.desk: Desk | None = None
-
-    def step(self) -> None:
-        """A moment at which it may be killed."""
-        if self.steps_left is not None:
-            self.steps_left -= 1
-            if self.steps_left <= 0:
-                raise ProcessDied
-
-    def kill_after(self, steps: int, loses_power: bool) -> None:
-        self.steps_left, self.loses_power = steps, loses_power
-        self.wake.set()
-
-    async def run(self) -> bool:
-        """Serves to the end of the run (True) or of this process (False)."""
-        world = self.world
-        try:
-            with world.running(self):
-                self._start()
-            desk = self.desk
-            assert desk is not None
-            while True:
-                with world.running(self):
-                    if self._turn(desk):
-                        return True
-                    timeout_s = desk._timeout(world.loop.time())
-                if self.generators.readable or self.ranks.readable:
-                    timeout_s = 0.0
-                await self._sleep(timeout_s)
-        except ProcessDied:
-            return False
-        except JournalError as error:
-            if world.disk.fails:
-                return False
-            raise Violation(f"the desk ends: {error}") from error
-        finally:
-            self._end()
-
-    def _start(self) -> None:
-        world = self.world
-        run_dir = Path(world.config.run.dir)
-        self.journal = Journal.open(run_dir / "journal", world.plan.segment_bytes, flush=world.disk.sync)
-        run_epoch = next_run_epoch(run_dir)
-        world.checker.on_disk(records_in(run_dir / "journal"))
-        self.generators = self._router(world.network, world.desk_said)
-        self.ranks = self._router(world.trainer_network, lambda peer, message: None)
-        place = TrainerPlace(
-            run_dir=run_dir,
-            network=world.trainer_network,
-            channels=world.channels,
-            chance=world.chance,
-            keep=world.plan.keep,
-            computing=lambda: world.running(None),
-            stepped=world.checker.trained,
-        )
-        self.process = SimulatedProcess(place, world.config.learner.max_trainer_restarts)
-        self.process.start()
-        state = restore_run(world.config, run_epoch, self.journal)
-        evals = [Prompt(np.array([500 + n], np.int32), {"index": n}) for n in range(world.plan.num_evals)]
-        prompts = LeasedPrompts(Prompts(), evals, state.leases)
-        surroundings = Surroundings(self.generators, self.ranks, self.process, MetricsLog(), NoSignal())
-        self.desk = make_desk(world.config, state, prompts, surroundings)
-
-    def _router(self, network: Network, sent: Callable[[bytes, Message], None]) -> Router:
-        return Router(
-            network,
-            self.world.chance,
-            step=self.step,
-            wake=self.wake.set,
-            sent=sent,
-            read=lambda peer, frame: self.world.trace("read", peer, frame),
-        )
-
-    def _turn(self, desk: Desk) -> bool:
-        """One round of `Desk.run`."""
-        now = self.world.loop.time()
-        self.step()
-        desk._receive(self.generators, FROM_GENERATOR, desk._from_generator, now)
-        desk._receive(self.ranks, FROM_TRAINER, desk._from_trainer, now)
-        if desk._over(now):
-            return True
-        desk._tick(now)
-        return False
-
-    async def _sleep(self, timeout_s: float) -> None:
-        self.wake.clear()
-        if timeout_s <= 0:
-            await asyncio.sleep(0.0005)  # a turn takes time
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self.wake.wait()
-        if self.world.desk_stalls_until > self.world.loop.time():
-            await asyncio.sleep(self.world.desk_stalls_until - self.world.loop.time())
-
-    def _end(self) -> None:
-        """The kernel takes the trainer along and closes the files."""
-        if self.process is not None:
-            if self.process.trainer is not None:
-                self.world.last_trainer = self.process.trainer
-            self.process.die(-9)
-        if self.journal is not None:
-            self.journal.close()
-        for router in (getattr(self, "generators", None), getattr(self, "ranks", None)):
-            if router is not None:
-                router.close()
-        if self.loses_power:
-            self.world.counts["changes by power losses"] += self.world.disk.lose_power()
-
-
-class GeneratorLife:
-    """One life of a generator: its incarnation."""
-
-    def __init__(self, world: World, name: str, incarnation: int) -> None:
-        self.who = name, incarnation
-        self.socket = Dealer(
-            world.network,
-            name,
-            sent=lambda frame: world.checker.generator_sent(self.who, frame),
-            read=self._read,
-        )
-        world.who_is[id(self.socket)] = self.who
-        self._world = world
-        self.engine = Engine(
-            name,
-            incarnation,
-            samples=world.samples,
-            channels=world.channels,
-            faults=world.engine_faults,
-            chance=world.chance,
-        )
-        rewards = Rewards(world.engine_faults, world.chance)
-        session = _session(world.config, Identity(name, incarnation, io.StringIO()))
-        self.daemon = GeneratorDaemon(
-            world.config, session, self.socket, self.engine, rewards, parts=GeneratorParts()
-        )
-        self._task = asyncio.create_task(self.daemon.run())
-        self._last_swap: tuple[int, int, int] | None = None
-
-    async def ended(self) -> BaseException | None:
-        """Waits for the end of the process; what ended it, None after a kill or at the end of the run."""
-        await asyncio.wait([self._task])
-        self.socket.kill()
-        await self.engine.close()
-        return None if self._task.cancelled() else self._task.exception()
-
-    @property
-    def alive(self) -> bool:
-        return not self._task.done() and self.socket.open
-
-    def kill(self) -> None:
-        """SIGKILL: nothing more leaves it; what its tasks do while they are taken down stays inside."""
-        self.socket.kill()
-        self._task.cancel()
-
-    def _read(self, frame: bytes) -> None:
-        self._world.checker.generator_read(self.who, frame)
-        message = decode(frame, max_bytes=MAX_FRAME_BYTES)
-        if isinstance(message, messages.SyncSwap):
-            self._last_swap = message.run_epoch, message.version, message.attempt
-        elif isinstance(message, messages.SyncAbort) and message.tainted:
-            if (message.run_epoch, message.version, message.attempt) == self._last_swap:
-                self._world.loop.call_later(1.0, self._forbid_sampling, self._last_swap)
-
-    def _forbid_sampling(self, swap: tuple[int, int, int]) -> None:
-        """Its weights were found wrong a second ago, and no other ones were sent since."""
-        if swap == self._last_swap and self.engine.num_running >= 0:
-            self.engine.must_not_sample_since = self._world.loop.time()
 
 
 class World:
@@ -369,9 +79,8 @@ class World:
         self.network = Network(self.loop, self.chance)
         self.network.weather = self.plan.weather
         self.trainer_network = Network(self.loop, self.chance)
-        tasks = [asyncio.create_task(self._keep_desk())]
-        for number in range(self.plan.num_generators):
-            tasks.append(asyncio.create_task(self._keep_generator(f"g{number}")))
+        keepers = [self._keep_desk(), *(self._keep_generator(f"g{n}") for n in range(self.plan.num_generators))]
+        tasks = [asyncio.create_task(keeper) for keeper in keepers]
         faults = asyncio.create_task(self._disturb())
         try:
             async with asyncio.timeout(self.plan.faults_for_s + HEALED_WITHIN_S):
@@ -422,7 +131,9 @@ class World:
 
     def _check_engine(self, life: GeneratorLife) -> None:
         if life.engine.sampled_while_forbidden:
-            raise Violation(f"{life.who} sampled under weights that were found wrong: {life.engine.sampled_while_forbidden}")
+            raise Violation(
+                f"{life.who} sampled under weights that were found wrong: {life.engine.sampled_while_forbidden}"
+            )
 
     # -- faults
 
@@ -550,6 +261,7 @@ FAULTS: dict[str, Callable[[World], None]] = {
     "stall": World.stall_desk,
     "disk": World.break_disk,
 }
+assert tuple(FAULTS) == FAULT_KINDS
 
 
 def simulate(seed: int, change: Callable[[Plan], None] = lambda plan: None) -> World:

@@ -1,0 +1,54 @@
+"""The protocol under every fault that the simulation knows, by seeds; and that a seed is a run.
+
+A seed that fails names the command that repeats it. `python -m tests.simulation.run --seeds 10000` runs as many as one
+likes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.simulation.world import simulate
+
+DEFAULT_SEEDS = 40
+SLOW_SEEDS = 1500
+
+
+def test_nothing_is_lost_and_nothing_is_trained_twice_whatever_fails():
+    acknowledged = desk_lives = generator_lives = 0
+    for seed in range(DEFAULT_SEEDS):
+        world = simulate(seed)
+        acknowledged += world.checker.counts["acknowledged"]
+        desk_lives += world.counts["desk lives"]
+        generator_lives += world.counts["generator lives"]
+    assert acknowledged > 10 * DEFAULT_SEEDS, "the runs did something"
+    assert desk_lives > 3 * DEFAULT_SEEDS
+    assert generator_lives > 5 * DEFAULT_SEEDS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_nothing_is_lost_in_many_more_runs():
+    for seed in range(DEFAULT_SEEDS, DEFAULT_SEEDS + SLOW_SEEDS):
+        simulate(seed)
+
+
+def test_a_seed_gives_the_same_run_each_time():
+    assert simulate(3).digest == simulate(3).digest != simulate(5).digest
+
+
+def test_a_seed_gives_the_same_run_whatever_the_order_of_sets():
+    code = "from tests.simulation.world import simulate; print(simulate(15).digest)"
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": "."},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
