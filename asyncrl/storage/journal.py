@@ -8,9 +8,10 @@ The order that makes "an acknowledged rollout is never lost, and none is trained
     append(StepTaken)   -> make_durable -> batch to the trainer  a crash after: the same batch is trained again
     checkpoint of version v is durable -> delete_before(v)
 
-What `open` finds damaged is counted, never passed over in silence. An incomplete end of the last segment is
-what a crash in mid-write leaves: it was never acknowledged and is cut off (`torn_bytes`). Anything else is
-skipped up to the next whole record and listed in `damage`.
+What `open` finds damaged is counted, never passed over in silence. A frame that the end of the last segment cuts off,
+behind what was acknowledged (`journal_end`), is what a crash in mid-write leaves: it is cut off (`torn_bytes`) and kept
+in a file `.cut` beside it. Anything else stays where it is and is skipped up to the next whole record (`damage`), and
+what should be there and is not, a segment or the end of one, is listed too (`missing`).
 
 A failed write or fdatasync breaks the journal for good: after a failed fdatasync the kernel may have dropped the pages,
 so a second one could report success for data that is gone. The learner exits; what was not durable is not acknowledged.
@@ -18,17 +19,31 @@ so a second one could report success for data that is gone. The learner exits; w
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from asyncrl.errors import JournalError
 from asyncrl.storage.disk import fsync_folder, lock_folder, make_folder, write_all
+from asyncrl.storage.journal_end import JournalEnd
 from asyncrl.storage.journal_reader import JournalReader, Location, segment_path
 from asyncrl.storage.records import GroupsDropped, Record, StepTaken, StoredGroup
-from asyncrl.storage.segment import HEADER_BYTES, encode, new_header, read_salt, scan
+from asyncrl.storage.segment import (
+    HEADER_BYTES,
+    encode,
+    is_begun_header,
+    is_cut_frame,
+    new_header,
+    read_header,
+    read_salt,
+    scan,
+)
+
+log = logging.getLogger(__name__)
 
 DURABLE_AFTER_S = 0.020  # records that come within this time share one fdatasync
 DURABLE_AFTER_BYTES = 8 * 2**20
@@ -36,7 +51,7 @@ SEGMENT_BYTES = 64 * 2**20
 
 
 class Damage(NamedTuple):
-    """Bytes of a segment that are no whole record."""
+    """Bytes of a segment that are no whole record, or that are not there; 0 bytes: it is not known how many."""
 
     location: Location
     num_bytes: int
@@ -66,7 +81,7 @@ class Journal:
         if journal.durable_due <= now:               # a deadline of the caller's event loop
             journal.make_durable()
 
-    pending_bytes were appended and are not durable yet; torn_bytes and damage are what `open` found.
+    pending_bytes were appended and are not durable yet; torn_bytes, damage and missing are what `open` found.
     """
 
     def __init__(self, folder: Path, lock_fd: int, segment_bytes: int, flush: Callable[[int], None]) -> None:
@@ -81,9 +96,13 @@ class Journal:
         self._pending: list[bytes] = []
         self._pending_since = 0.0
         self._broken = ""
+        self._end = JournalEnd(folder)
+        self._cut_off: list[tuple[_Segment, int]] = []  # segment and offset of what is to be cut off
+        self._writable = False
         self.pending_bytes = 0
         self.torn_bytes = 0
         self.damage: list[Damage] = []
+        self.missing: list[Damage] = []
 
     @classmethod
     def open(
@@ -91,9 +110,12 @@ class Journal:
         folder: Path | str,
         segment_bytes: int = SEGMENT_BYTES,
         flush: Callable[[int], None] = os.fdatasync,
+        *,
+        untouched: bool = False,
     ) -> Journal:
         """Locks the folder (made if missing), cuts off a torn end, and is ready to append.
 
+        untouched leaves what is there as it is until `begin_writing`: for a start that may yet be refused.
         flush(file descriptor) brings what was written to the disk, or raises OSError: a test lets a disk fail here.
         Raises JournalError when another learner holds the folder (its pid is named) or the disk fails.
         """
@@ -103,6 +125,8 @@ class Journal:
             journal = cls(folder, lock_folder(folder), segment_bytes, flush)
             try:
                 journal._load()
+                if not untouched:
+                    journal.begin_writing()
             except BaseException:
                 journal.close()
                 raise
@@ -118,6 +142,8 @@ class Journal:
         for fd in (self._fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
+        if self._lock_fd >= 0:
+            self._end.close()
         self._fd = self._lock_fd = -1
 
     # -- writing ---------------------------------------------------------------------------------------------
@@ -140,7 +166,7 @@ class Journal:
         segment = self._segments[-1]
         frame = encode(record, segment.salt)
         used = segment.num_bytes + self.pending_bytes
-        if used > HEADER_BYTES and used + len(frame) > self._segment_bytes:
+        if used > HEADER_BYTES and used - HEADER_BYTES + len(frame) > self._segment_bytes:
             self.make_durable()
             segment = self._start_segment(segment.number + 1)
             frame = encode(record, segment.salt)
@@ -171,6 +197,7 @@ class Journal:
         segment.num_bytes += self.pending_bytes
         self._pending.clear()
         self.pending_bytes = 0
+        self._move_end()
 
     def delete_before(self, version: int) -> int:
         """Deletes leading segments that no recovery from the checkpoint of `version` or a newer one needs.
@@ -207,42 +234,114 @@ class Journal:
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
+        """Reads everything, and changes nothing."""
         paths = sorted(self._folder.glob("*.segment"))
         for path in paths:
             self._load_segment(path, is_last=path == paths[-1])
-        if not self._segments:
-            self._start_segment(1)
-        else:
-            self._fd = os.open(self._segments[-1].path, os.O_WRONLY | os.O_APPEND)
+        numbers = [segment.number for segment in self._segments]
+        for before, after in pairwise(numbers):
+            self.missing += [Damage(Location(number, 0), 0) for number in range(before + 1, after)]
+        if (end := self._end.place) is not None:
+            last = self._segments[-1] if self._segments else None
+            first_missing = last.number + 1 if last is not None else end.segment
+            behind = end.segment + (end.offset > HEADER_BYTES)  # a header alone holds nothing
+            self.missing += [Damage(Location(number, 0), 0) for number in range(first_missing, behind)]
+            if last is not None and last.number == end.segment:
+                self._note_cut(last, end.offset)
 
     def _load_segment(self, path: Path, is_last: bool) -> None:
         data = path.read_bytes()
-        if is_last and len(data) < HEADER_BYTES:
+        if is_last and is_begun_header(data):
             # A crash while the segment was made: nothing is in it.
-            path.unlink()
-            fsync_folder(self._folder)
+            self._cut_off.append((_Segment(int(path.stem), path, len(data), 0), 0))
             self.torn_bytes += len(data)
             return
         try:
-            salt = read_salt(data)
+            header = read_header(data)
+            if header.number not in (None, int(path.stem)):
+                raise JournalError(f"says that it is segment {header.number}")
         except JournalError as error:
             raise JournalError(
                 f"{path} {error}; it is damaged or of another release: restore it or move it away"
             ) from None
-        segment = _Segment(int(path.stem), path, len(data), salt)
+        if header.damaged:
+            self.damage.append(Damage(Location(int(path.stem), 0), header.num_bytes))
+        if self._segments and header.previous_bytes is not None and self._segments[-1].number + 1 == header.number:
+            self._note_cut(self._segments[-1], header.previous_bytes)
+        segment = _Segment(int(path.stem), path, len(data), header.salt)
         self._segments.append(segment)
         for offset, end, record in scan(data):
             if record is not None:
                 self._index(record, segment)
-            elif is_last and end == len(data):
-                self._cut(segment, offset)
-                self.torn_bytes += end - offset
+                continue
+            place = Location(segment.number, offset)
+            is_cut = is_last and end == len(data) and is_cut_frame(data, offset)
+            if is_cut:
+                self._cut_off.append((segment, offset))
+            if is_cut and (self._end.place is None or place >= self._end.place):
+                self.torn_bytes += end - offset  # an unfinished write: nothing of it was acknowledged
             else:
-                self.damage.append(Damage(Location(segment.number, offset), end - offset))
+                self.damage.append(Damage(place, end - offset))
+
+    def _note_cut(self, segment: _Segment, num_bytes: int) -> None:
+        """The segment should have at least num_bytes: notes what is gone."""
+        if segment.num_bytes < num_bytes:
+            self.missing.append(Damage(Location(segment.number, segment.num_bytes), num_bytes - segment.num_bytes))
+
+    def begin_writing(self) -> None:
+        """Cuts off a torn end, after it was copied beside, and is ready to append. Does nothing the second time.
+
+        After a damaged end a new segment is begun, so that the bytes stay as they are. Raises JournalError.
+        """
+        if self._writable:
+            return
+        try:
+            for segment, offset in self._cut_off:
+                self._set_aside(segment, offset)
+        except OSError as error:
+            raise JournalError(f"cannot repair the journal {self._folder}: {error}; make it writable") from error
+        self._writable = True
+        last = self._segments[-1] if self._segments else None
+        newest = max([last.number if last else 0, *(place.segment for place, num_bytes in self.missing)])
+        if last is None or newest > last.number or self._ends_damaged(last):
+            self._start_segment(newest + 1)
+        else:
+            try:
+                self._fd = os.open(last.path, os.O_WRONLY | os.O_APPEND)
+            except OSError as error:
+                raise JournalError(f"cannot open {last.path}: {error}; make it writable") from error
+        self._move_end()
+
+    def _ends_damaged(self, segment: _Segment) -> bool:
+        ends = [place.offset + num_bytes for place, num_bytes in self.damage if place.segment == segment.number]
+        return any(end == segment.num_bytes for end in ends)
+
+    def _set_aside(self, segment: _Segment, offset: int) -> None:
+        """Cuts the segment off at offset, and keeps what was behind it in a file of its own."""
+        names = (f"{segment.path.stem}.{offset}{again}.cut" for again in chain([""], (f".{n}" for n in count(2))))
+        kept = next(path for name in names if not (path := segment.path.with_name(name)).exists())
+        with open(kept, "wb", opener=_private) as file:
+            file.write(segment.path.read_bytes()[offset:])
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_folder(self._folder)
+        if offset == 0:
+            segment.path.unlink()
+            fsync_folder(self._folder)
+        else:
+            self._cut(segment, offset)
+
+    def _move_end(self) -> None:
+        segment = self._segments[-1]
+        try:
+            self._end.move(segment.number, segment.num_bytes)
+        except OSError as error:
+            # The records are durable; without this a later start cannot tell whether the file was cut short.
+            log.warning("cannot note the end of the journal %s: %s", self._folder, error)
 
     def _start_segment(self, number: int) -> _Segment:
         path = segment_path(self._folder, number)
-        header = new_header()
+        header = new_header(number, self._segments[-1].num_bytes if self._segments else 0)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
             try:
@@ -259,6 +358,7 @@ class Journal:
             os.close(self._fd)
         self._fd = fd
         self._segments.append(_Segment(number, path, HEADER_BYTES, read_salt(header)))
+        self._move_end()
         return self._segments[-1]
 
     def _index(self, record: Record, segment: _Segment) -> None:
@@ -315,8 +415,13 @@ class Journal:
             return
 
     def _check_usable(self) -> None:
+        assert self._writable or self._broken, "begin_writing comes before the first record"
         if self._broken:
             raise JournalError(f"the journal {self._folder} takes no more records: {self._broken}")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def next_run_epoch(run_dir: Path | str) -> int:

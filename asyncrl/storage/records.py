@@ -29,6 +29,7 @@ class RecordKind(IntEnum):
     DROPPED = 4
     GIVEN_UP = 5
     FILTERED = 6
+    STARTED = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +182,29 @@ class GroupFiltered:
         return cls(*msgpack.unpackb(payload))
 
 
-Record = StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp | GroupFiltered
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """A learner started on the run folder with this run epoch: what the file `run_epoch` is compared with."""
+
+    kind: ClassVar[RecordKind] = RecordKind.STARTED
+
+    run_epoch: int
+
+    def payload(self) -> bytes:
+        """Its bytes in the journal."""
+        return _pack(self.run_epoch)
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> RunStarted:
+        """The record that these bytes are."""
+        return cls(msgpack.unpackb(payload))
+
+
+Record = StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp | GroupFiltered | RunStarted
 
 _CLASSES: dict[int, type[Record]] = {
-    record.kind: record for record in (StoredGroup, StepTaken, MessageSeen, GroupsDropped, PromptGivenUp, GroupFiltered)
+    record.kind: record
+    for record in (StoredGroup, StepTaken, MessageSeen, GroupsDropped, PromptGivenUp, GroupFiltered, RunStarted)
 }
 
 

@@ -93,7 +93,8 @@ def make_frames():
         product.write_journal(journal, product.example_records())
         segments = {path.name: path.read_bytes().hex() for path in sorted(journal.glob("*.segment"))}
     records = {str(kind): product.encode_record(record, SALT).hex() for kind, record in RECORD_OF_KIND.items()}
-    write_json("records.json", {"records": records, "segments": segments})
+    earlier = read_json("records.json").get("segments_of_format_1", {})  # what an earlier release wrote stays
+    write_json("records.json", {"records": records, "segments": segments, "segments_of_format_1": earlier})
 
 
 def make_dry_run():

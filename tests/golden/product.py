@@ -178,6 +178,7 @@ def other_records(seq: int, ordinal: int) -> list[Any]:
         records.GroupsDropped(((ordinal, 0), (ordinal + 1, 3))),
         records.PromptGivenUp(ordinal + 2),
         records.GroupFiltered("gen-b", 7, seq + 1, ordinal + 3, 1),
+        records.RunStarted(4),
     ]
 
 

@@ -119,9 +119,15 @@ def _restore_sessions(config: Config, run_epoch: int, saved: dict[str, SavedSess
 
 def _say_restored(version: int, plan: ReplayPlan, journal: Journal) -> None:
     if journal.torn_bytes:
-        log.info("cut %d bytes of an unfinished write off the journal; none was acknowledged", journal.torn_bytes)
-    for damage in journal.damage:
-        log.error("journal is damaged at %s: %d bytes are skipped", damage.location, damage.num_bytes)
+        log.info(
+            "%d bytes of an unfinished write at the end of the journal are kept in a file .cut; none was acknowledged",
+            journal.torn_bytes,
+        )
+    for place, num_bytes in journal.damage:
+        log.error("journal is damaged at %s: %d bytes are skipped", place, num_bytes)
+    for place, num_bytes in journal.missing:
+        what = f"{num_bytes} bytes" if num_bytes else "a whole segment"
+        log.error("journal: %s from %s on should be there and is not: acknowledged results are lost", what, place)
     if plan.broken_at is not None:
         log.error("the batch of version %d cannot be read back: training goes on with other batches", plan.broken_at)
     if version or plan.steps or plan.buffered:
