@@ -27,6 +27,10 @@ of every generator for rewards: data files are needed beside the learner only, u
 A class may say in `part_names` what its parts are called, here `part_names = ("exact",)`: then a name in reward.weights
 that is none of them is noticed at the start, and not only in the first reward.
 
+A task that reads its data from files may leave out records that cannot be used, and name them in `left_out`, a list of
+texts with place and reason each: the learner logs them at the start. Whatever is wrong with a single example later (it
+raises, exits, blocks, is too long, or holds what cannot travel) leaves out that example and is logged with its number.
+
 Nothing here imports torch, numpy or transformers: a reward worker must start fast.
 """
 
@@ -56,7 +60,8 @@ class Example:
     """One prompt, and what its reward needs.
 
     prompt is plain text, or chat messages (`{"role": ..., "content": ...}`) for the tokenizer's chat template.
-    payload travels with the lease: strings, numbers, booleans, None, and lists and dicts of them.
+    payload travels with the lease: texts, numbers, booleans, None, bytes, and lists and dicts of them, with texts for
+    keys. Numbers of numpy are converted, tuples become lists, and anything else is refused by its key.
     """
 
     prompt: str | Messages

@@ -38,3 +38,14 @@ def _feistel(value: int, half_bits: int, salt: bytes) -> int:
         mixed = int.from_bytes(hashlib.blake2b(message, digest_size=min(64, num_bytes)).digest(), "little")
         left, right = right, left ^ (mixed & mask)
     return left << half_bits | right
+
+
+def example_index(ordinal: int, seed: int, train_size: int | None) -> int:
+    """Which example of the task is training prompt number `ordinal`, from 0 without end.
+
+    Epochs follow each other, each a new shuffle of all examples; with train_size None the task's own order.
+    """
+    if train_size is None:
+        return ordinal
+    epoch, place = divmod(ordinal, train_size)
+    return shuffled_index(place, train_size, "epoch", seed, epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ def byte_level_folder(
     template: str = "",
     chat_template: str = "",
     decoder: Any = None,
-    vocab_size: int | None = None,
+    extra_tokens: Sequence[str] = (),
 ) -> Path:
     """A byte-level BPE tokenizer, whose tokenizer_config.json names `tokenizer_class`.
 
-    template: what is put around a text, such as `$A <end>`. vocab_size: of config.json, where it is not that of the
-    tokenizer.
+    template: what is put around a text, such as `$A <end>`. extra_tokens: such that the embedding has no row for.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -42,10 +42,11 @@ def byte_level_folder(
     fast = PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<end>", pad_token="<pad>", chat_template=chat_template or None
     )
+    rows = len(fast)
+    fast.add_tokens(list(extra_tokens), special_tokens=True)
     fast.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": tokenizer_class}))
-    rows = len(fast) if vocab_size is None else vocab_size
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows}))
     (folder / "model.safetensors").write_bytes(b"")
     return folder

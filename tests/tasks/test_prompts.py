@@ -11,7 +11,7 @@ import pytest
 from asyncrl.errors import ModelError, TaskError
 from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.tasks.base import Example
-from asyncrl.tasks.prompts import PromptSource
+from asyncrl.tasks.prompts import LeftOut, Prompt, PromptSource
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -99,17 +99,23 @@ def test_token_ids_are_those_of_the_tokenizer(tokenizer):
     assert tokenizer.decode(prompt.token_ids) == "a+b"
 
 
-def test_a_prompt_that_is_too_long_is_replaced_by_the_next_and_never_cut(tokenizer):
+def test_a_prompt_that_is_too_long_is_left_out_and_never_cut(tokenizer):
     prompts = ["x" * 11 if index == 4 else "x" * 10 for index in range(8)]
     source = PromptSource(Texts(prompts), tokenizer, 0, 10)
-    assert Counter(indices(source, range(8))) == {0: 1, 1: 1, 2: 1, 3: 1, 5: 2, 6: 1, 7: 1}
+    made = [source.make(ordinal) for ordinal in range(16)]
+    assert Counter(prompt.payload["index"] for prompt in made if isinstance(prompt, Prompt)) == dict.fromkeys(
+        [0, 1, 2, 3, 5, 6, 7], 2
+    )
+    (left_out, again) = [found for found in made if isinstance(found, LeftOut)]
+    assert left_out == again and (left_out.index, left_out.too_long) == (4, True)
+    assert left_out.reason == "11 tokens, over the limit of 10 (model.max_length - sampling.max_new_tokens)"
     endless = PromptSource(Endless(lambda index: 11 if index == 4 else 1), tokenizer, 0, 10)
-    assert indices(endless, [3, 4, 5]) == [3, 5, 5]
+    assert [isinstance(endless.make(ordinal), Prompt) for ordinal in (3, 4, 5)] == [True, False, True]
 
 
 def test_if_nothing_fits_the_limit_is_named(tokenizer):
     source = PromptSource(Texts(["x" * 11], evals=["y" * 11]), tokenizer, 0, 10)
-    with pytest.raises(TaskError, match=r"longer than 10 tokens .*raise model\.max_length"):
+    with pytest.raises(TaskError, match=r"example 0 is left out: 11 tokens, over the limit of 10 \(model\.max_length"):
         source.train(0)
     with pytest.raises(TaskError, match="none of the 1 held-out examples fits into 10 tokens"):
         source.evals(5)
