@@ -3,7 +3,9 @@
     <root>/step_120/              a complete checkpoint of version 120: renamed into place, never written into
         MANIFEST.json             sizes and sha256 of every other file, written last
         desk_state.bin            the desk's own state, opaque to everybody else
-        ...                       what the trainer saved
+        config.json, model.safetensors, tokenizer.json, ...    the policy as a Hugging Face model
+        adapter/                  with update.what=lora: the adapters alone, in PEFT's format
+        trainer/                  the rest of the trainer's state
     <root>/step_140.tmp-3f.../    under construction, or left by a crash; never read, removed by the next save
     <root>/step_120.old-9c.../    replaced while step_120 was saved again; read only if that save crashed
     <root>/latest                 the newest folder's name, for people; resuming looks at the manifests
@@ -36,6 +38,8 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 DESK_STATE = "desk_state.bin"
 LATEST = "latest"
+ADAPTER_FOLDER = "adapter"
+STATE_FOLDER = "trainer"
 HEADROOM = 1.2  # free space wanted, as a multiple of the previous checkpoint
 _HASH_BLOCK_BYTES = 2**22
 _COMPLETE = re.compile(r"step_(\d+)(\.old-[0-9a-f]+)?")

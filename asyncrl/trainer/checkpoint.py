@@ -1,6 +1,7 @@
 """What the trainer puts into a checkpoint and takes out again.
 
-Weights are safetensors; optimizer and random state are written by torch.save and only ever read with
+The folder is a Hugging Face model (`engines.export`), and beside it lies the rest of the trainer's state: a critic, the
+optimizer, random state. Weights are safetensors; the others are written by torch.save and only ever read with
 weights_only=True. Folders, digests and retention are `checkpoint_files`.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from asyncrl.errors import CheckpointError
 from asyncrl.storage.checkpoint_files import (
+    STATE_FOLDER,
     Manifest,
     find_latest,
     load_desk_state,
@@ -27,7 +29,6 @@ from asyncrl.storage.checkpoint_files import (
 from asyncrl.trainer.engines.base import EngineState, ModelIdentity, PartState
 from asyncrl.trainer.step import StepRunner, StepState
 
-WEIGHTS = "weights.safetensors"
 CRITIC_WEIGHTS = "critic.safetensors"
 TRAINER_STATE = "trainer.pt"
 
@@ -44,14 +45,17 @@ def save_checkpoint(
 
     Returns the checkpoint's folder. Raises CheckpointError; then earlier checkpoints are as they were.
     """
+    actor = runner.engines.actor
     state = runner.state()
     policy, critic = _parts(state)
 
     def write_files(folder: Path) -> None:
-        save_file(policy.weights, folder / WEIGHTS)
+        actor.save(folder)
+        own = folder / STATE_FOLDER
+        own.mkdir(exist_ok=True)
         if critic is not None:
-            save_file(critic.weights, folder / CRITIC_WEIGHTS)
-        torch.save(_trainer_state(state), folder / TRAINER_STATE)
+            save_file(critic.weights, own / CRITIC_WEIGHTS)
+        torch.save(_trainer_state(state), own / TRAINER_STATE)
 
     tensors = [*policy.weights.values(), *(critic.weights.values() if critic else ())]
     manifest = write_checkpoint(
@@ -60,9 +64,12 @@ def save_checkpoint(
         write_files,
         run_epoch=run_epoch,
         desk_state=desk_state,
-        extra={**dataclasses.asdict(runner.engines.actor.identity()), "torch": torch.__version__},
+        extra={**dataclasses.asdict(actor.identity()), "torch": torch.__version__},
         keep=keep,
-        expected_bytes=3 * sum(tensor.nbytes for tensor in tensors),  # weights and two moments of the same size
+        # The model, a critic, and of all that is trained two moments of the same size.
+        expected_bytes=actor.saved_bytes()
+        + sum(tensor.nbytes for tensor in (critic.weights.values() if critic else ()))
+        + 2 * sum(tensor.nbytes for tensor in tensors),
     )
     return manifest.path
 
@@ -94,22 +101,25 @@ def load_checkpoint(root: Path, runner: StepRunner) -> Restored | None:
 
 def _restore(manifest: Manifest, runner: StepRunner) -> None:
     path = manifest.path
-    _check_identity(manifest, runner.engines.actor.identity())
+    actor = runner.engines.actor
+    _check_identity(manifest, actor.identity())
     policy, critic = _parts(runner.state())
-    if (critic is not None) != (path / CRITIC_WEIGHTS).exists():
+    # Older releases had everything in one folder.
+    own = path / STATE_FOLDER if (path / STATE_FOLDER / TRAINER_STATE).exists() else path
+    if (critic is not None) != (own / CRITIC_WEIGHTS).exists():
         raise CheckpointError(
             f"{path} was saved {'without' if critic else 'with'} a critic and algorithm.advantage asks for the "
             "opposite; resume with the method the run was started with, or use another run.dir"
         )
     try:
-        weights = load_file(path / WEIGHTS)
-        critic_weights = load_file(path / CRITIC_WEIGHTS) if critic else {}
-        state: dict[str, Any] = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+        weights = actor.load_saved(path)
+        critic_weights = load_file(own / CRITIC_WEIGHTS) if critic else {}
+        state: dict[str, Any] = torch.load(own / TRAINER_STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"{path} verifies but cannot be loaded: {type(error).__name__}: {error}") from error
-    _check_weights(path / WEIGHTS, weights, policy.weights)
+    _check_weights(path, weights, policy.weights)
     if critic is not None:
-        _check_weights(path / CRITIC_WEIGHTS, critic_weights, critic.weights)
+        _check_weights(own / CRITIC_WEIGHTS, critic_weights, critic.weights)
     engines = EngineState(
         policy=PartState(weights, state["optimizer"]),
         critic=PartState(critic_weights, state["critic_optimizer"]) if critic else None,
@@ -161,11 +171,11 @@ def _check_identity(manifest: Manifest, own: ModelIdentity) -> None:
             )
 
 
-def _check_weights(file: Path, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raises CheckpointError unless the `weights` of `file` fit into the trainer's `own`."""
+def _check_weights(place: Path, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raises CheckpointError unless the `weights` of `place` fit into the trainer's `own`."""
     if weights.keys() != own.keys():
         differing = sorted(weights.keys() ^ own.keys())
-        raise CheckpointError(f"{file}: {len(differing)} names differ from the model's, {differing[0]} first")
+        raise CheckpointError(f"{place}: {len(differing)} names differ from the model's, {differing[0]} first")
     for name, tensor in own.items():
         if weights[name].shape != tensor.shape:
-            raise CheckpointError(f"{file}: {name} is {tuple(weights[name].shape)}, the model's {tuple(tensor.shape)}")
+            raise CheckpointError(f"{place}: {name} is {tuple(weights[name].shape)}, the model's {tuple(tensor.shape)}")

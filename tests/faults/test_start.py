@@ -5,15 +5,27 @@ import io
 import json
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from asyncrl.cli import generator, learner
+from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.errors import ConfigError
 from asyncrl.host.addresses import is_loopback, is_wildcard, rollout_address
 from asyncrl.host.model_config import known_context
+from asyncrl.host.model_folder import find_model
+from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.engines import export
+from asyncrl.trainer.engines.lora import merged_state
+from asyncrl.trainer.engines.policy import load_policy
 from tests.conftest import MAX_LENGTH, make_tiny_model, reference_logprobs, start_engine
 from tests.model_folders import make_model_folder
 from tests.tolerances import assert_near
+from tests.trainer.test_step import make_trainer
+from tests.trainer.tiny import policy_of, random_groups
 
 # -- D9: words that YAML takes for something else
 
@@ -244,3 +256,140 @@ def test_D12_the_critics_own_trunk_is_looked_at_too(tmp_path, config_file):
         critic = folder_of(tmp_path / name, **MODEL_FILE | changes)
         code, message = next(commands(*ppo, f"critic.path={critic}"))
         assert code == 2 and words in message
+
+
+# -- D7, U4: what loads can be saved, and every checkpoint is a model folder
+
+GENERATION = [
+    {"temperature": 0.6, "top_p": 0.95},
+    {"temperature": 0.0, "do_sample": False},
+    {"early_stopping": True},
+    {"top_k": 20, "num_beams": 1, "length_penalty": 2.0},
+]
+UPDATES = {
+    "full": UpdateConfig(),
+    "partial": UpdateConfig(what="partial", names=["model.layers.1.*"]),
+    "lora": UpdateConfig(what="lora", lora_rank=4, lora_targets=["q_proj", "down_proj"]),
+}
+
+
+def trained(folder, update, *, steps=2, dtype="float32"):
+    """A runner around the model of `folder`, after a few steps."""
+    model = ModelConfig(path=str(folder), dtype=dtype)
+    runner = make_trainer(load_policy(model, torch.device("cpu"), update=update, seed=3))
+    for step in range(steps):
+        runner.step(random_groups(3, 4, seed=step, vocab=23))
+    return runner
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A model with a tokenizer that loads."""
+    folder = make_tiny_model(tmp_path / "whole", tied=True)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": 1}))
+    return folder
+
+
+@pytest.mark.parametrize("settings", GENERATION)
+def test_D7_a_model_that_loads_is_exported_and_saved_whatever_its_generation_config_says(
+    tmp_path, model_folder, settings
+):
+    (model_folder / "generation_config.json").write_text(json.dumps(settings))
+    runner = trained(model_folder, UPDATES["full"], steps=1)
+    runner.engines.actor.export(tmp_path / "export", model_folder)
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
+    for folder in (tmp_path / "export", checkpoint):
+        assert json.loads((folder / "generation_config.json").read_text()) == settings
+        again = AutoModelForCausalLM.from_pretrained(folder)
+        for name, tensor in policy_of(runner).model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_U4_a_checkpoint_is_a_model_folder_for_transformers_and_for_model_path(
+    tmp_path, config_file, model_folder, name
+):
+    runner = trained(model_folder, UPDATES[name])
+    step = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
+    assert AutoTokenizer.from_pretrained(step).eos_token == "<end>"
+    loaded, info = AutoModelForCausalLM.from_pretrained(step, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    merged = merged_state(policy_of(runner).model)
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in loaded.state_dict().items())
+    assert [code for code, _ in commands(config_file, f"model.path={step}", "model.max_length=64")] == [0, 0]
+    assert find_model(str(step)).num_parameters() == find_model(str(model_folder)).num_parameters()
+    assert not [path for path in step.glob("*.safetensors") if not path.name.startswith("model")]
+    again = trained(model_folder, UPDATES[name], steps=0)
+    assert load_checkpoint(tmp_path / "checkpoints", again).version == 2
+    left, right = (policy_of(which).checkpoint_tensors() for which in (runner, again))
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_U4_large_models_are_cut_into_files_with_an_index(tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 100_000)
+    runner = trained(model_folder, UPDATES["full"])
+    step = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
+    assert len(list(step.glob("model-*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(step).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in policy_of(runner).checkpoint_tensors().items())
+    assert find_model(str(step)).num_parameters() == find_model(str(model_folder)).num_parameters()
+    assert load_checkpoint(tmp_path / "checkpoints", trained(model_folder, UPDATES["full"], steps=0)).version == 2
+
+
+def test_U4_float32_masters_are_the_models_weights_and_are_written_once(tmp_path, model_folder):
+    runner = trained(model_folder, UPDATES["full"], dtype="bfloat16")
+    step = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
+    weights = sum(tensor.nbytes for tensor in policy_of(runner).checkpoint_tensors().values())
+    files = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+    assert files < 3.3 * weights  # the weights and two moments
+    assert json.loads((step / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_U4_merged_weights_are_written_as_generators_compute_with_them(tmp_path, model_folder):
+    runner = trained(model_folder, UPDATES["lora"], dtype="bfloat16")
+    step = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
+    loaded = AutoModelForCausalLM.from_pretrained(step)
+    assert loaded.dtype == torch.bfloat16
+    merged = merged_state(policy_of(runner).model)
+    assert all(torch.equal(value, merged[name].bfloat16()) for name, value in loaded.state_dict().items())
+
+
+def test_U4_adapters_are_in_the_format_of_peft(tmp_path, model_folder):
+    runner = trained(model_folder, UPDATES["lora"])
+    step = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
+    expected = merged_state(policy_of(runner).model)
+    # By hand: W + alpha / r * B A, from nothing but the two files and the base model.
+    settings = json.loads((step / "adapter" / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(settings["base_model_name_or_path"]).state_dict()
+    adapter = load_file(step / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == {"q_proj", "down_proj"}
+    for name, a in adapter.items():
+        if name.endswith(".lora_A.weight"):
+            b = adapter[name.replace("lora_A", "lora_B")]
+            weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            base[weight] = base[weight] + settings["lora_alpha"] / settings["r"] * (b @ a)
+    for name, tensor in expected.items():
+        assert_near(base[name], tensor)
+    # By PEFT itself.
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    merged = PeftModel.from_pretrained(model, step / "adapter").merge_and_unload().state_dict()
+    for name, tensor in expected.items():
+        assert_near(merged[name], tensor)
+
+
+def test_U4_a_mixture_of_experts_is_saved_under_the_names_of_its_kind(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=23, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    names = set(load_file(tmp_path / "model" / "model.safetensors"))
+    runner = trained(tmp_path / "model", UPDATES["full"])
+    step = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
+    assert set(load_file(step / "model.safetensors")) == names
+    again = trained(tmp_path / "model", UPDATES["full"], steps=0)
+    assert load_checkpoint(tmp_path / "checkpoints", again).version == 2
+    left, right = (policy_of(which).checkpoint_tensors() for which in (runner, again))
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())

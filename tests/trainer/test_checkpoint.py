@@ -26,6 +26,7 @@ from asyncrl.storage.checkpoint_files import (
     write_checkpoint,
 )
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.engines import export
 from asyncrl.trainer.engines.export import export_model
 from asyncrl.trainer.engines.policy import Policy
 from tests.tolerances import assert_near
@@ -232,7 +233,7 @@ from asyncrl.trainer.checkpoint import save_checkpoint, load_checkpoint
 torch.set_num_threads(1)
 root, trainer = Path(sys.argv[1]), make_trainer()
 trainer.step(random_groups(2, 4))
-size = (save_checkpoint(root, trainer, run_epoch=1) / "trainer.pt").stat().st_size
+size = (save_checkpoint(root, trainer, run_epoch=1) / "trainer" / "trainer.pt").stat().st_size
 trainer.step(random_groups(2, 4))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (10, size // 2, size - 1):
@@ -437,7 +438,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_not_run(tmp_path):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     def write(folder):
-        shutil.copyfile(path / "weights.safetensors", folder / "weights.safetensors")
+        shutil.copyfile(path / "model.safetensors", folder / "weights.safetensors")
         torch.save({"optimizer": Payload()}, folder / "trainer.pt")
 
     extra = read_manifest(path).extra
@@ -473,7 +474,7 @@ def test_an_export_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(policy.model, "save_pretrained", broken)
+    monkeypatch.setattr(export, "save_file", broken)
     with pytest.raises(CheckpointError, match="No space left"):
         export_model(policy, None, tmp_path / "export")
     assert Policy.load(str(tmp_path / "export")).score([[1, 2]])

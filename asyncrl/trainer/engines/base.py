@@ -192,8 +192,23 @@ class PolicyEngine(ModelEngine, Protocol):
         """A function that scores sequences under the weights of a snapshot, in a thread beside training."""
         ...
 
-    def export(self, folder: Path, tokenizer_folder: Path | None) -> None:
-        """Writes the policy in Hugging Face format. Raises CheckpointError."""
+    def export(self, folder: Path, source: Path | None) -> None:
+        """Writes the policy in Hugging Face format; `source` is the model it began as. Raises CheckpointError."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Puts the policy into a checkpoint's folder: a Hugging Face model, and what `load_saved` needs besides."""
+        ...
+
+    def load_saved(self, folder: Path) -> dict[str, Tensor]:
+        """The weights that training changes, by the names of `state`, from a folder that `save` filled.
+
+        Raises OSError, ValueError, RuntimeError or SafetensorError when they cannot be read.
+        """
+        ...
+
+    def saved_bytes(self) -> int:
+        """About what `save` writes, in bytes."""
         ...
 
 

@@ -81,15 +81,23 @@ def adapted_weights(model: nn.Module) -> dict[str, AdaptedWeight]:
     }
 
 
-def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's state dict as it would be without adapters, each merged into its weight."""
+def merged_state(model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The model's state dict as it would be without adapters, each merged into its weight.
+
+    With `dtype`, tensors of a model with adapters, and those of another floating type, are copies on the CPU in that
+    type, made one at a time: a second model beside the first may not fit on the device.
+    """
     adapted = adapted_weights(model)
-    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
-    return {
-        name: adapted[name].merged().to(tensor.dtype) if name in adapted else tensor
-        for name, tensor in state.items()
-        if not is_adapter(name)
-    }
+    state: dict[str, Tensor] = {}
+    for long_name, tensor in model.state_dict().items():
+        name = plain_name(long_name)
+        if is_adapter(name):
+            continue
+        value = adapted[name].merged().to(tensor.dtype) if name in adapted else tensor
+        if dtype is not None and value.is_floating_point() and (adapted or value.dtype != dtype):
+            value = value.to("cpu", dtype)
+        state[name] = value
+    return state
 
 
 def plain_name(name: str) -> str:

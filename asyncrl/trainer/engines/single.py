@@ -27,7 +27,7 @@ from asyncrl.trainer.engines.base import (
     Scorer,
     Want,
 )
-from asyncrl.trainer.engines.export import export_model
+from asyncrl.trainer.engines.export import export_model, read_trained, write_model, write_trained
 from asyncrl.trainer.engines.policy import Policy, Reference, load_policy
 from asyncrl.trainer.engines.trainable import describe_update
 from asyncrl.trainer.packing import Rows
@@ -230,9 +230,27 @@ class SinglePolicyEngine(_SingleEngine):
         """See `PolicyEngine.snapshot_scorer`."""
         return SnapshotScorer(self.policy, shared_rows=self.prefers_shared_rows)
 
-    def export(self, folder: Path, tokenizer_folder: Path | None) -> None:
+    def export(self, folder: Path, source: Path | None) -> None:
         """See `PolicyEngine.export`."""
-        export_model(self.policy, tokenizer_folder, folder)
+        export_model(self.policy, source, folder)
+
+    def save(self, folder: Path) -> None:
+        """See `PolicyEngine.save`."""
+        write_model(self.policy, None, folder)
+        write_trained(self.policy, folder)
+
+    def load_saved(self, folder: Path) -> dict[str, Tensor]:
+        """See `PolicyEngine.load_saved`."""
+        return read_trained(self.policy, folder)
+
+    def saved_bytes(self) -> int:
+        """See `PolicyEngine.saved_bytes`."""
+        trained: int = sum(tensor.nbytes for tensor in self.policy.checkpoint_tensors().values())
+        if self.policy.update.what == "full":
+            return trained
+        count: int = sum(parameter.numel() for parameter in self.policy.model.parameters())
+        element_bytes = 2 if self.policy.dtype == "bfloat16" else 4
+        return trained + count * element_bytes
 
 
 class SingleCriticEngine(_SingleEngine):
