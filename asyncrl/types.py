@@ -7,7 +7,8 @@ Nothing here imports torch, zmq or vllm.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -84,6 +85,52 @@ class Lease:
     def num_sequences(self) -> int:
         """Sequences that the engine samples for this lease: the rollouts, and a greedy completion if asked for."""
         return self.num_rollouts + self.greedy_baseline
+
+
+# Of the reward and of each of its parts. The squares of rewards of any size a task has a use for stay far inside of
+# float32; a reward of 1e38 would make every step of its batch infinite.
+MAX_ABS_REWARD = 1e6
+MAX_REWARD_PARTS = 16  # with names of 40 characters they still fit into what a rollout may weigh on the wire
+REWARD_PART_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}")
+REWARD_PART_NAME_RULE = "up to 40 letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
+
+
+def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The reward: the sum of weight x value over all its parts; the weight is 1 where none is given."""
+    return float(sum(weights.get(name, 1.0) * value for name, value in parts.items()))
+
+
+def reward_problem(value: float, what: str = "reward") -> str:
+    """Why `value` can be no reward, or no part of one, in words that begin with `what`; empty when it can."""
+    if not math.isfinite(value):
+        return f"{what} {value:g} is not finite"
+    if abs(value) > MAX_ABS_REWARD:
+        return f"{what} {value:g} is beyond {MAX_ABS_REWARD:g}, which no reward may be; scale it down"
+    return ""
+
+
+def reward_parts_problem(parts: Mapping[str, float]) -> str:
+    """Why these cannot be the parts of a reward, in words; empty when they can."""
+    if len(parts) > MAX_REWARD_PARTS:
+        return f"the reward has {len(parts)} parts; at most {MAX_REWARD_PARTS} are allowed"
+    for name, value in parts.items():
+        if not REWARD_PART_NAME.fullmatch(name):
+            return f"reward part {name!r:.100} must be named by {REWARD_PART_NAME_RULE}: metrics are named after it"
+        if problem := reward_problem(value, f"reward part {name}"):
+            return problem
+    return ""
+
+
+def means_of_parts(rollouts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each reward part over the rollouts that have it, by name, from the parts of each rollout.
+
+    Example: {"math": 1}, {"code": 0}, {"math": 0} -> {"code": 0, "math": 0.5}.
+    """
+    values: dict[str, list[float]] = {}
+    for parts in rollouts:
+        for name, value in parts.items():
+            values.setdefault(name, []).append(value)
+    return {name: math.fsum(values[name]) / len(values[name]) for name in sorted(values)}
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ class RunConfig:
         0,
         "Seeds the order of the prompts, new parts of the model (a critic, adapters) and the trainer.",
         minimum=0,
+        maximum=2**31 - 1,
         if_changed=REFUSED,
     )
 

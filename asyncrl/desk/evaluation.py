@@ -14,7 +14,7 @@ from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.metrics import EvalMetrics, Metrics
 from asyncrl.replay.lease_book import LeaseBook
-from asyncrl.types import Group
+from asyncrl.types import Group, means_of_parts
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +45,12 @@ class EvalResults:
         count = len(self.rewards)
         if count == 0:
             return None
-        names = sorted({name for parts in self.parts.values() for name in parts})
         return EvalMetrics(
             version=self.version,
             prompts=count,
             prompts_failed=self.num_prompts - count,
             reward_mean=sum(self.rewards.values()) / count,
-            reward_parts={name: sum(parts.get(name, 0.0) for parts in self.parts.values()) / count for name in names},
+            reward_parts=means_of_parts(self.parts.values()),
             completion_tokens_mean=sum(self.lengths.values()) / count,
         )
 

@@ -167,6 +167,7 @@ class Intake:
             newest_version=self._policy.newest,
             pinned_version=pinned,
             greedy_baseline=kind is LeaseKind.TRAIN and self._config.algorithm.advantage == "remax",
+            weights=self._config.reward.weights,
         )
 
     def _is_left_out(self, group: Group) -> bool:

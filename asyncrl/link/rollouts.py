@@ -5,8 +5,8 @@ Arrays are views into the received bytes: nothing is copied.
 
 from __future__ import annotations
 
-import math
 import struct
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,11 +20,16 @@ from asyncrl.types import (
     LeaseKey,
     Rollout,
     VersionSpan,
+    reward_parts_problem,
+    reward_problem,
+    weighted_sum,
 )
 
 # A log-prob above 0 by more than rounding, or below what any sampled token has, is garbage from the engine.
 MAX_LOGPROB = 1e-6
 MIN_LOGPROB = -1e4
+# How far a reward may be from the weighted sum of its parts, as a share of the size of all terms of the sum.
+REWARD_ROUNDING = 1e-9
 
 _SPAN = struct.Struct("<3q")
 
@@ -115,11 +120,13 @@ def validate_group(
     newest_version: int,
     pinned_version: int | None = None,
     greedy_baseline: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> None:
     """Raises ProtocolError unless `group` is what its lease asked for and every number can be trained on.
 
     prompt_token_ids (int32 [P]), num_rollouts, max_new_tokens, pinned_version and greedy_baseline are those of
-    the lease; versions of tokens must lie in [oldest_version, newest_version].
+    the lease; versions of tokens must lie in [oldest_version, newest_version]. weights are those of the reward's
+    parts, whose weighted sum the reward must be.
     """
     if not np.array_equal(group.prompt_token_ids, prompt_token_ids):
         raise _bad(group, f"prompt of {len(group.prompt_token_ids)} tokens is not the leased one")
@@ -131,8 +138,7 @@ def validate_group(
     for index, rollout in enumerate(group.rollouts):
         _check_shape(group, index, rollout, max_new_tokens)
         _check_spans(group, index, rollout, oldest_version, newest_version)
-        if not all(map(math.isfinite, (rollout.reward, *rollout.reward_parts.values()))):
-            raise _bad(group, f"reward {rollout.reward} {rollout.reward_parts} is not finite", index)
+        _check_reward(group, index, rollout, weights or {})
     # One pass over all tokens: negative ids are large as unsigned, and min and max carry a NaN through.
     tokens = np.concatenate([rollout.token_ids for rollout in group.rollouts]).view("<u4")
     logprobs = np.concatenate([rollout.behaviour_logprobs for rollout in group.rollouts])
@@ -146,8 +152,19 @@ def _check_baseline(group: Group, wanted: bool) -> None:
         raise _bad(group, "no reward of a greedy completion, the lease asked for one")
     if not wanted and baseline is not None:
         raise _bad(group, f"a greedy completion with reward {baseline}, the lease asked for none")
-    if baseline is not None and not math.isfinite(baseline):
-        raise _bad(group, f"reward {baseline} of the greedy completion is not finite")
+    if baseline is not None and (problem := reward_problem(baseline, "greedy completion: reward")):
+        raise _bad(group, problem)
+
+
+def _check_reward(group: Group, index: int, rollout: Rollout, weights: Mapping[str, float]) -> None:
+    parts = rollout.reward_parts
+    if problem := reward_problem(rollout.reward) or reward_parts_problem(parts):
+        raise _bad(group, problem, index)
+    slack = REWARD_ROUNDING * sum(abs(weights.get(name, 1.0) * value) for name, value in parts.items())
+    if not abs(rollout.reward - weighted_sum(parts, weights)) <= slack:
+        raise _bad(
+            group, f"the reward {rollout.reward} is not the weighted sum of its parts {parts}, weights {weights}", index
+        )
 
 
 def _check_shape(group: Group, index: int, rollout: Rollout, max_new_tokens: int) -> None:

@@ -76,7 +76,9 @@ class StepMetrics:
 
     reward_mean: float = metric("reward", "Mean reward of the rollouts in this batch.", shown=(LINE, SUMMARY, PICTURE))
     reward_std: float = metric("reward", "Standard deviation of the reward over all rollouts in this batch.")
-    reward_parts: dict[str, float] = metric("reward", "Mean of each named part of the reward, before its weight.", {})
+    reward_parts: dict[str, float] = metric(
+        "reward", "Mean of each named part of the reward over the rollouts that have it, before its weight.", {}
+    )
     groups_zero_variance: int = metric(
         "groups", "Groups in this batch whose rewards are all equal, so that group-relative advantages are 0.", 0
     )
@@ -356,7 +358,10 @@ class EvalMetrics:
     prompts: int = metric("prompts", "Held-out prompts that got a reward.", shown=(LINE,))
     reward_mean: float = metric("reward", "Mean reward of those prompts.", shown=(LINE, SUMMARY, PICTURE))
     reward_parts: dict[str, float] = metric(
-        "reward", "Mean of each named part of the reward, before its weight.", {}, shown=(LINE, SUMMARY)
+        "reward",
+        "Mean of each named part of the reward over the prompts that have it, before its weight.",
+        {},
+        shown=(LINE, SUMMARY),
     )
     prompts_failed: int = metric(
         "prompts", "Held-out prompts without a reward; they do not count as 0.", 0, shown=(LINE,)

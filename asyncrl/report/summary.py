@@ -162,7 +162,9 @@ def _flow(run: RunRecords) -> Flow:
     tokens_generated = total(line.tokens_generated for line in lines)
     tokens_trained = total(step.tokens_trained for step in run.steps)
     tokens_filtered = total(line.tokens_filtered for line in lines)
-    token_ages = sum((step.policy_age_mean or 0.0) * (step.tokens_trained or 0) for step in run.steps)
+    ages = [(step.policy_age_mean, step.tokens_trained) for step in run.steps]
+    known_ages = [(age, tokens) for age, tokens in ages if age is not None and tokens]
+    tokens_of_known_age = sum(tokens for _, tokens in known_ages)
     failed: Counter[str] = Counter()
     for line in lines:
         failed.update(line.rollouts_failed)
@@ -172,7 +174,7 @@ def _flow(run: RunRecords) -> Flow:
         tokens_trained=tokens_trained,
         tokens_generated_per_s=tokens_generated / interval_s if interval_s else None,
         tokens_trained_per_s=tokens_trained / interval_s if interval_s else None,
-        policy_age_mean=token_ages / tokens_trained if tokens_trained else None,
+        policy_age_mean=sum(age * tokens for age, tokens in known_ages) / tokens_of_known_age if known_ages else None,
         policy_age_max=max(measured(step.policy_age_max for step in run.steps), default=None),
         rollouts_acked=total(line.rollouts_acked for line in lines),
         rollouts_trained=total(step.rollouts_trained for step in run.steps),

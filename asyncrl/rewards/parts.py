@@ -26,7 +26,6 @@ import concurrent.futures
 import difflib
 import functools
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -38,20 +37,21 @@ from asyncrl.rewards.kinds.local import Format, Length, Overlong, UserRule
 from asyncrl.rewards.kinds.math_answer import MathAnswer
 from asyncrl.rewards.kinds.reward_model import RewardModel
 from asyncrl.tasks.base import Task, checked_reward
+from asyncrl.types import (
+    MAX_REWARD_PARTS,
+    REWARD_PART_NAME,
+    REWARD_PART_NAME_RULE,
+    reward_parts_problem,
+    reward_problem,
+    weighted_sum,
+)
 
 KINDS: dict[str, type[Part]] = {
     kind.kind: kind for kind in (Judge, RewardModel, MathAnswer, Overlong, Length, Format, UserRule)
 }
-MAX_PARTS = 16  # with names of 40 characters they still fit into what a rollout may weigh on the wire
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 _GRACE_S = 1.0  # a request's own deadline comes first and says more
 
 Specs = Mapping[str, Any]
-
-
-def weighted_sum(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Sum of weight x value over all parts; the weight is 1 where none is given."""
-    return float(sum(weights.get(name, 1.0) * value for name, value in values.items()))
 
 
 # -- configuration ---------------------------------------------------------------------------------------------------
@@ -73,14 +73,24 @@ def check_reward_parts(
         reward_timeout_s: deadline of one completion, within which every part must end.
     """
     problems = [problem for name, spec in parts.items() for problem in _problems_of(name, spec, reward_timeout_s)]
-    if len(parts) > MAX_PARTS:
-        problems.append(f"reward.parts has {len(parts)} parts, at most {MAX_PARTS} are allowed")
+    problems += _task_part_problems(task_parts or ())
+    if (count := len(parts) + len(task_parts or ())) > MAX_REWARD_PARTS:
+        own = f", and the task has {len(task_parts)} of its own" if task_parts else ""
+        problems.append(f"reward.parts has {len(parts)} parts{own}: {count} of at most {MAX_REWARD_PARTS}")
     problems += [
         f"reward.parts.{name}: the task has a part of this name already; choose another"
         for name in set(parts) & set(task_parts or ())
     ]
     known = None if task_parts is None else [*task_parts, *parts]
     return problems + [problem for name, weight in weights.items() for problem in _weight_problems(name, weight, known)]
+
+
+def _task_part_problems(names: Collection[str]) -> list[str]:
+    return [
+        f"the task's reward part {name!r:.100} must be named by {REWARD_PART_NAME_RULE}: metrics are named after it"
+        for name in names
+        if not isinstance(name, str) or not REWARD_PART_NAME.fullmatch(name)
+    ]
 
 
 def make_parts(parts: Specs) -> dict[str, Part]:
@@ -107,8 +117,8 @@ def _make(spec: Specs) -> Part:
 
 def _problems_of(name: Any, spec: Any, reward_timeout_s: float) -> list[str]:
     place = f"reward.parts.{name}"
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        return [f"{place}: a name has up to 40 letters, digits, '.', '_' and '-': metrics are named after it"]
+    if not isinstance(name, str) or not REWARD_PART_NAME.fullmatch(name):
+        return [f"{place}: a name has {REWARD_PART_NAME_RULE}: metrics are named after it"]
     if not isinstance(spec, Mapping) or not isinstance(spec.get("kind"), str):
         return [f"{place} must be a mapping with a kind ({', '.join(KINDS)}) and its arguments, not {spec!r:.100}"]
     kind = KINDS.get(spec["kind"])
@@ -213,8 +223,10 @@ class RewardParts:
         finally:
             for request in requests.values():
                 request.cancel()
-        if not math.isfinite(weighted_sum(values, self._weights)):
-            raise RewardError(f"reward parts must be finite, and so must their weighted sum: {values}")
+        if problem := reward_parts_problem(values) or reward_problem(
+            weighted_sum(values, self._weights), "weighted sum of the reward's parts"
+        ):
+            raise RewardError(problem)
         return values
 
     def _check_names(self, own: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ import msgpack
 
 from asyncrl.errors import ProtocolError
 from asyncrl.rewards.base import Sample
+from asyncrl.types import reward_parts_problem
 
 MAX_FRAME_BYTES = 1024 * 1024  # of what a worker sends
 FAILURES = ("reward_error", "reward_timeout")
@@ -103,12 +104,16 @@ def decode_scored(body: bytes) -> Scored:
     """A worker's later messages. Raises ProtocolError."""
     match _unpacked(body):
         case {"parts": dict() as parts, "reason": "", "detail": "", "server_down": False, **others}:
-            if not others and all(isinstance(value, float) for value in parts.values()):
+            if not others and parts and _are_named_numbers(parts) and not reward_parts_problem(parts):
                 return Scored(parts)
         case {"parts": None, "reason": str() as reason, "detail": str() as detail, "server_down": bool() as down}:
             if reason in FAILURES:
                 return Scored(None, reason, detail, down)
     raise _not_a_message()
+
+
+def _are_named_numbers(parts: dict[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, float) for name, value in parts.items())
 
 
 def _unpacked(body: bytes) -> object:

@@ -19,17 +19,18 @@ from asyncrl.host.guarded_process import foreign_environment, how_it_ended
 from asyncrl.host.pipes import FrameBuffer, framed
 from asyncrl.host.processes import END_TIMEOUT_S, kill_group
 from asyncrl.rewards.gate import ServerGate
-from asyncrl.rewards.parts import weighted_sum
 from asyncrl.rewards.pipe import (
     MAX_FRAME_BYTES,
     PipeMessage,
     RewardJob,
+    Scored,
     WorkerSetup,
     decode_scored,
     decode_started,
     encode,
 )
 from asyncrl.rewards.servers import RewardModels
+from asyncrl.types import reward_problem, weighted_sum
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +160,7 @@ class RewardPool:
         try:
             await worker.send(job, self._timeout_s)
             while len(outcomes) < count:
-                outcomes += [
-                    RewardOutcome(scored.parts, scored.reason, scored.detail, scored.server_down, self._weights)
-                    for scored in await worker.receive(decode_scored, self._timeout_s)
-                ]
+                outcomes += map(self._outcome, await worker.receive(decode_scored, self._timeout_s))
         except DeadlineExceeded as error:
             failure = RewardOutcome(None, "reward_timeout", str(error))
         except (RewardError, ProtocolError) as error:
@@ -172,6 +170,12 @@ class RewardPool:
         await worker.kill()
         log.warning("reward worker replaced: %s", failure.detail)
         return [*outcomes, failure]
+
+    def _outcome(self, scored: Scored) -> RewardOutcome:
+        # What a worker says is not trusted: foreign code runs in there.
+        if scored.parts is not None and (problem := reward_problem(weighted_sum(scored.parts, self._weights))):
+            return RewardOutcome(None, "reward_error", problem)
+        return RewardOutcome(scored.parts, scored.reason, scored.detail, scored.server_down, self._weights)
 
 
 class _Running:

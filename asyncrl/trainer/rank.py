@@ -40,7 +40,7 @@ from asyncrl.metrics.types import REWARD_PART
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.step import StepRunner
-from asyncrl.types import FinishReason, Group
+from asyncrl.types import FinishReason, Group, means_of_parts
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.publisher import Publisher
 
@@ -211,13 +211,10 @@ class Rank:
 
 
 def outcome_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the rollouts of a batch brought: truncated_share, and the mean of each reward part as `reward_part/NAME`."""
+    """What the rollouts of a batch brought: truncated_share, and each reward part's mean over those that have it."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
-    figures = {
-        f"{REWARD_PART}{name}": sum(rollout.reward_parts.get(name, 0.0) for rollout in rollouts) / len(rollouts)
-        for name in names
-    }
+    parts = means_of_parts(rollout.reward_parts for rollout in rollouts)
+    figures = {f"{REWARD_PART}{name}": value for name, value in parts.items()}
     truncated = sum(rollout.finish_reason is FinishReason.LENGTH for rollout in rollouts)
     return figures | {"truncated_share": truncated / len(rollouts)}
 

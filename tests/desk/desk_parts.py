@@ -215,6 +215,7 @@ def flat_group(ordinal: int, attempt: int = 0, *, version: int = 0) -> Group:
     group = train_group(ordinal, attempt, version=version)
     for rollout in group.rollouts:
         rollout.reward = 1.0
+        rollout.reward_parts = {"exact": 1.0}
     return group
 
 

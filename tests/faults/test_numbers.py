@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +14,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from asyncrl.algorithms.kl import kl_estimate
 from asyncrl.config import Config
+from asyncrl.config.keys import keys
 from asyncrl.config.loading import load_config
 from asyncrl.config.methods import KL_ESTIMATORS_BY_PLACE, chosen_kl_estimator
-from asyncrl.errors import ConfigError
+from asyncrl.desk.evaluation import EvalResults
+from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, RUN_SEED_STRIDE
+from asyncrl.errors import ConfigError, ProtocolError, RewardError
+from asyncrl.link.rollouts import group_to_result, result_to_group, validate_group
+from asyncrl.report.run_records import RunRecords
+from asyncrl.report.summary import summarize
+from asyncrl.rewards.base import Sample
+from asyncrl.rewards.parts import RewardParts, check_reward_parts
+from asyncrl.rewards.pipe import Scored, decode_scored, encode
+from asyncrl.rewards.pool import RewardOutcome, RewardPool
 from asyncrl.trainer.batch import MicroBatchData
 from asyncrl.trainer.canary import SnapshotScorer
 from asyncrl.trainer.engines.attention import is_full_attention
@@ -21,9 +34,11 @@ from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.single import engines_for
 from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import pack_groups
+from asyncrl.trainer.rank import outcome_metrics
 from asyncrl.trainer.step import StepRunner
+from asyncrl.types import Group, LeaseKey, LeaseKind, reward_parts_problem, weighted_sum
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
-from tests.trainer.tiny import random_groups
+from tests.trainer.tiny import make_group, make_rollout, random_groups
 
 
 def config_of(*overrides):
@@ -383,3 +398,158 @@ def test_W6_the_canary_goes_through_the_rows_of_training_and_sees_what_they_chan
         assert max(apart) < 1e-4
     for ours, theirs in zip(SnapshotScorer(policy)(sequences, buffer), alone, strict=True):
         assert np.abs(ours - theirs).max() < 1e-4
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", ["0.009", "0.0099999", "1e-5", "1e-30", "0", "-1", "inf", "nan"])
+def test_W12_a_temperature_that_the_engine_would_replace_is_refused(temperature):
+    with pytest.raises(ConfigError, match=r"sampling\.temperature"):
+        config_of(f"sampling.temperature={temperature}")
+
+
+@pytest.mark.slow
+def test_W12_the_engine_samples_at_every_temperature_and_with_every_seed_that_is_allowed():
+    from vllm.sampling_params import SamplingParams
+
+    (least,) = (key.bounds.minimum for key in keys() if key.name == "sampling.temperature")
+    for temperature in (least, 0.011, 1.0, 7.5):
+        assert SamplingParams(temperature=temperature).temperature == temperature
+    assert SamplingParams(temperature=least * 0.99).temperature != least * 0.99, "the bound could be lower"
+
+
+def test_W12_every_seed_of_a_run_fits_into_what_the_engine_takes():
+    (largest,) = (key.bounds.maximum for key in keys() if key.name == "run.seed")
+    assert 0 <= largest * RUN_SEED_STRIDE + 10**11 * ORDINAL_SEED_STRIDE < 2**63
+    with pytest.raises(ConfigError, match=r"run\.seed"):
+        config_of(f"run.seed={largest + 1}")
+
+
+# -- parts of the reward ---------------------------------------------------------------------------------------------
+
+
+def scored(parts, weights=None):
+    """A rollout whose reward is what its parts come to."""
+    rollout = make_rollout([1, 2], reward=weighted_sum(parts, weights or {}))
+    rollout.reward_parts = parts
+    return rollout
+
+
+def test_W7_a_part_is_averaged_over_the_rollouts_that_have_it():
+    group = make_group(0, [1], [scored({"math": 1.0}), scored({"code": 1.0}), scored({"code": 0.5, "format": 0.25})])
+    figures = outcome_metrics([group])
+    assert figures == {
+        "reward_part/math": 1.0, "reward_part/code": 0.75, "reward_part/format": 0.25, "truncated_share": 0.0,
+    }  # fmt: skip
+
+
+def test_W7_an_evaluation_averages_a_part_over_the_prompts_that_have_it():
+    results = EvalResults(version=0, first_ordinal=0, num_prompts=3)
+    for ordinal, parts in enumerate([{"math": 1.0}, {"code": 1.0}]):
+        group = make_group(ordinal, [1], [scored(parts)])
+        results.add(Group(LeaseKey(LeaseKind.EVAL, ordinal, 0), group.prompt_token_ids, group.rollouts))
+    figures = results.metrics()
+    assert figures.reward_parts == {"math": 1.0, "code": 1.0}
+    assert (figures.reward_mean, figures.prompts, figures.prompts_failed) == (1.0, 2, 1)
+
+
+def test_W7_steps_without_a_policy_age_do_not_count_as_age_0_in_the_summary(tmp_path):
+    records = [
+        {"kind": "step", "version": 1, "wall_s": 1.0, "policy_age_mean": 3.0, "tokens_trained": 10},
+        {"kind": "step", "version": 2, "wall_s": 2.0, "policy_age_mean": None, "tokens_trained": 90},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert summarize(RunRecords(tmp_path)).flow.policy_age_mean == 3.0
+
+
+def send(rollout, weights=None, **changes):
+    """What the desk says of a group with one rollout of a peer."""
+    group = make_group(0, [1, 2], [rollout])
+    group = dataclasses.replace(group, **changes)
+    validate_group(
+        result_to_group(group_to_result(group, 1, 1)), vocab_size=9, prompt_token_ids=np.array([1, 2]), num_rollouts=1,
+        max_new_tokens=4, oldest_version=0, newest_version=0, weights=weights or {},
+        greedy_baseline=group.baseline_reward is not None,
+    )  # fmt: skip
+
+
+BAD_NAMES = ["", "a" * 41, "two words", "a\nb", "\x1b[31mred", "ä", "-x", ".x", "a/b", "{answer}", "a\x00"]
+BAD_PARTS = [{name: 1.0} for name in BAD_NAMES] + [
+    {f"p{n}": 0.0 for n in range(17)},
+    {f"p{n}": 0.0 for n in range(32_000)},
+    {"x": 1e38},
+    {"x": 1.1e6, "y": -1.1e6},
+    {"x": math.nan},
+    {"x": math.inf, "y": 1.0},
+]
+
+
+@pytest.mark.parametrize("parts", BAD_PARTS, ids=lambda parts: repr(parts)[:20])
+def test_D14_impossible_parts_are_refused_by_the_desk_and_where_the_worker_answers(parts):
+    with pytest.raises(ProtocolError):
+        send(scored(parts))
+    with pytest.raises(ProtocolError):
+        decode_scored(encode(Scored(parts)))
+    assert reward_parts_problem(parts)
+
+
+@pytest.mark.parametrize(
+    ("reward", "parts", "weights"),
+    [
+        (1.0, {}, {}),
+        (1.0, {"exact": 0.0}, {}),
+        (1.0, {"exact": 1.0, "format": 1.0}, {}),
+        (2.0, {"exact": 1.0}, {"exact": 0.5}),
+        (0.5000001, {"exact": 1.0}, {"exact": 0.5}),
+        (1e-6, {"exact": 0.0}, {}),
+    ],
+)
+def test_D14_a_reward_that_is_not_the_weighted_sum_of_its_parts_is_refused(reward, parts, weights):
+    rollout = make_rollout([1, 2], reward=reward)
+    rollout.reward_parts = parts
+    with pytest.raises(ProtocolError, match="is not the weighted sum of its parts"):
+        send(rollout, weights)
+
+
+def test_D14_rewards_of_every_size_that_the_pool_makes_are_taken():
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        names = [f"part-{n}.x_{n}" for n in range(draw.integers(1, 17))]
+        parts = {name: float(draw.normal() * 10.0 ** draw.integers(-8, 5)) for name in names}
+        weights = {name: float(draw.normal()) for name in names if draw.random() < 0.5}
+        send(scored(parts, weights), weights)
+        outcome = RewardOutcome(decode_scored(encode(Scored(parts))).parts, weights=weights)
+        assert outcome.reward == weighted_sum(parts, weights)
+
+
+def test_D14_names_and_the_number_of_parts_are_checked_at_the_start_where_the_task_tells_them():
+    assert "two words" in check_reward_parts({}, {}, task_parts=["exact", "two words"])[0]
+    length = {"kind": "length", "max_tokens": 8}
+    own = [f"t{n}" for n in range(10)]
+    assert check_reward_parts({f"p{n}": length for n in range(6)}, {}, task_parts=own) == []
+    (problem,) = check_reward_parts({f"p{n}": length for n in range(7)}, {}, task_parts=own)
+    assert "17 of at most 16" in problem
+
+
+@pytest.mark.parametrize("reward", [1e38, -1e38, 1.0001e6, math.inf, math.nan])
+def test_R2_a_reward_of_any_size_beyond_the_limit_is_refused_by_the_desk(reward):
+    weights = {"x": reward}
+    with pytest.raises(ProtocolError, match=r"reward .*(is beyond 1e\+06|is not finite)"):
+        send(scored({"x": 1.0}, weights), weights)
+    with pytest.raises(ProtocolError, match="greedy completion: reward"):
+        send(scored({"x": 1.0}), baseline_reward=reward)
+
+
+@pytest.mark.parametrize("value", [1e38, -2e6, 10**400])
+def test_R2_a_reward_beyond_the_limit_is_a_failed_reward_at_the_worker(value):
+    task = SimpleNamespace(reward=lambda completion, payload: {"x": value})
+    (compute,) = RewardParts(task, {}, {}).begin([Sample("", {})])
+    with pytest.raises((RewardError, OverflowError)):
+        compute()
+    task.reward = lambda completion, payload: {"x": 1.0}
+    (compute,) = RewardParts(task, {}, {"x": 1e7}).begin([Sample("", {})])
+    with pytest.raises(RewardError, match="weighted sum of the reward's parts 1e.07 is beyond"):
+        compute()
+    (outcome,) = [RewardPool("a:B", {}, 0, 1.0, weights={"x": 1e7})._outcome(Scored({"x": 1.0}))]
+    assert outcome.failed and "is beyond" in outcome.detail

@@ -125,7 +125,7 @@ def test_a_baseline_travels_with_its_group_and_must_be_there_exactly_when_asked_
         validate(group(), greedy_baseline=True)
     with pytest.raises(ProtocolError, match="reward -0.5, the lease asked for none"):
         validate(with_baseline)
-    with pytest.raises(ProtocolError, match="reward nan of the greedy completion is not finite"):
+    with pytest.raises(ProtocolError, match="greedy completion: reward nan is not finite"):
         validate(dataclasses.replace(group(), baseline_reward=math.nan), greedy_baseline=True)
 
 

@@ -12,13 +12,12 @@ from asyncrl.rewards import parts
 from asyncrl.rewards.base import Sample
 from asyncrl.rewards.parts import (
     KINDS,
-    MAX_PARTS,
     RewardParts,
     check_reward_parts,
     make_parts,
     prepare_parts,
-    weighted_sum,
 )
+from asyncrl.types import MAX_REWARD_PARTS, weighted_sum
 from tests.http_servers import AnsweringServer, Answers, chat_answer
 
 JUDGE = {"kind": "judge", "url": "http://127.0.0.1:8000/v1", "model": "m"}
@@ -113,8 +112,8 @@ def test_a_name_that_could_not_name_a_metric_is_refused(name):
 
 
 def test_there_is_a_limit_to_the_number_of_parts():
-    assert check_reward_parts({f"p{i}": OVERLONG for i in range(MAX_PARTS)}, {}) == []
-    assert "at most 16" in check_reward_parts({f"p{i}": OVERLONG for i in range(MAX_PARTS + 1)}, {})[0]
+    assert check_reward_parts({f"p{i}": OVERLONG for i in range(MAX_REWARD_PARTS)}, {}) == []
+    assert "at most 16" in check_reward_parts({f"p{i}": OVERLONG for i in range(MAX_REWARD_PARTS + 1)}, {})[0]
 
 
 @pytest.mark.parametrize(
@@ -228,8 +227,8 @@ def test_the_reward_is_the_weighted_sum_and_values_stay_as_they_are():
 
 
 def test_a_sum_that_overflows_is_a_failure():
-    with pytest.raises(RewardError, match="weighted sum"):
-        values({}, Sample("", {}), {"exact": 1e308, "neat": 1e308}, Own({"exact": 1e308, "neat": 1.0}))
+    with pytest.raises(RewardError, match="weighted sum of the reward's parts inf is not finite"):
+        values({}, Sample("", {}), {"exact": 1e308, "neat": 1e308}, Own({"exact": 1e6, "neat": 1.0}))
 
 
 def test_a_weight_for_a_part_that_the_task_turns_out_not_to_have_is_a_failure():
