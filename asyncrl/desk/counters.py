@@ -67,9 +67,10 @@ class Counters:
         if known is None:
             return
         before = known[1] if known[0] == incarnation else GeneratorTotals()
-        self._generators.tokens_generated += report.tokens_generated - before.tokens_generated
-        self._generators.busy_s += report.busy_s - before.busy_s
-        self._generators.idle_s += report.idle_s - before.idle_s
+        # Cumulative, so they never fall; a report that says so is wrong, and no sum here is to fall with it.
+        self._generators.tokens_generated += max(0, report.tokens_generated - before.tokens_generated)
+        self._generators.busy_s += max(0.0, report.busy_s - before.busy_s)
+        self._generators.idle_s += max(0.0, report.idle_s - before.idle_s)
 
     def lease_failed(self, reason: str, num_rollouts: int) -> None:
         """A lease ended without a group, and its rollouts are lost."""

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.boundary import Boundary
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.generators import Generators
 from asyncrl.desk.intake import Intake, Taken
@@ -32,13 +32,13 @@ from asyncrl.desk.ranks import Ranks
 from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
-from asyncrl.errors import FrameError, JournalError, ProtocolError, TooManyFailures
+from asyncrl.errors import JournalError, TooManyFailures
 from asyncrl.host.processes import StopSignal
 from asyncrl.link import messages, trainer_messages
-from asyncrl.link.codec import body_of, decode
+from asyncrl.link.codec import body_of
 from asyncrl.link.desk_session import DeskSession
 from asyncrl.link.schema.message_base import Message
-from asyncrl.link.sockets import ServerSocket, SocketPoller
+from asyncrl.link.sockets import SocketPoller
 from asyncrl.storage.journal import run_epoch_of
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class Desk:
         self.acknowledgements = acknowledgements
         self.intake = intake
         self.generators = generators
+        self.boundary = Boundary(generators)
         self.ranks = ranks
         self.versions = versions
         self.evaluator = evaluator
@@ -120,9 +121,9 @@ class Desk:
             ready = poller.wait(self._timeout(time.monotonic()))
             now = time.monotonic()
             if self.generators.socket in ready:
-                self._receive(self.generators.socket, FROM_GENERATOR, self._from_generator, now)
+                self.boundary.from_generators(self.generators.socket, FROM_GENERATOR, self._from_generator, now)
             if self.ranks.socket in ready:
-                self._receive(self.ranks.socket, FROM_TRAINER, self._from_trainer, now)
+                self.boundary.from_ranks(self.ranks.socket, FROM_TRAINER, self._from_trainer, now)
             if self._over(now):
                 return 0
             self._tick(now)
@@ -138,6 +139,7 @@ class Desk:
         self._watch_trainer(now)
         self.generators.expire(now)
         self.generators.say_strangers(now)
+        self.boundary.summarise(now)
         if self._stopping_since is None:
             self.versions.advance(now, self.generators)
             self.evaluator.advance(self.state.policy.trained, self.versions)
@@ -156,20 +158,6 @@ class Desk:
             now if self.generators.grants_left else now + MAX_WAIT_S,
         )
         return max(0.0, min(deadlines) - now)
-
-    def _receive(
-        self,
-        socket: ServerSocket,
-        allowed: frozenset[type[Message]],
-        handle: Callable[[bytes, Message, bytes, float], None],
-        now: float,
-    ) -> None:
-        for peer, frame in socket.receive():
-            try:
-                message = decode(frame, max_bytes=socket.max_frame_bytes, allowed=allowed)
-                handle(peer, message, frame, now)
-            except (FrameError, ProtocolError) as error:
-                log.warning("frame dropped: %s", error)
 
     def _from_generator(self, peer: bytes, message: Message, frame: bytes, now: float) -> None:
         if isinstance(message, messages.Hello):

@@ -10,11 +10,13 @@ from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.run_state import RunState
 from asyncrl.desk.versions import Versions
+from asyncrl.host.repeats import Repeats
 from asyncrl.link import messages
 from asyncrl.link.desk_session import DeskSession, Liveness
 from asyncrl.link.rollouts import lease_to_grant
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
+from asyncrl.link.wire_types import RefusalCode
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.replay.outcomes import Recovered
 from asyncrl.types import Lease, LeaseKey, LeaseKind
@@ -24,7 +26,8 @@ log = logging.getLogger(__name__)
 # Seeds of one group are seed, seed + 1, ...; this far apart, those of two groups never meet.
 ORDINAL_SEED_STRIDE = 8191
 RUN_SEED_STRIDE = 1_000_003
-SAY_STRANGERS_EVERY_S = 30.0
+SAY_STRANGERS_EVERY_S = 60.0
+HELLOS_REFUSED_AT_ONCE = 8  # said one by one; more within a minute are counted
 # One call of `grant`: leases that it grants, and generators whose turn it is, most of which may have to wait.
 GRANTS_AT_ONCE = 64
 TURNS_AT_ONCE = 256
@@ -57,6 +60,7 @@ class Generators:
         self._granted: dict[str, int | None] = {}
         self._wanting: dict[str, None] = {}  # those that have room for more, whose turn is next first
         self.grants_left = False  # the last call of `grant` stopped before all had their turn
+        self._repeats = Repeats(log, HELLOS_REFUSED_AT_ONCE)
         self._strangers = (0, 0)  # as last said: handshakes refused, messages that are none
         self._strangers_said_at = -SAY_STRANGERS_EVERY_S
 
@@ -70,7 +74,7 @@ class Generators:
             self._free(admission.released[0], "was replaced by a newer incarnation", now)
             self._leases.outcomes.forget(admission.released[0])
         if admission.session is None:
-            log.warning("refused %s: %s", hello.generator_id, admission.reply)
+            self._repeats.warn("a hello refused", f"{hello.generator_id}: {admission.reply}", now)
         elif hello.generator_id not in self._granted:
             self._admit(admission.session)
 
@@ -91,6 +95,19 @@ class Generators:
         if (session := self._sessions.get(name)) is not None:
             self._sessions.bye(session)
         self._free(name, why, now)
+
+    def fence(self, peer: bytes, why: str, now: float) -> None:
+        """Ends the session behind `peer`, and refuses this process for good; its next incarnation may come."""
+        session = self._sessions.behind(peer)
+        self._to_peer(peer, messages.Refusal(RefusalCode.FENCED, why, "", ""))
+        if session is not None:
+            session.fenced = why
+            self.gone(session.generator_id, f"is fenced: {why}", now)
+
+    def name_of(self, peer: bytes) -> str:
+        """The id of the generator behind `peer`; empty when it is not admitted."""
+        session = self._sessions.behind(peer)
+        return "" if session is None else session.generator_id
 
     def expire(self, now: float) -> None:
         """Applies the deadlines of leases and beats."""
@@ -138,6 +155,7 @@ class Generators:
 
     def say_strangers(self, now: float) -> None:
         """One warning for all that knocked since the last one, so that a flood of them cannot fill the log."""
+        self._repeats.summarise(now)
         strangers = self.socket.handshakes_refused, self.socket.malformed_messages
         if strangers == self._strangers or now < self._strangers_said_at + SAY_STRANGERS_EVERY_S:
             return

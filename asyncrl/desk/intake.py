@@ -19,6 +19,7 @@ from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import RunState
 from asyncrl.errors import ProtocolError
+from asyncrl.host.repeats import Repeats
 from asyncrl.link.desk_session import DeskSession, Seen
 from asyncrl.link.messages import GroupResult, LeaseFailed
 from asyncrl.link.rollouts import result_to_group, validate_group
@@ -30,6 +31,8 @@ from asyncrl.storage.records import GroupFiltered, MessageSeen, PromptGivenUp, S
 from asyncrl.types import Group, LeaseKey, LeaseKind, min_rollouts
 
 log = logging.getLogger(__name__)
+
+WARNINGS_AT_ONCE = 16  # of one kind, said one by one; more within a minute are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Intake:
         if config.algorithm.dynamic_sampling:
             self._sampling = DynamicSampling(config.learner.groups_per_step)
         self._said_that_all_is_equal = False
+        self._repeats = Repeats(log, WARNINGS_AT_ONCE)
 
     def group(self, session: DeskSession, message: GroupResult, body: bytes, now: float) -> Taken:
         """One finished lease. `body` is the frame body of the message, which goes to the journal as it is.
@@ -117,7 +121,8 @@ class Intake:
         # Of a generator that was set aside this was said once, with the reason.
         if reason is not FailureReason.RETURNED and not self._leases.outcomes.is_set_aside(session.generator_id):
             what = f"{message.kind} {message.ordinal}.{message.attempt}"
-            log.warning("%s: lease %s failed (%s): %s", session.generator_id, what, reason, message.detail)
+            said = f"{session.generator_id}: lease {what} failed ({reason}): {message.detail}"
+            self._repeats.warn("a lease failed", said, now)
         self._fail_lease(message, reason, now, message.detail)
         self._seen(session, message.seq, now)
         return Taken()
@@ -129,6 +134,7 @@ class Intake:
 
     def note_given_up(self, now: float) -> None:
         """Prompts that will get no group any more: journalled, so that a restart does not lease them again."""
+        self._repeats.summarise(now)
         for ordinal in self._leases.take_given_up():
             log.error("prompt %d is given up: it failed where other prompts did not", ordinal)
             self._journal.append(PromptGivenUp(ordinal), now)
@@ -212,7 +218,7 @@ class Intake:
         self._leases.fail(message.key, reason, now, detail)
 
     def _refuse(self, session: DeskSession, seq: int, code: NackCode, reason: str, now: float) -> Message:
-        log.warning("%s: result %d refused (%s): %s", session.generator_id, seq, code, reason)
+        self._repeats.warn("a result refused", f"{session.generator_id}: result {seq} refused ({code}): {reason}", now)
         self._journal.append(MessageSeen(session.generator_id, session.incarnation, seq), now)
         return self._sessions.reject(session, seq, code, reason[:500])
 

@@ -96,6 +96,7 @@ class DeskSession:
     liveness: Liveness = Liveness.ALIVE
     cut_off: bool = False  # silent, and its connection is gone
     probed_at: float = -math.inf
+    fenced: str = ""  # why this incarnation may not come back
     nacks: OrderedDict[int, Nack] = field(default_factory=OrderedDict)  # recent ones, by seq
 
     def heard(self, now: float) -> None:
@@ -247,6 +248,10 @@ class DeskSessions:
                 self._to_measure[session.generator_id] = session
         return session
 
+    def behind(self, peer: bytes) -> DeskSession | None:
+        """The session behind `peer`, whether or not it was just heard."""
+        return self._by_peer.get(peer)
+
     def unknown_peer(self) -> Nack:
         """Asks a peer to say hello: it knew the learner before this one, or its session was replaced."""
         return Nack(self.run_epoch, seq=0, code=NackCode.HELLO, reason="this learner does not know you: say hello")
@@ -388,6 +393,8 @@ class DeskSessions:
                 "give this one another generator.id"
             )
             return Refusal(RefusalCode.FENCED, reason, f">= {known.incarnation}", str(hello.incarnation))
+        if known.fenced:
+            return Refusal(RefusalCode.FENCED, known.fenced, f">= {known.incarnation + 1}", str(hello.incarnation))
         if known.instance not in ("", hello.instance):
             # Two processes under one name would have each other's results taken for duplicates.
             reason = f"two processes call themselves {known.generator_id}: give each its own generator.id"

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from asyncrl.host.addresses import parse_address
 from asyncrl.link import limits
 from asyncrl.link.messages import SyncOffer, SyncSwap
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.weights.plan.planner import WANTED_REPEAT_S
+from tests.link.chaos_proxy import ChaosProxy
 from tests.weights.weight_world import MAX_BYTES, World
 
 TIMEOUT_S = 3.0
-LINK_TIMEOUT_S = (limits.HEARTBEAT_MS + limits.HEARTBEAT_TIMEOUT_MS) / 1e3
 START_S = 60.0
 SPARE_S = 10.0
 
@@ -28,9 +29,11 @@ class StoppableWorld(World):
 
     def __init__(self):
         self.socket = ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MAX_BYTES)
+        self.proxy = ChaosProxy(parse_address(self.socket.address).port)
+        self.proxy.__enter__()
         script = Path(__file__).parents[1] / "weights" / "publisher_process.py"
         self.process = subprocess.Popen(
-            [sys.executable, str(script), self.socket.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(script), self.proxy.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.begin(TIMEOUT_S, cell_size=8)
 
@@ -49,7 +52,7 @@ class StoppableWorld(World):
         return int(self.process.stdout.readline())
 
     def stop_at(self, phase):
-        """Stops the publisher when `a` gets this message, and goes on when the link is down."""
+        """Stops the publisher when `a` gets this message, and cuts its link."""
         receiver = self.receivers["a"]
         take = receiver.take
 
@@ -57,8 +60,9 @@ class StoppableWorld(World):
             if isinstance(message, phase):
                 receiver.take = take
                 os.kill(self.process.pid, signal.SIGSTOP)
+                self.proxy.cut()
                 if phase is SyncSwap:  # its answer ends the round, and what is said then finds nobody
-                    self.wait(self.link_is_down, LINK_TIMEOUT_S + SPARE_S)
+                    self.wait(self.link_is_down, SPARE_S)
             take(message)
 
         receiver.take = stop_and_take
@@ -71,6 +75,7 @@ class StoppableWorld(World):
         self.process.communicate()
         for receiver in self.receivers.values():
             receiver.close()
+        self.proxy.__exit__()
         self.socket.close()
 
 
@@ -91,7 +96,7 @@ def test_training_goes_on_after_the_trainer_stood_still_in_a_sync_for_longer_tha
     world.tell(1)
     world.wait(lambda: world.planner.snapshot.version == 1, TIMEOUT_S)
     stopped_at = time.monotonic()
-    world.wait(world.link_is_down, LINK_TIMEOUT_S + SPARE_S)
+    world.wait(world.link_is_down, SPARE_S)
     world.wait(lambda: len(world.ended) > num_ended, TIMEOUT_S + SPARE_S)
     world.wait(lambda: time.monotonic() >= stopped_at + TIMEOUT_S, TIMEOUT_S + SPARE_S)
     world.planner.left("b", time.monotonic(), "is dead")  # the closing of its channel gets lost
