@@ -80,6 +80,7 @@ class Lease:
     pinned_version: int | None = None
     seed: int | None = None
     greedy_baseline: bool = False
+    ticket: bytes = b""  # to be given back with whatever becomes of the lease
 
     @property
     def num_sequences(self) -> int:

@@ -31,6 +31,9 @@ HELLOS_REFUSED_AT_ONCE = 8  # said one by one; more within a minute are counted
 # One call of `grant`: leases that it grants, and generators whose turn it is, most of which may have to wait.
 GRANTS_AT_ONCE = 64
 TURNS_AT_ONCE = 256
+# Sequences of all leases that a generator may have in hand, for each that it samples at once: what it holds itself to
+# (`generator.held_leases`). Adopted leases keep to it too.
+IN_HAND_FACTOR = 5
 
 
 class Generators:
@@ -52,6 +55,7 @@ class Generators:
         self._policy = state.policy
         self._sessions = state.sessions
         self._leases = state.leases
+        self._tickets = state.tickets
         self._counters = state.counters
         self._prompts = prompts
         self._acknowledgements = acknowledgements
@@ -223,19 +227,37 @@ class Generators:
     def _compare_leases(self, session: DeskSession, beat: messages.Beat, now: float) -> None:
         name = session.generator_id
         active = {lease.key: lease.issued_version for lease in beat.active}
+        in_hand = [lease.key for lease in beat.active if lease.issued_version is not None]
+        tickets = dict(zip(in_hand, beat.tickets, strict=False))  # one that is not there proves nothing
         reconciled = self._leases.reconcile(name, active, now)
         for record in reconciled.lost:
             log.warning("%s does not know lease %s: leased again", name, record.key)
             granted = self._granted[name]
             assert granted is not None, f"{name} lost a lease that nobody granted"
             self._granted[name] = granted - self._num_rollouts(record.key) - self._wants_baseline(record.key)
-        needless = [key for key in reconciled.unexpected if not self._adopt(name, key, active[key], now)]
+        needless = [
+            key
+            for key in reconciled.unexpected
+            # One whose result waits in the outbox goes on in any case.
+            if active[key] is not None and not self._adopt(session, key, tickets.get(key, b""), now)
+        ]
         if needless:
             self._send(session, messages.Abandon(self._run_epoch, needless))
 
-    def _adopt(self, name: str, key: LeaseKey, issued_version: int | None, now: float) -> bool:
-        """Lets a lease of an earlier run epoch go on. One whose result waits in the outbox goes on in any case."""
-        return issued_version is None or self._leases.adopt(name, key, issued_version, now)
+    def _adopt(self, session: DeskSession, key: LeaseKey, ticket: bytes, now: float) -> bool:
+        """Lets a lease of an earlier run epoch go on, whose ticket proves that it is this process's and how old it is.
+
+        No generator takes over more than it can work on, and nothing of a version that this run has not reached: then
+        the ticket is of a future that was lost with the journal.
+        """
+        name = session.generator_id
+        issued_version = self._tickets.issued_version(ticket, key, name, session.incarnation)
+        if issued_version is None or issued_version > self._policy.newest:
+            return False
+        room = IN_HAND_FACTOR * self._config.generator.max_sequences
+        if self._leases.num_held(name) * self._num_rollouts(key) >= room:
+            return False
+        return self._leases.adopt(name, key, issued_version, now)
 
     def grant(self, now: float) -> None:
         """Grants leases to the generators that have room, as far as pacing allows: a slice of them in each call.
@@ -264,7 +286,7 @@ class Generators:
             records = self._leases.grant(name, self._versions.held_version(name), 1, self._policy.trained, now)
             if not records:
                 break
-            lease = self._lease(records[0], now)
+            lease = self._lease(records[0], session, now)
             num_granted += 1
             granted = self._granted[name]
             assert granted is not None
@@ -285,7 +307,7 @@ class Generators:
             and session.beat.sequences_wanted > granted
         )
 
-    def _lease(self, record: LeaseRecord, now: float) -> Lease:
+    def _lease(self, record: LeaseRecord, session: DeskSession, now: float) -> Lease:
         sampling, key = self._config.sampling, record.key
         is_eval = key.kind is LeaseKind.EVAL
         prompt = self._prompts.of(key)
@@ -304,6 +326,7 @@ class Generators:
             pinned_version=record.pinned_version,
             seed=seed,
             greedy_baseline=self._wants_baseline(key),
+            ticket=self._tickets.issue(key, record.issued_version, session.generator_id, session.incarnation),
         )
 
     def _num_rollouts(self, key: LeaseKey) -> int:

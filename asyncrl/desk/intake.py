@@ -70,6 +70,7 @@ class Intake:
         self._counters = state.counters
         self._prompts = prompts
         self._proofs = proofs
+        self._tickets = state.tickets
         self._acknowledgements = acknowledgements
         self._sampling: DynamicSampling | None = None
         if config.algorithm.dynamic_sampling:
@@ -85,6 +86,9 @@ class Intake:
         seen = self._sessions.see(session, message.seq, len(body))
         if seen is not Seen.NEW:
             return self._repeated(session, message.seq, seen)
+        issued_version = self._issued_version(session, message)
+        if issued_version is None:
+            return Taken(self._refuse(session, message.seq, NackCode.UNKNOWN_LEASE, _no_ticket(message), now))
         try:
             group = result_to_group(message)
             if self._is_late_eval(group.key):
@@ -92,7 +96,7 @@ class Intake:
                 log.debug("%s: %s belongs to no current evaluation", session.generator_id, group.key)
                 self._seen(session, message.seq, now)
                 return Taken()
-            self._check(group)
+            self._check(group, issued_version)
             self._proofs.check(group, session)
         except ProtocolError as error:
             self._fail_lease(message, "invalid", now, str(error))
@@ -106,7 +110,7 @@ class Intake:
         elif group.key.kind is LeaseKind.EVAL:
             self._seen(session, message.seq, now, evaluated=group)
         else:
-            self._take_for_training(session, message.seq, group, body, now)
+            self._take_for_training(session, message.seq, group, issued_version, body, now)
         return Taken(superseded=superseded)
 
     def failed(self, session: DeskSession, message: LeaseFailed, size: int, now: float) -> Taken:
@@ -117,6 +121,8 @@ class Intake:
         seen = self._sessions.see(session, message.seq, size)
         if seen is not Seen.NEW:
             return self._repeated(session, message.seq, seen)
+        if self._issued_version(session, message) is None:
+            return Taken(self._refuse(session, message.seq, NackCode.UNKNOWN_LEASE, _no_ticket(message), now))
         reason = message.reason
         # Of a generator that was set aside this was said once, with the reason.
         if reason is not FailureReason.RETURNED and not self._leases.outcomes.is_set_aside(session.generator_id):
@@ -139,14 +145,18 @@ class Intake:
             log.error("prompt %d is given up: it failed where other prompts did not", ordinal)
             self._journal.append(PromptGivenUp(ordinal), now)
 
+    def _issued_version(self, session: DeskSession, message: GroupResult | LeaseFailed) -> int | None:
+        """The version that a lease was issued under; None when it was not granted to the process that answers it."""
+        return self._tickets.issued_version(message.ticket, message.key, session.generator_id, session.incarnation)
+
     def _is_late_eval(self, key: LeaseKey) -> bool:
         evaluation = self._leases.evaluation
         if key.kind is not LeaseKind.EVAL:
             return False
         return evaluation is None or not 0 <= evaluation.prompt_index(key.ordinal) < evaluation.num_prompts
 
-    def _check(self, group: Group) -> None:
-        """Raises ProtocolError unless the group fits what was leased."""
+    def _check(self, group: Group, issued_version: int) -> None:
+        """Raises ProtocolError unless the group fits what was leased, under `issued_version`."""
         kind, ordinal, _ = group.key
         sampling = self._config.sampling
         pinned = None
@@ -169,7 +179,7 @@ class Intake:
             prompt_token_ids=self._prompts.of(group.key).token_ids,
             num_rollouts=num_rollouts,
             max_new_tokens=sampling.max_new_tokens,
-            oldest_version=0,
+            oldest_version=issued_version,
             newest_version=self._policy.newest,
             pinned_version=pinned,
             greedy_baseline=kind is LeaseKind.TRAIN and self._config.algorithm.advantage == "remax",
@@ -193,7 +203,9 @@ class Intake:
             )
         return left_out
 
-    def _take_for_training(self, session: DeskSession, seq: int, group: Group, body: bytes, now: float) -> None:
+    def _take_for_training(
+        self, session: DeskSession, seq: int, group: Group, issued_version: int, body: bytes, now: float
+    ) -> None:
         if self._is_left_out(group):
             _, ordinal, attempt = group.key
             self._journal.append(GroupFiltered(session.generator_id, session.incarnation, seq, ordinal, attempt), now)
@@ -201,7 +213,7 @@ class Intake:
             self._counters.totals.groups_filtered += 1
             self._counters.totals.tokens_filtered += group.num_tokens
         else:
-            stored = _stored(session, seq, group, body)
+            stored = _stored(session, seq, group, issued_version, body)
             self._journal.append(stored, now)
             # At once, or the group would count as neither running nor buffered until it is durable. Safe before that:
             # a batch is dealt out only after its own record, which is behind this one, is on disk.
@@ -227,15 +239,20 @@ class Intake:
         self._acknowledgements.add(session, seq, evaluated=evaluated)
 
 
-def _stored(session: DeskSession, seq: int, group: Group, body: bytes) -> StoredGroup:
-    """The record of an accepted group. A result does not say when its lease was issued, only how old its tokens are."""
+def _no_ticket(message: GroupResult | LeaseFailed) -> str:
+    what = f"{message.kind} {message.ordinal}.{message.attempt}"
+    return f"the ticket does not prove that lease {what} was granted to this process of the generator by this run"
+
+
+def _stored(session: DeskSession, seq: int, group: Group, issued_version: int, body: bytes) -> StoredGroup:
+    """The record of an accepted group, whose lease was issued under `issued_version`."""
     return StoredGroup(
         generator_id=session.generator_id,
         incarnation=session.incarnation,
         seq=seq,
         ordinal=group.key.ordinal,
         attempt=group.key.attempt,
-        issued_version=group.oldest_version,
+        issued_version=issued_version,
         oldest_version=group.oldest_version,
         newest_version=max(rollout.newest_version for rollout in group.rollouts),
         num_tokens=tuple(rollout.num_tokens for rollout in group.rollouts),

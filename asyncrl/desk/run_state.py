@@ -6,13 +6,14 @@ rest and puts together what a checkpoint must hold of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from asyncrl.desk.counters import Counters
 from asyncrl.desk.opening.saved_state import SavedDesk
 from asyncrl.link.desk_session import DeskSessions
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
+from asyncrl.replay.tickets import Tickets
 from asyncrl.storage.journal import Journal
 
 
@@ -83,6 +84,7 @@ class RunState:
     sessions: DeskSessions
     counters: Counters
     evals_done: set[int]  # versions whose evaluation was asked for
+    tickets: Tickets = field(default_factory=Tickets)
 
     def for_checkpoint(self) -> SavedDesk:
         """The state as it is now. Taken when a batch is decided: accepted groups and later news are in the journal."""

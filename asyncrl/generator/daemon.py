@@ -44,7 +44,7 @@ from asyncrl.link.rollouts import grant_to_lease, group_to_result
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.rewards.pool import RewardPool
-from asyncrl.types import Group, LeaseKey
+from asyncrl.types import Group, Lease
 
 log = logging.getLogger(__name__)
 
@@ -172,15 +172,15 @@ class GeneratorDaemon:
 
     # -- what the learner is told: results and beats ---------------------------------------------------------------
 
-    def _report(self, key: LeaseKey, outcome: Group | LeaseFailure) -> None:
-        """A lease has ended: a group or a failure goes to the outbox."""
+    def _report(self, lease: Lease, outcome: Group | LeaseFailure) -> None:
+        """A lease has ended: a group or a failure goes to the outbox, with the lease's ticket."""
+        kind, ordinal, attempt = lease.key
 
         def result(seq: int, run_epoch: int) -> messages.GroupResult | messages.LeaseFailed:
             if isinstance(outcome, Group):
-                return group_to_result(outcome, seq, run_epoch)
-            return messages.LeaseFailed(
-                seq, run_epoch, key.kind, key.ordinal, key.attempt, outcome.reason, outcome.detail[:MAX_DETAIL]
-            )
+                return group_to_result(outcome, seq, run_epoch, lease.ticket)
+            detail = outcome.detail[:MAX_DETAIL]
+            return messages.LeaseFailed(seq, run_epoch, kind, ordinal, attempt, outcome.reason, detail, lease.ticket)
 
         self.link.deliver(result, self.sync.held_version)
         self._progress.set()
@@ -227,6 +227,7 @@ class GeneratorDaemon:
             generations_failed=self.runner.generations_failed,
             ready=self._ready,
             sequences_received=self.leases.sequences_received,
+            tickets=[lease.ticket for lease in self.leases],
         )
 
     def _room(self) -> int:

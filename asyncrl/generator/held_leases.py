@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MAX_IN_HAND = 4  # sequences of all leases, finished ones included, per sequence of capacity: bounds memory
 BACKLOG_SHARE = 0.25  # leases waiting behind a full engine, so that it never runs dry between two grants
 
-Report = Callable[[LeaseKey, Group | LeaseFailure], None]
+Report = Callable[[Lease, Group | LeaseFailure], None]
 
 
 class EngineClock:
@@ -115,4 +115,4 @@ class HeldLeases:
             outcome = LeaseFailure(FailureReason.ENGINE, f"{type(error).__name__}: {error}")
         else:
             outcome = task.result()
-        self._report(lease.key, outcome)
+        self._report(lease, outcome)

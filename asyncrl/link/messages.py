@@ -38,6 +38,7 @@ from asyncrl.link.wire_types import (
     Size,
     SyncPhase,
     Tag,
+    Ticket,
     Timings,
     Tokens,
     WorkerDigests,
@@ -113,6 +114,8 @@ class Beat(RunMessage):
     generations_failed: Count = 0  # cumulative
     ready: bool = True  # False while its engine starts: it takes neither weights nor leases yet
     sequences_received: Count = 0  # cumulative: the part of sequences_wanted that was leased to it
+    # Of the leases in `active` that have an issued_version, in their order.
+    tickets: Annotated[list[Ticket], AtMost(MAX_LEASES)] = field(default_factory=list)
 
 
 @message(3)
@@ -127,6 +130,7 @@ class GroupResult(Message):
     prompt: Tokens  # int32 [P], little-endian
     rollouts: Annotated[list[WireRollout], AtMost(65_536)]
     baseline_reward: Finite | None = None  # of the greedy completion, where the lease asked for one
+    ticket: Ticket = b""  # of the lease; without a valid one nothing is taken
 
     @property
     def key(self) -> LeaseKey:
@@ -145,6 +149,7 @@ class LeaseFailed(Message):
     attempt: Number
     reason: FailureReason
     detail: Reason
+    ticket: Ticket = b""  # of the lease; without a valid one nothing changes
 
     @property
     def key(self) -> LeaseKey:
@@ -214,6 +219,7 @@ class LeaseGrant(RunMessage):
     pinned_version: Number | None = None
     seed: Digest | None = None
     greedy_baseline: bool = False
+    ticket: Ticket = b""  # proves that the lease was granted to this process of a generator; given back as it is
 
     @property
     def key(self) -> LeaseKey:

@@ -34,8 +34,8 @@ REWARD_ROUNDING = 1e-9
 _SPAN = struct.Struct("<3q")
 
 
-def group_to_result(group: Group, seq: int, run_epoch: int) -> GroupResult:
-    """The message that carries `group`."""
+def group_to_result(group: Group, seq: int, run_epoch: int, ticket: bytes = b"") -> GroupResult:
+    """The message that carries `group`; `ticket` is that of its lease."""
     kind, ordinal, attempt = group.key
     return GroupResult(
         seq=seq,
@@ -46,6 +46,7 @@ def group_to_result(group: Group, seq: int, run_epoch: int) -> GroupResult:
         prompt=_raw(group.prompt_token_ids, TOKEN_DTYPE),
         rollouts=[_to_wire(rollout) for rollout in group.rollouts],
         baseline_reward=group.baseline_reward,
+        ticket=ticket,
     )
 
 
@@ -81,6 +82,7 @@ def lease_to_grant(lease: Lease, run_epoch: int) -> LeaseGrant:
         pinned_version=lease.pinned_version,
         seed=lease.seed,
         greedy_baseline=lease.greedy_baseline,
+        ticket=lease.ticket,
     )
 
 
@@ -106,6 +108,7 @@ def grant_to_lease(grant: LeaseGrant) -> Lease:
         pinned_version=grant.pinned_version,
         seed=grant.seed,
         greedy_baseline=grant.greedy_baseline,
+        ticket=grant.ticket,
     )
 
 

@@ -38,6 +38,7 @@ Tag = Annotated[str, Line(0, 256, spaces=False)]  # a fingerprint, a backend
 Label = Annotated[str, Line(0, 1024)]  # of a tensor, a figure, a host
 Reason = Annotated[str, Printed(4096)]  # for people
 Tokens = Annotated[bytes, AtMost(2**28)]  # int32 or float32 per token
+Ticket = Annotated[bytes, AtMost(64)]  # proves who was granted a lease, see LeaseGrant
 Canary = Annotated[list[Tokens], AtMost(4096)]  # one array for each canary sequence
 WorkerDigests = Annotated[list[Annotated[list[Digest], AtMost(2**20)]], AtMost(MAX_WORKERS)]  # one for each bucket
 Figures = Annotated[dict[Label, FloatOrNaN], AtMost(4096)]

@@ -5,6 +5,7 @@ Groups as the journal holds them are made by `tests.replay.replay_making`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,9 +138,18 @@ class Parts:
         return admission.session
 
     def take(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> Taken:
-        """Hands in a group as if it came over the wire."""
-        result = group_to_result(group, seq, self.state.run_epoch)
+        """Hands in a group as if it came over the wire, with the ticket of its lease."""
+        result = group_to_result(group, seq, self.state.run_epoch, self.ticket(session, group.key))
         return self.intake.group(session, result, encode_body(result), now)
+
+    def failed(self, session: DeskSession, message: messages.LeaseFailed, now: float = 0.0) -> Taken:
+        """Hands in a failure as if it came over the wire, with the ticket of its lease."""
+        with_ticket = dataclasses.replace(message, ticket=self.ticket(session, message.key))
+        return self.intake.failed(session, with_ticket, 100, now)
+
+    def ticket(self, session: DeskSession, key: LeaseKey, issued_version: int = 0) -> bytes:
+        """What the grant of this lease to this generator carried."""
+        return self.state.tickets.issue(key, issued_version, session.generator_id, session.incarnation)
 
     def deliver(self, session: DeskSession, group: Group, seq: int, now: float = 0.0) -> Message | None:
         """As `take`; returns what the sender is told at once."""

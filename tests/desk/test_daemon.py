@@ -53,7 +53,8 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
         for seq, tokens_version, taken in ((1, 2, True), (2, 3, False)):
             group = train_group(3 + seq, version=tokens_version)
             group.prompt_token_ids = prompts.of(group.key).token_ids
-            result = group_to_result(group, seq, 1)
+            ticket = state.tickets.issue(group.key, 0, "g2", 1)
+            result = group_to_result(group, seq, 1, ticket)
             answer = intake.group(session, result, encode_body(result), 0.0).reply
             assert (answer is None) == taken, answer
     finally:

@@ -320,7 +320,9 @@ def test_a_lease_that_the_generator_does_not_know_is_leased_again(world):
 
 def test_a_lease_that_nobody_wants_is_abandoned_and_one_of_an_earlier_learner_adopted(tmp_path):
     world = World(tmp_path, run_epoch=2)
-    world.join("a", run_epoch=2, active=[train(1), train(9999)])
+    active = [train(1), train(9999)]
+    tickets = [world.parts.state.tickets.issue(lease.key, 0, "a", 1) for lease in active]
+    world.join("a", run_epoch=2, active=active, tickets=tickets)
     ((_, abandon),) = world.wire.take(messages.Abandon)
     assert abandon.leases == [LeaseKey(LeaseKind.TRAIN, 9999, 0)]
     assert [record.key for record in world.parts.leases.running()] == [LeaseKey(LeaseKind.TRAIN, 1, 0)]

@@ -208,7 +208,7 @@ def failure(ordinal: int, seq: int, reason: str = "reward_error", attempt: int =
 
 def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts, session):
     lease(parts)
-    assert parts.intake.failed(session, failure(0, seq=1), 100, 0.0) == Taken()
+    assert parts.failed(session, failure(0, seq=1), 0.0) == Taken()
     parts.make_durable()
     assert parts.sessions.ack(session).acked_seq == 1
     assert parts.totals.rollouts_failed == {"reward_error": 4}
@@ -220,7 +220,7 @@ def test_a_failed_lease_is_counted_by_reason_acknowledged_and_leased_again(parts
 def test_a_reason_of_failure_that_this_version_does_not_know_counts_as_the_engines(parts, session):
     lease(parts)
     body = msgpack.packb([1, 1, "train", 0, 0, "x" * 1000, "why"])
-    parts.intake.failed(session, decode_body(LeaseFailed, body), 100, 0.0)
+    parts.failed(session, decode_body(LeaseFailed, body), 0.0)
     assert parts.totals.rollouts_failed == {"engine": 4}
 
 
@@ -232,7 +232,7 @@ def test_a_prompt_that_always_fails_is_given_up_in_the_journal(parts, session):
         assert [record.key.ordinal for record in lease(parts, now=now)] == [0]
         (other,) = lease(parts, now=now)
         parts.deliver(session, train_group(other.key.ordinal), 2 * attempt + 1, now)
-        parts.intake.failed(session, failure(0, seq=2 * attempt + 2, attempt=attempt), 100, now)
+        parts.failed(session, failure(0, seq=2 * attempt + 2, attempt=attempt), now)
     parts.intake.note_given_up(now)
     parts.make_durable()
     assert records(parts, PromptGivenUp) == [PromptGivenUp(0)]
@@ -363,7 +363,7 @@ def test_rollouts_whose_reward_failed_are_not_there_and_equal_nothing(filtering)
     lost_one = flat_group(0)
     del lost_one.rollouts[0]
     filtering.deliver(session, lost_one, seq=1)
-    filtering.intake.failed(session, failure(1, seq=2), 100, 0.0)
+    filtering.failed(session, failure(1, seq=2), 0.0)
     assert filtering.leases.num_filtered == 1
     assert [record.key for record in lease(filtering, 1, now=100.0)] == [LeaseKey(LeaseKind.TRAIN, 1, 1)]
 

@@ -171,7 +171,7 @@ class Fleet:
                 failed = messages.LeaseFailed(
                     seq, 1, LeaseKind.TRAIN, grant.ordinal, grant.attempt, FailureReason(answer), f"stub: {answer}"
                 )
-                self.parts.intake.failed(stub.session, failed, 100, self.now)
+                self.parts.failed(stub.session, failed, self.now)
         for stub in changed.values():
             self._beat(stub)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from collections import Counter
 
 import pytest
 
-from asyncrl.desk.generators import GRANTS_AT_ONCE
+from asyncrl.desk.generators import GRANTS_AT_ONCE, IN_HAND_FACTOR
 from asyncrl.link import limits, messages
+from asyncrl.link.codec import encode_body
 from asyncrl.link.desk_session import DeskSessions, Expected, Liveness
+from asyncrl.link.rollouts import group_to_result
+from asyncrl.link.wire_types import FailureReason
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.outcomes import MAX_FAILED_TRIALS, Blame, Outcomes, Recovered, SetAside
 from asyncrl.replay.pacing import Pacing
+from asyncrl.replay.tickets import KEY_FILE, Tickets
 from asyncrl.types import LeaseKey, LeaseKind
-from tests.desk.desk_parts import hello
+from tests.desk.desk_parts import hello, make_parts, train_group
+from tests.desk.test_generators import World
 from tests.faults.desk_fleet import Fleet, Stub
 
 
@@ -240,3 +246,134 @@ def test_R17_generators_that_are_gone_for_good_cost_a_poll_nothing():
     assert sessions.next_look() == float("inf")
     assert sessions.of(b"7", 1e6) is sessions.get("g7")
     assert [(session.generator_id, session.liveness) for session, _ in sessions.tick(1e6)] == [("g7", Liveness.ALIVE)]
+
+
+# -- R6: results, failures and adopted leases are those of who holds the lease
+
+
+@pytest.fixture
+def parts(tmp_path):
+    parts = make_parts(tmp_path)
+    yield parts
+    parts.journal.close()
+
+
+def result_of(group, ticket, seq=1, run_epoch=1):
+    result = group_to_result(group, seq, run_epoch, ticket)
+    return result, encode_body(result)
+
+
+def bad_tickets(parts):
+    """Tickets that do not prove lease 0.0 at incarnation 1 of `thief`, nor anybody's."""
+    tickets, key = parts.state.tickets, train_key(0)
+    good = tickets.issue(key, 0, "thief", 1)
+    return {
+        "none": b"",
+        "of another holder": tickets.issue(key, 0, "g1", 1),
+        "of another incarnation": tickets.issue(key, 0, "thief", 2),
+        "of another ordinal": tickets.issue(train_key(1), 0, "thief", 1),
+        "of another attempt": tickets.issue(train_key(0, 1), 0, "thief", 1),
+        "of an evaluation": tickets.issue(LeaseKey(LeaseKind.EVAL, 0, 0), 0, "thief", 1),
+        "of another run": Tickets("other", tickets._key).issue(key, 0, "thief", 1),
+        "under another key": Tickets().issue(key, 0, "thief", 1),
+        "of an older version": (-1).to_bytes(8, "little", signed=True) + good[8:],
+        "of a newer version": (10**9).to_bytes(8, "little") + good[8:],
+        "cut": good[:-1],
+        "longer": good + b"x",
+    }
+
+
+def test_R6_nothing_is_taken_without_the_ticket_of_the_lease_and_its_holder(parts):
+    parts.connect("g1")
+    thief = parts.connect("thief")
+    (record,) = parts.leases.grant("g1", 0, 1, 0, 0.0)
+    for seq, (what, ticket) in enumerate(bad_tickets(parts).items(), start=1):
+        answer = parts.intake.group(thief, *result_of(train_group(0), ticket, seq), 0.0).reply
+        assert isinstance(answer, messages.Nack) and answer.seq == seq, what
+    for seq, (what, ticket) in enumerate(bad_tickets(parts).items(), start=100):
+        failed = messages.LeaseFailed(seq, 1, LeaseKind.TRAIN, 0, 0, FailureReason.ENGINE, "forged", ticket)
+        answer = parts.intake.failed(thief, failed, 100, 0.0).reply
+        assert isinstance(answer, messages.Nack) and answer.seq == seq, what
+    assert parts.leases.running() == [record]
+    assert len(parts.buffer) == 0 and parts.totals.rollouts_failed == {}
+    assert parts.deliver(parts.sessions.get("g1"), train_group(0), seq=1) is None
+    assert len(parts.buffer) == 1
+
+
+def test_R6_forged_failures_give_no_prompt_up(parts):
+    parts.connect("g1")
+    thief = parts.connect("thief")
+    parts.leases.grant("g1", 0, 4, 0, 0.0)
+    for seq in range(1, 140):
+        key = train_key(seq % 4)
+        ticket = parts.state.tickets.issue(key, 0, "g1", 1)
+        parts.intake.failed(thief, messages.LeaseFailed(seq, 1, *key, FailureReason.ENGINE, "forged", ticket), 100, 0.0)
+    assert (parts.leases.num_running, parts.leases.num_given_up) == (4, 0)
+
+
+def test_R6_tokens_older_than_their_lease_are_refused(parts):
+    session = parts.connect("g1")
+    parts.proofs.add("g1", 1, 1)
+    parts.state.policy.newest = 1
+    parts.leases.grant("g1", 1, 1, 1, 0.0)
+    ticket = parts.ticket(session, train_key(0), issued_version=1)
+    answer = parts.intake.group(session, *result_of(train_group(0, version=0), ticket, 1), 0.0).reply
+    assert isinstance(answer, messages.Nack) and "must lie in [1, 1]" in answer.reason
+    assert parts.totals.rollouts_failed == {"invalid": 4}
+
+
+def desk_of_epoch_2(folder, **changes):
+    """A desk that has reached version 3 in an earlier life."""
+    world = World(folder, run_epoch=2, **changes)
+    world.parts.state.policy.newest = world.parts.state.policy.trained = 3
+    return world
+
+
+@pytest.mark.parametrize(
+    ("issued", "holder", "incarnation", "is_adopted"),
+    [
+        (3, "a", 1, True),
+        (0, "a", 1, True),
+        (3, "b", 1, False),
+        (3, "a", 2, False),
+        (10**9, "a", 1, False),
+        (4, "a", 1, False),
+    ],
+)
+def test_R6_a_restarted_learner_adopts_what_its_own_ticket_proves(tmp_path, issued, holder, incarnation, is_adopted):
+    world = desk_of_epoch_2(tmp_path)
+    key = train_key(1)
+    ticket = world.parts.state.tickets.issue(key, issued, holder, incarnation)
+    world.join("a", run_epoch=2, active=[messages.ActiveLease(*key, 0)], tickets=[ticket])
+    assert [(record.key, record.issued_version) for record in world.parts.leases.running()] == (
+        [(key, issued)] if is_adopted else []
+    )
+    assert bool(world.wire.take(messages.Abandon)) != is_adopted
+    world.parts.journal.close()
+
+
+def test_R6_a_beat_that_lists_thousands_of_leases_adopts_none_without_tickets(tmp_path):
+    world = desk_of_epoch_2(tmp_path, learner__groups_per_step=1000)
+    active = [messages.ActiveLease(*train_key(number), 10**9) for number in range(2985)]
+    world.join("a", run_epoch=2, active=active, tickets=[bytes(24)] * 2985)
+    assert world.parts.leases.num_running == 0
+    world.parts.journal.close()
+
+
+def test_R6_a_generator_adopts_no_more_than_it_can_work_on(tmp_path):
+    world = desk_of_epoch_2(tmp_path, learner__groups_per_step=1000, generator__max_sequences=16)
+    active = [messages.ActiveLease(*train_key(number), 0) for number in range(200)]
+    tickets = [world.parts.state.tickets.issue(lease.key, 0, "a", 1) for lease in active]
+    world.join("a", run_epoch=2, active=active, tickets=tickets)
+    assert world.parts.leases.num_running == 16 * IN_HAND_FACTOR // 4
+    world.parts.journal.close()
+
+
+def test_R6_the_key_of_the_tickets_outlives_the_learner_and_is_its_users_alone(tmp_path):
+    first = Tickets.of_run(tmp_path, "run")
+    ticket = first.issue(train_key(5), 7, "g", 2)
+    assert Tickets.of_run(tmp_path, "run").issued_version(ticket, train_key(5), "g", 2) == 7
+    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
+    (tmp_path / KEY_FILE).write_bytes(b"")
+    assert Tickets.of_run(tmp_path, "run").issued_version(ticket, train_key(5), "g", 2) is None
+    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600

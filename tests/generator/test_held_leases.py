@@ -51,7 +51,7 @@ def with_leases(work, *, max_sequences=8, bug=None):
 
     async def run():
         runner = Runner(bug)
-        leases = HeldLeases(runner, max_sequences, lambda key, outcome: reports.append((key.ordinal, outcome)))
+        leases = HeldLeases(runner, max_sequences, lambda ended, outcome: reports.append((ended.key.ordinal, outcome)))
         async with asyncio.timeout(10):
             return await work(leases, runner)
 

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -150,8 +151,8 @@ def group_values(group: Group) -> dict[str, Any]:
 
 
 def stored_group(group: Group, *, generator_id: str = "gen-a", incarnation: int = 2, seq: int) -> Any:
-    """The journal's record of a group that came as message `seq`."""
-    body = codec.encode_body(group_to_result(group, seq=seq, run_epoch=3))
+    """The journal's record of a group that came as message `seq`, before results carried tickets."""
+    body = msgpack.packb(msgpack.unpackb(codec.encode_body(group_to_result(group, seq=seq, run_epoch=3)))[:-1])
     return records.StoredGroup(
         generator_id=generator_id,
         incarnation=incarnation,
@@ -381,7 +382,7 @@ def example_messages() -> list[Any]:
     place = ChannelPlace(4, "10.0.0.1", 40123, "run/3/4", 1, 3, "gloo")
     delta = DeltaInfo(base_version=6, num_bytes=640, digest=-(2**62), piece_words=1 << 18)
     manifest = _example_manifest(delta)
-    result = group_to_result(example_group(11), seq=90, run_epoch=3)
+    result = group_to_result(example_group(11), seq=90, run_epoch=3, ticket=b"ticket of 11.1")
     m, train, evaluate = messages, LeaseKind.TRAIN, LeaseKind.EVAL
     return [
         m.Hello(
@@ -390,10 +391,12 @@ def example_messages() -> list[Any]:
         ),
         m.Beat(
             3, 640, [m.ActiveLease(train, 11, 1, 5), m.ActiveLease(evaluate, 2, 0, 6), m.ActiveLease(train, 12, 0)],
-            123_456, 789, 3, 512.5, 7.25, 65_536, 6, 4, False, 632,
+            123_456, 789, 3, 512.5, 7.25, 65_536, 6, 4, False, 632, [b"ticket of 11.1", b"ticket of 2.0"],
         ),
         result,
-        m.LeaseFailed(91, 3, evaluate, 2, 1, wire_types.FailureReason.REWARD_TIMEOUT, "no reward after 10 s"),
+        m.LeaseFailed(
+            91, 3, evaluate, 2, 1, wire_types.FailureReason.REWARD_TIMEOUT, "no reward after 10 s", b"ticket of 2.1"
+        ),
         m.SyncReply(
             3, 7, 2, wire_types.SyncPhase.STAGE, "a peer vanished", [[1, -2], [3, 2**62]], [logprobs], {"load": 3.0}
         ),
@@ -402,7 +405,7 @@ def example_messages() -> list[Any]:
         m.Refusal(wire_types.RefusalCode.MODEL, "another model", "0123456789abcdef", "aaaaaaaaaaaaaaaa"),
         m.LeaseGrant(
             3, train, 11, 1, 5, 600.0, ids, {"answer": "42", "marks": [1.0, 0.5], "extra": {"level": 2, "key": None}},
-            8, 128, 0.75, 5, 2**40 + 1, True,
+            8, 128, 0.75, 5, 2**40 + 1, True, b"ticket of 11.1",
         ),
         m.Ack(3, 90, [92, 95], 2**20),
         m.Nack(3, 93, wire_types.NackCode.INVALID, "group train 11: prompt of 3 tokens is not the leased one"),

@@ -24,6 +24,7 @@ from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.lease_records import SavedLeases
 from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
+from asyncrl.replay.tickets import Tickets
 from asyncrl.storage.checkpoint_files import find_latest, load_desk_state
 from asyncrl.storage.journal import Journal
 from asyncrl.tasks.fingerprint import shared_settings
@@ -67,6 +68,7 @@ def restore_run(config: Config, run_epoch: int, journal: Journal) -> RunState:
         sessions=_restore_sessions(config, run_epoch, saved.sessions if saved is not None else {}, plan),
         counters=counters,
         evals_done=set(saved.evals_done) if saved is not None else set(),
+        tickets=Tickets.of_run(config.run.dir, config.run.name),
     )
 
 
