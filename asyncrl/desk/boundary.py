@@ -35,7 +35,7 @@ class Boundary:
     def __init__(self, generators: Generators) -> None:
         self._generators = generators
         self._repeats = Repeats(log)
-        self._defects: set[str] = set()  # places in the code whose traceback was logged
+        self.defects: set[str] = set()  # places in the code whose traceback was logged
 
     def from_generators(self, socket: ServerSocket, allowed: Allowed, handle: Handle, now: float) -> None:
         """Hands on what generators sent.
@@ -70,8 +70,8 @@ class Boundary:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__} at {frame.filename.rpartition('/')[2]}:{frame.lineno}"
         name = self._generators.name_of(peer) or "an unknown peer"
-        if what not in self._defects:
-            self._defects.add(what)
+        if what not in self.defects:
+            self.defects.add(what)
             log.error(
                 "a message of %s could not be handled (%s): it is fenced, and the run goes on. This is a defect of "
                 "the program, or the peer is hostile; please report the traceback, which is logged once",

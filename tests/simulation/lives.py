@@ -135,8 +135,10 @@ class DeskLife:
         """One round of `Desk.run`."""
         now = self.world.loop.time()
         self.step()
-        desk._receive(self.generators, FROM_GENERATOR, desk._from_generator, now)
-        desk._receive(self.ranks, FROM_TRAINER, desk._from_trainer, now)
+        desk.boundary.from_generators(self.generators, FROM_GENERATOR, desk._from_generator, now)
+        desk.boundary.from_ranks(self.ranks, FROM_TRAINER, desk._from_trainer, now)
+        if desk.boundary.defects:
+            raise Violation(f"a message broke the desk: {desk.boundary.defects}")
         if desk._over(now):
             return True
         desk._tick(now)
