@@ -166,6 +166,8 @@ class EngineUnderTest:
         """A weight sync: afterwards the engine samples from the model's weights, or from those of `buffer`."""
         version = await self.stage(buffer=buffer)
         self.notes["swap"] = await self.engine.swap_weights(version, 20.0)
+        self.notes["check"] = await self.engine.check_weights(version, 20.0)
+        assert not any(found.differing or found.not_compared for found in self.notes["check"].in_use)
         return version
 
     async def generate(self, prompt: list[int], **changes: Any) -> Any:

@@ -225,7 +225,8 @@ class WeightsConfig:
     )
     canary_tolerance: float = key(
         0.0,
-        "Largest difference of a log-prob on the probe sequences, in nats; 0 = 1e-4 in float32, 0.35 in bfloat16.",
+        "Largest difference of a log-prob on the probe sequences, in nats; the mean of all may be a quarter of it. "
+        "0 = 1e-4 in float32, 0.35 in bfloat16.",
         minimum=0.0,
         if_changed=ACCEPTED,
     )

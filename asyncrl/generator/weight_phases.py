@@ -175,15 +175,18 @@ class WeightSync:
             started = loop.time()
             logprobs = await self._engine.score(sequences, swap.timeout_s)
             canary_ms = (loop.time() - started) * 1e3
+            check = await self._engine.check_weights(swap.version, swap.timeout_s)
         except (AsyncRLError, TimeoutError) as error:
-            await self._taint(f"the canary of version {swap.version} was not scored: {error}")
-            self._reply(swap, SyncPhase.SWAP, error=f"canary: {_text(error)}; the engine is tainted until a full sync")
+            await self._taint(f"version {swap.version} could not be proven: {error}")
+            why = f"canary and bits in use: {_text(error)}; the engine is tainted until a full sync"
+            self._reply(swap, SyncPhase.SWAP, error=why)
             return
         self._reply(
             swap,
             SyncPhase.SWAP,
             canary_logprobs=[row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs],
-            timings_ms={**report.timings_ms, "canary_ms": canary_ms},
+            timings_ms={**report.timings_ms, "canary_ms": canary_ms, **check.timings_ms},
+            in_use=check.in_use,
         )
 
     def _count_load(self, version: int) -> None:

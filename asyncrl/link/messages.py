@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 
 from asyncrl.link.schema.field_rules import AtMost, Line, Within
 from asyncrl.link.schema.message_base import Message, RunMessage, message
-from asyncrl.link.weight_records import ChannelPlace, WeightManifest
+from asyncrl.link.weight_records import BitsInUse, ChannelPlace, WeightManifest
 from asyncrl.link.wire_types import (
     MAX_LEASES,
     MAX_SPANS,
@@ -168,6 +168,7 @@ class SyncReply(RunMessage):
     digests: WorkerDigests = field(default_factory=list)  # staged: per worker, per bucket
     canary_logprobs: Canary = field(default_factory=list)  # swapped: float32 per canary sequence
     timings_ms: Timings = field(default_factory=dict)
+    in_use: Annotated[list[BitsInUse], AtMost(MAX_WORKERS)] = field(default_factory=list)  # swapped: per worker
 
 
 @message(6)

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 
 from asyncrl.errors import ProtocolError
 from asyncrl.link.schema.field_rules import AtMost, Within
-from asyncrl.link.wire_types import KEY, Count, Digest, Label, Number, Port, Rank, Seconds, Tag
+from asyncrl.link.wire_types import KEY, Count, Digest, Label, Number, Port, Rank, Reason, Seconds, Tag
 
 MAX_TENSORS = 2**20  # names or buckets of one policy
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
@@ -198,3 +198,15 @@ class WeightManifest:
             raise ProtocolError(
                 f"weight manifest has {len(self.digests)} digests for {len(self.layout.buckets)} buckets"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class BitsInUse:
+    """One worker's comparison of what it computes with, after a swap, with what was staged."""
+
+    version: Number  # whose staged tensors it was compared with
+    compared: Count  # parameters
+    differing: Annotated[list[Reason], AtMost(32)]  # the first few of them that hold other bits
+    not_compared: list[
+        str
+    ]  # the first few that could not be compared, each with the reason: the canary alone sees them

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from asyncrl.errors import ChannelError
-from asyncrl.link.weight_records import ChannelSpec, WeightManifest
+from asyncrl.link.weight_records import BitsInUse, ChannelSpec, WeightManifest
 from asyncrl.weights.base_weights import BaseWeights
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.layout import tensor_views
@@ -25,8 +25,10 @@ from asyncrl.weights.staging import Staged, receive
 
 log = logging.getLogger("vllm.asyncrl")  # below vLLM's logger, which its processes have configured
 
+NAMED = 8  # changed buckets in a report; damage that is everywhere need not fill a message
+
 PreparedT = TypeVar("PreparedT")  # what an engine makes of a staged version before it is loaded
-JobPhase = Literal["join", "stage"]
+JobPhase = Literal["join", "stage", "check"]
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Job:
     digests: list[int] = field(default_factory=list)  # measured, one for each bucket
     elapsed_ms: float = 0.0
     timings_ms: dict[str, float] = field(default_factory=dict)  # of its parts
+    in_use: BitsInUse | None = None  # what a check found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: fit for the answers of an engine's worker."""
@@ -101,13 +104,37 @@ class WeightReceiver(Generic[PreparedT]):
         channel = self._channel
         if channel is None:
             raise ChannelError("stage: this worker is in no weight channel; join one first")
-        if self._job.state == "running":
+        if self._job.state == "running" and self._job.phase != "check":  # a check is disowned, nobody waits for it
             raise ChannelError("stage: the job before it is still running; leave the channel first")
         self.staged = None
         self.prepared = None
         # The job owns the buffer until it succeeds: after a failure the transport may still write to it.
         held, self._held = self._held, None
         self._begin("stage", lambda job: self._stage(channel, manifest, held, timeout_s, job))
+
+    def begin_check(self, compare: Callable[[int, Iterable[tuple[str, torch.Tensor]]], BitsInUse]) -> None:
+        """Compare what is in use with what is staged, in the thread: `compare(version, tensors)`. After a load."""
+        assert self.staged is not None
+        assert self._held is not None
+        manifest, buffer = self.staged, self._held.buffer
+        tensors = self.tensors()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # the thread has a stream of its own
+
+        def work(job: Job) -> None:
+            started = time.monotonic()
+            found = compare(manifest.version, tensors)
+            # What it was compared with has to be what the learner sent, still.
+            places = zip(manifest.layout.buckets, manifest.digests, strict=True)
+            changed = [
+                f"staged bucket {index} (changed since it was verified)"
+                for index, ((start, stop), expected) in enumerate(places)
+                if self._measure(buffer[start:stop]) != expected
+            ]
+            job.in_use = replace(found, differing=[*found.differing, *changed[:NAMED]])
+            job.timings_ms = {"check_ms": (time.monotonic() - started) * 1e3}
+
+        self._begin("check", work)
 
     def refuse(self, phase: JobPhase, error: Exception) -> None:
         """Notes that a job could not even begin: `poll` tells of it as of one that failed."""

@@ -152,6 +152,8 @@ class Peer:
             raise AsyncRLError(f"staged digests {staged.digests} are not {ready.manifest.digests} {done.error}")
         self._send(session, messages.SyncSwap(RUN_EPOCH, self.version, 0, ready.canary, timeout_s))
         swapped = self._sync_reply("swap")
+        if len(swapped.in_use) != 1 or not swapped.in_use[0].compared or swapped.in_use[0].differing:
+            raise AsyncRLError(f"bits in use of version {self.version}: {swapped.in_use}: figures would be worthless")
         diff, _ = canary_differences(ready.canary_logprobs, swapped.canary_logprobs)
         if not diff <= CANARY_TOLERANCE:
             raise AsyncRLError(f"canary of version {self.version} differs by {diff:.3g}: figures would be worthless")

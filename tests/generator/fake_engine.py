@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from asyncrl.errors import EngineError
-from asyncrl.generator.engines.base import Completion, StageReport, SwapReport
+from asyncrl.generator.engines.base import CheckReport, Completion, StageReport, SwapReport
+from asyncrl.link.weight_records import BitsInUse
 from asyncrl.types import FinishReason, VersionSpan
 
 
@@ -76,6 +77,10 @@ class FakeEngine:
             await self.swap_held_up.wait()
         self.tainted = False
         return SwapReport(version, {"pause_ms": 2.0, "apply_ms": 1.0})
+
+    async def check_weights(self, version: int, timeout_s: float) -> CheckReport:
+        self._called("check", version)
+        return CheckReport([BitsInUse(version, 3, [], [])], {"check_ms": 0.5})
 
     def taint(self, why: str) -> None:
         self._called("taint", why)

@@ -123,7 +123,7 @@ def test_a_swap_is_answered_with_the_canary_and_held_only_after_the_commit():
         assert (reply.phase, reply.error) == ("swap", "")
         (scores,) = (np.frombuffer(row, LOGPROB_DTYPE) for row in reply.canary_logprobs)
         assert scores.tolist() == [-0.5] * 4
-        assert set(reply.timings_ms) == {"pause_ms", "apply_ms", "canary_ms"}
+        assert set(reply.timings_ms) == {"pause_ms", "apply_ms", "canary_ms", "check_ms"}
         assert world.sync.held_version is None
         await world.handle(SyncCommit(1, 2, 0))
         assert world.sync.held_version == 2
@@ -161,7 +161,7 @@ def test_a_commit_of_what_is_not_loaded_is_ignored():
 def test_phases_that_arrive_together_are_worked_off_in_order():
     async def work(world):
         await world.handle(offer(1), swap(1), SyncCommit(1, 1, 0))
-        assert world.names() == ["leave", "join", "stage", "swap", "score"]
+        assert world.names() == ["leave", "join", "stage", "swap", "score", "check"]
         assert world.sync.held_version == 1
 
     scenario(work)

@@ -25,7 +25,15 @@ from asyncrl.config.loading import load_config
 from asyncrl.link import codec, messages, trainer_messages, wire_types
 from asyncrl.link.rollouts import group_to_result, result_to_group
 from asyncrl.link.schema.message_base import message_types
-from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, Patch, TensorEntry, WeightLayout, WeightManifest
+from asyncrl.link.weight_records import (
+    BitsInUse,
+    ChannelPlace,
+    DeltaInfo,
+    Patch,
+    TensorEntry,
+    WeightLayout,
+    WeightManifest,
+)
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage import records, segment
 from asyncrl.storage.checkpoint_files import read_manifest
@@ -398,7 +406,8 @@ def example_messages() -> list[Any]:
             91, 3, evaluate, 2, 1, wire_types.FailureReason.REWARD_TIMEOUT, "no reward after 10 s", b"ticket of 2.1"
         ),
         m.SyncReply(
-            3, 7, 2, wire_types.SyncPhase.STAGE, "a peer vanished", [[1, -2], [3, 2**62]], [logprobs], {"load": 3.0}
+            3, 7, 2, wire_types.SyncPhase.STAGE, "a peer vanished", [[1, -2], [3, 2**62]], [logprobs], {"load": 3.0},
+            [BitsInUse(7, 26, ["model.norm.weight"], ["lm_head.weight: no loader wrote it"])],
         ),
         m.Bye("SIGTERM"),
         m.Welcome(3, "quickstart", 6, 64 * 2**20, 89, 1.0, 32 * 2**20),

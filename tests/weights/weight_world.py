@@ -18,6 +18,7 @@ from asyncrl.link.codec import decode, encode
 from asyncrl.link.messages import SyncOffer, SyncReply, SyncSwap
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_messages import BroadcastDone, ChannelReady, SnapshotReady
+from asyncrl.link.weight_records import BitsInUse
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
@@ -50,9 +51,9 @@ class Receiver:
             threading.Thread(target=self._stage, args=(message,), daemon=True).start()
         elif isinstance(message, SyncSwap):
             scores = [row.tobytes() for row in SCORES]
-            self._replies.put(
-                (self.name, SyncReply(1, message.version, message.attempt, SyncPhase.SWAP, "", canary_logprobs=scores))
-            )
+            in_use = [BitsInUse(message.version, 9, [], [])]
+            reply = SyncReply(1, message.version, message.attempt, SyncPhase.SWAP, "", [], scores, {}, in_use)
+            self._replies.put((self.name, reply))
 
     def _stage(self, offer):
         manifest = offer.manifest

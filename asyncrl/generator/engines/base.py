@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from asyncrl.link.weight_records import ChannelSpec, WeightManifest
+from asyncrl.link.weight_records import BitsInUse, ChannelSpec, WeightManifest
 from asyncrl.types import FinishReason, VersionSpan
 
 
@@ -71,6 +71,14 @@ class SwapReport:
     # place, and the same once more under the name of how it did so: direct_ms or reload_ms
     timings_ms: dict[str, float]
     apply: str = "reload"  # "direct" when every worker copied the weights in place, "reload" when one had to load anew
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What every worker found that compared what it computes with with what was staged."""
+
+    in_use: list[BitsInUse]
+    timings_ms: dict[str, float] = field(default_factory=dict)  # check_ms in the slowest worker
 
 
 class RolloutEngine(Protocol):
@@ -185,6 +193,17 @@ class RolloutEngine(Protocol):
         Raises:
             EngineError: `version` is not staged, and nothing has changed; or loading failed, and the engine is tainted.
             DeadlineExceeded: the engine is tainted, unless it did not even tell which version it has staged.
+        """
+        ...
+
+    async def check_weights(self, version: int, timeout_s: float) -> CheckReport:
+        """Compare the bits in use with those staged, all of them, after a swap to `version`. Generation goes on.
+
+        What is found wrong is in the report; it is for the learner to judge it.
+
+        Raises:
+            EngineError: the engine died, or `version` was not what was swapped last.
+            DeadlineExceeded: a worker did not tell in time what it found.
         """
         ...
 

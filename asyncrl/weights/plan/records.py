@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from asyncrl.link.schema.message_base import Message
 
+MEAN_SHARE = 0.25  # of the canary's tolerance, for the mean over its tokens
+
 
 @dataclass(slots=True)
 class Receiver:
@@ -25,6 +27,7 @@ class Receiver:
     errors: int = 0  # rounds in a row that it answered with an error, its own or a victim's
     taints: int = 0
     excluded_until: float = 0.0
+    left_to_canary: tuple[str, ...] = ()  # what of its engine cannot be compared with the staged bits
 
     @property
     def failed(self) -> bool:
@@ -92,6 +95,11 @@ class SyncRules:
     run_name: str
     timeout_s: float
     tolerance: float  # largest log-prob difference on the canary, in nats
+
+    @property
+    def mean_tolerance(self) -> float:
+        """Largest mean of the differences, in nats. Of differences that are rounding, few come near the largest."""
+        return self.tolerance * MEAN_SHARE
 
 
 @dataclass(frozen=True, slots=True)

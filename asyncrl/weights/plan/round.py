@@ -2,8 +2,12 @@
 
     OPENING    the publisher hosts the store of a new channel      (skipped while a cell stays as it is)
     STAGING    members join, receive every bucket into their own staging buffer, verify digests; generation goes on
-    SWAPPING   each member loads the staged weights between two decode steps and scores the canary sequences
-    committed  digests and canary agree: tokens of this version may leave that generator
+    SWAPPING   each member loads the staged weights between two decode steps, compares the bits in use with them, and
+               scores the canary sequences
+    committed  digests, bits and canary agree: tokens of this version may leave that generator
+
+The bits in use prove that no tensor is of another version, in any dtype; the canary, that the engine computes with them
+as the learner does.
 
 Who waits for whom, and until when:
 
@@ -30,7 +34,7 @@ import numpy as np
 
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
 from asyncrl.link.trainer_messages import Broadcast, BroadcastDone, OpenChannel, SnapshotReady
-from asyncrl.link.weight_records import ChannelPlace, WeightManifest
+from asyncrl.link.weight_records import BitsInUse, ChannelPlace, WeightManifest
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.types import LOGPROB_DTYPE
 from asyncrl.weights.plan.records import (
@@ -259,11 +263,17 @@ class SyncRound:
         if message.error:
             self._fail(member, now, message.error, at_fault=True)
             return
-        largest, mean = canary_differences(self.snapshot.canary_logprobs, message.canary_logprobs)
-        if not largest <= self._rules.tolerance:  # also true for NaN
-            allowed = f"allowed {self._rules.tolerance:.3g} (weights.canary_tolerance)"
-            self._fail(member, now, f"canary log-probs differ by {largest:.3g}, {allowed}", at_fault=True)
+        if wrong := _wrong_bits(member, message.in_use, self.snapshot.version):
+            self._fail(member, now, wrong, at_fault=True)
             return
+        rules = self._rules
+        largest, mean = canary_differences(self.snapshot.canary_logprobs, message.canary_logprobs)
+        for what, difference, allowed in (("", largest, rules.tolerance), (" in the mean", mean, rules.mean_tolerance)):
+            if not difference <= allowed:  # also true for NaN
+                limit = f"allowed {allowed:.3g} (weights.canary_tolerance)"
+                self._fail(member, now, f"canary log-probs differ by {difference:.3g}{what}, {limit}", at_fault=True)
+                return
+        _tell_what_is_left_to_the_canary(member, message.in_use)
         self._commit(member, largest, mean, now)
 
     def _commit(self, member: Member, canary_max_diff: float, canary_mean_diff: float, now: float) -> None:
@@ -385,6 +395,31 @@ def _wrong_digests(member: Member, told: Sequence[Sequence[int]], expected: list
         return f"digests of {len(told)} workers came, it has {member.receiver.num_workers}"
     wrong = [member.rank + worker for worker, digests in enumerate(told) if list(digests) != expected]
     return f"staged weights differ from the learner's (digest) on rank {', '.join(map(str, wrong))}"
+
+
+def _wrong_bits(member: Member, told: Sequence[BitsInUse], version: int) -> str:
+    """What is wrong with the bits that the workers of a generator compute with; empty if they are those staged."""
+    if len(told) != member.receiver.num_workers:
+        return f"bits in use of {len(told)} workers came, it has {member.receiver.num_workers}"
+    for worker, found in enumerate(told):
+        where = f"on rank {member.rank + worker}"
+        if found.version != version:
+            return f"bits in use {where} were compared with version {found.version}, not {version}"
+        if found.differing:
+            return f"weights in use {where} are not those that were staged: {', '.join(found.differing)}"
+        if found.compared < 1 and not found.not_compared:
+            return f"no weight in use {where} was compared with what was staged"
+    return ""
+
+
+def _tell_what_is_left_to_the_canary(member: Member, told: Sequence[BitsInUse]) -> None:
+    left = tuple(sorted({each for found in told for each in found.not_compared}))
+    if left != member.receiver.left_to_canary:
+        member.receiver.left_to_canary = left
+        log.warning(
+            "%s: some weights in use cannot be compared with the staged bits, the canary alone proves them: %s",
+            member.name, "; ".join(left) or "none any more",
+        )  # fmt: skip
 
 
 def _remedy(tainted: bool, penalty_s: float, fatal: bool) -> str:

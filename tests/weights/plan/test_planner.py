@@ -13,7 +13,7 @@ from asyncrl.link.trainer_messages import (
     SnapshotReady,
     SnapshotWanted,
 )
-from asyncrl.link.weight_records import DeltaInfo
+from asyncrl.link.weight_records import BitsInUse, DeltaInfo
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.plan.planner import (
     CELL_GRACE_S,
@@ -70,9 +70,13 @@ class Bench:
             self.planner.channel_ready(ChannelReady(epoch, "127.0.0.1", 9, ""), self.now)
         return self.take()
 
-    def reply(self, name, phase, *, error="", digests=None, canary=None):
+    def reply(self, name, phase, *, error="", digests=None, canary=None, in_use=None):
         current = self.round_of(name)
-        fields = {"digests": [digests or DIGESTS]} if phase == "stage" else {"canary_logprobs": canary or CANARY}
+        if in_use is None:
+            in_use = [BitsInUse(current.snapshot.version, 9, [], [])] * self.planner.receivers[name].num_workers
+        fields = {"digests": [digests or DIGESTS]}
+        if phase == "swap":
+            fields = {"canary_logprobs": canary or CANARY, "in_use": in_use}
         if error:
             fields = {}
         message = SyncReply(1, current.snapshot.version, current.attempt, SyncPhase(phase), error, **fields)
@@ -267,7 +271,7 @@ def test_a_wrong_canary_taints_and_never_commits():
 
 
 def test_a_commit_reports_largest_and_mean_difference_over_all_canary_tokens():
-    bench = Bench("a", tolerance=0.5)
+    bench = Bench("a", tolerance=1.0)
     ours = [np.array([-1.0, -2.0], np.float32), np.array([-4.0], np.float32)]
     snapshot = SnapshotReady(0, manifest_of(0, DIGESTS), [b"", b""], [row.tobytes() for row in ours], 1.0)
     bench.planner.snapshot_ready(snapshot, bench.now)
@@ -299,6 +303,7 @@ def test_a_canary_with_nan_or_missing_values_is_wrong(canary):
     bench.reply("a", "stage")
     current = bench.round
     reply = SyncReply(1, current.snapshot.version, current.attempt, SyncPhase.SWAP, "", canary_logprobs=canary)
+    reply.in_use.append(BitsInUse(0, 9, [], []))
     bench.planner.reply("a", reply, bench.now)
     assert kinds(bench.take(), SyncFailed)
 

@@ -17,6 +17,7 @@ from asyncrl.link.trainer_messages import (
     SnapshotReady,
     SnapshotWanted,
 )
+from asyncrl.link.weight_records import BitsInUse
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.plan.planner import SyncPlanner
 from asyncrl.weights.plan.records import Committed, RoundEnded, ToGenerator, ToPublisher
@@ -128,7 +129,8 @@ class Planner(RuleBasedStateMachine):
         if phase == "stage" and how != "error":
             fields = {"digests": [[order.version if how == "well" else -1]] * workers}
         elif how != "error":
-            fields = {"canary_logprobs": CANARY if how == "well" else WRONG_CANARY}
+            in_use = [BitsInUse(order.version, 9, [], [])] * workers
+            fields = {"canary_logprobs": CANARY if how == "well" else WRONG_CANARY, "in_use": in_use}
         if how == "well":
             self.honest.add((name, incarnation, order.version, phase))
         error = "it failed" if how == "error" else ""
@@ -276,7 +278,9 @@ class Planner(RuleBasedStateMachine):
             phase = "stage" if isinstance(order, SyncOffer) else "swap"
             self.honest.add((name, incarnation, order.version, phase))
             fields = {"digests": [[order.version]] * receiver.num_workers} if phase == "stage" else {}
-            fields |= {"canary_logprobs": CANARY} if phase == "swap" else {}
+            if phase == "swap":
+                in_use = [BitsInUse(order.version, 9, [], [])] * receiver.num_workers
+                fields = {"canary_logprobs": CANARY, "in_use": in_use}
             self.planner.reply(
                 name, SyncReply(1, order.version, order.attempt, SyncPhase(phase), "", **fields), self.now
             )

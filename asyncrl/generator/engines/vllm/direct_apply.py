@@ -17,73 +17,28 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from asyncrl.generator.engines.vllm.bits_in_use import InUseCheck, num_unwritten
+from asyncrl.generator.engines.vllm.expert_weights import Experts
 from asyncrl.generator.engines.vllm.load_recorder import Loaded, LoadRecorder
-from asyncrl.link.weight_records import WeightManifest
+from asyncrl.generator.engines.vllm.packed_weights import PACKED, Assembly, Pack, Packed
+from asyncrl.link.weight_records import BitsInUse, WeightManifest
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.patch import LORA_A, WEIGHT
 
 log = logging.getLogger("vllm.asyncrl")
 _T = TypeVar("_T")
 
-PACKED = "cpu_linear"  # the attribute that vLLM keeps a packed weight behind
 PROBE_ROWS = 8
 
 CopyPair = tuple[torch.Tensor, torch.Tensor]  # live, staged
-PackedLinear = Callable[..., torch.Tensor]  # what vLLM puts behind `cpu_linear`
 
 
 class PlanRefused(Exception):
     """Plain copies do not do for a model or a manifest. The message says why."""
-
-
-@dataclass(slots=True)
-class Pack:
-    """A layer that computes from a packed copy of its weight."""
-
-    layer: torch.nn.Module
-    weight: Loaded
-
-    def new_weight(self) -> torch.Tensor:
-        """Memory of the layer's weight, constants written. Of its own: the packed form may go on using it."""
-        like = self.weight.tensor
-        device = self.weight.live.device
-        weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device).zero_()
-        for write in self.weight.constants:
-            write.target.of(weight).fill_(write.constant)
-        return weight
-
-    def packed(self, weight: torch.Tensor) -> PackedLinear:
-        """What vLLM would put behind `cpu_linear` for this weight."""
-        stand_in = torch.nn.Module()
-        stand_in.weight = torch.nn.Parameter(weight, requires_grad=False)
-        quant_method: Any = self.layer.quant_method  # a class of vLLM's for each kind of layer
-        quant_method.process_weights_after_loading(stand_in)
-        packed: PackedLinear = vars(stand_in)[PACKED]
-        return packed
-
-
-class _Packing:
-    """Puts weights of packed layers together, each from one or more checkpoint tensors, and packs those complete."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[Pack, PackedLinear]] = []
-        self._begun: dict[int, tuple[torch.Tensor, set[str]]] = {}  # the weight, and the tensors that it still lacks
-
-    def add(self, pack: Pack, name: str, tensor: torch.Tensor) -> None:
-        """The checkpoint's tensor `name` has come for this layer."""
-        if id(pack) not in self._begun:
-            self._begun[id(pack)] = pack.new_weight(), set(pack.weight.writes)
-        weight, lacking = self._begun[id(pack)]
-        for target, source in pack.weight.pairs(weight, name, tensor):
-            target.copy_(source)
-        lacking.discard(name)
-        if not lacking:
-            del self._begun[id(pack)]
-            self.done.append((pack, pack.packed(weight)))
 
 
 @dataclass(slots=True)
@@ -93,16 +48,19 @@ class PreparedCopy:
     plan: CopyPlan
     basis: object  # what the live weights must still be, see `DirectApply.usable`
     copies: list[CopyPair]
-    packs: list[tuple[Pack, PackedLinear]]
+    packs: list[tuple[Pack, Packed]]
 
 
 class CopyPlan:
     """Where the tensors of a checkpoint go. `shapes` are those of its tensors by name."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], plain: list[Loaded], packs: list[Pack]) -> None:
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], plain: list[Loaded], packs: list[Pack], experts: list[Experts]
+    ) -> None:
         self.shapes = shapes
         self._plain = plain
         self._packs = packs
+        self._experts = experts
 
     @property
     def num_copies(self) -> int:
@@ -125,8 +83,11 @@ class CopyPlan:
         """
         plain = _by_source(self._plain, lambda loaded: loaded, unchanged)
         packs = _by_source(self._packs, lambda pack: pack.weight, unchanged)
+        experts = _by_source(self._experts, lambda expert: expert.weight, unchanged)
         copies: dict[tuple[_Span, _Span], CopyPair] = {}  # by place: two names of one tensor are copied once
-        packing = _Packing()
+        kept: list[CopyPair] = []
+        packed: list[tuple[Pack, Packed]] = []
+        assembly = Assembly()
         seen: set[str] = set()
         for name, tensor in named:
             self._check_shape(name, tensor)
@@ -134,11 +95,19 @@ class CopyPlan:
             if name not in unchanged:
                 for loaded in plain.get(name, ()):
                     copies |= _copies_to(loaded, name, tensor)
-            for pack in packs.get(name, ()):
-                packing.add(pack, name, tensor)
+            packed += [
+                (pack, pack.packed(weight))
+                for pack in packs.get(name, ())
+                if (weight := assembly.add(pack.weight, name, tensor)) is not None
+            ]
+            kept += [
+                (expert.live, expert.kept(weight))
+                for expert in experts.get(name, ())
+                if (weight := assembly.add(expert.weight, name, tensor)) is not None
+            ]
         if missing := self.shapes.keys() - seen:
             raise PlanRefused(f"{min(missing)} does not come ({len(missing)} tensors in all)")
-        prepared = PreparedCopy(self, basis, list(copies.values()), packing.done)
+        prepared = PreparedCopy(self, basis, [*copies.values(), *kept], packed)
         _wait_for_casts(prepared.copies)
         return prepared
 
@@ -155,7 +124,7 @@ class CopyPlan:
         for pack, packed in prepared.packs:
             weight, like = pack.layer.weight, pack.weight.tensor
             probe = torch.randn(PROBE_ROWS, like.shape[1]).to(like.dtype)
-            if not _same_bits(vars(pack.layer)[PACKED](probe, weight, None), packed(probe, weight, None)):
+            if not _same_bits(vars(pack.layer)[PACKED](probe, weight, None), packed.linear(probe, weight, None)):
                 raise PlanRefused(f"{pack.weight.label} computes other values after a reload")
 
 
@@ -174,12 +143,18 @@ def make_plan(model: torch.nn.Module, recorder: LoadRecorder, unlike: str) -> Co
         raise PlanRefused(problem)
     plain: list[Loaded] = []
     packs: list[Pack] = []
+    experts: list[Experts] = []
     kept: set[str] = set()
     for loaded in recorder.loaded.values():
         if not isinstance(getattr(loaded.module, loaded.name), torch.nn.Parameter):
             continue  # a buffer: if one changes, it is a side effect
-        if loaded.num_written != loaded.tensor.numel():
-            raise PlanRefused(f"{loaded.num_written} of {loaded.tensor.numel()} elements of {loaded.label} are copied")
+        if lacking := num_unwritten(loaded):
+            copied = loaded.tensor.numel() - lacking
+            raise PlanRefused(f"{copied} of {loaded.tensor.numel()} elements of {loaded.label} are copied")
+        if (expert := Experts.of(loaded)) is not None:
+            experts.append(expert)
+            kept.add(loaded.label)
+            continue
         is_packed = loaded.name == "weight" and PACKED in vars(loaded.module)
         if is_packed:
             packs.append(Pack(loaded.module, loaded))
@@ -191,7 +166,7 @@ def make_plan(model: torch.nn.Module, recorder: LoadRecorder, unlike: str) -> Co
     for label, parameter in _parameters(model):
         if label not in kept and parameter.numel():
             raise PlanRefused(f"{label} is a parameter that no loader sees")
-    return CopyPlan(recorder.shapes, plain, packs)
+    return CopyPlan(recorder.shapes, plain, packs, experts)
 
 
 class SideEffects:
@@ -229,6 +204,7 @@ class DirectApply:
         self._effects: SideEffects | None = None
         self._recorder: LoadRecorder | None = None
         self._applied: WeightManifest | None = None  # whose weights are live, when that is certain
+        self.in_use: InUseCheck | None = None  # how all that is live can be compared; from the first reload on
 
     def prepare(self, manifest: WeightManifest, named: Iterable[tuple[str, torch.Tensor]]) -> PreparedCopy | None:
         """In staging, beside generation. None: this version goes through a reload."""
@@ -256,7 +232,9 @@ class DirectApply:
         for live, staged in prepared.copies:
             live.copy_(staged, non_blocking=True)
         for pack, packed in prepared.packs:
-            setattr(pack.layer, PACKED, packed)
+            setattr(pack.layer, PACKED, packed.linear)
+            if self.in_use is not None:
+                self.in_use.note_packed(pack.layer, packed)
         self._applied = manifest
 
     def begin(self) -> None:
@@ -286,7 +264,10 @@ class DirectApply:
         if recorder is None or effects is None:
             return
         try:
-            plan = make_plan(self._model, recorder, effects.found())
+            unlike = effects.found()
+            if self.in_use is None:
+                self.in_use = InUseCheck.of_reload(self._model, recorder, unlike, named)
+            plan = make_plan(self._model, recorder, unlike)
             plan.verify(plan.prepare(named, set(), None))
         except Exception as error:  # noqa: BLE001 - the reload is complete and right, whatever we fail to make of it
             self._refuse(error)
@@ -296,6 +277,12 @@ class DirectApply:
             "apply: direct. %d copies and %d packed layers give version %d as a reload gave it, bit for bit",
             plan.num_copies, plan.num_packs, manifest.version,
         )  # fmt: skip
+
+    def report(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> BitsInUse:
+        """Whether what is live now is `version`, whose tensors are `named`. Beside generation."""
+        if self.in_use is None:
+            return BitsInUse(version, 0, [], [f"all parameters: {self._refused}"])
+        return self.in_use.report(version, named)
 
     def _refuse(self, error: Exception) -> None:
         self._plan = None

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from asyncrl.errors import AsyncRLError, ChannelError, DeadlineExceeded, EngineError
-from asyncrl.generator.engines.base import Completion, GenerationRequest, StageReport, SwapReport
+from asyncrl.generator.engines.base import CheckReport, Completion, GenerationRequest, StageReport, SwapReport
 from asyncrl.generator.engines.vllm.options import (
     SPARE_SEQUENCES,
     EngineOptions,
@@ -33,8 +33,8 @@ from asyncrl.generator.engines.vllm.options import (
 )
 from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from
 from asyncrl.host.tokenizer import load_tokenizer
-from asyncrl.link.field_checks import to_plain
-from asyncrl.link.weight_records import ChannelSpec, WeightManifest
+from asyncrl.link.field_checks import from_plain, to_plain
+from asyncrl.link.weight_records import BitsInUse, ChannelSpec, WeightManifest
 
 _T = TypeVar("_T")
 
@@ -363,7 +363,17 @@ class VLLMEngine:
         apply_ms = max(result["apply_ms"] for result in results)
         apply = "direct" if all(result["apply"] == "direct" for result in results) else "reload"
         # Under the name of its kind too: times are all of this report that reaches the learner's counters.
-        return SwapReport(version, {"pause_ms": pause_ms, "apply_ms": apply_ms, f"{apply}_ms": apply_ms}, apply)
+        times = {"pause_ms": pause_ms, "apply_ms": apply_ms, f"{apply}_ms": apply_ms}
+        return SwapReport(version, times, apply)
+
+    async def check_weights(self, version: int, timeout_s: float) -> CheckReport:
+        """See `RolloutEngine.check_weights`."""
+        async with self._weights_lock:
+            jobs = await self._results(timeout_s)
+        found = [job["in_use"] for job in jobs]
+        if any(each is None or each["version"] != version for each in found):
+            raise EngineError(f"the workers compared {found}, and not version {version}; swap to it first")
+        return CheckReport([from_plain(BitsInUse, each) for each in found], _slowest_ms(jobs, "check_ms"))
 
     async def _restart_unstarted(self) -> None:
         by_id = {sequence.engine_id: sequence for group in self._requests.values() for sequence in group}
@@ -455,11 +465,11 @@ class VLLMEngine:
             raise EngineError(self._dead) from error
 
 
-def _slowest_ms(jobs: list[dict[str, Any]]) -> dict[str, float]:
-    """What staging and each of its parts took in the worker where that took longest."""
+def _slowest_ms(jobs: list[dict[str, Any]], whole: str = "stage_ms") -> dict[str, float]:
+    """What a job, under the name `whole`, and each of its parts took in the worker where that took longest."""
     names = {name for job in jobs for name in job["timings_ms"]}
     parts = {name: max(job["timings_ms"].get(name, 0.0) for job in jobs) for name in sorted(names)}
-    return {"stage_ms": max(job["elapsed_ms"] for job in jobs), **parts}
+    return {whole: max(job["elapsed_ms"] for job in jobs), **parts}
 
 
 def _progress(jobs: list[dict[str, Any]], first_rank: int = 0) -> str:

@@ -6,7 +6,6 @@ both sides; fused projections, tensor-parallel shards, padding and casts are suc
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -71,13 +70,6 @@ class Loaded:
         assert isinstance(parameter, torch.Tensor)
         return parameter.data
 
-    @property
-    def num_written(self) -> int:
-        """Elements that loaders wrote."""
-        return sum(math.prod(write.target.size) for writes in self.writes.values() for write in writes) + sum(
-            math.prod(write.target.size) for write in self.constants
-        )
-
     def pairs(self, into: torch.Tensor, name: str, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(target, source) views for loading the checkpoint's tensor `name` into a parameter like this one."""
         for write in self.writes[name]:
@@ -104,6 +96,8 @@ class LoadRecorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
         self.loaded: dict[int, Loaded] = {}  # by storage; the tensors are kept, so that none is given out again
         self.problem = ""  # the first thing seen that copies could not repeat
+        self.complaints: dict[str, str] = {}  # the same by parameter
+        self.not_understood = False  # an operation that may have written anywhere
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the checkpoint's tensors by name
         self._sources: dict[int, list[_Place]] = defaultdict(list)  # by storage, in the order of their bytes
         self._pins: list[StorageWeakRef] = []  # frees the bytes and keeps the address, which is the key above
@@ -131,11 +125,14 @@ class LoadRecorder(TorchDispatchMode):
         try:
             self._note_writes(func, args, kwargs or {})
         except Exception as error:  # noqa: BLE001 - the load itself needs none of this
-            self._complain(f"{func} is not understood: {type(error).__name__}: {error}")
+            self.not_understood = True
+            self._complain(None, f"{func} is not understood: {type(error).__name__}: {error}")
         return func(*args, **(kwargs or {}))
 
-    def _complain(self, problem: str) -> None:
+    def _complain(self, loaded: Loaded | None, problem: str) -> None:
         self.problem = self.problem or problem
+        if loaded is not None:
+            self.complaints.setdefault(loaded.label, problem)
 
     def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         for index, argument in enumerate(func._schema.arguments):
@@ -157,14 +154,14 @@ class LoadRecorder(TorchDispatchMode):
         elif func is torch.ops.aten.copy_.default:
             self._note_copy(loaded, view, target, args[1])
         else:
-            self._complain(f"{loaded.label} is changed by {func} while it is loaded")
+            self._complain(loaded, f"{loaded.label} is changed by {func} while it is loaded")
 
     def _note_copy(self, loaded: Loaded, view: View, target: torch.Tensor, source: torch.Tensor) -> None:
         if storage_key(source) == storage_key(target) and source.storage_offset() == target.storage_offset():
             return  # a parameter put back onto itself
         found = self._source_of(source)
         if found is None:
-            self._complain(f"{loaded.label} is loaded from a tensor that was computed on the way")
+            self._complain(loaded, f"{loaded.label} is loaded from a tensor that was computed on the way")
             return
         name, part = found
         _add(loaded.writes[name], Write(view, part))

@@ -10,7 +10,7 @@ Arguments and results are plain dicts, numbers and strings, so that vLLM's pickl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from asyncrl.errors import EngineError
 from asyncrl.generator.engines.vllm.direct_apply import DirectApply, PreparedCopy
+from asyncrl.generator.engines.vllm.expert_weights import aliases, forget_kernels
 from asyncrl.generator.engines.vllm.options import follow_parent
 from asyncrl.link.field_checks import from_plain, to_plain
 from asyncrl.link.weight_records import ChannelSpec, WeightManifest
@@ -118,6 +119,7 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         self._reloading = True
         self.direct.begin()
+        forget_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -134,7 +136,9 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         model: Any = self.model  # every model of vLLM's loads weights; nn.Module does not say so
         loaded = self.direct.load(model.load_weights, self.receiver.tensors())
-        missing = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - loaded
+        names = dict(aliases(self.model))
+        written = {names[name] for name in loaded if name in names}
+        missing = {name for name, parameter in names.items() if parameter not in written}
         missing |= self._missing_parts(complete_names(staged))
         if missing:
             raise EngineError(
@@ -168,8 +172,12 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._end_reload()
             staged = self.receiver.staged
             assert staged is not None
-            self.direct.end(staged, self.receiver.tensors())
+            self.direct.end(staged, _Again(self.receiver.tensors))
         self.receiver.prepared = None  # in place, or of no use
+
+    def begin_check(self) -> None:
+        """Begin to compare what is in use with what is staged. After a load, beside generation."""
+        self.receiver.begin_check(self.direct.report)
 
     def recover(self) -> None:
         """After a failed load: give every layer its tensors back. Their values are a mixture, their shapes are right.
@@ -191,6 +199,16 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def shutdown(self) -> None:
         """Leave the weight channel."""
         self.receiver.leave()
+
+
+class _Again:
+    """Tensors that can be gone through more than once; they are made anew each time."""
+
+    def __init__(self, tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._tensors()
 
 
 class WeightWorkerExtension:
@@ -222,11 +240,14 @@ class WeightWorkerExtension:
             receiver.refuse("stage", error)
 
     def asyncrl_poll(self) -> dict[str, Any]:
-        """How the newest join or stage goes: a `Job` as a dict."""
+        """How the newest join, stage or check goes: a `Job` as a dict."""
         return self.weight_transfer_engine.receiver.poll().to_dict()
 
     def asyncrl_swap(self, version: int, reload: bool) -> dict[str, Any]:
-        """Load the staged version; with `reload` not by copying it in place. Generation must be paused."""
+        """Load the staged version; with `reload` not by copying it in place. Generation must be paused.
+
+        Begins to compare what is in use then; `asyncrl_poll` tells what came of it.
+        """
         started = time.monotonic()
         try:
             if reload:
@@ -235,6 +256,7 @@ class WeightWorkerExtension:
             apply = "reload" if self.weight_transfer_engine.reloading else "direct"
             self.update_weights({"version": version})  # type: ignore[attr-defined]
             self.finish_weight_update()  # type: ignore[attr-defined]
+            self.weight_transfer_engine.begin_check()
         except Exception as error:  # noqa: BLE001 - as above; the engine takes it for tainted
             return {"error": f"{type(error).__name__}: {error}{self._recover()}", "apply_ms": 0.0, "apply": ""}
         return {"error": "", "apply_ms": (time.monotonic() - started) * 1e3, "apply": apply}
