@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from asyncrl.generator.engines.vllm.bits_in_use import num_unwritten
+from asyncrl.link.messages import SyncAbort, SyncCommit, SyncReply
+from asyncrl.link.weight_records import BitsInUse
+from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.plan.records import Committed, SyncFailed
 from benchmarks.speed.digest import damages, try_damage
+from tests.generator.engines.vllm.test_direct_apply import HIDDEN, Model, Worker, checkpoint, manifest_of
+from tests.weights.plan.test_planner import CANARY, DIGESTS, Bench, kinds, messages
 
 TRIES = 2000
 
@@ -52,3 +61,194 @@ def test_W1_a_single_changed_word_at_every_place_is_seen_whatever_it_becomes():
             seen.add(digest(base))
         base[place] = 0
     assert len(seen) == 1 + 300 * len(values)
+
+
+# -- bits in use ------------------------------------------------------------------------------------------------------
+
+
+def swapped(in_use, canary=None, tolerance=1e-4, workers=1):
+    """What a generator's answer to a swap comes to: the outputs of the learner's planner."""
+    bench = Bench(tolerance=tolerance)
+    bench.planner.joined("a", 1, workers, bench.now)
+    bench.snapshot(0)
+    bench.open_channel()
+    staged = SyncReply(1, 0, bench.round.attempt, SyncPhase.STAGE, "", [DIGESTS] * workers)
+    bench.planner.reply("a", staged, bench.now)
+    bench.after(0.0)
+    bench.broadcast_done()
+    return bench, bench.reply("a", "swap", in_use=in_use, canary=canary)
+
+
+GOOD = BitsInUse(0, 9, [], [])
+
+
+@pytest.mark.parametrize(
+    ("in_use", "reason"),
+    [
+        (
+            [BitsInUse(0, 9, ["model.norm.weight"], [])],
+            "weights in use on rank 1 are not those that were staged: model",
+        ),
+        ([BitsInUse(3, 9, [], [])], "bits in use on rank 1 were compared with version 3, not 0"),
+        ([], "bits in use of 0 workers came, it has 1"),
+        ([GOOD, GOOD], "bits in use of 2 workers came, it has 1"),
+        ([BitsInUse(0, 0, [], [])], "no weight in use on rank 1 was compared"),
+    ],
+)
+def test_W2_a_generator_whose_bits_in_use_differ_is_tainted_and_never_committed(in_use, reason):
+    bench, outputs = swapped(in_use)
+    (failed,) = kinds(outputs, SyncFailed)
+    assert reason in failed.reason and not kinds(outputs, Committed) and not messages(outputs, SyncCommit)
+    (abort,) = messages(outputs, SyncAbort)
+    assert abort.tainted and bench.planner.receivers["a"].held_version is None
+
+
+def test_W2_the_second_worker_of_a_generator_has_to_show_its_bits_too():
+    assert kinds(swapped([GOOD, GOOD], workers=2)[1], Committed)
+    _, outputs = swapped([GOOD, BitsInUse(0, 9, ["lm_head.weight"], [])], workers=2)
+    (failed,) = kinds(outputs, SyncFailed)
+    assert "on rank 2" in failed.reason and not kinds(outputs, Committed)
+
+
+def test_W2_what_only_the_canary_can_prove_is_said_once(caplog):
+    left = BitsInUse(0, 8, [], ["model.scale: no loader wrote it"])
+    bench, outputs = swapped([left])
+    assert kinds(outputs, Committed)
+    for version in (1, 2):
+        bench.snapshot(version)
+        bench.reply("a", "stage")
+        bench.broadcast_done()
+        assert kinds(bench.reply("a", "swap", in_use=[BitsInUse(version, 8, [], left.not_compared)]), Committed)
+    assert caplog.text.count("the canary alone proves them: model.scale: no loader wrote it") == 1
+
+
+@pytest.mark.parametrize(
+    ("differences", "passes"), [([0.04, 0.0], True), ([0.03, 0.03], False), ([0.02, 0.02], True), ([0.11, 0.0], False)]
+)
+def test_W2_the_canary_has_a_limit_for_the_mean_besides_that_for_the_largest(differences, passes):
+    theirs = np.frombuffer(CANARY[0], np.float32) + np.array(differences, np.float32)
+    _, outputs = swapped([GOOD], [theirs.tobytes()], tolerance=0.1)
+    assert bool(kinds(outputs, Committed)) == passes
+    if not passes:
+        (failed,) = kinds(outputs, SyncFailed)
+        assert ("in the mean, allowed 0.025" in failed.reason) == (max(differences) < 0.1)
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def swapped_worker(dtype, seed=1):
+    """A small model that vLLM's own methods load, at version `seed + 1`, applied in place; and that version."""
+    worker = Worker(Model(dtype))
+    worker.reload(checkpoint(seed))
+    assert worker.direct.report(1, checkpoint(seed).items()) == BitsInUse(1, 5, [], [])
+    named = checkpoint(seed)
+    return worker, named
+
+
+def stepped(named, random):
+    """The same a small step later: one element of each tensor, by one place of a bfloat16."""
+    out = {}
+    for name, tensor in named.items():
+        out[name] = tensor.clone()
+        index = int(random.integers(tensor.numel() // 2, tensor.numel()))  # the half that the rank holds
+        rounded = out[name].view(-1)[index].bfloat16().float()
+        out[name].view(-1)[index] = rounded * (1 + 2**-7)
+    return out | {"head.weight": out["embed.weight"]}
+
+
+def stale_places(model):
+    """(label, a function that remembers what is computed with and returns one that puts it back)."""
+
+    def of_packed(layer):
+        old = layer.cpu_linear
+        return lambda: setattr(layer, "cpu_linear", old)
+
+    def of_plain(parameter):
+        old = parameter.clone()
+        return lambda: parameter.data.copy_(old)
+
+    for label in ("embed", "fused", "head"):
+        yield f"{label}.weight", partial(of_packed, getattr(model, label))
+    plain = {"embed.weight": model.embed, "norm.weight": model.norm, "fused.bias": model.fused}
+    for label, layer in plain.items():
+        yield label, partial(of_plain, getattr(layer, label.partition(".")[2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("apply", ["direct", "reload"])
+def test_W2_a_tensor_that_is_one_element_old_is_found_and_named(dtype, apply):
+    worker, named = swapped_worker(dtype)
+    random = np.random.default_rng(0)
+    for version in range(2, 7):
+        for label, remember in stale_places(worker.model):
+            old, named = named, stepped(named, random)
+            put_back = remember()
+            if apply == "direct":
+                prepared = worker.prepare(named)
+                assert worker.direct.usable(prepared)
+                worker.direct.apply(prepared, manifest_of(named))
+            else:
+                worker.reload(named)
+            assert worker.direct.report(version, named.items()).differing == [], "an honest swap"
+            put_back()
+            found = worker.direct.report(version, named.items())
+            assert label in found.differing, (label, found, old.keys())
+            worker.reload(named)
+
+
+def test_W2_every_part_that_a_swap_forgets_is_found():
+    """Each copy and each packed layer is left out once; the check owes nothing to the plan that forgot it."""
+    worker, named = swapped_worker(torch.float32)
+    random = np.random.default_rng(1)
+    total = len(worker.prepare(named).copies) + len(worker.prepare(named).packs)
+    assert total == 7
+    for index in range(total):
+        worker.reload(named)
+        named = {name: tensor + 0.01 * float(random.normal()) for name, tensor in named.items()}
+        named["head.weight"] = named["embed.weight"]
+        prepared = worker.prepare(named)
+        (prepared.copies if index < len(prepared.copies) else prepared.packs).pop(index % len(prepared.copies))
+        worker.direct.apply(prepared, manifest_of(named))
+        assert worker.direct.report(2, named.items()).differing
+
+
+def test_W2_a_plan_that_lists_one_write_twice_and_omits_another_is_no_plan():
+    worker, _ = swapped_worker(torch.float32)
+    (fused,) = [loaded for loaded in worker.direct.in_use.plain if loaded.label == "fused.bias"]
+    assert num_unwritten(fused) == 0
+    fused.writes["left.bias"], kept = fused.writes["right.bias"], fused.writes["left.bias"]
+    assert num_unwritten(fused) == len(worker.model.fused.bias) // 2
+    fused.writes["left.bias"] = kept
+
+
+def test_W2_a_tensor_that_does_not_come_and_constants_that_changed_are_found():
+    worker, named = swapped_worker(torch.float32)
+    lacking = {name: tensor for name, tensor in named.items() if name != "left.bias"}
+    assert worker.direct.report(1, lacking.items()).differing == ["fused.bias"]
+    worker.model.embed.weight.data[-1] = 1.0  # a row that no checkpoint has
+    assert "embed.weight" in worker.direct.report(1, named.items()).differing
+
+
+def test_W2_a_packed_weight_that_is_not_what_it_was_said_to_be_is_read_back():
+    """Packing went wrong and nobody noticed: the columns that are read find it within a few swaps."""
+    worker, named = swapped_worker(torch.bfloat16)
+    layer = worker.model.fused
+    honest = dict(worker.direct.in_use._ledger)[id(layer)]
+    wrong = layer.weight.new_zeros(2 * layer.rows, HIDDEN) if layer.weight.numel() else torch.zeros(HIDDEN, HIDDEN)
+    (pack,) = [pack for pack in worker.direct.in_use.packs if pack.layer is layer]
+    packed = pack.packed(wrong.to(torch.bfloat16))
+    layer.cpu_linear = packed.linear
+    worker.direct.in_use.note_packed(layer, packed._replace(weight_digest=honest.weight_digest))
+    assert worker.direct.report(1, named.items()).differing == ["fused.weight"]
+
+
+def test_W2_the_sign_of_zero_and_not_a_number_are_bits():
+    worker, named = swapped_worker(torch.float32)
+    named["norm.weight"][0] = 0.0
+    worker.reload(named)
+    worker.model.norm.weight.data[0] = -0.0
+    assert worker.direct.report(1, named.items()).differing == ["norm.weight"]
+    named["norm.weight"][0] = float("nan")
+    worker.reload(named)
+    assert worker.direct.report(1, named.items()).differing == []
