@@ -246,8 +246,10 @@ class CheckpointConfig:
     resume: str = key(
         "auto",
         "Go on from the newest verified checkpoint and the journal after it (auto), or refuse a run.dir that was used "
-        "before (never).",
-        choices=("auto", "never"),
+        "before (never). The other two go on in the same way, but where the run cannot be gone on with, because a key "
+        "that decides it was changed or files are damaged, they set it aside in run.dir/earlier and begin a new run: "
+        "with the weights of the newest checkpoint as version 0 (fork), or with model.path (fresh).",
+        choices=("auto", "never", "fork", "fresh"),
         if_changed=ACCEPTED,
     )
 

@@ -3,18 +3,17 @@
 The process of the daemon *is* the desk: it has no torch, so it listens within a fraction of a second, and it starts
 the trainer's ranks as children. The kernel takes them along when the desk is killed, so one kill leaves nothing behind.
 
-Order at the start: lock and read the journal → raise the run epoch durably → bind → start the trainer. Nobody can
-reach a learner that has not fenced its predecessor.
+Order at the start: lock and read the run folder, refuse what cannot be gone on with → raise the run epoch durably →
+bind → write the configuration → start the trainer. Nobody can reach a learner that has not fenced its predecessor.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-
-from omegaconf import OmegaConf
 
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
@@ -23,7 +22,9 @@ from asyncrl.desk.desk import Desk
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.generators import Generators
 from asyncrl.desk.intake import Intake
-from asyncrl.desk.opening.restoring import checkpoint_folder, refuse_used_folder, restore_run
+from asyncrl.desk.opening.restoring import checkpoint_folder, restore_run
+from asyncrl.desk.opening.run_folder import open_run
+from asyncrl.desk.opening.run_record import write_finished, write_record
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.ranks import Ranks
@@ -40,7 +41,6 @@ from asyncrl.link.trainer_link import MAX_FRAME_BYTES
 from asyncrl.metrics import METRICS_FILE, Metrics, read_records
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.report.summary import report
-from asyncrl.storage.journal import Journal, next_run_epoch
 from asyncrl.tasks.base import load_task
 from asyncrl.tasks.prompts import PromptSource
 from asyncrl.weights.plan.planner import SyncPlanner
@@ -67,11 +67,14 @@ def run_learner(config: Config) -> int:
     pin_to(config.learner.cpus, "learner.cpus")
     run_dir = Path(config.run.dir)
     with ExitStack() as open_things:
-        journal = open_things.enter_context(closing(Journal.open(run_dir / "journal")))
-        refuse_used_folder(config, journal)
-        run_epoch = next_run_epoch(run_dir)
-        config_file = _write_config(config, run_dir)
+        run = open_run(config)
+        open_things.enter_context(closing(run.journal))
+        if run.is_finished(config.run.steps):
+            _say_finished(config, run_dir)
+            return 0
+        run_epoch = run.begin(run_dir, time.monotonic())
         rollout_socket = open_things.enter_context(closing(_rollout_socket(config)))
+        config_file = write_record(run_dir, config, run.record)
         trainer_socket = open_things.enter_context(closing(_trainer_socket(run_dir)))
         log.info("listening on %s (run %s, run epoch %d)", rollout_socket.address, config.run.name, run_epoch)
         process = _trainer_process(config, config_file, trainer_socket.address)
@@ -81,8 +84,10 @@ def run_learner(config: Config) -> int:
         metrics = open_things.enter_context(closing(Metrics.open(config, canary_tolerance(config))))
         open_things.callback(process.kill)  # before all else: closing the metrics may wait for the network
         surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop)
-        state = restore_run(config, run_epoch, journal)
+        state = restore_run(config, run_epoch, run.journal, run.saved)
         code = make_desk(config, state, load_prompts(config, state.leases), surroundings).run()
+        if stop.received is None:
+            write_finished(run_dir, config, state.policy.trained)
     report(run_dir)  # summary.json, the picture, and the last lines on the terminal
     return code
 
@@ -199,11 +204,15 @@ def _trainer_process(config: Config, config_file: Path, desk_address: str) -> Tr
     )
 
 
-def _write_config(config: Config, run_dir: Path) -> Path:
-    """Writes the resolved configuration, for the trainer and for people who read the run later."""
-    path = run_dir / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    return path
+def _say_finished(config: Config, run_dir: Path) -> None:
+    log.info(
+        "the run %s in %s is finished: all its %d steps are trained, the model is in %s. To train on, raise run.steps; "
+        "to begin another run, give another run.name",
+        config.run.name,
+        run_dir,
+        config.run.steps,
+        run_dir / "export",
+    )
 
 
 def _last_logged_version(run_dir: Path) -> int:

@@ -39,7 +39,7 @@ from asyncrl.link.codec import body_of
 from asyncrl.link.desk_session import DeskSession
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import SocketPoller
-from asyncrl.storage.journal import run_epoch_of
+from asyncrl.storage.run_epoch import run_epoch_of
 
 log = logging.getLogger(__name__)
 

@@ -72,6 +72,11 @@ def first_attempt(run_epoch: int) -> int:
     return (run_epoch - 1) * ATTEMPTS_PER_EPOCH
 
 
+def run_epoch_of_attempt(attempt: int) -> int:
+    """The run epoch in which an attempt was granted."""
+    return attempt // ATTEMPTS_PER_EPOCH + 1
+
+
 def blame(reason: str) -> bool:
     """Whether a failure may be the prompt's own doing, so that leasing it again for ever would wedge the run."""
     return reason in {"reward_error", "reward_timeout", "engine", "deadline", "expired"}

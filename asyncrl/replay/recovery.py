@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from asyncrl.replay.lease_records import run_epoch_of_attempt
 from asyncrl.storage.journal_reader import JournalReader, Location
 from asyncrl.storage.records import (
     GroupFiltered,
     GroupsDropped,
     MessageSeen,
     PromptGivenUp,
+    RunStarted,
     StepTaken,
     StoredGroup,
 )
@@ -41,7 +43,8 @@ class ReplayPlan:
     seen holds, for each (generator id, incarnation), the seqs of the results in the journal: those were taken, and are
     to be merged into what the sessions know. broken_at is the version of the first step whose batch cannot be read back
     (its record or one of its groups was damaged): training goes on from there with other batches, and the groups of
-    later steps are buffered again.
+    later steps are buffered again. newest_step is the highest version of a step in the journal, -1 if there is none;
+    run_epoch the highest that the journal knows of; num_records counts all but those of mere starts.
     """
 
     steps: list[ReplayStep] = field(default_factory=list)
@@ -50,6 +53,9 @@ class ReplayPlan:
     filtered: list[int] = field(default_factory=list)
     seen: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     broken_at: int | None = None
+    newest_step: int = -1
+    run_epoch: int = 0
+    num_records: int = 0
 
     @property
     def trained(self) -> list[int]:
@@ -73,9 +79,13 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     dropped: set[tuple[int, int]] = set()
     steps: dict[int, StepTaken] = {}
     for location, record in journal:
+        plan.num_records += not isinstance(record, RunStarted)
         match record:
+            case RunStarted():
+                plan.run_epoch = max(plan.run_epoch, record.run_epoch)
             case StoredGroup():
                 _see(plan, record)
+                plan.run_epoch = max(plan.run_epoch, run_epoch_of_attempt(record.attempt))
                 groups[record.ordinal, record.attempt] = location
             case StepTaken():
                 for version in range(record.version, max(steps, default=-1) + 1):
@@ -90,6 +100,7 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
             case GroupFiltered():
                 _see(plan, record)
                 plan.filtered.append(record.ordinal)
+    plan.newest_step = max(steps, default=-1)
     _plan_steps(plan, checkpoint_version, steps, groups)
     trained_before = (step.groups for version, step in steps.items() if version < checkpoint_version)
     done = {*plan.trained, *plan.given_up, *plan.filtered}

@@ -16,6 +16,7 @@ Order of a save, each item durable before the next: files, MANIFEST.json, the te
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 DESK_STATE = "desk_state.bin"
+WEIGHTS_ONLY = "weights_only"  # in `Manifest.extra`: a new run begins with these weights, and with nothing else of it
 LATEST = "latest"
 ADAPTER_FOLDER = "adapter"
 STATE_FOLDER = "trainer"
@@ -109,8 +111,10 @@ def write_checkpoint(
     return manifest
 
 
-def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
+def read_manifest(path: Path, *, verify: bool = True, max_bytes: int | None = None) -> Manifest:
     """The manifest of the checkpoint folder `path`. With `verify`, every file is read and compared with its digest.
+
+    Of files over max_bytes the size alone is compared; None: all are read.
 
     Raises CheckpointError when the manifest is missing or damaged, or a file is missing, short or changed.
     """
@@ -133,18 +137,45 @@ def read_manifest(path: Path, *, verify: bool = True) -> Manifest:
         raise CheckpointError(f"{path}: the manifest cannot be read ({type(error).__name__}: {error})") from error
     if verify:
         for name, (size, sha) in manifest.files.items():
-            _verify_file(path, name, size, sha)
+            _verify_file(path, name, size, sha if max_bytes is None or size <= max_bytes else "")
     return manifest
 
 
-def find_latest(root: Path) -> Manifest | None:
-    """The checkpoint of the highest version that verifies; None if there is none. Others are skipped, and logged."""
+def find_latest(root: Path, *, max_bytes: int | None = None) -> Manifest | None:
+    """The checkpoint of the highest version that verifies; None if there is none. Others are skipped, and logged.
+
+    Of files over max_bytes the size alone is looked at; None: every file is read.
+    """
     for path in _complete_folders(root):
         try:
-            return read_manifest(path)
+            return read_manifest(path, max_bytes=max_bytes)
         except CheckpointError as error:
             log.warning("skipping a checkpoint that does not verify: %s", error)
     return None
+
+
+def is_empty(root: Path) -> bool:
+    """Whether there is no checkpoint under `root`, not even a damaged one."""
+    return not _complete_folders(root)
+
+
+def unreadable(root: Path) -> str:
+    """What to say when checkpoints are there and none of them verifies."""
+    names = ", ".join(path.name for path in _complete_folders(root))
+    return (
+        f"none of the checkpoints in {root} can be read ({names}; the warnings above say why). Each is complete by "
+        "itself: restore one of them. To begin the run anew from model.path, set checkpoint.resume=fresh; what is in "
+        "the run folder is then kept in its folder `earlier`"
+    )
+
+
+def newest_run_epoch(root: Path) -> int:
+    """The highest run epoch that a readable manifest under `root` names; 0 if there is none."""
+    epochs = [0]
+    for path in _complete_folders(root):
+        with contextlib.suppress(CheckpointError):
+            epochs.append(read_manifest(path, verify=False).run_epoch)
+    return max(epochs)
 
 
 def oldest_version(root: Path) -> int | None:
@@ -288,7 +319,7 @@ def _verify_file(folder: Path, name: str, size: int, sha: str) -> None:
         actual = path.stat().st_size
         if actual != size:
             raise CheckpointError(f"{path} has {actual} bytes, its manifest says {size}")
-        if _sha256(path) != sha:
+        if sha and _sha256(path) != sha:
             raise CheckpointError(f"{path} does not match its digest")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

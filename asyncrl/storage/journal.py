@@ -223,6 +223,11 @@ class Journal:
         """Bytes on disk plus pending."""
         return sum(segment.num_bytes for segment in self._segments) + self.pending_bytes
 
+    @property
+    def begins_later(self) -> bool:
+        """Whether its first segments are not there: deleted because a checkpoint covers them, or lost."""
+        return self._segments[0].number > 1 if self._segments else bool(self.missing)
+
     def read_all(self) -> JournalReader:
         """Every whole durable record, oldest first."""
         return JournalReader(self._folder, [segment.number for segment in self._segments])
@@ -422,41 +427,3 @@ class Journal:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def next_run_epoch(run_dir: Path | str) -> int:
-    """The run epoch of this learner start: 1, 2, 3, ...; durable before it is returned.
-
-    Call it with the journal open: its lock keeps a second learner out. Raises JournalError when the file is
-    damaged or cannot be written.
-    """
-    path = _epoch_file(run_dir)
-    try:
-        make_folder(path.parent)
-        epoch = run_epoch_of(run_dir) + 1
-        fresh = path.with_suffix(".new")
-        with fresh.open("w") as file:
-            file.write(f"{epoch}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise JournalError(f"cannot write {path}: {error}; make the run folder writable") from error
-    return epoch
-
-
-def run_epoch_of(run_dir: Path | str) -> int:
-    """The run epoch of the learner that started last; 0 when none has. Raises JournalError."""
-    path = _epoch_file(run_dir)
-    try:
-        text = path.read_text() if path.exists() else "0"
-    except OSError as error:
-        raise JournalError(f"cannot read {path}: {error}; make the run folder readable") from error
-    if not text.strip().isdecimal():
-        raise JournalError(f"{path} holds {text[:20]!r}, not a number; write the highest epoch of the logs there")
-    return int(text)
-
-
-def _epoch_file(run_dir: Path | str) -> Path:
-    return Path(run_dir) / "run_epoch"

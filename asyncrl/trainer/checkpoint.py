@@ -21,6 +21,7 @@ from torch import Tensor
 from asyncrl.errors import CheckpointError
 from asyncrl.storage.checkpoint_files import (
     STATE_FOLDER,
+    WEIGHTS_ONLY,
     Manifest,
     find_latest,
     load_desk_state,
@@ -103,6 +104,9 @@ def _restore(manifest: Manifest, runner: StepRunner) -> None:
     path = manifest.path
     actor = runner.engines.actor
     _check_identity(manifest, actor.identity())
+    if manifest.extra.get(WEIGHTS_ONLY):
+        _restore_weights_only(manifest, runner)
+        return
     policy, critic = _parts(runner.state())
     # Older releases had everything in one folder.
     own = path / STATE_FOLDER if (path / STATE_FOLDER / TRAINER_STATE).exists() else path
@@ -133,6 +137,19 @@ def _restore(manifest: Manifest, runner: StepRunner) -> None:
             cuda_rng=state.get("cuda_rng"),
         )
     )
+
+
+def _restore_weights_only(manifest: Manifest, runner: StepRunner) -> None:
+    """Begins a run with these weights: optimizer, critic, KL coefficient and random state are those of a new run."""
+    state = runner.state()
+    policy, critic = _parts(state)
+    try:
+        weights = runner.engines.actor.load_saved(manifest.path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{manifest.path} verifies but cannot be loaded: {error}") from error
+    _check_weights(manifest.path, weights, policy.weights)
+    engines = EngineState(policy=PartState(weights, policy.optimizer), critic=critic)
+    runner.load_state(dataclasses.replace(state, version=manifest.version, engines=engines))
 
 
 def _parts(state: StepState) -> tuple[PartState, PartState | None]:

@@ -37,6 +37,7 @@ from asyncrl.link.trainer_messages import (
     TrainerWelcome,
 )
 from asyncrl.metrics.types import REWARD_PART
+from asyncrl.storage.checkpoint_files import is_empty, unreadable
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.step import StepRunner
@@ -68,7 +69,10 @@ class Rank:
         engines = load_engines(config, _device(config.learner.device))
         self.actor = engines.actor
         self.runner = StepRunner(engines, config)
-        restored = load_checkpoint(self.run_dir / "checkpoints", self.runner)
+        checkpoints = self.run_dir / "checkpoints"
+        restored = load_checkpoint(checkpoints, self.runner)
+        if restored is None and not is_empty(checkpoints):
+            raise CheckpointError(unreadable(checkpoints))
         if restored is not None:
             log.info("resumed from %s at version %d", restored.path, self.runner.version)
         self.desk_state = b"" if restored is None else restored.desk_state

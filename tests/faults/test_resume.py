@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asyncrl.config import Config
+from asyncrl.config.declaration import IfChanged
+from asyncrl.config.declaration import key as declared_key
+from asyncrl.config.keys import keys
+from asyncrl.desk.daemon import run_learner
+from asyncrl.desk.opening.changes import RULES
 from asyncrl.desk.opening.restoring import make_sessions
-from asyncrl.errors import JournalError
+from asyncrl.desk.opening.run_folder import OpenedRun, open_run
+from asyncrl.desk.opening.run_record import RECORD_FILE, write_finished, write_record
+from asyncrl.desk.opening.saved_state import SavedDesk
+from asyncrl.errors import CheckpointError, ConfigError, JournalError
 from asyncrl.generator.assembly import _session
 from asyncrl.generator.identity import claim_identity
 from asyncrl.link.codec import decode
 from asyncrl.link.messages import Refusal, Welcome
+from asyncrl.replay.lease_records import SavedLeases
+from asyncrl.storage.checkpoint_files import WEIGHTS_ONLY, write_checkpoint
 from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import StepTaken
+from asyncrl.storage.run_epoch import run_epoch_of
 from asyncrl.storage.segment import HEADER_BYTES, encode, read_salt
 from asyncrl.tasks.fingerprint import shared_settings
+from asyncrl.types import Frontier
 from tests.golden.stored import read_json
 from tests.replay.replay_making import make_group
 
@@ -38,6 +53,7 @@ class Own:
         return {"exact": float(payload["answer"] in completion) + bonus()}
 """
 HELPER = "def bonus():\n    return 0.5\n"
+WEIGHTS = "model.safetensors"
 FUNCTION = "def short(completion, payload):\n    return 1.0\n"
 
 
@@ -281,3 +297,349 @@ def test_R4_a_start_that_may_yet_be_refused_changes_nothing(tmp_path):
     assert journal.missing and list(journal.read_all())
     journal.close()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.name != "lock"} == before
+
+
+# -- W9, R20: what a run is started again with
+
+
+def start(config: Config) -> OpenedRun:
+    """Does what a learner does with its run folder before it serves, and lets go of the folder."""
+    run = open_run(config)
+    run.begin(Path(config.run.dir), 0.0)
+    write_record(Path(config.run.dir), config, run.record)
+    run.journal.close()
+    return run
+
+
+def run_to(config: Config, version: int, *, checkpoint: int = 0, finished: bool = False) -> None:
+    """A run folder whose journal holds the steps up to `version`, with a checkpoint of one of them."""
+    run_dir = Path(config.run.dir)
+    run = open_run(config)
+    run.begin(run_dir, 0.0)
+    write_record(run_dir, config, run.record)
+    size = config.learner.groups_per_step
+    for step in range(run.saved.reached, version):
+        ordinals = range(step * size, (step + 1) * size)
+        for ordinal in ordinals:
+            run.journal.append(make_group(ordinal, version=step), 0.0)
+        run.journal.append(StepTaken(step, tuple((ordinal, 0) for ordinal in ordinals)), 0.0)
+    run.journal.make_durable()
+    run.journal.close()
+    if checkpoint:
+        save(config, checkpoint)
+    if finished:
+        write_finished(run_dir, config, version)
+
+
+def save(config: Config, version: int) -> None:
+    settled = Frontier(version * config.learner.groups_per_step)
+    desk = SavedDesk(SavedLeases(settled.watermark, 0, settled, [], 0, {}))
+    write_checkpoint(
+        Path(config.run.dir) / "checkpoints",
+        version,
+        lambda folder: (folder / WEIGHTS).write_bytes(b"weights %d" % version) and None,
+        run_epoch=1,
+        desk_state=desk.encode(),
+        extra={"architecture": "a"},
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder but the lock, which names the process that looked last."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+REFUSED_CHANGES = [
+    ("run__seed", 5, "run.seed: 0 before, 5 now"),
+    ("task__args", {"size": 3}, 'task.args: {} before, {"size": 3} now'),
+    ("task__path", "own_task:Other", "task.path"),
+    ("sampling__group_size", 8, "sampling.group_size: 4 before, 8 now"),
+    ("sampling__temperature", 0.5, "sampling.temperature"),
+    ("algorithm__name", "rloo", "algorithm.name"),
+    ("algorithm__loss", "gspo", "algorithm.loss"),
+    ("reward__weights", {"exact": 2.0}, "reward.weights"),
+    ("reward__parts", {}, "reward.parts"),
+    ("model__dtype", "bfloat16", "model.dtype"),
+    ("learner__groups_per_step", 8, "learner.groups_per_step: 2 before, 8 now (pacing counts"),
+    ("learner__groups_per_step", 1, "learner.groups_per_step"),
+    ("staleness__max_age", 1, "staleness.max_age: 4 before, 1 now (acknowledged groups"),
+    ("run__steps", 2, "run.steps: 6 before, 2 now (the run is at version 3 already)"),
+    ("update__what", "lora", "update.what"),
+]
+ACCEPTED_CHANGES = [
+    ("learner__lr", 0.5, "learner.lr: 1e-06 before, 0.5 now"),
+    ("learner__micro_batch_tokens", 128, "learner.micro_batch_tokens"),
+    ("generator__max_sequences", 4, "generator.max_sequences"),
+    ("run__steps", 9, "run.steps"),
+    ("run__steps", 3, "run.steps"),
+    ("staleness__max_age", 6, "staleness.max_age"),
+    ("checkpoint__every", 1, "checkpoint.every"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "shown"), REFUSED_CHANGES)
+def test_W9_a_key_that_makes_it_another_run_is_refused_and_nothing_is_written(
+    key, value, shown, configure, task_folder
+):
+    run_to(configure(), 3)
+    before = files_of(Path(configure().run.dir))
+    with pytest.raises(ConfigError) as refused:
+        open_run(configure(**{key: value}))
+    assert shown in str(refused.value) and "checkpoint.resume=fork" in str(refused.value)
+    assert refused.value.exit_code == 2
+    assert files_of(Path(configure().run.dir)) == before
+    assert start(configure()).saved.reached == 3, "with the old value it goes on"
+
+
+@pytest.mark.parametrize(("key", "value", "shown"), ACCEPTED_CHANGES)
+def test_W9_a_harmless_key_is_listed_and_accepted(key, value, shown, configure, task_folder, caplog):
+    run_to(configure(), 3)
+    with caplog.at_level("INFO"):
+        assert start(configure(**{key: value})).saved.reached == 3
+    assert shown in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        start(configure(**{key: value}))
+    assert "other values" not in caplog.text, "said once"
+
+
+@pytest.mark.parametrize("file", ["own_task.py", "helper_of_own_task.py", "own_rewards.py"])
+def test_W9_an_edited_task_or_reward_is_refused(file, configure, task_folder):
+    run_to(configure(), 3)
+    (task_folder / file).write_text((task_folder / file).read_text() + "\n\nMORE = 1\n")
+    with pytest.raises(ConfigError, match=rf"file {file[:-3]} \(source\)"):
+        open_run(configure())
+
+
+def test_W9_another_data_file_under_the_same_name_is_refused(configure, task_folder):
+    data = task_folder / "data.jsonl"
+    data.write_text("one")
+    run_to(configure(task__args={"path": str(data)}), 3)
+    data.write_text("two")
+    with pytest.raises(ConfigError, match=r"data.jsonl \(task.args\)"):
+        open_run(configure(task__args={"path": str(data)}))
+
+
+def test_W9_another_model_under_the_same_path_is_refused(configure, task_folder, tied_model_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tied_model_dir, model)
+    run_to(configure(model__path=str(model)), 3)
+    shutil.copytree(tied_model_dir, tmp_path / "moved")
+    assert start(configure(model__path=str(tmp_path / "moved"))).saved.reached == 3, (
+        "the same model elsewhere is the same"
+    )
+    weights = model / "model.safetensors"
+    weights.write_bytes(flipped(weights.read_bytes(), 8 * (weights.stat().st_size - 1)))
+    with pytest.raises(ConfigError, match="file weights of the model"):
+        open_run(configure(model__path=str(model)))
+
+
+def test_W9_a_run_of_a_release_that_wrote_config_yaml_alone_is_compared_with_that(configure, task_folder):
+    run_to(configure(), 3)
+    (Path(configure().run.dir) / RECORD_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"run.seed: 0 before, 5 now"):
+        open_run(configure(run__seed=5))
+    assert start(configure()).saved.reached == 3
+    assert (Path(configure().run.dir) / RECORD_FILE).exists()
+
+
+def test_W9_a_finished_run_is_not_overwritten_by_a_refused_start(configure, task_folder):
+    run_to(configure(), 6, checkpoint=6, finished=True)
+    before = files_of(Path(configure().run.dir))
+    with pytest.raises(ConfigError, match="run.seed"):
+        open_run(configure(run__seed=5))
+    assert files_of(Path(configure().run.dir)) == before
+
+
+def test_W9_every_key_says_what_a_change_of_it_means_and_those_that_are_ruled_have_a_rule():
+    assert {key.name for key in keys() if key.if_changed is IfChanged.RULED} == RULES.keys()
+    assert all(isinstance(key.if_changed, IfChanged) for key in keys())
+    assert all(key.if_changed is IfChanged.REFUSED for key in keys() if key.shared)
+    with pytest.raises(TypeError, match="if_changed"):
+        declared_key(1, "A new key that does not choose.")
+
+
+def test_W9_a_fork_is_a_new_run_from_the_newest_weights_and_the_old_one_is_kept(configure, task_folder, caplog):
+    run_to(configure(), 3, checkpoint=3)
+    run_dir = Path(configure().run.dir)
+    before = files_of(run_dir)
+    forked = configure(run__seed=5, checkpoint__resume="fork")
+    run = start(forked)
+    assert "run.seed: 0 before, 5 now" in caplog.text and "earlier" in caplog.text
+    assert (run.saved.version, run.saved.reached, run.saved.plan.num_records) == (0, 0, 0)
+    assert run.saved.manifest is not None and run.saved.manifest.extra[WEIGHTS_ONLY]
+    assert (run.saved.manifest.path / WEIGHTS).read_bytes() == b"weights 3"
+    assert files_of(run_dir / "earlier" / "1") == before
+    assert run_epoch_of(run_dir) == 1
+    run_to(forked, 2)
+    assert start(forked).saved.reached == 2, "started again with the same words it goes on"
+    assert not (run_dir / "earlier" / "2").exists()
+    assert start(configure(run__seed=5)).record.forked_from
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint of it is left"):
+        open_run(configure(run__seed=5))
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_W9_a_fork_that_is_killed_half_way_is_completed_or_refused(renames, configure, task_folder, monkeypatch):
+    run_to(configure(), 3, checkpoint=3)
+    forked = configure(run__seed=5, checkpoint__resume="fork")
+    real, done = os.rename, []
+
+    def rename(old: Path, new: Path) -> None:
+        if "earlier" in str(new) or "forked" in str(old):
+            if len(done) == renames:
+                raise KeyboardInterrupt
+            done.append(new)
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(forked)
+    monkeypatch.undo()
+    os.chdir(task_folder)
+    run = start(forked)
+    assert run.saved.reached == 0 and run.saved.manifest is not None
+    assert (run.saved.manifest.path / WEIGHTS).read_bytes() == b"weights 3"
+
+
+def test_R20_a_run_that_cannot_be_paced_on_is_refused_before_it_waits(configure, task_folder):
+    run_to(configure(learner__groups_per_step=32), 3)
+    for size in (8, 128):
+        with pytest.raises(ConfigError, match=rf"learner.groups_per_step: 32 before, {size} now \(pacing counts"):
+            open_run(configure(learner__groups_per_step=size))
+
+
+# -- R5, R4: what is there of a run
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(flipped(file.read_bytes(), 8 * (file.stat().st_size // 2)))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "desk_state.bin", "MANIFEST.json"])
+def test_R5_a_run_whose_checkpoints_are_all_unreadable_does_not_start_over(name, configure, task_folder):
+    run_to(configure(), 3, checkpoint=2)
+    save(configure(), 3)
+    run_dir = Path(configure().run.dir)
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        damage(folder / name)
+    before = files_of(run_dir)
+    with pytest.raises(
+        CheckpointError, match=r"none of the checkpoints .*step_3, step_2.*checkpoint.resume=fresh"
+    ) as error:
+        open_run(configure())
+    assert error.value.exit_code == 6 and files_of(run_dir) == before
+    with pytest.raises(CheckpointError, match="needs a checkpoint to begin from"):
+        open_run(configure(checkpoint__resume="fork"))
+    run = start(configure(checkpoint__resume="fresh"))
+    assert (run.saved.manifest, run.saved.reached) == (None, 0)
+    assert files_of(run_dir / "earlier" / "1") == before
+    assert start(configure(checkpoint__resume="fresh")).saved.reached == 0
+    assert not (run_dir / "earlier" / "2").exists()
+
+
+def test_R5_one_readable_checkpoint_is_enough(configure, task_folder):
+    run_to(configure(), 3, checkpoint=2)
+    save(configure(), 3)
+    damage(Path(configure().run.dir) / "checkpoints" / "step_3" / WEIGHTS)
+    saved = start(configure()).saved
+    assert (saved.version, saved.reached) == (2, 3)
+
+
+def test_R5_fresh_and_fork_go_on_with_a_run_that_can_be_gone_on_with(configure, task_folder):
+    run_to(configure(), 3, checkpoint=2)
+    for word in ("fresh", "fork", "auto"):
+        assert start(configure(checkpoint__resume=word)).saved.reached == 3
+    with pytest.raises(ConfigError, match="checkpoint.resume=never"):
+        open_run(configure(checkpoint__resume="never"))
+
+
+def test_R5_a_missing_folder_of_checkpoints_is_no_new_run(configure, task_folder):
+    run_to(configure(), 3, checkpoint=3)
+    run_dir = Path(configure().run.dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    assert start(configure()).saved.reached == 3, "the journal is whole: it holds every step"
+    segment = run_dir / "journal" / "00000001.segment"
+    segment.rename(run_dir / "gone")
+    with pytest.raises(CheckpointError, match="goes on from a checkpoint, and there is none"):
+        start(configure())
+
+
+def test_R4_a_journal_that_ends_before_the_checkpoint_is_refused(configure, task_folder):
+    run_to(configure(), 3, checkpoint=3)
+    run_dir = Path(configure().run.dir)
+    shutil.rmtree(run_dir / "journal")
+    with pytest.raises(JournalError, match="ends at version 0, before the checkpoint of version 3") as error:
+        open_run(configure())
+    assert error.value.exit_code == 6
+    run = start(configure(checkpoint__resume="fork"))
+    assert run.saved.manifest is not None and run.saved.version == 0
+
+
+# -- R13: counts of starts
+
+
+@pytest.mark.parametrize("text", ["", "1\n", "0", "garbage", "-3", "9" * 40, "\x00\x00"])
+def test_R13_a_run_epoch_that_is_old_or_damaged_is_said_and_repaired(text, configure, task_folder, caplog):
+    run_to(configure(), 1)
+    for _ in range(4):
+        start(configure())
+    run_dir = Path(configure().run.dir)
+    assert run_epoch_of(run_dir) == 5
+    (run_dir / "run_epoch").write_text(text)
+    run = open_run(configure())
+    assert run.begin(run_dir, 0.0) == 6
+    run.journal.close()
+    assert "the count goes on from there" in caplog.text
+    (run_dir / "run_epoch").unlink()
+    run = open_run(configure())
+    assert run.begin(run_dir, 0.0) == 7
+    run.journal.close()
+
+
+def test_R13_checkpoints_know_the_run_epoch_too(configure, task_folder):
+    run_to(configure(), 3)
+    run_dir = Path(configure().run.dir)
+    write_checkpoint(
+        run_dir / "checkpoints",
+        3,
+        lambda folder: None,
+        run_epoch=8,
+        desk_state=SavedDesk(SavedLeases(6, 0, Frontier(6), [], 0, {})).encode(),
+    )
+    run = open_run(configure())
+    assert run.begin(run_dir, 0.0) == 9
+    run.journal.close()
+
+
+# -- R11: a finished run
+
+
+def test_R11_a_finished_run_is_finished_until_it_gets_more_steps(configure, task_folder):
+    run_to(configure(), 6, checkpoint=6, finished=True)
+    for steps, finished in ((6, True), (7, False)):
+        run = open_run(configure(run__steps=steps))
+        assert run.is_finished(steps) == finished
+        run.journal.close()
+    run_to(configure(run__steps=8), 7)
+    run = open_run(configure(run__steps=8))
+    assert not run.is_finished(8)
+    run.journal.close()
+
+
+def test_R11_a_run_that_was_stopped_is_not_finished(configure, task_folder):
+    run_to(configure(), 6, checkpoint=6)
+    run = open_run(configure())
+    assert not run.is_finished(6)
+    run.journal.close()
+
+
+def test_R11_a_finished_run_that_is_started_again_ends_at_once(configure, task_folder, caplog):
+    run_to(configure(), 6, checkpoint=6, finished=True)
+    before = files_of(Path(configure().run.dir))
+    with caplog.at_level("INFO"):
+        assert run_learner(configure()) == 0
+    assert "is finished: all its 6 steps are trained" in caplog.text
+    assert files_of(Path(configure().run.dir)) == before

@@ -37,7 +37,8 @@ from asyncrl.link.weight_records import (
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage import records, segment
 from asyncrl.storage.checkpoint_files import read_manifest
-from asyncrl.storage.journal import Journal, next_run_epoch, run_epoch_of
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.run_epoch import next_run_epoch, run_epoch_of
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.critic import Critic
 from asyncrl.trainer.engines.policy import Policy

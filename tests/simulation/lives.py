@@ -22,7 +22,8 @@ from asyncrl.generator.identity import Identity
 from asyncrl.link import messages
 from asyncrl.link.codec import decode
 from asyncrl.link.messages import Message
-from asyncrl.storage.journal import Journal, next_run_epoch
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.run_epoch import next_run_epoch
 from asyncrl.tasks.prompts import Prompt
 from tests.desk.desk_parts import MetricsLog
 from tests.simulation.checker import Violation, records_in

@@ -6,7 +6,7 @@ import os
 import random
 
 from asyncrl.storage.checkpoint_files import find_latest, write_checkpoint
-from asyncrl.storage.journal import next_run_epoch, run_epoch_of
+from asyncrl.storage.run_epoch import next_run_epoch, run_epoch_of
 from tests.simulation.disk import Disk
 
 

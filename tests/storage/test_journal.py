@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.errors import JournalError
-from asyncrl.storage.journal import DURABLE_AFTER_BYTES, DURABLE_AFTER_S, Journal, next_run_epoch, run_epoch_of
+from asyncrl.storage.journal import DURABLE_AFTER_BYTES, DURABLE_AFTER_S, Journal
 from asyncrl.storage.records import (
     GroupFiltered,
     GroupsDropped,
@@ -22,6 +22,7 @@ from asyncrl.storage.records import (
     StepTaken,
     StoredGroup,
 )
+from asyncrl.storage.run_epoch import next_run_epoch, run_epoch_of
 from asyncrl.storage.segment import FRAME_BYTES, HEADER_BYTES, encode, read_salt
 from tests.replay.replay_making import make_group
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from asyncrl.config import Config
 from asyncrl.desk.counters import Counters
 from asyncrl.desk.opening.saved_state import SavedDesk
 from asyncrl.desk.run_state import PolicyVersions, RunState
-from asyncrl.errors import ConfigError
+from asyncrl.errors import CheckpointError, JournalError
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.host.model_folder import find_model
 from asyncrl.link.desk_session import DeskSessions, Expected, SavedSession
@@ -25,12 +26,16 @@ from asyncrl.replay.lease_records import SavedLeases
 from asyncrl.replay.pacing import Pacing
 from asyncrl.replay.recovery import ReplayPlan, replay_plan
 from asyncrl.replay.tickets import Tickets
-from asyncrl.storage.checkpoint_files import find_latest, load_desk_state
+from asyncrl.storage.checkpoint_files import Manifest, find_latest, is_empty, load_desk_state, unreadable
 from asyncrl.storage.journal import Journal
 from asyncrl.tasks.fingerprint import shared_settings
 from asyncrl.types import Frontier
 
 log = logging.getLogger(__name__)
+
+# A checkpoint's files up to this size are read before the desk serves. Larger ones are read by the trainer, which takes
+# an older checkpoint, and the journal since that, when one of them turns out to be damaged.
+READ_AT_START_BYTES = 64 * 2**20
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -38,22 +43,59 @@ def checkpoint_folder(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def refuse_used_folder(config: Config, journal: Journal) -> None:
-    """Raises ConfigError when the run folder holds an earlier run and the configuration forbids to go on with it."""
-    used = journal.num_bytes > 0 and any(True for _ in journal.read_all())
-    if config.checkpoint.resume == "never" and (used or find_latest(checkpoint_folder(config))):
-        raise ConfigError(
-            f"run.dir={config.run.dir} holds an earlier run and checkpoint.resume=never; "
-            "use checkpoint.resume=auto to go on with it, or another run.dir (or run.name)"
-        )
+@dataclass(frozen=True, slots=True)
+class SavedRun:
+    """What is on disk of a run: the newest checkpoint, the desk's state in it (None without one), and the journal."""
+
+    manifest: Manifest | None
+    desk: SavedDesk | None
+    plan: ReplayPlan
+
+    @property
+    def version(self) -> int:
+        """The version of the checkpoint; 0 without one."""
+        return self.manifest.version if self.manifest is not None else 0
+
+    @property
+    def reached(self) -> int:
+        """The version that the run had reached: of the checkpoint and the steps that are trained again."""
+        return self.version + len(self.plan.steps)
 
 
-def restore_run(config: Config, run_epoch: int, journal: Journal) -> RunState:
-    """The run as it stands after what is on disk. Raises CheckpointError or JournalError when that cannot be read."""
-    manifest = find_latest(checkpoint_folder(config))
+def read_saved_run(config: Config, journal: Journal) -> SavedRun:
+    """Reads what is on disk, and changes nothing.
+
+    Raises CheckpointError or JournalError when that cannot be read, or when a part of it is not there.
+    """
+    root = checkpoint_folder(config)
+    everything = config.checkpoint.resume in ("fork", "fresh")
+    manifest = find_latest(root, max_bytes=None if everything else READ_AT_START_BYTES)
+    if manifest is None and not is_empty(root):
+        raise CheckpointError(unreadable(root))
+    desk = SavedDesk.decode(load_desk_state(manifest)) if manifest is not None else None
     version = manifest.version if manifest is not None else 0
-    saved = SavedDesk.decode(load_desk_state(manifest)) if manifest is not None else None
-    plan = replay_plan(version, saved.leases.settled if saved is not None else Frontier(), journal.read_all())
+    plan = replay_plan(version, desk.leases.settled if desk is not None else Frontier(), journal.read_all())
+    if manifest is None and journal.begins_later:
+        raise CheckpointError(
+            f"the journal in {config.run.dir} goes on from a checkpoint, and there is none in {root}: restore that "
+            "folder, or begin the run anew from model.path with checkpoint.resume=fresh; what is here is then kept in "
+            "the folder `earlier`"
+        )
+    if plan.newest_step < version - 1 and not journal.damage:
+        raise JournalError(
+            f"the journal in {config.run.dir} ends at version {plan.newest_step + 1}, before the checkpoint of version "
+            f"{version}: a part of it is gone, and with it acknowledged results. Restore the folder `journal`; or "
+            "begin a new run from the weights of the checkpoint with checkpoint.resume=fork, or from model.path with "
+            "checkpoint.resume=fresh; what is here is then kept in the folder `earlier`"
+        )
+    return SavedRun(manifest, desk, plan)
+
+
+def restore_run(config: Config, run_epoch: int, journal: Journal, found: SavedRun | None = None) -> RunState:
+    """The run as it stands after what is on disk: `found`, or what `read_saved_run` finds, which may raise."""
+    found = found or read_saved_run(config, journal)
+    saved, plan = found.desk, found.plan
+    version = found.version
     counters = Counters()
     if saved is not None:
         counters.restore(saved.totals)
@@ -61,7 +103,7 @@ def restore_run(config: Config, run_epoch: int, journal: Journal) -> RunState:
     pacing = Pacing(config.learner.groups_per_step, config.staleness.max_age, config.run.steps)
     return RunState(
         run_epoch=run_epoch,
-        policy=PolicyVersions.at_start(version, version + len(plan.steps), run_epoch),
+        policy=PolicyVersions.at_start(version, found.reached, run_epoch),
         leases=_restore_leases(config, pacing, run_epoch, saved.leases if saved is not None else None, plan),
         buffer=_restore_buffer(config, pacing, plan),
         journal=journal,
