@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from asyncrl.errors import DeadlineExceeded, RewardError
 from asyncrl.host.addresses import is_loopback
 from asyncrl.rewards.base import ServerUnavailable
+from asyncrl.rewards.leftovers import is_full
 
 if TYPE_CHECKING:
     import httpx
@@ -96,6 +97,8 @@ class HttpEndpoint:
         except TimeoutError:
             raise _TryAgainError(f"no answer within {self._timeout_s:g} s", timed_out=True) from None
         except httpx.TransportError as error:
+            if is_full(error):  # this process has no file descriptor left: that says nothing about the server
+                raise
             raise _TryAgainError(f"{type(error).__name__}: {error}") from None
         if status in RETRIED_STATUSES:
             raise _TryAgainError(f"HTTP {status}: {_excerpt(text)}", _retry_after_s(headers.get("retry-after", "")))

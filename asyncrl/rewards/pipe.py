@@ -71,6 +71,7 @@ class Scored:
     reason: str = ""  # one of FAILURES where there are none
     detail: str = ""
     server_down: bool = False  # the server of a part did not answer at all
+    worker_full: bool = False  # the worker has no memory, file descriptors or threads left: a new one may have
 
 
 PipeMessage = WorkerSetup | RewardJob | WorkerStarted | Scored
@@ -103,12 +104,18 @@ def decode_started(body: bytes) -> WorkerStarted:
 def decode_scored(body: bytes) -> Scored:
     """A worker's later messages. Raises ProtocolError."""
     match _unpacked(body):
-        case {"parts": dict() as parts, "reason": "", "detail": "", "server_down": False, **others}:
-            if not others and parts and _are_named_numbers(parts) and not reward_parts_problem(parts):
+        case {"parts": dict() as parts, "reason": "", "detail": "", "server_down": False, "worker_full": False}:
+            if parts and _are_named_numbers(parts) and not reward_parts_problem(parts):
                 return Scored(parts)
-        case {"parts": None, "reason": str() as reason, "detail": str() as detail, "server_down": bool() as down}:
+        case {
+            "parts": None,
+            "reason": str() as reason,
+            "detail": str() as detail,
+            "server_down": bool() as down,
+            "worker_full": bool() as full,
+        }:
             if reason in FAILURES:
-                return Scored(None, reason, detail, down)
+                return Scored(None, reason, detail, down, full)
     raise _not_a_message()
 
 

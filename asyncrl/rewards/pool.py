@@ -121,8 +121,8 @@ class RewardPool:
         prompt, as text, and num_tokens, of each completion, are for the parts that need them.
 
         It waits for an idle worker, and while the server of a part is down for that too (`ServerGate`): give the call a
-        deadline of its own. From then on it takes at most timeout_s per completion and worker start. Cancelling it
-        kills the worker, because nobody knows what that was doing.
+        deadline of its own. From then on it takes at most timeout_s per completion and worker start, twice for one that
+        found its worker full. Cancelling it kills the worker, because nobody knows what that was doing.
         """
         tokens = [None] * len(completions) if num_tokens is None else list(num_tokens)
         job = RewardJob(list(completions), tokens, prompt, payload)
@@ -150,7 +150,10 @@ class RewardPool:
         return outcomes
 
     async def _score_on(self, worker: _Worker, job: RewardJob) -> list[RewardOutcome]:
-        """Outcomes of the first completions, one at least: all of them, or up to the one that cost the worker."""
+        """Outcomes of the first completions: all of them, or up to the one that cost the worker.
+
+        One that found a used worker full is not among them: it is the first that a new worker gets, and then it counts.
+        """
         count = len(job.completions)
         try:
             await worker.ensure_running()
@@ -160,7 +163,13 @@ class RewardPool:
         try:
             await worker.send(job, self._timeout_s)
             while len(outcomes) < count:
-                outcomes += map(self._outcome, await worker.receive(decode_scored, self._timeout_s))
+                for scored in await worker.receive(decode_scored, self._timeout_s):
+                    was_new = worker.note_scored()
+                    if scored.worker_full:
+                        await worker.kill()
+                        log.warning("reward worker replaced, it was full: %s", scored.detail)
+                        return [*outcomes, self._outcome(scored)] if was_new else outcomes
+                    outcomes.append(self._outcome(scored))
         except DeadlineExceeded as error:
             failure = RewardOutcome(None, "reward_timeout", str(error))
         except (RewardError, ProtocolError) as error:
@@ -185,6 +194,7 @@ class _Running:
         assert process.stdin is not None and process.stdout is not None, "it is started with both pipes"
         self.process = process
         self.jobs = process.stdin
+        self.is_new = True  # it has scored nothing
         self.results = process.stdout
 
 
@@ -270,6 +280,11 @@ class _Worker:
         except TimeoutError:
             raise DeadlineExceeded(f"no reward within {timeout_s:g} s; its worker was killed") from None
         return messages
+
+    def note_scored(self) -> bool:
+        """Notes that a result has come. Whether it is the first of this process."""
+        was_new, self._alive().is_new = self._alive().is_new, False
+        return was_new
 
     async def kill(self) -> None:
         """Ends the worker and everything in its process group, and waits until it is gone."""

@@ -6,10 +6,9 @@ torch or vllm.
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError, UserError
 from asyncrl.host.pipes import private_pipes, read_frame, write_frame
 from asyncrl.host.processes import adopt_orphans, tie_to_parent
 from asyncrl.rewards.base import ServerUnavailable
+from asyncrl.rewards.leftovers import end_processes, is_full
 from asyncrl.rewards.parts import RewardParts, make_parts, prepare_parts
 from asyncrl.rewards.pipe import (
     Scored,
@@ -29,6 +29,7 @@ from asyncrl.rewards.pipe import (
 from asyncrl.tasks.base import load_task
 
 MAX_DETAIL = 500  # characters of what a reward raised
+_SPARE: list[int] = []  # file descriptors to give up when a reward has used all others: ending its processes takes some
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     if frame is None:
         return
     setup = decode_setup(frame)
+    _SPARE.extend(os.dup(2) for _ in range(4))
     _limit_memory(setup.memory_bytes)
     try:
         rewards = _make_rewards(setup)
@@ -50,7 +52,10 @@ def main() -> None:
     write_frame(results, encode(WorkerStarted()))
     while (frame := read_frame(jobs)) is not None:
         for compute in rewards.begin(decode_job(frame).samples()):
-            write_frame(results, encode(_score(compute)))
+            scored = _score(compute)
+            write_frame(results, encode(scored))
+            if scored.worker_full:
+                return  # the pool goes on with a new worker
 
 
 def _make_rewards(setup: WorkerSetup) -> RewardParts:
@@ -79,34 +84,26 @@ def _score(compute: Callable[[], dict[str, float]]) -> Scored:
     except ServerUnavailable as error:
         scored = Scored(None, "reward_error", str(error)[:MAX_DETAIL], server_down=True)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: whatever it raises is its result
+        if is_full(error):
+            return _without_room(error)
         detail = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
         scored = Scored(None, "reward_error", detail[:MAX_DETAIL])
     if os.getpid() != owner:
         os._exit(1)  # a fork made in the reward came back here; only the original may answer
-    if _has_children():
-        _end_children()
-        return Scored(None, "reward_error", "the reward left processes running; end all of them before returning")
+    try:
+        if end_processes():
+            return Scored(None, "reward_error", "the reward left processes running; end all of them before returning")
+    except OSError as error:
+        return _without_room(error)
     return scored
 
 
-def _has_children() -> bool:
-    """Whether child processes are alive. Those that have ended are collected on the way."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return False
-    return True
-
-
-def _end_children() -> None:
-    """Kills all descendants. If they multiply faster, the pool's deadline ends this process and its group."""
-    while _has_children():
-        for listing in glob.glob("/proc/self/task/*/children"):
-            with open(listing) as file:
-                for pid in file.read().split():
-                    os.kill(int(pid), signal.SIGKILL)
-        os.waitpid(-1, 0)
+def _without_room(error: BaseException) -> Scored:
+    while _SPARE:
+        os.close(_SPARE.pop())
+    with contextlib.suppress(OSError, MemoryError):
+        end_processes()
+    return Scored(None, "reward_error", f"{type(error).__name__}: {error}"[:MAX_DETAIL], worker_full=True)
 
 
 if __name__ == "__main__":

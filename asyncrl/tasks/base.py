@@ -44,10 +44,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from asyncrl.errors import RewardError, TaskError
+from asyncrl.tasks.results import as_number, awaited
 
 _T = TypeVar("_T")
 
@@ -85,7 +85,8 @@ class Task(Protocol):
     def reward(self, completion: str, payload: dict[str, Any]) -> dict[str, float]:
         """Named parts of the reward of one completion; the reward is their sum, weighted where reward.weights says so.
 
-        To say "this cannot be scored", raise: the rollout is then counted as failed and never trained on.
+        To say "this cannot be scored", raise: the rollout is then counted as failed and never trained on. It may be
+        an `async def`; completions of one worker are scored one after the other all the same.
         """
 
 
@@ -116,7 +117,7 @@ def checked_reward(task: Task, completion: str, payload: dict[str, Any]) -> dict
 
     Raises RewardError when the task returned anything else; lets through what the task raises.
     """
-    parts = task.reward(completion, payload)
+    parts = awaited(task.reward(completion, payload))
     checked = parts if _is_plain(parts) else _as_floats(parts)
     if not math.isfinite(sum(checked.values())):
         raise RewardError(f"reward parts must be finite, and so must their sum: {_shown(checked)}")
@@ -133,10 +134,13 @@ def _is_plain(parts: object) -> bool:
 def _as_floats(parts: object) -> dict[str, float]:
     if not isinstance(parts, dict) or not parts:
         raise RewardError(f"reward must return a dict of named parts such as {{'exact': 1.0}}, not {_shown(parts)}")
+    checked: dict[str, float] = {}
     for name, value in parts.items():
-        if not isinstance(name, str) or not isinstance(value, Real):
+        number = as_number(value)
+        if not isinstance(name, str) or number is None:
             raise RewardError(f"reward part {_shown(name)} must be a number under a string name, not {_shown(value)}")
-    return {name: float(value) for name, value in parts.items()}
+        checked[str(name)] = number
+    return checked
 
 
 def _shown(value: object) -> str:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar
 
 from asyncrl.errors import ConfigError, RewardError, TaskError
 from asyncrl.rewards.base import Part, Sample
 from asyncrl.tasks.base import find_function
+from asyncrl.tasks.results import as_number, awaited
 from asyncrl.tasks.shaping import has_form, length_penalty, overlong_penalty
 
 
@@ -75,7 +75,7 @@ class UserRule(Part):
     """The value that a function of the user's own returns: `function(completion, payload, **args)`.
 
     path: `module:function`; modules in the current directory can be imported. args: the function's keyword arguments.
-    To say "this cannot be scored", the function raises.
+    To say "this cannot be scored", the function raises. It may be an `async def`.
     """
 
     kind: ClassVar[str] = "rule"
@@ -102,10 +102,11 @@ class UserRule(Part):
 
     def value(self, sample: Sample) -> float:
         """What the function returns. Raises RewardError when that is no number."""
-        value = self._function(sample.completion, sample.payload, **self.args)
-        if not isinstance(value, Real):
+        value = awaited(self._function(sample.completion, sample.payload, **self.args))
+        number = as_number(value)
+        if number is None:
             raise RewardError(f"{self.path} must return a number, not {value!r:.200}")
-        return float(value)
+        return number
 
 
 def _tokens(sample: Sample) -> int:
