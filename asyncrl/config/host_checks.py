@@ -11,6 +11,7 @@ from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
 from asyncrl.config.keys import value_of
 from asyncrl.host.model_config import known_context, vocab_size
 from asyncrl.host.model_folder import ModelFiles, find_model
+from asyncrl.host.model_head import check_head
 from asyncrl.host.processes import cpu_problem
 
 
@@ -22,6 +23,7 @@ def check_host(config: Config, role: str) -> ModelFiles:
     """
     raise_all([*_key_file_problems(config, role), *_device_problems(config, role), *_ipc_problems(config)])
     model = find_model(config.model.path)
+    check_head(model, f"model.path={config.model.path}")
     raise_all(list(_length_problems(config, model, "model.path")))
     if role == "learner" and has_own_critic(config) and config.critic.path:
         critic = find_model(config.critic.path, "critic.path")

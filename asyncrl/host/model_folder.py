@@ -118,7 +118,11 @@ def _weight_files(key: str, folder: Path) -> tuple[Path, ...]:
     return files
 
 
-def _count_elements(path: Path) -> int:
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The tensors of a safetensors file by name (dtype, shape, data_offsets), and the byte at which their data begins.
+
+    Raises ModelError when the file is none.
+    """
     malformed = f"{path} is not a safetensors file; copy the model again"
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -129,7 +133,14 @@ def _count_elements(path: Path) -> int:
             raise ModelError(malformed)
         header = file.read(length)
     try:
-        tensors = json.loads(header)
-        return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return {name: dict(entry) for name, entry in json.loads(header).items() if name != "__metadata__"}, 8 + length
+    except (ValueError, TypeError, AttributeError):
         raise ModelError(malformed) from None
+
+
+def _count_elements(path: Path) -> int:
+    tensors, _ = read_header(path)
+    try:
+        return sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+    except (KeyError, TypeError):
+        raise ModelError(f"{path} is not a safetensors file; copy the model again") from None

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from asyncrl.config.host_checks import check_host
+from asyncrl.config.loading import load_config
+from asyncrl.errors import ModelError
 from asyncrl.generator.engines.vllm.bits_in_use import num_unwritten
+from asyncrl.host.model_folder import find_model
+from asyncrl.host.model_head import check_head
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncReply
 from asyncrl.link.weight_records import BitsInUse
 from asyncrl.link.wire_types import SyncPhase
+from asyncrl.trainer.engines.policy import Policy
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.plan.records import Committed, SyncFailed
 from benchmarks.speed.digest import damages, try_damage
 from tests.generator.engines.vllm.test_direct_apply import HIDDEN, Model, Worker, checkpoint, manifest_of
+from tests.trainer.tiny import save_tiny_model
 from tests.weights.plan.test_planner import CANARY, DIGESTS, Bench, kinds, messages
 
 TRIES = 2000
@@ -252,3 +261,46 @@ def test_W2_the_sign_of_zero_and_not_a_number_are_bits():
     named["norm.weight"][0] = float("nan")
     worker.reload(named)
     assert worker.direct.report(1, named.items()).differing == []
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+
+def model_with_head(folder, *, tied, head):
+    """A tiny model folder whose config.json says `tied`; `head`: "same" as the embedding, "other", or "none" stored."""
+    save_tiny_model(folder, tied=True)
+    weights = load_file(folder / "model.safetensors")
+    if head != "none":
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + float(head == "other")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    config |= {} if tied is None else {"tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tied", "head", "cause"),
+    [
+        (True, "other", "tie_word_embeddings is true, but a head of its own is stored: lm_head.weight"),
+        (False, "none", "tie_word_embeddings is false, but no lm_head.weight is stored"),
+        (None, "none", r"tie_word_embeddings is false \(the default of its kind\), but no lm_head.weight"),
+    ],
+)
+def test_D11_a_head_that_config_json_denies_is_refused_by_both_sides_and_the_dry_run(tied, head, cause, tmp_path):
+    folder = model_with_head(tmp_path / "model", tied=tied, head=head)
+    with pytest.raises(ModelError, match=cause):
+        Policy.load(str(folder))
+    config = load_config(None, [f"model.path={folder}", "task.path=asyncrl.tasks.arithmetic:Arithmetic"])
+    for role in ("learner", "generator"):
+        with pytest.raises(ModelError, match=f"model.path=.*{cause}.*config.json"):
+            check_host(config, role)
+
+
+@pytest.mark.parametrize(("tied", "head"), [(True, "none"), (True, "same"), (False, "other"), (False, "same")])
+def test_D11_heads_that_config_json_confirms_are_loaded(tied, head, tmp_path):
+    folder = model_with_head(tmp_path / "model", tied=tied, head=head)
+    check_head(find_model(str(folder)), "model.path=x")
+    policy = Policy.load(str(folder))
+    assert (policy.head_weight is policy.model.get_input_embeddings().weight) == tied

@@ -19,6 +19,7 @@ from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.errors import ModelError, ShapeError
 from asyncrl.host.fingerprints import model_fingerprint
 from asyncrl.host.model_folder import find_model
+from asyncrl.host.model_head import check_head
 from asyncrl.trainer.engines.attention import is_full_attention
 from asyncrl.trainer.engines.lora import adapters_off, is_adapter
 from asyncrl.trainer.engines.trainable import (
@@ -95,11 +96,12 @@ class Policy:
 
         Raises ModelError when the folder is missing or incomplete, or lacks weights that the model needs.
         """
-        folder = find_model(path).folder
-        model = load_float32(AutoModelForCausalLM, folder, f"model.path={path}")
+        files = find_model(path)
+        check_head(files, f"model.path={path}")
+        model = load_float32(AutoModelForCausalLM, files.folder, f"model.path={path}")
         module: torch.nn.Module = model  # transformers decorates its own `to` so that its types are lost
         module.to(torch.device(device))
-        return cls(model, dtype=dtype, source=folder)
+        return cls(model, dtype=dtype, source=files.folder)
 
     @property
     def device(self) -> torch.device:
