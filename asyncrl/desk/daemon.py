@@ -38,7 +38,7 @@ from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.curve_keys import server_auth
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import MAX_FRAME_BYTES
-from asyncrl.metrics import METRICS_FILE, Metrics, read_records
+from asyncrl.metrics import METRICS_FILE, Metrics, StepMetrics, newest_version
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.report.summary import report
 from asyncrl.tasks.base import load_task
@@ -165,7 +165,7 @@ def _ranks(config: Config, state: RunState, acknowledgements: Acknowledgements, 
         acknowledgements=acknowledgements,
         dealer=dealer,
         metrics=surroundings.metrics,
-        last_logged_version=_last_logged_version(Path(config.run.dir)),
+        last_logged_version=newest_version(Path(config.run.dir) / METRICS_FILE, StepMetrics.kind),
         checkpoints=checkpoint_folder(config),
     )
 
@@ -213,11 +213,3 @@ def _say_finished(config: Config, run_dir: Path) -> None:
         config.run.steps,
         run_dir / "export",
     )
-
-
-def _last_logged_version(run_dir: Path) -> int:
-    path = run_dir / METRICS_FILE
-    if not path.exists():
-        return 0
-    records, _ = read_records(path)
-    return max((record["version"] for record in records if record["kind"] == "step"), default=0)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asyncrl.errors import CheckpointError, ConfigError, TrainerFailed
+from asyncrl.host.log_files import limit_log
 from asyncrl.host.processes import child_environment, die_with_parent, nccl_environment
 from asyncrl.link.trainer_link import LAST_WORDS
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 RESTART_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 32.0
+LOG_CHECK_S = 10.0
 KILL_TIMEOUT_S = 10.0  # a process in a system call that hangs does not end before the call does
 
 
@@ -57,6 +59,7 @@ class TrainerProcess:
         self._signal_group = signal_group
         self._process: subprocess.Popen[bytes] | None = None
         self._restart_at: float | None = None
+        self._log_checked_at = -LOG_CHECK_S
 
     @property
     def running(self) -> bool:
@@ -109,6 +112,9 @@ class TrainerProcess:
         Raises TrainerFailed when it died more than `max_restarts` times without a step in between, ConfigError or
         CheckpointError at once when it ended because of what the user set up.
         """
+        if now >= self._log_checked_at + LOG_CHECK_S:
+            self._log_checked_at = now
+            limit_log(self.log_file)
         if self._restart_at is not None:
             if now >= self._restart_at:
                 self.start()

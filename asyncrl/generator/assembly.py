@@ -18,6 +18,7 @@ from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.identity import Identity, claim_identity
 from asyncrl.generator.lease_runner import no_text
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
+from asyncrl.host.log_files import limit_logs
 from asyncrl.host.model_config import known_context, read_model_config
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.processes import StopSignal, pin_to
@@ -31,6 +32,8 @@ from asyncrl.rewards.pool import RewardPool
 from asyncrl.tasks.fingerprint import shared_settings
 
 log = logging.getLogger(__name__)
+
+LOG_CHECK_S = 10.0
 
 
 def run_generator(config: Config) -> int:
@@ -61,12 +64,21 @@ async def _serve(config: Config, identity: Identity, parts: GeneratorParts, stop
     """Builds the parts, runs the daemon, takes the parts down again."""
     daemon = build_generator(config, identity, parts)
     asyncio.get_running_loop().add_reader(stop.fd, daemon.stop, "signal")
+    logs = asyncio.create_task(_limit_logs(Path(config.run.dir) / "generators", f"{identity.generator_id}."))
     try:
         return await daemon.run()
     finally:
+        logs.cancel()
         asyncio.get_running_loop().remove_reader(stop.fd)
         await daemon.rewards.close()
         await daemon.engine.close()
+
+
+async def _limit_logs(folder: Path, prefix: str) -> None:
+    """Keeps the logs of engine and reward models within their size."""
+    while True:
+        await asyncio.to_thread(limit_logs, folder, prefix)
+        await asyncio.sleep(LOG_CHECK_S)
 
 
 def build_generator(config: Config, identity: Identity, parts: GeneratorParts | None = None) -> GeneratorDaemon:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from asyncrl.errors import ConfigError
+from asyncrl.storage.disk import make_folder
 
 MAX_PER_HOST = 256
 MAX_ID_CHARACTERS = 128
@@ -38,7 +40,7 @@ def claim_identity(folder: Path, wanted_id: str) -> Identity:
             f"generator.id={wanted_id!r:.200} must have at most {MAX_ID_CHARACTERS} printable characters, none of them "
             "a space or a slash"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     candidates = [wanted_id] if wanted_id else [f"{socket.gethostname()}-{n}" for n in range(MAX_PER_HOST)]
     for generator_id in candidates:
         if identity := _try_claim(folder / f"{generator_id}.incarnation", generator_id):
@@ -51,24 +53,53 @@ def claim_identity(folder: Path, wanted_id: str) -> Identity:
 
 def _try_claim(path: Path, generator_id: str) -> Identity | None:
     """The identity with its next incarnation; None when another process holds it."""
-    lock = path.open("a+")
+    _make(path)
+    lock = path.open("r+", errors="replace")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
-    lock.seek(0)
-    text = lock.read().strip() or "0"
-    if not text.isdecimal():
+    try:
+        incarnation = _read(path, lock.read()) + 1
+    except ConfigError:
         lock.close()
-        raise ConfigError(
-            f"{path} holds {text[:20]!r}, not a number; write the highest incarnation of the learner's log there"
-        )
-    incarnation = int(text) + 1
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"{incarnation}\n")
-    lock.flush()
+        raise
+    # In one write of the same length or more, so that a crash leaves the old count or the new one, never an empty file.
+    os.pwrite(lock.fileno(), _line(incarnation).encode(), 0)
+    os.ftruncate(lock.fileno(), len(_line(incarnation)))
     # Durable before the first hello: an incarnation that is used twice would look like a duplicate, not a restart.
     os.fsync(lock.fileno())
     return Identity(generator_id, incarnation, lock)
+
+
+def _make(path: Path) -> None:
+    """Makes the file in one piece, unless there is one: an empty file is a damaged one."""
+    if path.exists():
+        return
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    fresh.write_text(_line(0))
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        pass  # another process was faster
+    finally:
+        fresh.unlink()
+
+
+def _line(incarnation: int) -> str:
+    digits = f"{incarnation:020d}"
+    return f"{digits} {zlib.crc32(digits.encode()):08x}\n"
+
+
+def _read(path: Path, text: str) -> int:
+    """The count in the file. Earlier releases wrote the number alone. Raises ConfigError when it is damaged."""
+    words = text.split()
+    if len(words) == 2 and words[0].isdecimal() and _line(int(words[0][:20])) == text:
+        return int(words[0])
+    if len(words) == 1 and words[0].isascii() and words[0].isdecimal() and len(words[0]) < 10:
+        return int(words[0])
+    raise ConfigError(
+        f"{path} holds {text[:40]!r}, not the count of starts that it should; write the highest incarnation of this "
+        "generator in the learner's log there, or give the generator another generator.id"
+    )

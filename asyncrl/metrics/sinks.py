@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -103,8 +103,53 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
     Raises FileNotFoundError when there is no such file.
     """
-    records = [_parsed(line) for line in path.read_bytes().splitlines() if line.strip()]
-    return [record for record in records if record is not None], sum(record is None for record in records)
+    records: list[dict[str, Any]] = []
+    unreadable = 0
+    for record in iterate_records(path):
+        if record is None:
+            unreadable += 1
+        else:
+            records.append(record)
+    return records, unreadable
+
+
+def iterate_records(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The records of a metrics file one by one, None for a line that cannot be read; memory holds one line at a time.
+
+    Raises FileNotFoundError when there is no such file.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield _parsed(line)
+
+
+def newest_version(path: Path, kind: str) -> int:
+    """The version of the last record of this kind, 0 if there is none; the file is read backwards, as far as needed.
+
+    A file that is not there has none.
+    """
+    try:
+        with path.open("rb") as file:
+            for line in _lines_backwards(file):
+                record = _parsed(line)
+                if record is not None and record.get("kind") == kind and isinstance(record.get("version"), int):
+                    return int(record["version"])
+    except FileNotFoundError:
+        return 0
+    return 0
+
+
+def _lines_backwards(file: IO[bytes]) -> Iterator[bytes]:
+    place = file.seek(0, os.SEEK_END)
+    rest = b""
+    while place > 0:
+        size = min(TAIL_BYTES, place)
+        place -= size
+        file.seek(place)
+        rest, *lines = (file.read(size) + rest).split(b"\n")
+        yield from reversed(lines)
+    yield rest
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

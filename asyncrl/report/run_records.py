@@ -19,7 +19,7 @@ from statistics import fmean, median
 from typing import Any, TypeVar
 
 from asyncrl.errors import UserError
-from asyncrl.metrics import METRICS_FILE, read_records
+from asyncrl.metrics import METRICS_FILE, iterate_records
 from asyncrl.metrics.types import EvalMetrics, StepMetrics, SyncMetrics, youngest_age
 
 T = TypeVar("T")
@@ -117,18 +117,28 @@ class RunRecords:
         """
         self.run_dir = Path(run_dir)
         path = self.run_dir / METRICS_FILE
+        self.unreadable_lines = 0
+        self.step_lines: list[StepRecord] = []
+        self.syncs: list[SyncRecord] = []
+        self.wall_s = 0.0
+        evals: list[EvalRecord] = []
         try:
-            lines, self.unreadable_lines = read_records(path)
+            for line in iterate_records(path):
+                if line is None or not isinstance(line.get("version"), int):
+                    self.unreadable_lines += 1
+                    continue
+                self.wall_s = max(self.wall_s, line.get("wall_s") or 0.0)
+                match line.get("kind"):
+                    case StepMetrics.kind:
+                        self.step_lines.append(_record(StepRecord, line))
+                    case SyncMetrics.kind:
+                        self.syncs.append(_record(SyncRecord, line))
+                    case EvalMetrics.kind:
+                        evals.append(_record(EvalRecord, line))
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such file; give the run.dir of a run that has started") from None
-        whole = [line for line in lines if isinstance(line.get("version"), int)]
-        self.unreadable_lines += len(lines) - len(whole)
-        self.step_lines = [_record(StepRecord, line) for line in whole if line.get("kind") == StepMetrics.kind]
-        self.syncs = [_record(SyncRecord, line) for line in whole if line.get("kind") == SyncMetrics.kind]
-        evals = [_record(EvalRecord, line) for line in whole if line.get("kind") == EvalMetrics.kind]
         self.steps = _newest(self.step_lines)
         self.evals = _newest(evals)
-        self.wall_s: float = max((line.get("wall_s") or 0.0 for line in whole), default=0.0)
 
     def by_age(self) -> dict[str, list[AgeRecord]]:
         """Bucket of ages, young first → its figures in each step that has such tokens."""

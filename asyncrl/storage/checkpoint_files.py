@@ -247,12 +247,22 @@ def _point_latest(root: Path, name: str) -> None:
 
 
 def _delete_older(root: Path, newest: Manifest, keep: int) -> None:
-    """Deletes all but `keep` checkpoints, and what the newest replaced. The save succeeded even if this fails."""
+    """Deletes all but `keep` checkpoints that verify, and what the newest replaced.
+
+    The save succeeded even if this fails. While fewer than `keep` verify, damaged ones stay as well: there is no hurry,
+    and people may want to look at them.
+    """
+    _note_verified(newest.path)
     folders = [path for path in _complete_folders(root) if path != newest.path]
     # Versions above the newest did not verify when the run resumed; they stay for people to look at.
     older = [path for path in folders if ".old-" not in path.name and _version_of(path) < newest.version]
+    kept: list[Path] = []
+    for path in older:
+        if len(kept) < keep - 1 and _verifies(path):
+            kept.append(path)
+    enough = len(kept) == keep - 1
     for path in folders:
-        if path in older[: keep - 1] or _version_of(path) > newest.version:
+        if path in kept or _version_of(path) > newest.version or (path in older and not enough):
             continue
         try:
             # A half-deleted folder must not look like a damaged checkpoint, so its manifest goes first.
@@ -260,6 +270,33 @@ def _delete_older(root: Path, newest: Manifest, keep: int) -> None:
             shutil.rmtree(path)
         except OSError as error:
             log.warning("could not delete the old checkpoint %s: %s", path, error)
+
+
+# What this process verified, by folder: size and time of change of its files. A save must not read older ones again.
+_verified: dict[Path, dict[str, tuple[int, int]]] = {}
+
+
+def _verifies(path: Path) -> bool:
+    """Whether a checkpoint verifies; one whose files are as they were when it did is not read again."""
+    try:
+        if _verified.get(path) == _signature(path):
+            return True
+        read_manifest(path)
+    except (OSError, CheckpointError) as error:
+        log.warning("the older checkpoint %s does not verify, and is not counted: %s", path, error)
+        return False
+    _note_verified(path)
+    return True
+
+
+def _note_verified(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        _verified[path] = _signature(path)
+
+
+def _signature(folder: Path) -> dict[str, tuple[int, int]]:
+    stats = {file.relative_to(folder).as_posix(): file.stat() for file in _files(folder)}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def _remove_leftovers(root: Path) -> None:

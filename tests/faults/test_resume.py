@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from asyncrl.desk.opening.saved_state import SavedDesk
 from asyncrl.errors import CheckpointError, ConfigError, JournalError
 from asyncrl.generator.assembly import _session
 from asyncrl.generator.identity import claim_identity
+from asyncrl.host.log_files import limit_log
 from asyncrl.link.codec import decode
 from asyncrl.link.messages import Refusal, Welcome
+from asyncrl.metrics import newest_version
 from asyncrl.replay.lease_records import SavedLeases
 from asyncrl.storage.checkpoint_files import WEIGHTS_ONLY, write_checkpoint
 from asyncrl.storage.journal import Journal
@@ -32,7 +36,7 @@ from asyncrl.storage.run_epoch import run_epoch_of
 from asyncrl.storage.segment import HEADER_BYTES, encode, read_salt
 from asyncrl.tasks.fingerprint import shared_settings
 from asyncrl.types import Frontier
-from tests.golden.stored import read_json
+from tests.golden.stored import ROOT, read_json
 from tests.replay.replay_making import make_group
 
 TASK = """
@@ -643,3 +647,114 @@ def test_R11_a_finished_run_that_is_started_again_ends_at_once(configure, task_f
         assert run_learner(configure()) == 0
     assert "is finished: all its 6 steps are trained" in caplog.text
     assert files_of(Path(configure().run.dir)) == before
+
+
+def start_generator(folder: Path) -> int:
+    identity = claim_identity(folder, "g")
+    identity.lock.close()
+    return identity.incarnation
+
+
+def test_R13_an_incarnation_file_that_is_empty_or_changed_is_refused_with_the_remedy(tmp_path):
+    assert [start_generator(tmp_path) for _ in range(3)] == [1, 2, 3]
+    path = tmp_path / "g.incarnation"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        path.write_bytes(flipped(whole, bit))
+        with pytest.raises(ConfigError, match="write the highest incarnation"):
+            start_generator(tmp_path)
+    for text in ("", "\n", "garbage", "-1", "9" * 30, whole[:-5].decode()):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="write the highest incarnation"):
+            start_generator(tmp_path)
+    path.write_bytes(whole)
+    assert start_generator(tmp_path) == 4
+
+
+def test_R13_the_number_that_earlier_releases_and_people_write_counts_on(tmp_path):
+    (tmp_path / "g.incarnation").write_text("41\n")
+    assert [start_generator(tmp_path) for _ in range(2)] == [42, 43]
+
+
+def test_R13_an_incarnation_that_fell_back_is_refused_by_the_learner(configure, task_folder, tmp_path):
+    config = configure()
+    sessions = make_sessions(config, 1)
+
+    def hello() -> Refusal | Welcome:
+        identity = claim_identity(tmp_path, "g")
+        identity.lock.close()
+        [frame] = _session(config, identity).due(float("inf"))
+        return sessions.hello(os.urandom(4), decode(frame, max_bytes=2**20), version=0, now=0.0).reply
+
+    assert isinstance(hello(), Welcome)
+    backup = (tmp_path / "g.incarnation").read_bytes()
+    assert isinstance(hello(), Welcome)
+    (tmp_path / "g.incarnation").write_bytes(backup)
+    refusal = hello()
+    assert isinstance(refusal, Refusal) and refusal.code == "fenced"
+
+
+# -- R15, R16, R21: what stays on disk
+
+
+def test_R15_run_folders_are_for_their_user_alone(configure, task_folder, tmp_path):
+    start(configure())
+    assert Path(configure().run.dir).stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o077 for file in Path(configure().run.dir).glob("*.json")} == {0}
+    claim_identity(tmp_path / "other" / "generators", "g").lock.close()
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o700
+    quickstart = (ROOT / "bin" / "quickstart").read_text()
+    assert quickstart.index("umask 077") < quickstart.index('mkdir -p "$RUN"')
+
+
+def test_R16_the_newest_step_is_read_from_the_end_of_the_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert newest_version(path, "step") == 0
+    line = json.dumps({"kind": "sync", "version": 9, "filler": "x" * 1000}).encode() + b"\n"
+    step = json.dumps({"kind": "step", "version": 7}).encode() + b"\n"
+    for content, newest in (
+        (b"", 0),
+        (line * 3, 0),
+        (step, 7),
+        (step[:-1], 7),
+        (step + line * 200, 7),
+        (line + step + step[:-5], 7),
+        (b"no json\n" + step + b"no json\n", 7),
+    ):
+        path.write_bytes(content)
+        assert newest_version(path, "step") == newest
+    with path.open("wb") as file:
+        file.truncate(2**35)  # 32 GiB that are not there
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n" + step + line * 10)
+    started = time.monotonic()
+    assert newest_version(path, "step") == 7
+    assert time.monotonic() - started < 1.0
+
+
+def test_R16_a_log_that_grows_is_kept_within_its_size_while_another_process_writes_it(tmp_path):
+    path = tmp_path / "trainer.log"
+    with path.open("ab", buffering=0) as writer:
+        for number in range(1000):
+            writer.write(b"%06d\n" % number)
+            limit_log(path, max_bytes=700)
+        assert path.stat().st_size <= 707 and (tmp_path / "trainer.log.1").stat().st_size <= 707
+        kept = (tmp_path / "trainer.log.1").read_bytes() + path.read_bytes()
+        assert kept.endswith(b"000999\n") and len(kept) > 707 and b"\0" not in kept
+    assert not limit_log(tmp_path / "nothing.log")
+
+
+def test_R21_keep_counts_checkpoints_that_verify(configure, task_folder):
+    root = Path(configure().run.dir) / "checkpoints"
+    for version in (1, 2, 3):
+        save(configure(), version)
+    assert sorted(path.name for path in root.glob("step_*")) == ["step_2", "step_3"]
+    damage(root / "step_3" / WEIGHTS)
+    save(configure(), 4)
+    assert {"step_2", "step_4"} <= {path.name for path in root.glob("step_*")}, "the good one is not deleted"
+    save(configure(), 5)
+    assert sorted(path.name for path in root.glob("step_*")) == ["step_4", "step_5"]
+    damage(root / "step_5" / WEIGHTS)
+    damage(root / "step_4" / WEIGHTS)
+    save(configure(), 6)
+    assert sorted(path.name for path in root.glob("step_*")) == ["step_4", "step_5", "step_6"]

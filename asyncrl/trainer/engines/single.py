@@ -55,6 +55,9 @@ def engines_for(
     return Engines(SinglePolicyEngine(policy, config, reference=reference), SingleCriticEngine(critic, config))
 
 
+_OPTIMIZER_KEYS = ("lr", "betas", "weight_decay")  # what the configuration sets
+
+
 class _Part:
     """Parameters that share a gradient norm, an optimizer and a learning rate."""
 
@@ -80,7 +83,11 @@ class _Part:
     def load(self, state: PartState) -> None:
         for name, target in self.weights.items():
             target.copy_(state.weights[name])
+        own = [{name: group[name] for name in _OPTIMIZER_KEYS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state.optimizer)
+        # A checkpoint brings the settings of its time along; a run that goes on with others means these.
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
 
 class _SingleEngine(ABC):
