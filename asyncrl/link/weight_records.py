@@ -207,6 +207,5 @@ class BitsInUse:
     version: Number  # whose staged tensors it was compared with
     compared: Count  # parameters
     differing: Annotated[list[Reason], AtMost(32)]  # the first few of them that hold other bits
-    not_compared: list[
-        str
-    ]  # the first few that could not be compared, each with the reason: the canary alone sees them
+    # The first few that could not be compared, each with the reason: the canary alone sees them.
+    not_compared: Annotated[list[Reason], AtMost(32)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from asyncrl.desk.generators import Generators
 from asyncrl.errors import ConfigError, FrameError
 from asyncrl.generator.identity import claim_identity
 from asyncrl.link import codec
@@ -21,6 +22,7 @@ from asyncrl.link.schema.field_rules import Fields
 from asyncrl.link.schema.message_base import message_types
 from asyncrl.link.wire_types import JSON_LIKE, MAX_SPANS, MAY_BE_NAN, PayloadValue
 from asyncrl.types import FinishReason
+from tests.faults import hostile_desk
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = [3, "gen-a", 2, 3, "0123", "4567", "own.module:Task", 2, 17]
@@ -171,3 +173,25 @@ def test_R19_a_desk_survives_a_stall_of_twelve_seconds_each_time():
     for _ in range(4):
         done = stalled_desk(12.0, num_vanishing=8, num_staying=4)
         assert done.returncode == 0, done.stderr
+
+
+def test_R3_hostile_values_and_orders_are_refused_and_the_honest_generator_is_served():
+    for seed in range(2):
+        world = hostile_desk.run(seed, 5_000)
+        assert {"Hello", "Beat", "GroupResult", "LeaseFailed", "SyncReply", "Bye"} == set(world.sent)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_R3_a_million_hostile_messages_are_refused():
+    for seed in range(20):
+        hostile_desk.run(seed, 50_000)
+
+
+def test_R3_the_fuzz_finds_a_handler_that_raises(monkeypatch):
+    def break_at_seventeen(self, session, beat, now):
+        assert beat.outbox_bytes != 17
+
+    monkeypatch.setattr(Generators, "beat", break_at_seventeen)
+    with pytest.raises(AssertionError, match="AssertionError at test_wire.py"):
+        hostile_desk.run(0, 20_000)
