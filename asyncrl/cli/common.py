@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, NoReturn
 from asyncrl import __version__
 from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, sections
-from asyncrl.errors import AsyncRLError
+from asyncrl.errors import AsyncRLError, ConfigError
 from asyncrl.host.processes import shorten_name_lookups
 
 if TYPE_CHECKING:
+    from asyncrl.cli.hardware import Hardware
     from asyncrl.host.model_folder import ModelFiles
 
 EXIT_CODES = {
@@ -82,10 +83,10 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
     if not _is_configuration(arguments.config):
         _complain(role, f"give a configuration file, for example: {EXAMPLES[role]}")
         return 2
-    config, model = _load_checked(role, arguments.config, arguments.overrides)
+    hardware = _named_hardware(arguments.hardware, dry_run=arguments.dry_run)
+    config, model = _load_checked(role, arguments.config, arguments.overrides, hardware)
     if arguments.dry_run:
-        _print_dry_run(config, role)
-        return 0
+        return _print_dry_run(config, role, hardware)
     _log_from(config.log.level)
     # From here on a folder: trainer, tokenizer, fingerprints and engine must all read the same files.
     config.model.path = str(model.folder)
@@ -97,10 +98,23 @@ def _is_configuration(argument: str | None) -> bool:
     return argument is not None and ("=" not in argument or os.path.exists(argument))
 
 
-def _load_checked(role: str, path: str, overrides: Sequence[str]) -> tuple[Config, ModelFiles]:
+def _named_hardware(text: str | None, *, dry_run: bool) -> Hardware | None:
+    """The machine of `--for`; None where it was not given. Raises ConfigError."""
+    if text is None:
+        return None
+    if not dry_run:
+        raise ConfigError("--for names the machine that --dry-run compares with; give both, or neither")
+    from asyncrl.cli.hardware import parse_hardware
+
+    return parse_hardware(text)
+
+
+def _load_checked(
+    role: str, path: str, overrides: Sequence[str], hardware: Hardware | None = None
+) -> tuple[Config, ModelFiles]:
     """The configuration and its model, with everything checked that can be before the daemon starts.
 
-    Raises UserError.
+    hardware: the machine it is to start on, where that is not this one. Raises UserError.
     """
     # Imported here: reading YAML costs more than all of --help.
     from asyncrl.cli.reward_checks import check_rewards
@@ -108,15 +122,20 @@ def _load_checked(role: str, path: str, overrides: Sequence[str]) -> tuple[Confi
     from asyncrl.config.loading import load_config
 
     config = load_config(path, overrides)
-    model = check_host(config, role)
+    model = check_host(config, role, is_here=hardware is None)
     check_rewards(config, role)
     return config, model
 
 
-def _print_dry_run(config: Config, role: str) -> None:
-    from asyncrl.cli.dry_run import describe  # it reads YAML too
+def _print_dry_run(config: Config, role: str, named: Hardware | None) -> int:
+    """Prints what would be, and a verdict; returns 0 if it fits, else 2."""
+    from asyncrl.cli.dry_run import dry_run, verdict  # they read YAML too
+    from asyncrl.cli.hardware import hardware_here
 
-    print(describe(config, role), flush=True)
+    hardware = named or hardware_here(config.run.dir)
+    result = dry_run(config, role, hardware)
+    print(f"{result.text}\n\n{verdict(result, hardware)}", flush=True)
+    return 2 if result.problems else 0
 
 
 def _log_from(level: str) -> None:
@@ -145,6 +164,7 @@ def _parser(role: str) -> _Parser:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--for", dest="hardware")
     return parser
 
 
@@ -155,7 +175,12 @@ def help_text(role: str, columns: int) -> str:
     """Usage, exit codes, and every configuration key with its default and its sentence, wrapped to `columns`."""
     width = max(50, min(columns, 110))
     blocks = [
-        f"usage: asyncrl-{role} CONFIG [key=value ...] [--dry-run] [--help] [--version]",
+        textwrap.fill(
+            f"usage: asyncrl-{role} CONFIG [key=value ...] [--dry-run [--for HARDWARE]] [--help] [--version]",
+            width,
+            subsequent_indent=" " * 7,
+            break_on_hyphens=False,
+        ),
         _wrapped(PURPOSE[role], width),
         _wrapped(
             "CONFIG is a YAML file; the same file configures learner and generators. A value on the command line wins "
@@ -173,7 +198,10 @@ def help_text(role: str, columns: int) -> str:
 
 def _options(width: int) -> list[str]:
     options = {
-        "--dry-run": "check the configuration, print it with what would be bound, loaded and needed, and exit",
+        "--dry-run": "check everything, try the task, print what would be bound, loaded and needed, and exit: with 0 "
+        "and `fits`, or with 2 and what to change",
+        "--for": "the machine that --dry-run compares with, where it is not this one, for example "
+        "gpu=80GiB,gpus=8,host=512GiB,disk=2TiB",
         "--help": "print this text and exit",
         "--version": "print the version of asyncrl and exit",
     }

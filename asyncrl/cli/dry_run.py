@@ -1,66 +1,163 @@
-"""What a daemon would bind, load and need, worked out from the configuration and the model's file headers."""
+"""The dry run: what a daemon would bind, load, render and need, and whether the hardware has it.
+
+Nothing is started but the task's helper process, which makes a few prompts as they would be leased, and a worker that
+computes a reward. Nothing is written.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
 import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from asyncrl.cli.forecast import DISK, GPU, HOST, Need, generator_needs, kv_cache, learner_needs
+from asyncrl.cli.hardware import EXAMPLE, Hardware
 from asyncrl.config import Config
-from asyncrl.config.checks import largest_group_bytes, on_loopback
-from asyncrl.config.host_checks import has_gpu, is_on_gpu, weight_backend
+from asyncrl.config.checks import on_loopback
+from asyncrl.config.host_checks import is_on_gpu, weight_backend
 from asyncrl.config.loading import to_yaml
 from asyncrl.host.addresses import rollout_address
+from asyncrl.host.model_config import vocab_size
 from asyncrl.host.model_folder import ModelFiles, find_model
 
-MASTER_BYTES = 4  # float32
-ADAM_BYTES = 8  # two float32 moments
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+SHOWN_CHARACTERS = 400  # of a prompt
+REWARD_GRACE_S = 60.0  # beyond the reward's own deadline: its worker imports the task
 
 Rows = list[tuple[str, str]]
 
+REMEDIES = {
+    GPU: "lower learner.micro_batch_tokens, set model.dtype=bfloat16 or update.what=lora, or take a larger GPU",
+    HOST: "lower learner.micro_batch_tokens or generator.kv_cache_gib, set model.dtype=bfloat16 or update.what=lora, "
+    "or take a larger machine",
+    DISK: "lower checkpoint.keep or checkpoint.every, or set run.dir to a larger disk",
+}
 
-def describe(config: Config, role: str) -> str:
-    """The resolved configuration, and what the daemon `role` ("learner" or "generator") would do with it.
 
-    Binds the learner's port for a moment, to see whether it is free, and starts nothing. Raises ModelError when the
-    model's files cannot be read.
+@dataclass(slots=True)
+class DryRun:
+    """What is printed, and what keeps the daemon from running, a sentence each with what to change."""
+
+    text: str
+    problems: list[str] = field(default_factory=list)
+
+
+def dry_run(config: Config, role: str, hardware: Hardware) -> DryRun:
+    """The resolved configuration, what the daemon `role` ("learner" or "generator") would do with it, and a verdict.
+
+    Binds the learner's port for a moment, to see whether it is free. Raises ModelError when the model's files cannot
+    be read, TaskError when the task cannot be made or gives no prompt that fits.
     """
     model = find_model(config.model.path)
-    memory = learner_memory(config, model) if role == "learner" else generator_memory(config, model)
+    on_gpu = is_on_gpu(getattr(config, role).device, gpu_here=hardware.gpus > 0)
+    needs = (learner_needs if role == "learner" else generator_needs)(config, model, on_gpu=on_gpu)
+    problems = _hardware_problems(config, role, needs, hardware, on_gpu=on_gpu)
     blocks = {
         "configuration": to_yaml(config).rstrip(),
-        "network": _table(_learner_network(config) if role == "learner" else _generator_network(config)),
+        "network": _table(
+            _learner_network(config, hardware) if role == "learner" else _generator_network(config, hardware)
+        ),
         "model": _table(_model(config, model)),
-        "memory": _table(_memory_rows(memory)),
+        "task": _table(_task(config, role, model, problems)),
+        "memory and disk": _table(_needs(config, role, model, needs, hardware, problems, on_gpu=on_gpu)),
     }
-    if role == "learner":
-        blocks["disk"] = _table(_disk(config, model))
     title = f"asyncrl-{role}: dry run, nothing was started"
-    return "\n\n".join([title, *(f"{name}\n{text}" for name, text in blocks.items())])
+    return DryRun("\n\n".join([title, *(f"{name}\n{text}" for name, text in blocks.items())]), problems)
+
+
+def verdict(result: DryRun, hardware: Hardware) -> str:
+    """The last line of a dry run, or several where something does not fit."""
+    if result.problems:
+        return "\n".join(f"does not fit: {problem}" for problem in result.problems)
+    return "fits" if hardware.is_here else "fits the hardware that --for names"
+
+
+# -- task ----------------------------------------------------------------------------------------------------
+
+
+def _task(config: Config, role: str, model: ModelFiles, problems: list[str]) -> Rows:
+    """One prompt as the model would be given it, and a reward as it would be computed."""
+    from asyncrl.tasks.trial import trial  # it imports numpy
+
+    tried = trial(config)
+    size = "endless" if tried.train_size is None else f"{tried.train_size:,} examples"
+    rows = [
+        ("path", config.task.path),
+        ("training", size),
+        ("held-out prompts", f"{len(tried.held_out)}"),
+        *(("left out", what) for what in tried.left_out[:5]),
+    ]
+    if len(tried.left_out) > 5:
+        rows.append(("left out", f"and {len(tried.left_out) - 5} more"))
+    rows.append(("longest prompt of those tried", f"{tried.longest_prompt} tokens"))
+    rows.append(("largest token id", f"{tried.largest_token_id}, the model knows {vocab_size(model.config):,}"))
+    if not tried.train:
+        problems.append("none of the first training prompts can be used; correct the data or raise model.max_length")
+        return rows
+    first = tried.train[0]
+    rows.append((f"training example {first.index}, {len(first.token_ids)} tokens", _shown(first.text)))
+    rows.append(("reward of an empty completion", asyncio.run(_try_reward(config, first.text, first.payload))))
+    return rows
+
+
+async def _try_reward(config: Config, prompt: str, payload: dict[str, object]) -> str:
+    """The parts of the reward of an empty completion, or why there is none. Parts that ask a server are left out."""
+    from asyncrl.rewards.base import RemotePart  # what they import is needed here alone
+    from asyncrl.rewards.parts import make_parts
+    from asyncrl.rewards.pool import RewardPool
+
+    remote = {name for name, part in make_parts(config.reward.parts).items() if isinstance(part, RemotePart)}
+    local = {name: spec for name, spec in config.reward.parts.items() if name not in remote}
+    weights = {name: weight for name, weight in config.reward.weights.items() if name not in remote}
+    timeout_s = config.generator.reward_timeout_s
+    pool = RewardPool(config.task.path, config.task.args, 1, timeout_s, parts=local, weights=weights)
+    try:
+        await pool.start()
+        async with asyncio.timeout(timeout_s + REWARD_GRACE_S):
+            (outcome,) = await pool.score([""], dict(payload), prompt, [1])
+    finally:
+        await pool.close()
+    if outcome.parts is None:
+        return f"none ({outcome.detail or outcome.reason}); rollouts without a reward are never trained on"
+    shown = ", ".join(f"{name} {value:g}" for name, value in outcome.parts.items())
+    asked = f"; {', '.join(sorted(remote))} ask a server and were not tried" if remote else ""
+    return f"{shown}{asked}"
+
+
+def _shown(text: str) -> str:
+    """A prompt in one line, with its line ends visible, cut in the middle where it is long."""
+    line = repr(text)[1:-1]
+    if len(line) <= SHOWN_CHARACTERS:
+        return line
+    half = SHOWN_CHARACTERS // 2
+    return f"{line[:half]} ... {line[-half:]}"
 
 
 # -- network -------------------------------------------------------------------------------------------------
 
 
-def _learner_network(config: Config) -> Rows:
+def _learner_network(config: Config, hardware: Hardware) -> Rows:
     address = rollout_address(config.transport.address)
+    port = _probe(address.host, address.port) if hardware.is_here else "not tried"
     return [
-        ("rollouts, binds", f"{config.transport.address}, {_security(config)}; {_probe(address.host, address.port)}"),
+        (
+            "rollouts, binds",
+            f"{config.transport.address}, {_security(config)}; {port}",
+        ),
         (
             "weights, binds",
-            f"a free port of {config.weights.host}, backend {_backend(config)}, not authenticated",
+            f"a free port of {config.weights.host}, backend {_backend(config, hardware)}, not authenticated",
         ),
     ]
 
 
-def _generator_network(config: Config) -> Rows:
+def _generator_network(config: Config, hardware: Hardware) -> Rows:
     return [
         ("rollouts, connects to", f"{config.transport.address}, {_security(config)}"),
         (
             "weights, connects to",
-            f"{config.weights.host}, backend {_backend(config)}",
+            f"{config.weights.host}, backend {_backend(config, hardware)}",
         ),
     ]
 
@@ -70,8 +167,8 @@ def _security(config: Config) -> str:
     return "CURVE" if keyed else "loopback without keys" if on_loopback(config) else "CURVE keys missing"
 
 
-def _backend(config: Config) -> str:
-    backend = weight_backend(config, gpu_here=has_gpu())
+def _backend(config: Config, hardware: Hardware) -> str:
+    backend = weight_backend(config, gpu_here=hardware.gpus > 0)
     return f"{backend} (auto)" if config.weights.backend == "auto" else backend
 
 
@@ -100,91 +197,66 @@ def _model(config: Config, model: ModelFiles) -> Rows:
     ]
 
 
-def learner_memory(config: Config, model: ModelFiles) -> dict[str, int]:
-    """Upper bound of the bytes that the learner holds, by what they hold; activations come on top.
-
-    With N parameters and e bytes per element of model.dtype: master weights 4N, gradients 4N, Adam moments 8N, two
-    staging buffers of the broadcast 2eN; a compute copy eN when model.dtype is not float32; the frozen reference eN
-    when algorithm.kl_coef > 0; 16N for a critic with its own trunk, taken to be as large as the actor. The replay
-    buffer holds at most (max_age + 1) x groups_per_step groups of the largest size. With update.what=lora or partial,
-    gradients and moments are smaller; how much smaller is known only when the model is loaded.
-    """
-    count, element = model.num_parameters(), ELEMENT_BYTES[config.model.dtype]
-    groups = (config.staleness.max_age + 1) * config.learner.groups_per_step
-    need = {
-        "master weights, float32": MASTER_BYTES * count,
-        "gradients, float32": MASTER_BYTES * count,
-        "Adam moments, float32": ADAM_BYTES * count,
-        "staging buffers of the broadcast, 2": 2 * element * count,
-        f"replay buffer, at most {groups} groups": groups * largest_group_bytes(config),
-    }
-    if config.model.dtype != "float32":
-        need[f"compute copy, {config.model.dtype}"] = element * count
-    if config.algorithm.kl_coef > 0:
-        need[f"reference policy, {config.model.dtype}"] = element * count
-    if config.algorithm.advantage == "gae" and config.critic.trunk == "own":
-        need["critic with gradients and Adam moments"] = (2 * MASTER_BYTES + ADAM_BYTES) * count
-    return need
+# -- memory and disk -------------------------------------------------------------------------------------------
 
 
-def generator_memory(config: Config, model: ModelFiles) -> dict[str, int]:
-    """Bytes that a generator holds, by what they hold: weights eN, staging buffer eN, KV cache, outbox.
-
-    N is the number of parameters, e the bytes per element of model.dtype. On a GPU the KV cache takes what weights and
-    staging buffer leave of generator.gpu_memory_fraction.
-    """
-    count, element = model.num_parameters(), ELEMENT_BYTES[config.model.dtype]
-    need = {
-        f"weights, {config.model.dtype}": element * count,
-        "staging buffer of the broadcast": element * count,
-        "outbox, at most": config.generator.outbox_bytes,
-    }
-    per_token = model.kv_bytes_per_token(element)
-    if is_on_gpu(config.generator.device, gpu_here=has_gpu()):
-        label = f"KV cache: what is left of {config.generator.gpu_memory_fraction:.0%} of GPU memory, at least"
-        need[label] = (per_token or 0) * config.model.max_length
-        return need
-    cache = int(config.generator.kv_cache_gib * 2**30)
-    label = "KV cache"
-    if per_token:
-        longest = cache // (per_token * config.model.max_length)
-        label = f"KV cache ({cache // per_token:,} tokens, {longest:,} sequences of full length)"
-    need[label] = cache
-    return need
-
-
-def _memory_rows(need: dict[str, int]) -> Rows:
-    rows = [(name, _size(count)) for name, count in need.items()]
-    rows.append(("sum, without activations and libraries", _size(sum(need.values()))))
-    available = _available_bytes()
-    if available is not None:
-        rows.append(("this host has available", _size(available)))
+def _needs(
+    config: Config,
+    role: str,
+    model: ModelFiles,
+    needs: list[Need],
+    hardware: Hardware,
+    problems: list[str],
+    *,
+    on_gpu: bool,
+) -> Rows:
+    """Each need under its place, the sum, and what is there."""
+    rows: Rows = []
+    for place in (GPU, HOST, DISK):
+        here = [need for need in needs if need.place == place]
+        if not here:
+            continue
+        rows += [(f"{place}: {need.name}", _size(need.num_bytes)) for need in here]
+        rows.append((f"{place}: sum", _size(sum(need.num_bytes for need in here))))
+        there = _available(place, hardware)
+        which = {GPU: "each has", HOST: "available", DISK: "free"}[place]
+        where = f" at {Path(config.run.dir).absolute()}" if place == DISK else ""
+        rows.append((f"{place}: {which}", f"{'not known' if there is None else _size(there)}{where}"))
+    if role == "generator":
+        longest = kv_cache(config, model, needs, hardware.gpu_bytes, on_gpu=on_gpu)
+        rows.append(("sequences of full length in the KV cache", "not known" if longest is None else f"{longest:,}"))
+        if longest == 0:
+            problems.append(
+                f"the KV cache holds no sequence of model.max_length={config.model.max_length} tokens; lower that, or "
+                + (
+                    "raise generator.gpu_memory_fraction or generator.tensor_parallel_size"
+                    if on_gpu
+                    else "raise generator.kv_cache_gib"
+                )
+            )
     return rows
 
 
-def _available_bytes() -> int | None:
-    """MemAvailable of the host, in bytes; None where the kernel does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+def _hardware_problems(config: Config, role: str, needs: list[Need], hardware: Hardware, *, on_gpu: bool) -> list[str]:
+    problems = []
+    wanted = (config.generator.tensor_parallel_size if role == "generator" else 1) if on_gpu else 0
+    if wanted > hardware.gpus:
+        problems.append(
+            f"{role} needs {wanted} GPUs, there are {hardware.gpus}; set {role}.device=cpu, or name a machine, "
+            f"{EXAMPLE}"
+        )
+    elif on_gpu and hardware.gpu_bytes is None:
+        problems.append(f"how much memory a GPU has is not known here; name it, {EXAMPLE}")
+    for place in (GPU, HOST, DISK):
+        needed, there = sum(need.num_bytes for need in needs if need.place == place), _available(place, hardware)
+        if there is not None and needed > there:
+            what = {GPU: "memory of each GPU", HOST: "host memory", DISK: "disk"}[place]
+            problems.append(f"{_size(needed)} of {what} are needed, {_size(there)} are there; {REMEDIES[place]}")
+    return problems
 
 
-def _disk(config: Config, model: ModelFiles) -> Rows:
-    """What the run writes. A checkpoint is master weights and moments, 12N bytes; the newest is one more to hold."""
-    count = model.num_parameters()
-    checkpoint = (MASTER_BYTES + ADAM_BYTES) * count
-    keep = config.checkpoint.keep
-    folder = Path(config.run.dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return [
-        ("folder", str(folder)),
-        (f"checkpoints, {keep} kept and 1 in writing", _size((keep + 1) * checkpoint)),
-        ("export", _size(ELEMENT_BYTES[config.model.dtype] * count)),
-        ("journal, per step at most", _size(config.learner.groups_per_step * largest_group_bytes(config))),
-        ("free there", _size(shutil.disk_usage(existing).free)),
-    ]
+def _available(place: str, hardware: Hardware) -> int | None:
+    return {GPU: hardware.gpu_bytes, HOST: hardware.host_bytes, DISK: hardware.disk_bytes}[place]
 
 
 def _table(rows: Rows) -> str:

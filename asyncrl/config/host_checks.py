@@ -15,13 +15,16 @@ from asyncrl.host.model_head import check_head
 from asyncrl.host.processes import cpu_problem
 
 
-def check_host(config: Config, role: str) -> ModelFiles:
+def check_host(config: Config, role: str, *, is_here: bool = True) -> ModelFiles:
     """Checks what depends on the machine that `role` ("learner" or "generator") starts on; returns the model.
+
+    is_here: False where it will start on another machine, so that only files can be looked at.
 
     Raises ConfigError naming every missing key file, CPU and GPU, a weights.host with which no memory can be shared,
     and a model.max_length beyond what the models can read; ModelError when a model is missing or cannot be trained.
     """
-    raise_all([*_key_file_problems(config, role), *_device_problems(config, role), *_ipc_problems(config)])
+    here = [*_device_problems(config, role), *_ipc_problems(config)] if is_here else []
+    raise_all([*_key_file_problems(config, role), *here])
     model = find_model(config.model.path)
     check_head(model, f"model.path={config.model.path}")
     raise_all(list(_length_problems(config, model, "model.path")))

@@ -36,7 +36,16 @@ class ModelFiles:
 
         Raises ModelError when a header is malformed.
         """
-        return sum(_count_elements(path) for path in self.weight_files)
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each stored tensor by name, from the headers alone. Raises ModelError as `num_parameters`."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for number, path in enumerate(self.weight_files):
+            for name, shape in _read_shapes(path).items():
+                # Files that were joined by hand may name a tensor twice; each of them takes memory.
+                shapes[name if name not in shapes else f"{name} ({number})"] = shape
+        return shapes
 
     def kv_bytes_per_token(self, element_bytes: int) -> int | None:
         """Bytes of the keys and values of one token: 2 x layers x kv_heads x head_dim x element_bytes.
@@ -138,9 +147,9 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         raise ModelError(malformed) from None
 
 
-def _count_elements(path: Path) -> int:
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     tensors, _ = read_header(path)
     try:
-        return sum(math.prod(tensor["shape"]) for tensor in tensors.values())
-    except (KeyError, TypeError):
+        return {name: tuple(map(int, tensor["shape"])) for name, tensor in tensors.items()}
+    except (KeyError, TypeError, ValueError):
         raise ModelError(f"{path} is not a safetensors file; copy the model again") from None

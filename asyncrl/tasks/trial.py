@@ -6,6 +6,7 @@ import select
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class RenderedExample:
     text: str
     token_ids: np.ndarray  # int32 [P]
     payload_keys: tuple[str, ...]
+    payload: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,4 +130,6 @@ def _wait(helper: TaskHelper, count: int) -> list[PromptMade]:
 
 
 def _rendered(made: PromptMade) -> RenderedExample:
-    return RenderedExample(made.index, made.text, np.frombuffer(made.token_ids, TOKEN_DTYPE), tuple(made.payload))
+    return RenderedExample(
+        made.index, made.text, np.frombuffer(made.token_ids, TOKEN_DTYPE), tuple(made.payload), made.payload
+    )

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from asyncrl import errors
+from asyncrl.cli import dry_run
 from asyncrl.cli.common import EXIT_CODES, command, help_text
-from asyncrl.cli.dry_run import describe, generator_memory, learner_memory
+from asyncrl.cli.forecast import generator_needs, kv_cache, learner_needs
 from asyncrl.config.checks import largest_group_bytes
 from asyncrl.config.keys import keys
 from asyncrl.config.loading import load_config
@@ -210,7 +211,8 @@ def test_a_hub_name_reaches_the_daemon_as_a_folder(config_file, model_folder, tm
     assert seen == [str(snapshot)]
 
 
-def test_flags_may_stand_anywhere(config_file, capsys):
+def test_flags_may_stand_anywhere(config_file, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "_task", lambda config, *rest: [("path", config.task.path)])
     for arguments in (["--dry-run", config_file, "run.steps=7"], [config_file, "--dry-run", "run.steps=7"]):
         assert command("learner", list(map(str, arguments)), start=None) == 0
         assert "steps: 7" in capsys.readouterr().out
@@ -229,14 +231,16 @@ def test_dry_run_prints_the_resolved_configuration_and_exits_0(role, config_file
     assert "tcp://127.0.0.1:5770, loopback without keys" in done.stdout
 
 
-def test_dry_run_says_when_the_port_is_taken(config_file):
+def test_dry_run_says_when_the_port_is_taken(config_file, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "_task", lambda config, *rest: [("path", config.task.path)])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        config = load_config(config_file, [f"transport.address={address}"])
-        assert "NOT available now (Address already in use)" in describe(config, "learner")
-    assert "free now" in describe(config, "learner")
+        address = f"transport.address=tcp://127.0.0.1:{taken.getsockname()[1]}"
+        command("learner", [str(config_file), "--dry-run", address], start=None)
+        assert "NOT available now (Address already in use)" in capsys.readouterr().out
+    command("learner", [str(config_file), "--dry-run", address], start=None)
+    assert "free now" in capsys.readouterr().out
 
 
 def test_dry_run_starts_nothing_and_writes_nothing(config_file, tmp_path):
@@ -245,22 +249,30 @@ def test_dry_run_starts_nothing_and_writes_nothing(config_file, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def held(needs, *names):
+    """Bytes of the needs whose names begin so."""
+    return sum(need.num_bytes for need in needs if need.name.startswith(names))
+
+
 def test_learner_memory_follows_the_documented_formula(config_file, model_folder):
+    model = find_model(str(model_folder))
     config = load_config(config_file, ["model.dtype=bfloat16", "algorithm.kl_coef=0.1", "staleness.max_age=2"])
-    need = learner_memory(config, find_model(str(model_folder)))
-    count = 536
-    replay = 3 * config.learner.groups_per_step * largest_group_bytes(config)
-    assert sum(need.values()) == count * (4 + 4 + 8 + 2 * 2 + 2 + 2) + replay
-    plain = learner_memory(load_config(config_file, ["staleness.max_age=2"]), find_model(str(model_folder)))
-    assert sum(plain.values()) == count * (4 + 4 + 8 + 2 * 4) + replay
+    needs = learner_needs(config, model, on_gpu=False)
+    whole = ("master", "gradients", "Adam", "snapshot", "compute", "reference")
+    assert held(needs, *whole) == 536 * (4 + 4 + 8 + 2 * 2 + 2 + 4)
+    assert held(needs, "replay") == 3 * config.learner.groups_per_step * largest_group_bytes(config)
+    plain = learner_needs(load_config(config_file, ["staleness.max_age=2"]), model, on_gpu=False)
+    assert held(plain, *whole) == 536 * (4 + 4 + 8 + 2 * 4)
 
 
 def test_generator_memory_counts_weights_staging_cache_and_outbox(config_file, model_folder):
     config = load_config(config_file, ["generator.kv_cache_gib=0.5", "generator.device=cpu"])
-    need = generator_memory(config, find_model(str(model_folder)))
-    assert sum(need.values()) == 2 * 4 * 536 + 2**29 + config.generator.outbox_bytes
+    model = find_model(str(model_folder))
+    needs = generator_needs(config, model, on_gpu=False)
+    assert held(needs, "weights", "staging") == 2 * 4 * 536
+    assert held(needs, "KV cache", "outbox") == 2**29 + config.generator.outbox_bytes
     # 2 layers x 2 heads x head_dim 2 x (key + value) x 4 bytes = 64 bytes a token
-    assert f"KV cache ({2**29 // 64:,} tokens, {2**29 // 64 // 1024:,} sequences of full length)" in need
+    assert kv_cache(config, model, needs, None, on_gpu=False) == 2**29 // 64 // 1024
 
 
 def test_parameters_of_a_sharded_model_are_summed(model_folder):

@@ -3,6 +3,11 @@
 import contextlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
-from asyncrl.cli import generator, learner
+from asyncrl.cli import dry_run, generator, learner
+from asyncrl.cli.forecast import learner_needs
 from asyncrl.config import ModelConfig, UpdateConfig
+from asyncrl.config.host_checks import check_host
 from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.errors import ConfigError
 from asyncrl.host.addresses import is_loopback, is_wildcard, rollout_address
@@ -26,6 +33,8 @@ from tests.model_folders import make_model_folder
 from tests.tolerances import assert_near
 from tests.trainer.test_step import make_trainer
 from tests.trainer.tiny import policy_of, random_groups
+
+ROOT = Path(__file__).parents[2]
 
 # -- D9: words that YAML takes for something else
 
@@ -147,6 +156,12 @@ def commands(*arguments):
         yield code, err.getvalue()
 
 
+def checked(path, *overrides):
+    """The model, after both commands' checks."""
+    config = load_config(path, overrides)
+    return [check_host(config, role) for role in ("learner", "generator")][0]
+
+
 @pytest.fixture
 def config_file(tmp_path):
     path = tmp_path / "run.yaml"
@@ -188,7 +203,7 @@ def test_D8_whatever_config_json_holds_is_a_sentence_and_exit_code_2(tmp_path, c
 def test_D8_sizes_that_are_no_numbers_are_taken_for_unknown(tmp_path, config_file):
     odd = {"num_key_value_heads": [1, 2], "head_dim": "8", "num_attention_heads": 4, "num_hidden_layers": 2}
     folder = folder_of(tmp_path / "model", **MODEL_FILE, **odd)
-    assert [code for code, _ in commands(config_file, f"model.path={folder}")] == [0, 0]
+    assert checked(config_file, f"model.path={folder}").kv_bytes_per_token(4) == 2 * 2 * 4 * 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -208,7 +223,7 @@ def test_D8_sizes_that_are_no_numbers_are_taken_for_unknown(tmp_path, config_fil
 def test_D12_a_length_up_to_the_context_works_and_a_larger_one_is_refused(tmp_path, config_file, changes, context):
     folder = folder_of(tmp_path / "model", **MODEL_FILE | changes)
     given = (config_file, f"model.path={folder}", "learner.micro_batch_tokens=4096")
-    assert [code for code, _ in commands(*given, f"model.max_length={context}")] == [0, 0]
+    checked(*given, f"model.max_length={context}")
     for code, message in commands(*given, f"model.max_length={context + 1}"):
         assert code == 2
         assert f"model.max_length={context + 1} is longer than the context" in message
@@ -316,7 +331,7 @@ def test_U4_a_checkpoint_is_a_model_folder_for_transformers_and_for_model_path(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     merged = merged_state(policy_of(runner).model)
     assert all(torch.equal(tensor, merged[name]) for name, tensor in loaded.state_dict().items())
-    assert [code for code, _ in commands(config_file, f"model.path={step}", "model.max_length=64")] == [0, 0]
+    checked(config_file, f"model.path={step}")
     assert find_model(str(step)).num_parameters() == find_model(str(model_folder)).num_parameters()
     assert not [path for path in step.glob("*.safetensors") if not path.name.startswith("model")]
     again = trained(model_folder, UPDATES[name], steps=0)
@@ -393,3 +408,193 @@ def test_U4_a_mixture_of_experts_is_saved_under_the_names_of_its_kind(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoints", again).version == 2
     left, right = (policy_of(which).checkpoint_tensors() for which in (runner, again))
     assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+# -- U1: the dry run
+
+ROOMY = "gpu=80GiB,gpus=8,host=512GiB,disk=2TiB"
+
+
+@pytest.fixture
+def no_task(monkeypatch):
+    """The task is not tried: its helper takes seconds to start."""
+    monkeypatch.setattr(dry_run, "_task", lambda config, *rest: [("path", config.task.path)])
+
+
+def dry(main, *arguments):
+    """(exit code, what a dry run printed)."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main([*map(str, arguments), "--dry-run"])
+    return code, out.getvalue()
+
+
+def big_model(folder):
+    """Headers of a model of 7.6 billion parameters, whose weights nobody has written."""
+    make_model_folder(folder)
+    hidden, inner, layers, vocab = 3584, 18944, 28, 152064
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocab}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes, **heads}))
+    shapes = {"model.embed_tokens.weight": [vocab, hidden], "lm_head.weight": [vocab, hidden]}
+    for layer in range(layers):
+        place = f"model.layers.{layer}"
+        for name, out in (("q_proj", hidden), ("k_proj", 512), ("v_proj", 512), ("o_proj", hidden)):
+            shapes[f"{place}.self_attn.{name}.weight"] = [out, hidden]
+        shapes |= {f"{place}.mlp.{name}.weight": [inner, hidden] for name in ("gate_proj", "up_proj")}
+        shapes[f"{place}.mlp.down_proj.weight"] = [hidden, inner]
+    header, place = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * shape[1]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    content = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+    return folder
+
+
+def test_U1_the_task_is_loaded_and_one_rendered_prompt_is_shown(tmp_path, config_file):
+    code, text = dry(learner.main, config_file, f"model.path={make_model_folder(tmp_path / 'model')}")
+    assert code == 0 and text.splitlines()[-1] == "fits"
+    assert re.search(r"training example \d+, \d tokens +\d+\+\d+=\n", text)
+    assert re.search(r"largest token id +\d+, the model knows 50\n", text)
+    assert re.search(r"reward of an empty completion +exact 0\n", text)
+
+
+def test_U1_a_task_that_cannot_be_made_is_a_user_error_of_the_dry_run(tmp_path, config_file):
+    model = f"model.path={make_model_folder(tmp_path / 'model')}"
+    code, message = next(commands(config_file, model, "task.args={digits: 99}"))
+    assert code == 2 and "digits" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hardware", "words"),
+    [
+        ([], ROOMY, "of memory of each GPU are needed, 80.00 GiB are there"),
+        (["model.dtype=bfloat16", "update.what=lora"], "gpu=16GiB,host=512GiB", "memory of each GPU"),
+        (["learner.device=cpu"], "host=64GiB", "of host memory are needed, 64.00 GiB are there; lower"),
+        (["learner.device=cpu"], "host=512GiB,disk=71GiB", "of disk are needed, 71.00 GiB are there; lower checkpoint"),
+        (["learner.device=cuda"], "gpus=0,host=512GiB", "learner needs 1 GPUs, there are 0; set learner.device=cpu"),
+        (["learner.device=cuda"], "gpus=1,host=512GiB", "how much memory a GPU has is not known here"),
+    ],
+)
+def test_U1_what_does_not_fit_is_exit_code_2_with_what_to_change(
+    tmp_path, config_file, no_task, arguments, hardware, words
+):
+    folder = big_model(tmp_path / "model")
+    code, text = dry(learner.main, config_file, f"model.path={folder}", *arguments, "--for", hardware)
+    assert code == 2
+    assert text.splitlines()[-1].startswith("does not fit: ") and words in text
+
+
+def test_U1_what_fits_a_named_machine_fits_on_a_login_node_without_a_gpu(tmp_path, config_file, no_task):
+    folder = big_model(tmp_path / "model")
+    lora = ["model.dtype=bfloat16", "update.what=lora", "learner.device=cuda", "generator.device=cuda"]
+    lora.append("learner.micro_batch_tokens=1024")
+    for main in (learner.main, generator.main):
+        code, text = dry(main, config_file, f"model.path={folder}", *lora, "learner.cpus=[97]", "--for", ROOMY)
+        assert (code, text.splitlines()[-1]) == (0, "fits the hardware that --for names")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert learner.main([config_file, f"model.path={folder}", "--for", "gpu=lots"]) == 2
+        assert learner.main([config_file, f"model.path={folder}", "--dry-run", "--for", "gpu=lots"]) == 2
+    assert "--for names the machine that --dry-run compares with" in err.getvalue()
+    assert "'gpu=lots' is none of gpu=SIZE" in err.getvalue()
+
+
+def test_U1_a_cache_without_room_for_one_sequence_does_not_fit(tmp_path, config_file, no_task):
+    folder = big_model(tmp_path / "model")
+    cpu = ["generator.device=cpu", "generator.kv_cache_gib=0.001", "--for", "host=512GiB"]
+    code, text = dry(generator.main, config_file, f"model.path={folder}", *cpu)
+    assert code == 2 and "the KV cache holds no sequence of model.max_length=64 tokens" in text
+    gpu = ["model.dtype=bfloat16", "generator.gpu_memory_fraction=0.3", "--for", "gpu=80GiB,host=512GiB"]
+    code, text = dry(generator.main, config_file, f"model.path={folder}", *gpu)
+    assert code == 2 and "raise generator.gpu_memory_fraction" in text
+
+
+def test_U1_each_way_of_training_has_its_own_forecast(tmp_path, config_file):
+    folder = find_model(str(big_model(tmp_path / "model")))
+
+    def gib(*overrides, place="GPU"):
+        overrides = (f"model.path={folder.folder}", "learner.micro_batch_tokens=1024", *overrides)
+        needs = learner_needs(load_config(config_file, overrides), folder, on_gpu=True)
+        return sum(need.num_bytes for need in needs if need.place == place) / 2**30
+
+    bf16 = "model.dtype=bfloat16"
+    lora, part = ("update.what=lora", bf16), ("update.what=partial", "update.names=[model.layers.27.*]", bf16)
+    full = gib(bf16)
+    assert 150 < full < 220  # 7.6 billion parameters: 16 bytes each, 2 for computing, 4 for snapshots
+    assert gib(*part) < 0.4 * full and gib(*lora) < 0.35 * full
+    assert gib(bf16, "algorithm.kl_coef=0.1") == pytest.approx(full + 4 * 7.6, rel=0.02)
+    assert gib(*lora, "algorithm.kl_coef=0.1") == gib(*lora)  # the reference is the model with adapters off
+    assert gib(bf16, "algorithm.name=ppo") > full + 16 * 7
+    shared = gib(bf16, "algorithm.name=ppo", "critic.trunk=shared")
+    assert shared == pytest.approx(full, rel=0.01)
+    assert gib(bf16, place="disk") > 250 and gib(*lora, place="disk") < 80
+    assert gib(bf16, "learner.micro_batch_tokens=65536") > full + 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["algorithm.kl_coef=0.1"],
+        ["update.what=lora"],
+        ["update.what=partial", "update.names=[model.layers.*]"],
+        ["algorithm.name=ppo"],
+        ["model.dtype=bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_U1_the_forecast_is_within_a_factor_of_1_5_of_what_a_step_takes(tmp_path, overrides):
+    """A model of 29 million parameters, trained on the CPU in a process of its own: the peak of its memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    measured, forecast = map(int, done.stdout.split()[-2:])
+    print(f"measured {measured / 2**20:.0f} MiB, forecast {forecast / 2**20:.0f} MiB")
+    assert measured / 1.5 < forecast < measured * 1.5, done.stderr
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import torch
+from asyncrl.cli.forecast import learner_needs
+from asyncrl.config.loading import load_config
+from asyncrl.host.model_folder import find_model
+from asyncrl.trainer.engines.single import load_engines
+from asyncrl.trainer.step import StepRunner
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from tests.trainer.tiny import random_groups, tiny_model
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1]) / "model"
+tiny_model(vocab=20000, hidden=512, layers=4, tied=False).save_pretrained(folder)
+(folder / "tokenizer.json").write_text("{}")
+config = load_config(None, [
+    f"model.path={folder}", "model.max_length=256", "sampling.max_new_tokens=128", "learner.micro_batch_tokens=4096",
+    "learner.groups_per_step=4", *sys.argv[2:],
+])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+runner = StepRunner(load_engines(config, torch.device("cpu")), config)
+source = runner.engines.actor.tensors()
+wire = torch.bfloat16 if config.model.dtype == "bfloat16" else None
+buffers = [SnapshotBuffer(source.named, 2**26, wire, adapted=source.adapted, patch=source.patch)]
+buffers.append(buffers[0].twin())
+runner.step(random_groups(4, 8, prompt=(60, 64), completion=(100, 128), vocab=20000))
+for buffer in buffers:
+    buffer.snapshot()
+measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+needs = learner_needs(config, find_model(str(folder)), on_gpu=False)
+for need in needs:
+    print(need, file=sys.stderr)
+print(measured, sum(n.num_bytes for n in needs if n.place == "host" and "replay" not in n.name))
+print(before, file=sys.stderr)
+"""

@@ -15,12 +15,9 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import pytest
 import torch
 
-from asyncrl.cli import dry_run
 from asyncrl.cli.common import command
-from asyncrl.config import host_checks
 from asyncrl.config.loading import load_config
 from asyncrl.link import codec, messages, trainer_messages, wire_types
 from asyncrl.link.rollouts import group_to_result, result_to_group
@@ -465,9 +462,3 @@ def run_dry(role: str, arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stdout(output):
         code = command(role, [*arguments, "--dry-run"], None)
     return code, output.getvalue()
-
-
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
-    """Makes the commands believe that this machine has a GPU, or none."""
-    for module in (host_checks, dry_run):
-        monkeypatch.setattr(module, "has_gpu", lambda: present)

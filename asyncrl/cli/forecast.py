@@ -1,0 +1,207 @@
+"""How much memory and disk a daemon will need, worked out from the configuration and the headers of the model's files.
+
+N is the number of parameters, T of those that are trained (adapters count as parameters), e the bytes of an element of
+model.dtype. Figures are meant to be right within a factor of 1.5; replay buffer and journal are upper bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from asyncrl.config import Config
+from asyncrl.config.checks import largest_group_bytes
+from asyncrl.config.host_checks import has_own_critic
+from asyncrl.host.model_config import size_of, vocab_size
+from asyncrl.host.model_folder import ModelFiles, find_model
+
+FLOAT32 = 4
+ADAM_BYTES = 8  # two float32 moments
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+GIB = 2**30
+
+TRAINER_LIBRARIES = 700 * 2**20  # torch, transformers and the desk beside it
+ENGINE_LIBRARIES = 2 * GIB  # vLLM and its processes
+REWARD_WORKER = 150 * 2**20
+GPU_CONTEXT = 768 * 2**20  # CUDA, cuBLAS, NCCL
+CHUNK_LOGITS = 2**24  # logits that are alive at once in the loss; two such buffers in each direction
+ENGINE_STEP_TOKENS = 8192  # tokens of one step of the engine, for which it keeps room
+NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "norm", "router", ".gate.weight")
+
+GPU = "GPU"
+HOST = "host"
+DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that something takes in one place: GPU (each of them), host or disk."""
+
+    place: str
+    name: str
+    num_bytes: int
+
+
+def learner_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[Need]:
+    """What the learner holds in memory and writes to disk. Raises ModelError when a model's files cannot be read."""
+    count, trained = model.num_parameters(), trained_parameters(config, model)
+    element = ELEMENT_BYTES[config.model.dtype]
+    device = GPU if on_gpu else HOST
+    needs = [
+        Need(device, "master weights, float32", FLOAT32 * count),
+        Need(device, "gradients, float32", FLOAT32 * trained),
+        Need(device, "Adam moments, float32", ADAM_BYTES * trained),
+        Need(device, "snapshot buffers, 2", 2 * _synced_bytes(config, model, trained, element)),
+        Need(device, f"activations of {config.learner.micro_batch_tokens:,} tokens", activation_bytes(config, model)),
+    ]
+    if config.model.dtype != "float32":
+        needs.append(Need(device, f"compute copy, {config.model.dtype}", element * count))
+    if config.algorithm.kl_coef > 0 and config.update.what != "lora":
+        needs.append(Need(device, "reference policy, float32", FLOAT32 * trained))
+    critic = _critic_parameters(config, count)
+    if critic:
+        needs.append(Need(device, "critic with gradients and Adam moments", (2 * FLOAT32 + ADAM_BYTES) * critic))
+    groups = (config.staleness.max_age + 1) * config.learner.groups_per_step
+    needs.append(Need(HOST, f"replay buffer, at most {groups} groups", groups * largest_group_bytes(config)))
+    needs.append(Need(HOST, "libraries", TRAINER_LIBRARIES))
+    if on_gpu:
+        needs.append(Need(GPU, "CUDA context", GPU_CONTEXT))
+        needs.append(Need(HOST, "the model while it is loaded", FLOAT32 * count))
+    return needs + _disk_needs(config, count, trained, critic)
+
+
+def generator_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[Need]:
+    """What a generator holds; on GPUs, of one of generator.tensor_parallel_size. KV cache: see `kv_cache`."""
+    count, element = model.num_parameters(), ELEMENT_BYTES[config.model.dtype]
+    generator = config.generator
+    share = math.ceil(count * element / generator.tensor_parallel_size) if on_gpu else count * element
+    device = GPU if on_gpu else HOST
+    needs = [
+        Need(device, f"weights, {config.model.dtype}", share),
+        Need(device, "staging buffer of the broadcast", _synced_bytes(config, model, None, element)),
+        Need(HOST, "outbox, at most", generator.outbox_bytes),
+        Need(HOST, "libraries", ENGINE_LIBRARIES),
+        Need(HOST, "reward workers", generator.reward_workers * REWARD_WORKER),
+    ]
+    if on_gpu:
+        needs.append(Need(GPU, "CUDA context", GPU_CONTEXT))
+        needs.append(Need(GPU, "activations of the engine", _engine_activations(config, model, element)))
+    else:
+        needs.append(Need(HOST, "KV cache", int(generator.kv_cache_gib * GIB)))
+    return needs
+
+
+def kv_cache(
+    config: Config, model: ModelFiles, needs: list[Need], gpu_bytes: int | None, *, on_gpu: bool
+) -> int | None:
+    """Sequences of full length for which the KV cache has room; None where that cannot be said.
+
+    On a GPU the cache takes what the rest leaves of generator.gpu_memory_fraction.
+    """
+    per_token = model.kv_bytes_per_token(ELEMENT_BYTES[config.model.dtype])
+    if not per_token:
+        return None
+    room = int(config.generator.kv_cache_gib * GIB)
+    if on_gpu:
+        if gpu_bytes is None:
+            return None
+        # Each GPU holds its share of the heads.
+        per_token = math.ceil(per_token / config.generator.tensor_parallel_size)
+        taken = sum(need.num_bytes for need in needs if need.place == GPU)
+        room = int(config.generator.gpu_memory_fraction * gpu_bytes) - taken
+    return max(0, room) // (per_token * config.model.max_length)
+
+
+def trained_parameters(config: Config, model: ModelFiles) -> int:
+    """How many parameters `update` trains, by the names and shapes in the files' headers."""
+    shapes = model.shapes()
+    update = config.update
+    if update.what == "full":
+        return sum(math.prod(shape) for shape in shapes.values())
+    if update.what == "partial":
+        chosen = [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in update.names)]
+        tied_head = "lm_head.weight" not in shapes and any(fnmatchcase("lm_head.weight", p) for p in update.names)
+        if tied_head:
+            chosen += [name for name in shapes if name.endswith("embed_tokens.weight") and name not in chosen]
+        return sum(math.prod(shapes[name]) for name in chosen)
+    return sum(update.lora_rank * (out + into) for out, into in _adapted_shapes(config, shapes))
+
+
+def activation_bytes(config: Config, model: ModelFiles) -> int:
+    """What the forward and backward pass of one micro-batch keeps, in bytes.
+
+    In each layer: norms keep their input and output in float32, attention keeps queries, keys, values and outputs, the
+    MLP four tensors of its inner size. Two chunks of logits in each direction come on top.
+    """
+    tokens, element = config.learner.micro_batch_tokens, ELEMENT_BYTES[config.model.dtype]
+    sizes = model.config
+    layers, hidden = size_of(sizes, "num_hidden_layers"), size_of(sizes, "hidden_size")
+    inner = size_of(sizes, "intermediate_size") or 4 * hidden
+    experts = size_of(sizes, "num_experts_per_tok")
+    if experts and size_of(sizes, "moe_intermediate_size"):
+        inner = experts * size_of(sizes, "moe_intermediate_size")
+    heads = size_of(sizes, "num_attention_heads") or 1
+    attention = heads * (size_of(sizes, "head_dim") or hidden // heads)
+    per_token = layers * (FLOAT32 * 6 * hidden + element * (5 * attention + 4 * inner + (2 * hidden)))
+    logits = min(CHUNK_LOGITS, tokens * vocab_size(sizes)) * FLOAT32 * 3
+    critics = 2 if has_own_critic(config) else 1  # one after the other, but both graphs may be alive
+    return tokens * per_token * critics + logits
+
+
+def _adapted_shapes(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the layers that get an adapter."""
+    targets = config.update.lora_targets
+    found = []
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight")
+        if len(shape) != 2 or not name.endswith(".weight"):
+            continue
+        if targets:
+            adapted = any(layer == target or layer.endswith(f".{target}") for target in targets)
+        else:
+            adapted = not any(word in name for word in NOT_ADAPTED)
+        if adapted:
+            found.append((shape[0], shape[1]))
+    return found
+
+
+def _synced_bytes(config: Config, model: ModelFiles, trained: int | None, element: int) -> int:
+    """Bytes of one sync: of all weights, of the adapters, or of the layers that they are folded into."""
+    if config.update.what == "lora" and config.update.lora_sync == "merged":
+        return element * sum(out * into for out, into in _adapted_shapes(config, model.shapes()))
+    return element * (trained_parameters(config, model) if trained is None else trained)
+
+
+def _critic_parameters(config: Config, count: int) -> int:
+    """Parameters of a critic with a trunk of its own; 0 without one."""
+    if not has_own_critic(config):
+        return 0
+    return find_model(config.critic.path, "critic.path").num_parameters() if config.critic.path else count
+
+
+def _engine_activations(config: Config, model: ModelFiles, element: int) -> int:
+    sizes = model.config
+    hidden = size_of(sizes, "hidden_size")
+    inner = size_of(sizes, "intermediate_size") or 4 * hidden
+    tokens = max(ENGINE_STEP_TOKENS, config.model.max_length)
+    return (
+        tokens * (4 * hidden + 2 * inner) * element + config.generator.max_sequences * vocab_size(sizes) * 2 * FLOAT32
+    )
+
+
+def _disk_needs(config: Config, count: int, trained: int, critic: int) -> list[Need]:
+    """What the run writes. The newest checkpoint is one more to hold while it is written."""
+    element = ELEMENT_BYTES[config.model.dtype]
+    exported = FLOAT32 * count if config.update.what == "full" else element * count
+    weights = exported if config.update.what == "full" else exported + FLOAT32 * trained
+    checkpoint = weights + ADAM_BYTES * trained + (FLOAT32 + ADAM_BYTES) * critic
+    keep, every = config.checkpoint.keep, config.checkpoint.every
+    steps = config.run.steps
+    kept_steps = min(steps, keep * every if every else steps) + config.staleness.max_age + 1
+    groups = kept_steps * config.learner.groups_per_step
+    return [
+        Need(DISK, f"checkpoints, {keep} kept and 1 in writing", (keep + 1) * checkpoint),
+        Need(DISK, "export", exported),
+        Need(DISK, f"journal of {kept_steps} steps, at most", groups * largest_group_bytes(config)),
+    ]
