@@ -1,11 +1,12 @@
-"""Alarms on off-policy health: RULES is the table of thresholds, each with the reason for it. Pure, no torch.
+"""Alarms on what a run learns from: RULES is the table of thresholds, each with the reason for it. Pure, no torch.
 
 An alarm goes on after a few steps in a row beyond its limit, and off after as many steps on the healthy side of
 another limit: one bad batch says nothing, and a figure that hovers does not flood the log. A figure that was not
 measured, or is NaN, changes nothing. Alarms only speak; training goes on.
 
-Some figures are left out of the table on purpose: ratio_max, which is one token of many thousands (where it matters,
-ess_share falls), and entropy and reward, because a task that is solved looks like a policy that collapsed.
+ratio_max is left out of the table on purpose: it is one token of many thousands, and where it matters ess_share falls.
+A task that is solved looks like a policy that collapsed, in entropy and in rewards that are all equal: either way no
+more is learned, and the warning says that it may be the one or the other.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class AlarmRule:
     remedy: str
     cause: str = ""
     of_canary_tolerance: bool = False
+
+    @property
+    def advice(self) -> str:
+        """Cause and remedy, as far as they are known without a step."""
+        return f"{self.cause}; {self.remedy}" if self.cause else self.remedy
 
     def is_bad(self, value: float) -> bool:
         """Whether `value` is beyond the limit."""
@@ -120,6 +126,59 @@ RULES = (
         "ones raise staleness.max_age",
     ),
     AlarmRule(
+        "reward_std",
+        "below",
+        limit=1e-6,
+        clears_at=2e-6,
+        steps=3,
+        why="Advantages compare rewards; where all of them are equal there is nothing to learn.",
+        cause="all rewards are equal",
+        remedy="read completions, and what task.path and reward.parts make of them; train on easier prompts, or start "
+        "from a model.path that succeeds now and then",
+    ),
+    AlarmRule(
+        "zero_variance_share",
+        "above",
+        limit=0.95,
+        clears_at=0.9,
+        steps=3,
+        why="A group with equal rewards gives no gradient. Of 20 groups one teaches at most, and makes the step alone.",
+        cause="almost no group has two different rewards, so almost nothing is learned from",
+        remedy="a larger sampling.group_size makes rewards differ, algorithm.dynamic_sampling=true leaves such groups "
+        "out; if all are wrong the task is too hard or the reward mistaken, if all are right it is solved",
+    ),
+    AlarmRule(
+        "truncated_share",
+        "above",
+        limit=0.9,
+        clears_at=0.7,
+        steps=3,
+        why="A completion that was cut has no answer yet as a rule, and its reward says nothing about the answer.",
+        cause="almost every completion ends at sampling.max_new_tokens and not by itself",
+        remedy="raise sampling.max_new_tokens, or see whether the model of model.path knows its end token",
+    ),
+    AlarmRule(
+        "entropy",
+        "below",
+        limit=0.005,
+        clears_at=0.01,
+        steps=10,
+        why="At 0.005 nats a token, completions of 100 tokens are the same in six of ten cases: nothing new is tried.",
+        cause="the policy is certain of every token, because it collapsed or because the task is solved",
+        remedy="if it is not solved, go back to an older checkpoint with a lower learner.lr, a higher "
+        "sampling.temperature or algorithm.entropy_coef",
+    ),
+    AlarmRule(
+        "kl_reference",
+        "above",
+        limit=0.5,
+        clears_at=0.3,
+        steps=3,
+        why="Half a nat a token is e^50 for a completion of 100 tokens; runs with a KL stay below 0.1 as a rule.",
+        cause="the policy is far from the reference that it is to stay near",
+        remedy="raise algorithm.kl_coef, or set algorithm.kl_target, or lower learner.lr",
+    ),
+    AlarmRule(
         "explained_variance",
         "below",
         limit=0.0,
@@ -178,6 +237,8 @@ def _onset(rule: AlarmRule, value: float, step: StepMetrics) -> str:
     cause, remedy = rule.cause, rule.remedy
     if rule.figure == "lost_share":
         cause = _most_lost(step) or cause
+    elif rule.figure == "reward_std":
+        cause = f"every reward is {step.reward_mean:.3f}: the reward tells no completion from another, or all are wrong"
     elif not cause:
         cause, remedy = _off_policy(rule, step)
     return f"{beyond} for {rule.steps} steps; {cause}; {remedy}"

@@ -82,6 +82,11 @@ class StepMetrics:
     groups_zero_variance: int = metric(
         "groups", "Groups in this batch whose rewards are all equal, so that group-relative advantages are 0.", 0
     )
+    zero_variance_share: float | None = metric(
+        "share",
+        "groups_zero_variance / groups in this batch, where algorithm.advantage compares rewards within groups.",
+        None,
+    )
     completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions in this batch.", None)
     truncated_share: float | None = metric(
         "share", "Completions that were cut off at sampling.max_new_tokens / completions in this batch.", None

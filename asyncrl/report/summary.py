@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import AsyncRLError
+from asyncrl.metrics.alarms import RULES
 from asyncrl.metrics.sinks import clock_time
 from asyncrl.report.picture import draw
 from asyncrl.report.run_records import AgeRecord, RunRecords, mean, measured, middle, total
@@ -268,6 +269,7 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, picture: Path) -> li
             f"   drift {_shown(health.gap_drift_median, '.1e')} nats"
         ),
         f"alarms       {_alarms_shown(health.alarms)}",
+        *(f"             {rule.figure}: {rule.advice}" for rule in RULES if rule.figure in health.alarms),
         (
             f"weight sync  {_shown(syncs.sync_total_ms_median, '.0f')} ms, of it generation paused "
             f"{_shown(syncs.sync_pause_ms_median, '.0f')} ms and training "

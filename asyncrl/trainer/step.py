@@ -19,6 +19,7 @@ from asyncrl.algorithms.kl import adapted_kl_coef
 from asyncrl.algorithms.losses import Sums, aggregate_loss
 from asyncrl.algorithms.value_targets import value_loss
 from asyncrl.config import Config
+from asyncrl.config.method_checks import COMPARING
 from asyncrl.errors import NonFiniteError
 from asyncrl.trainer.batch import MicroBatchData, MiniBatchData, Preparation
 from asyncrl.trainer.engines.base import Engines, EngineState, Gradients, Outputs, Want
@@ -79,6 +80,8 @@ class StepRunner:
         updates = [self._update(mini_batch) for _ in range(self.config.learner.epochs) for mini_batch in mini_batches]
         metrics = batch_metrics(groups, plan.is_flat, version) | update_metrics(updates)
         metrics |= layout_metrics(plan) | {"lr": lr}
+        if self.config.algorithm.advantage in COMPARING:
+            metrics["zero_variance_share"] = float(plan.is_flat.mean())
         metrics |= self._adapt_kl(metrics)
         self.version = version + 1
         return StepResult(self.version, metrics)
