@@ -73,10 +73,6 @@ class TrainerProcess:
 
     def start(self) -> None:
         """Starts the ranks. Their output goes to `log_file`."""
-        command = [sys.executable, "-m"]
-        if self.num_ranks > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.num_ranks}", "-m"]
-        command += ["asyncrl.trainer.rank", str(self.config_file), self.desk_address]
         environment = child_environment(
             self.threads,
             # Idle OpenMP threads that spin would starve the desk and a generator on the same host.
@@ -89,7 +85,7 @@ class TrainerProcess:
             # When the desk is killed the kernel kills the trainer: without a desk it can do nothing useful, and a
             # second learner on the run folder must find the device free.
             self._process = subprocess.Popen(
-                command,
+                self.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -101,6 +97,13 @@ class TrainerProcess:
             )
         self._restart_at = None
         log.info("trainer started (pid %d, log %s)", self._process.pid, self.log_file)
+
+    def command(self) -> list[str]:
+        """What is started."""
+        command = [sys.executable, "-m"]
+        if self.num_ranks > 1:
+            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.num_ranks}", "-m"]
+        return [*command, "asyncrl.trainer.rank", str(self.config_file), self.desk_address]
 
     def stepped(self) -> None:
         """A step was made: earlier crashes count no more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -15,6 +16,10 @@ def make_folder(path: Path) -> None:
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)
         fsync_folder(folder.parent)
+    if not missing:
+        # It may be there because a process was killed right after it made it, and its name not be durable yet.
+        with contextlib.suppress(PermissionError):  # a parent that we may not read is not one that we made
+            fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:

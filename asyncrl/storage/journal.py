@@ -313,6 +313,10 @@ class Journal:
         else:
             try:
                 self._fd = os.open(last.path, os.O_WRONLY | os.O_APPEND)
+                # What a killed learner wrote and did not sync is read like the rest, and is acknowledged and trained
+                # from now on: it must not be in the page cache alone. The same holds for the file's name.
+                os.fsync(self._fd)
+                fsync_folder(self._folder)
             except OSError as error:
                 raise JournalError(f"cannot open {last.path}: {error}; make it writable") from error
         self._move_end()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -35,8 +34,8 @@ from tests.simulation.trainer import Policy
 Who = tuple[str, int]  # generator id, incarnation
 
 
-class Violation(AssertionError):
-    """Something that must never happen did."""
+class Violation(BaseException):
+    """Something that must never happen did. No error of the product's: nothing there may catch it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class GeneratorLedger:
     acked: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
     settled_below: int = 1  # it says itself that it holds nothing below
+    swaps: set[tuple[int, int, int]] = field(default_factory=set)  # (epoch, version, attempt) that it was told to load
     committed: set[int] = field(default_factory=set)  # versions whose commit it read
     digests_told: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)  # of (epoch, version, try)
     canary_told: dict[tuple[int, int, int], bytes] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Checker:
         elif isinstance(message, messages.LeaseFailed):
             self._note_sent(who, message.seq, None)
         elif isinstance(message, messages.SyncReply) and not message.error:
-            which = message.run_epoch, message.version, message.attempt
+            which = _which(message)
             if message.digests:
                 ledger.digests_told[which] = tuple(message.digests[0])
             if message.canary_logprobs:
@@ -116,7 +116,7 @@ class Checker:
 
     def generator_read(self, who: Who, frame: bytes) -> None:
         message = decode(frame, max_bytes=MAX_FRAME_BYTES)
-        if isinstance(message, messages.SyncCommit):
+        if isinstance(message, messages.SyncCommit) and _which(message) in self.generators[who].swaps:
             self.generators[who].committed.add(message.version)
 
     # -- what the desk says
@@ -132,7 +132,10 @@ class Checker:
                 self.generators[who].refused.add(message.seq)
             case messages.LeaseGrant():
                 self._granted(who, message)
-            case messages.SyncCommit():
+            case messages.SyncSwap():
+                self.generators[who].swaps.add(_which(message))
+            case messages.SyncCommit() if _which(message) in self.generators[who].swaps:
+                # Else it was meant for the incarnation before, whose name this one took over a moment ago.
                 self._committed(who, message)
 
     def _acked(self, who: Who, seqs: set[int]) -> None:
@@ -151,7 +154,7 @@ class Checker:
             _check(grant.ordinal not in self.settled, f"ordinal {grant.ordinal} is settled and leased again")
 
     def _committed(self, who: Who, commit: messages.SyncCommit) -> None:
-        which = commit.run_epoch, commit.version, commit.attempt
+        which = _which(commit)
         policy = self.policies.get(commit.version)
         _check(policy is not None, f"version {commit.version} is committed and does not exist")
         told = self.generators[who].digests_told.get(which)
@@ -251,12 +254,16 @@ class Checker:
                     _check(result.key[1] in settled, f"{what}: taken for needless, and its prompt is not settled")
 
 
-def records_in(folder: Path) -> Iterator[Record]:
-    """The whole records of a journal folder."""
-    for path in sorted(folder.glob("*.segment")):
-        data = path.read_bytes()
+def records_in(segments: Iterable[bytes]) -> Iterator[Record]:
+    """The whole records of a journal's segments."""
+    for data in segments:
         if len(data) >= HEADER_BYTES:
             yield from (record for _, _, record in scan(data) if record is not None)
+
+
+def _which(phase: messages.SyncSwap | messages.SyncCommit | messages.SyncReply) -> tuple[int, int, int]:
+    """(run epoch, version, attempt): what tells one load from all others."""
+    return phase.run_epoch, phase.version, phase.attempt
 
 
 def _check(holds: bool, what: str) -> None:

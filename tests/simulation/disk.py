@@ -55,6 +55,11 @@ class Disk:
             self._files[status.st_ino] = Path(f"/proc/self/fd/{fd}").read_bytes()
         self._at_sync("after")
 
+    def durable(self, folder: Path, suffix: str) -> list[bytes]:
+        """The durable contents of the files of a folder whose names are durable and end so, in the names' order."""
+        names = self._folders.get(folder.stat().st_ino, {}) if folder.is_dir() else {}
+        return [self._files.get(names[name], b"") for name in sorted(names) if name.endswith(suffix)]
+
     def lose_power(self) -> int:
         """Brings the folder into a state that a loss of power could leave. Returns how many files and names changed."""
         folders: dict[int, tuple[Path, Listing]] = {}

@@ -1,8 +1,9 @@
 """A rollout engine and rewards for the simulation. The engine holds bytes, and says in its tokens which ones.
 
-Weights are a few buckets of bytes. The canary sees the first bucket alone, as a real one sees wrong weights only where
-they matter; digests see all. Each completion begins with a token that is its number, and `Sampled` keeps under that
-number the weights that were in the engine at each of its tokens: what the checker holds against the version spans.
+Weights are a few buckets of bytes. The canary sees the first bucket alone, the comparison of the bits in use all but
+the first, and digests see everything that is staged. Each completion begins with a token that is its number, and
+`Sampled` keeps under that number the weights that were in the engine at each of its tokens: what the checker holds
+against the version spans.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from asyncrl.errors import ChannelError, DeadlineExceeded, EngineError
-from asyncrl.generator.engines.base import Completion, GenerationRequest, StageReport, SwapReport
-from asyncrl.link.weight_records import ALIGNMENT
+from asyncrl.generator.engines.base import CheckReport, Completion, GenerationRequest, StageReport, SwapReport
+from asyncrl.link.weight_records import ALIGNMENT, BitsInUse
 from asyncrl.rewards.pool import RewardOutcome
 from asyncrl.types import FinishReason, VersionSpan
 
@@ -94,7 +95,7 @@ class EngineFaults:
     generate_error: float = 0.0
     reward_error: float = 0.0
     equal_rewards: float = 0.2
-    token_s: float = 0.05
+    token_s: float = 0.15
     slow_share: float = 0.1  # of groups that take ten times as long
 
 
@@ -251,10 +252,21 @@ class Engine:
             self.tainted = True
             raise EngineError("simulated")
         if before is not None and self._hits(self._faults.stale_swap):
-            staged = (before[0], *staged[1:])
-        self.weights, self.version, self.tainted = staged, version, False
+            stale = self._chance.randrange(NUM_BUCKETS)
+            self.weights = (*staged[:stale], before[stale], *staged[stale + 1 :])
+        else:
+            self.weights = staged
+        self.version, self.tainted = version, False
         self.must_not_sample_since = None
         return SwapReport(version, {"pause_ms": 1.0, "apply_ms": 1.0})
+
+    async def check_weights(self, version: int, timeout_s: float) -> CheckReport:
+        await asyncio.sleep(self._chance.uniform(0.001, 0.05))
+        if self._staged is None or self.weights is None or self._staged[0] != version:
+            raise EngineError(f"version {version} was not swapped last")
+        pairs = zip(self.weights[1:], self._staged[1][1:], strict=True)
+        differing = [f"bucket {place}" for place, (used, staged) in enumerate(pairs, 1) if used != staged]
+        return CheckReport([BitsInUse(version, NUM_BUCKETS - 1, differing, ["bucket 0"])])
 
     def taint(self, why: str) -> None:
         self.tainted, self.version = True, None

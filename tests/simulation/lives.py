@@ -14,6 +14,8 @@ import numpy as np
 from asyncrl.desk.daemon import Surroundings, make_desk
 from asyncrl.desk.desk import FROM_GENERATOR, FROM_TRAINER, Desk
 from asyncrl.desk.opening.restoring import restore_run
+from asyncrl.desk.opening.run_folder import open_run
+from asyncrl.desk.opening.run_record import write_record
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.errors import JournalError
 from asyncrl.generator.assembly import _session
@@ -23,10 +25,9 @@ from asyncrl.link import messages
 from asyncrl.link.codec import decode
 from asyncrl.link.messages import Message
 from asyncrl.storage.journal import Journal
-from asyncrl.storage.run_epoch import next_run_epoch
 from asyncrl.tasks.prompts import Prompt
 from tests.desk.desk_parts import MetricsLog
-from tests.simulation.checker import Violation, records_in
+from tests.simulation.checker import Violation
 from tests.simulation.engine import Engine, Rewards
 from tests.simulation.network import MAX_FRAME_BYTES, Dealer, Network, Router
 from tests.simulation.trainer import ProcessDied, SimulatedProcess, TrainerPlace
@@ -58,6 +59,7 @@ class DeskLife:
         self.journal: Journal | None = None
         self.process: SimulatedProcess | None = None
         self.steps_left: int | None = None
+        self.syncs_left: int | None = None  # moments before or after an fsync
         self.loses_power = False
         self.desk: Desk | None = None
 
@@ -68,9 +70,20 @@ class DeskLife:
             if self.steps_left <= 0:
                 raise ProcessDied
 
+    def at_sync(self) -> None:
+        """A moment just before or after an fsync."""
+        if self.syncs_left is not None:
+            self.syncs_left -= 1
+            if self.syncs_left <= 0:
+                raise ProcessDied
+        self.step()
+
     def kill_after(self, steps: int, loses_power: bool) -> None:
         self.steps_left, self.loses_power = steps, loses_power
         self.wake.set()
+
+    def kill_at_sync(self, syncs: int, loses_power: bool) -> None:
+        self.syncs_left, self.loses_power = syncs, loses_power
 
     async def run(self) -> bool:
         """Serves to the end of the run (True) or of this process (False)."""
@@ -100,9 +113,11 @@ class DeskLife:
     def _start(self) -> None:
         world = self.world
         run_dir = Path(world.config.run.dir)
-        self.journal = Journal.open(run_dir / "journal", world.plan.segment_bytes, flush=world.disk.sync)
-        run_epoch = next_run_epoch(run_dir)
-        world.checker.on_disk(records_in(run_dir / "journal"))
+        run = open_run(world.config)
+        self.journal = run.journal
+        world.look_at_disk()
+        run_epoch = run.begin(run_dir, world.loop.time())
+        write_record(run_dir, world.config, run.record)
         self.generators = self._router(world.network, world.desk_said)
         self.ranks = self._router(world.trainer_network, lambda peer, message: None)
         place = TrainerPlace(
@@ -116,11 +131,12 @@ class DeskLife:
         )
         self.process = SimulatedProcess(place, world.config.learner.max_trainer_restarts)
         self.process.start()
-        state = restore_run(world.config, run_epoch, self.journal)
+        state = restore_run(world.config, run_epoch, run.journal, run.saved)
         evals = [Prompt(np.array([500 + n], np.int32), {"index": n}) for n in range(world.plan.num_evals)]
         prompts = LeasedPrompts(Prompts(), evals, state.leases)
         surroundings = Surroundings(self.generators, self.ranks, self.process, MetricsLog(), NoSignal())
         self.desk = make_desk(world.config, state, prompts, surroundings)
+        self.desk.boundary._fence = _not_handled
 
     def _router(self, network: Network, sent: Callable[[bytes, Message], None]) -> Router:
         return Router(
@@ -138,8 +154,6 @@ class DeskLife:
         self.step()
         desk.boundary.from_generators(self.generators, FROM_GENERATOR, desk._from_generator, now)
         desk.boundary.from_ranks(self.ranks, FROM_TRAINER, desk._from_trainer, now)
-        if desk.boundary.defects:
-            raise Violation(f"a message broke the desk: {desk.boundary.defects}")
         if desk._over(now):
             return True
         desk._tick(now)
@@ -229,3 +243,8 @@ class GeneratorLife:
         """Its weights were found wrong a second ago, and no other ones were sent since."""
         if swap == self._last_swap:
             self.engine.must_not_sample_since = self._world.loop.time()
+
+
+def _not_handled(peer: bytes, error: Exception, now: float) -> None:
+    """No honest generator may be fenced because the desk could not handle what it said."""
+    raise Violation(f"a message of an honest generator broke the desk: {error!r}") from error

@@ -10,7 +10,18 @@ from asyncrl.config import Config
 from tests.simulation.engine import EngineFaults
 from tests.simulation.network import MAX_FRAME_BYTES, Weather
 
-FAULT_KINDS = ("desk", "power", "trainer", "generator", "leave", "replace", "partition", "stall", "disk")
+FAULT_KINDS = (
+    "desk",
+    "power",
+    "desk, then power",
+    "trainer",
+    "generator",
+    "leave",
+    "replace",
+    "partition",
+    "stall",
+    "disk",
+)
 
 
 @dataclass(slots=True)

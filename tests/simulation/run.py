@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 
+from tests.simulation.checker import Violation
 from tests.simulation.world import simulate
 
 
@@ -24,7 +25,7 @@ def main() -> int:
             world = simulate(seed)
             if options.seed is not None:
                 print(world.plan, world.counts, dict(world.checker.counts), world.digest, *world.events, sep="\n")
-        except Exception:  # noqa: BLE001 - whatever a seed found is reported, and the next one runs
+        except (Exception, Violation):  # noqa: BLE001 - whatever a seed found is told, and the next one runs
             failed.append(seed)
             print(f"--- seed {seed}", traceback.format_exc(limit=-6), sep="\n", flush=True)
     print(f"{len(seeds)} seeds, {time.perf_counter() - started:.1f} s, failed: {failed}")

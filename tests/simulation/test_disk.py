@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 
+import pytest
+
 from asyncrl.storage.checkpoint_files import find_latest, write_checkpoint
+from asyncrl.storage.journal import Journal
+from asyncrl.storage.records import PromptGivenUp
 from asyncrl.storage.run_epoch import next_run_epoch, run_epoch_of
 from tests.simulation.disk import Disk
 
@@ -59,3 +64,62 @@ def test_a_run_epoch_is_never_given_out_twice(tmp_path):
                 assert next_run_epoch(run_dir) == epoch
             disk.lose_power()
         assert run_epoch_of(run_dir) == 3
+
+
+class Killed(BaseException):
+    """SIGKILL in the middle of a call."""
+
+
+def test_what_a_journal_reads_at_its_opening_is_durable_from_then_on(tmp_path):
+    """A killed learner may leave records in the page cache: the next one acknowledges and trains them."""
+    for seed in range(20):
+        folder = tmp_path / str(seed) / "journal"
+        folder.parent.mkdir()
+        disk = disk_at(folder.parent, seed)
+
+        def killed(fd: int) -> None:
+            raise Killed
+
+        with disk.attached():
+            journal = Journal.open(folder, flush=killed)
+            journal.append(PromptGivenUp(7), 0.0)
+            with contextlib.suppress(Killed):
+                journal.make_durable()
+            journal.close()
+            again = Journal.open(folder, flush=disk.sync)
+            assert [entry.record for entry in again.read_all()] == [PromptGivenUp(7)]
+            again.close()
+        disk.lose_power()
+        with disk.attached():
+            last = Journal.open(folder, flush=disk.sync)
+            assert [entry.record for entry in last.read_all()] == [PromptGivenUp(7)], f"seed {seed}"
+            last.close()
+
+
+@pytest.mark.parametrize("moment", range(1, 13))
+def test_a_journal_whose_learner_was_killed_while_it_began_keeps_what_the_next_one_acknowledges(tmp_path, moment):
+    """Killed before or after any fsync of the opening: a file may be there whose name is in the page cache alone."""
+    for seed in range(10):
+        folder = tmp_path / str(seed) / "journal"
+        folder.parent.mkdir()
+        passed = [0]
+
+        def dies(when: str, passed=passed) -> None:
+            passed[0] += 1
+            if passed[0] == moment:
+                raise Killed
+
+        disk = Disk(folder.parent, random.Random(seed), dies)
+        with disk.attached():
+            with contextlib.suppress(Killed):
+                Journal.open(folder, flush=disk.sync).close()
+            passed[0] = moment
+            journal = Journal.open(folder, flush=disk.sync)
+            journal.append(PromptGivenUp(1), 0.0)
+            journal.make_durable()
+            journal.close()
+        disk.lose_power()
+        with disk.attached():
+            again = Journal.open(folder, flush=disk.sync)
+            assert [entry.record for entry in again.read_all()] == [PromptGivenUp(1)], f"seed {seed}"
+            again.close()

@@ -13,7 +13,10 @@ import pytest
 
 from tests.simulation.world import simulate
 
-DEFAULT_SEEDS = 40
+# A killed generator takes phases of weight syncs along that had not begun.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+
+DEFAULT_SEEDS = 20
 SLOW_SEEDS = 1500
 
 

@@ -92,7 +92,7 @@ class TrainerPlace:
     keep: int
     computing: Callable[[], contextlib.AbstractContextManager[None]]  # while it lasts, fsyncs are the trainer's
     stepped: Callable[[Policy], None]
-    step_s: float = 0.3
+    step_s: float = 0.8
 
 
 class Trainer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from asyncrl.errors import AsyncRLError
 from asyncrl.link.messages import Message
+from asyncrl.storage.journal import Journal
 from tests.simulation.checker import Checker, Violation, records_in
 from tests.simulation.clock import START_S, VirtualLoop, virtual_time
 from tests.simulation.disk import Disk
@@ -69,11 +71,21 @@ class World:
         level = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
-            with virtual_time() as loop, self.disk.attached():
+            with virtual_time() as loop, self.disk.attached(), self._journals():
                 self.loop: VirtualLoop = loop
                 loop.run_until_complete(self._main())
         finally:
             logging.disable(level)
+
+    @contextlib.contextmanager
+    def _journals(self) -> Iterator[None]:
+        """While it lasts, journals are opened with small segments and on the simulated disk."""
+        real = vars(Journal)["open"]
+        Journal.open = functools.partial(Journal.open, segment_bytes=self.plan.segment_bytes, flush=self.disk.sync)
+        try:
+            yield
+        finally:
+            Journal.open = real
 
     async def _main(self) -> None:
         self.network = Network(self.loop, self.chance)
@@ -94,7 +106,7 @@ class World:
         self._judge()
 
     def _judge(self) -> None:
-        self.checker.on_disk(records_in(Path(self.config.run.dir) / "journal"))
+        self.look_at_disk()
         assert self.last_trainer is not None
         final: Policy = self.last_trainer.policy
         self.checker.end(final, self.plan.steps, self.plan.groups_per_step)
@@ -157,12 +169,24 @@ class World:
         faults.generate_error = faults.reward_error = 0.0
 
     def kill_desk(self) -> None:
-        if self.life is not None:
-            self.life.kill_after(self.chance.choice((1, self.chance.randint(1, 80))), loses_power=False)
+        self._kill_desk(loses_power=False)
 
     def lose_power(self) -> None:
+        self._kill_desk(loses_power=True)
+
+    def kill_desk_then_lose_power(self) -> None:
+        """What a killed desk had written and not synced is there for the next one, until the power goes."""
         if self.life is not None:
-            self.life.kill_after(self.chance.choice((1, self.chance.randint(1, 80))), loses_power=True)
+            self.life.kill_at_sync(self.chance.randint(1, 4), loses_power=False)
+            self.loop.call_later(self.chance.uniform(1.0, 8.0), self.lose_power)
+
+    def _kill_desk(self, loses_power: bool) -> None:
+        if self.life is None:
+            return
+        if self.chance.random() < 0.4:
+            self.life.kill_at_sync(self.chance.randint(1, 6), loses_power)
+        else:
+            self.life.kill_after(self.chance.choice((1, self.chance.randint(1, 80))), loses_power)
 
     def kill_trainer(self) -> None:
         if self.life is not None and self.life.process is not None:
@@ -217,13 +241,17 @@ class World:
 
     def _at_sync(self, when: str) -> None:
         if self._running is not None:
-            self._running.step()
+            self._running.at_sync()
         elif when == "before" and self.chance.random() < 0.02 and self.life is not None:
             # In the middle of a checkpoint; the desk goes too, because only then the disk may forget.
             self.life.kill_after(1, loses_power=True)
             raise ProcessDied
         if when == "after":
-            self.checker.on_disk(records_in(Path(self.config.run.dir) / "journal"))
+            self.look_at_disk()
+
+    def look_at_disk(self) -> None:
+        """Tells the checker which records are durable by now."""
+        self.checker.on_disk(records_in(self.disk.durable(Path(self.config.run.dir) / "journal", ".segment")))
 
     def desk_said(self, peer: bytes, message: Message) -> None:
         self.trace(type(message).__name__, peer, b"")
@@ -253,6 +281,7 @@ class World:
 FAULTS: dict[str, Callable[[World], None]] = {
     "desk": World.kill_desk,
     "power": World.lose_power,
+    "desk, then power": World.kill_desk_then_lose_power,
     "trainer": World.kill_trainer,
     "generator": World.kill_generator,
     "leave": World.leave,
