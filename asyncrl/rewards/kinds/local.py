@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,8 +91,16 @@ class UserRule(Part):
             raise ConfigError(f"path={self.path!r} must be `module:function`")
 
     def prepare(self) -> None:
-        """Imports the function. Raises ConfigError when there is none."""
-        _ = self._function
+        """Imports the function. Raises ConfigError when there is none, or when it does not take what it is given."""
+        function = self._function
+        try:
+            inspect.signature(function).bind("completion", {}, **self.args)
+        except TypeError as error:
+            raise ConfigError(
+                f"{self.path} is called as function(completion, payload, **args) with args={self.args}: {error}"
+            ) from None
+        except ValueError:
+            return  # written in C, without a signature: the first reward shows it
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
