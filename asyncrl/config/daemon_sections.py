@@ -172,7 +172,10 @@ class TransportConfig:
     )
     client_key_file: str = key("", "File with the secret CURVE key of this generator.", if_changed=ACCEPTED)
     allowed_keys_file: str = key(
-        "", "File with the public keys of the generators that the learner admits, one per line.", if_changed=ACCEPTED
+        "",
+        "File with the public keys of the generators that the learner admits: one line each, the key and then the "
+        "generator.id that it may speak for. It is read again when it changes. bin/keys writes it.",
+        if_changed=ACCEPTED,
     )
     max_frame_bytes: int = key(
         64 * 2**20,

@@ -72,6 +72,11 @@ class Generators:
 
     def hello(self, peer: bytes, hello: messages.Hello, now: float) -> None:
         """Admits or refuses; a newer incarnation takes the place of the one before."""
+        keys = self.socket.keys
+        if keys is not None and (why := keys.refusal(peer, hello.generator_id)):
+            self._to_peer(peer, messages.Refusal(RefusalCode.FENCED, why, "", hello.generator_id))
+            self._repeats.warn("a hello refused", f"{hello.generator_id}: {why}", now)
+            return
         admission = self._sessions.hello(peer, hello, version=self._policy.trained, now=now)
         self._to_peer(peer, admission.reply)
         if admission.released is not None:
@@ -160,6 +165,9 @@ class Generators:
     def say_strangers(self, now: float) -> None:
         """One warning for all that knocked since the last one, so that a flood of them cannot fill the log."""
         self._repeats.summarise(now)
+        if self.socket.keys is not None:
+            for peer in self.socket.keys.revoked(now):
+                self.fence(peer, "its key was removed from transport.allowed_keys_file", now)
         strangers = self.socket.handshakes_refused, self.socket.malformed_messages
         if strangers == self._strangers or now < self._strangers_said_at + SAY_STRANGERS_EVERY_S:
             return

@@ -1,14 +1,12 @@
-"""CURVE keys: making, reading and checking them. Run `python -m asyncrl.link.curve_keys DIR` to make a set.
+"""CURVE keys: making, reading and checking them. `bin/keys` makes, adds and revokes them (`link.key_commands`).
 
-A key file holds one key in Z85 (40 characters). Secret keys are readable by their owner only. The allow-list
-holds the public keys of the generators, one per line, each with an optional name after a space; lines that start
-with "# " are comments. The list is read at every handshake, so a key is rotated by adding the new one, restarting the
-generator with it, and removing the old one.
+A key file holds one key in Z85 (40 characters). Secret keys are readable by their owner only. The allow-list holds the
+public keys of the generators, one per line, each followed by the ids of the generators that it may speak for; see
+`link.allowed_keys`. A key is rotated by adding the new one, restarting the generator with it, and revoking the old one.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import struct
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from zmq.utils import z85
 from asyncrl.config import TransportConfig
 from asyncrl.errors import ConfigError
 
-_MAKE = "make keys with `python -m asyncrl.link.curve_keys DIR`"
+_MAKE = "make keys with `bin/keys make DIR`"
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,22 @@ def client_auth(transport: TransportConfig) -> ClientAuth | None:
     return ClientAuth(_read_secret("client_key_file", files[0]), server_key)
 
 
-def read_allowed_keys(path: Path) -> frozenset[bytes]:
-    """The public keys in an allow-list. Raises ConfigError."""
-    # Only the first word counts: a key may itself contain the character #.
-    words = (line.split()[0] for line in _read("allowed_keys_file", str(path)).splitlines() if line.strip())
-    return frozenset(_key(word, str(path)) for word in words if word != "#")
+@dataclass(frozen=True, slots=True)
+class AllowedKey:
+    """One line of the allow-list: a public key, and the generators that it may speak for."""
+
+    key: bytes
+    generator_ids: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join((self.key.decode(), *self.generator_ids))
+
+
+def read_allowed_keys(path: Path) -> list[AllowedKey]:
+    """The lines of an allow-list. Raises ConfigError."""
+    # The first word is the key, which may itself contain the character #.
+    lines = (line.split() for line in _read("allowed_keys_file", str(path)).splitlines() if line.strip())
+    return [AllowedKey(_key(words[0], str(path)), tuple(words[1:])) for words in lines if words[0] != "#"]
 
 
 def public_key(secret_key: bytes) -> bytes:
@@ -131,38 +140,3 @@ def _key(text: str, path: str) -> bytes:
     except (ValueError, KeyError, struct.error):  # all of these mean: not Z85
         pass
     raise ConfigError(f"{path} holds {len(key)} characters that are not a Z85 key of 40; {_MAKE}")
-
-
-def main() -> None:
-    """Makes the keys of one learner and its generators."""
-    parser = argparse.ArgumentParser(
-        prog="python -m asyncrl.link.curve_keys",
-        description="Make CURVE keys for one learner and its generators. Existing keys are never overwritten.",
-    )
-    parser.add_argument("directory", type=Path, help="folder for the keys, made if missing")
-    parser.add_argument(
-        "generators",
-        nargs="*",
-        default=["generator"],
-        help="names of the generators, a key pair each",
-    )
-    arguments = parser.parse_args()
-    directory: Path = arguments.directory
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        server_secret, server_public = make_key_pair(directory, "learner")
-        allowed = directory / "allowed_keys"
-        with allowed.open("a") as file:
-            for name in arguments.generators:
-                public = make_key_pair(directory, name)[1].read_text().strip()
-                file.write(f"{public} {name}\n")
-    except ConfigError as error:
-        parser.exit(error.exit_code, f"{error}\n")
-    print(f"learner: transport.server_key_file={server_secret} transport.allowed_keys_file={allowed}")
-    for name in arguments.generators:
-        secret = directory / f"{name}.key"
-        print(f"{name}: transport.client_key_file={secret} transport.server_public_key_file={server_public}")
-
-
-if __name__ == "__main__":
-    main()

@@ -21,8 +21,9 @@ from zmq.auth.thread import ThreadAuthenticator
 from asyncrl.errors import BindError, ConfigError
 from asyncrl.host.addresses import parse_address
 from asyncrl.link import limits
+from asyncrl.link.allowed_keys import AllowList, PeerKeys
 from asyncrl.link.codec import encode
-from asyncrl.link.curve_keys import ClientAuth, ServerAuth, public_key, read_allowed_keys
+from asyncrl.link.curve_keys import ClientAuth, ServerAuth, public_key
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.socket_options import CLIENT_EVENTS, HANDSHAKE_FAILURES, LinkMonitor, bind, set_options
 
@@ -46,11 +47,13 @@ class ServerSocket:
             raise BindError(
                 f"{address} can be reached from other hosts and no keys are configured: set "
                 "transport.server_key_file and transport.allowed_keys_file "
-                "(python -m asyncrl.link.curve_keys DIR makes them), or listen on 127.0.0.1"
+                "(bin/keys make DIR makes them), or listen on 127.0.0.1"
             )
         self.max_frame_bytes = max_frame_bytes
         self.malformed_messages = 0  # of other than one frame
+        self.frames_without_key = 0  # over connections whose key was removed from the list
         self._context = zmq.Context()
+        self.keys: PeerKeys | None = None  # without keys any peer may speak for any generator
         self._authenticator: ThreadAuthenticator | None = None
         self._socket = self._context.socket(zmq.ROUTER)
         try:
@@ -83,14 +86,18 @@ class ServerSocket:
         size = 0
         while len(received) < limits.DRAIN_FRAMES and size < self.max_frame_bytes:
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             if len(parts) != 2:
                 self.malformed_messages += 1
                 continue
-            received.append((parts[0], parts[1]))
-            size += len(parts[1])
+            peer, frame = parts[0].bytes, parts[1].bytes
+            if self.keys is not None and not self.keys.note(peer, _key_of(parts[1])):
+                self.frames_without_key += 1
+                continue
+            received.append((peer, frame))
+            size += len(frame)
         return received
 
     def send(self, peer: bytes, frame: bytes) -> bool:
@@ -134,30 +141,15 @@ class ServerSocket:
 
     def _admit_by_key(self, auth: ServerAuth) -> None:
         """Starts the handler that decides on keys. Before the bind: without a handler libzmq would accept every key."""
-        read_allowed_keys(auth.allowed_keys_file)
+        allowed = AllowList(auth.allowed_keys_file)
+        self.keys = PeerKeys(allowed)
         self._authenticator = ThreadAuthenticator(self._context, log=log)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback(_ZAP_DOMAIN, _AllowList(auth))
+        self._authenticator.configure_curve_callback(_ZAP_DOMAIN, allowed)
         self._socket.set(zmq.CURVE_SERVER, 1)
         self._socket.set(zmq.CURVE_SECRETKEY, auth.secret_key)
         self._socket.set(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.encode())
         self._socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
-
-
-class _AllowList:
-    """Decides on keys at each handshake, from the file as it is then."""
-
-    def __init__(self, auth: ServerAuth) -> None:
-        self._path = auth.allowed_keys_file
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        # An error must end in a refusal: an exception would kill the thread and every later handshake with it.
-        try:
-            return key in read_allowed_keys(self._path)
-        except ConfigError as error:
-            problem = str(error)
-        log.error("refusing a generator: %s", problem)
-        return False
 
 
 class SocketPoller:
@@ -304,6 +296,13 @@ class AsyncClientSocket(_Dealer):
         """Closes; what is queued gets `flush_s` to leave."""
         self._close_socket(flush_s)
         await asyncio.to_thread(self._context.term)
+
+
+def _key_of(frame: zmq.Frame) -> bytes:
+    """The public key that the connection of this frame proved."""
+    key = frame.get("User-Id")
+    assert isinstance(key, str), key
+    return key.encode()
 
 
 def _milliseconds(timeout_s: float) -> int:

@@ -27,6 +27,7 @@ class Wire:
     max_frame_bytes = MEBIBYTE
     handshakes_refused = 0
     malformed_messages = 0
+    keys = None
 
     def __init__(self):
         self.sent = []

@@ -55,7 +55,7 @@ def story(hosts: dict[str, str], module_run: Run) -> tuple[Run, set[str]]:
     The generator has a run folder of its own, as on another host.
     """
     keys = module_run.folder / "keys"
-    subprocess.run([sys.executable, "-m", "asyncrl.link.curve_keys", str(keys)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "asyncrl.link.key_commands", "make", str(keys)], check=True, timeout=60)
     module_run.configure(
         run={"steps": STEPS},
         transport={"address": f"tcp://{LEARNER}:{free_port()}"},

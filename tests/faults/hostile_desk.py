@@ -69,6 +69,7 @@ class Wire:
     max_frame_bytes = 4 * MEBIBYTE
     handshakes_refused = 0
     malformed_messages = 0
+    keys = None
     address = "inproc://wire"
 
     def __init__(self):

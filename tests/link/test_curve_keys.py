@@ -34,7 +34,7 @@ def config(folder, **changes) -> TransportConfig:
 def test_made_keys_can_be_loaded_and_belong_together(keys):
     server, client = server_auth(config(keys)), client_auth(config(keys))
     assert client.server_public_key == public_key(server.secret_key)
-    assert read_allowed_keys(server.allowed_keys_file) == {public_key(client.secret_key)}
+    assert [entry.key for entry in read_allowed_keys(server.allowed_keys_file)] == [public_key(client.secret_key)]
 
 
 def test_a_secret_is_readable_by_its_owner_only_and_never_shown(keys):
@@ -71,7 +71,7 @@ def test_half_of_the_clients_files_is_an_error(keys, option):
     ],
 )
 def test_a_missing_file_is_named_with_the_remedy(keys, load, option):
-    with pytest.raises(ConfigError, match=rf"transport.{option} .*gone cannot be read: No such file.*asyncrl.link"):
+    with pytest.raises(ConfigError, match=rf"transport.{option} .*gone cannot be read: No such file.*bin/keys make"):
         load(config(keys, **{option: "gone"}))
 
 
@@ -92,7 +92,7 @@ def test_what_is_not_a_key_is_refused_without_showing_it(keys, text):
 def test_a_key_may_contain_the_character_of_comments(tmp_path):
     key = "0#000" * 8
     (tmp_path / "allowed").write_text(f"# a comment\n{key} somebody\n")
-    assert read_allowed_keys(tmp_path / "allowed") == {key.encode()}
+    assert {entry.key for entry in read_allowed_keys(tmp_path / "allowed")} == {key.encode()}
 
 
 def test_an_empty_allow_list_is_refused(keys):
@@ -109,13 +109,14 @@ def test_keys_are_never_overwritten(keys):
 
 
 def test_the_command_makes_a_working_set_and_says_how_to_use_it(tmp_path):
-    command = [sys.executable, "-m", "asyncrl.link.curve_keys", str(tmp_path / "keys"), "one", "two"]
+    command = [sys.executable, "-m", "asyncrl.link.key_commands", "make", str(tmp_path / "keys"), "one", "two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     options = TransportConfig(
         **dict(part[10:].split("=") for part in done.stdout.split() if part.startswith("transport."))
     )
     allowed = read_allowed_keys(server_auth(options).allowed_keys_file)
-    assert len(allowed) == 2 and public_key(client_auth(options).secret_key) in allowed
+    assert [entry.generator_ids for entry in allowed] == [("one",), ("two",)]
+    assert public_key(client_auth(options).secret_key) == allowed[1].key
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2 and "never overwritten" in again.stderr and "Traceback" not in again.stderr

@@ -81,6 +81,7 @@ class Router:
 
     max_frame_bytes = MAX_FRAME_BYTES
     handshakes_refused = malformed_messages = disconnects = 0
+    keys = None
     address = "sim"
 
     def __init__(
