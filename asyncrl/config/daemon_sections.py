@@ -73,8 +73,15 @@ class LearnerConfig:
     )
     max_trainer_restarts: int = key(
         3,
-        "How often in a row a trainer that died without making a step is started again.",
+        "How often in a row a trainer that died without making a new version is started again.",
         minimum=0,
+        if_changed=ACCEPTED,
+    )
+    on_bad_batch: str = key(
+        "stop",
+        "What happens when the trainer died more often than that on one batch: the run ends and names it (stop), or "
+        "its prompts are left out and the run goes on (skip).",
+        choices=("stop", "skip"),
         if_changed=ACCEPTED,
     )
 

@@ -26,6 +26,14 @@ class DecidedStep:
     desk_state: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class DealtBatch:
+    """What the ranks have in hand to make `version` + 1: (ordinal, attempt) of each group."""
+
+    version: int
+    groups: tuple[tuple[int, int], ...]
+
+
 class BatchDealer:
     """Takes the ranks' requests for batches and answers them with decided steps.
 
@@ -41,6 +49,7 @@ class BatchDealer:
         self._decided: DecidedStep | None = None
         self._requests: dict[int, int] = {}  # rank -> version
         self.world_size = 1
+        self.in_hand: DealtBatch | None = None  # dealt out, and not reported as trained
 
     def request(self, rank: int, version: int) -> None:
         """A rank wants the batch of `version`; asking again replaces the request."""
@@ -63,6 +72,22 @@ class BatchDealer:
     def forget_ranks(self) -> None:
         """The trainer died: nobody waits any more."""
         self._requests.clear()
+        self.in_hand = None
+
+    def step_made(self, version: int) -> None:
+        """The ranks made `version`."""
+        if self.in_hand is not None and self.in_hand.version < version:
+            self.in_hand = None
+
+    def has_steps_after(self, version: int) -> bool:
+        """Whether the journal holds steps that follow the one of `version`."""
+        return max(self._again, default=-1) > version
+
+    def leave_out(self, version: int) -> None:
+        """The batch of this version is not to be trained: another one has to be decided."""
+        self._again.pop(version, None)
+        if self._decided is not None and self._decided.version == version:
+            self._decided = None
 
     def needs_decision(self) -> int | None:
         """The version all ranks wait for if its batch is still to be chosen."""
@@ -103,6 +128,7 @@ class BatchDealer:
         publish = version + 1 >= self._policy.replay_to
         for rank, bodies in enumerate(_shards(step.groups, self.world_size)):
             send(rank, Batch(version, rank, bodies, step.desk_state, checkpoint, publish))
+        self.in_hand = DealtBatch(version, tuple((group.ordinal, group.attempt) for group in step.groups))
         self._requests.clear()
         return True
 

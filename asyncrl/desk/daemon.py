@@ -17,6 +17,7 @@ from pathlib import Path
 
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.bad_batches import BadBatches
 from asyncrl.desk.batches import BatchDealer
 from asyncrl.desk.desk import Desk
 from asyncrl.desk.evaluation import Evaluator
@@ -113,7 +114,10 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         metrics=metrics,
         done=state.evals_done,
     )
-    ranks = _ranks(config, state, acknowledgements, surroundings)
+    dealer = BatchDealer(
+        state.journal, state.policy, checkpoint_every=config.checkpoint.every, last_step=config.run.steps
+    )
+    ranks = _ranks(config, state, acknowledgements, dealer, surroundings)
     versions = Versions(
         planner=_sync_planner(config, state),
         socket=surroundings.trainer_socket,
@@ -141,6 +145,7 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         versions=versions,
         evaluator=evaluator,
         process=surroundings.process,
+        bad_batches=BadBatches(config, state=state, dealer=dealer, process=surroundings.process),
         stop=surroundings.stop,
     )
 
@@ -155,10 +160,13 @@ def _sync_planner(config: Config, state: RunState) -> SyncPlanner:
     )
 
 
-def _ranks(config: Config, state: RunState, acknowledgements: Acknowledgements, surroundings: Surroundings) -> Ranks:
-    dealer = BatchDealer(
-        state.journal, state.policy, checkpoint_every=config.checkpoint.every, last_step=config.run.steps
-    )
+def _ranks(
+    config: Config,
+    state: RunState,
+    acknowledgements: Acknowledgements,
+    dealer: BatchDealer,
+    surroundings: Surroundings,
+) -> Ranks:
     return Ranks(
         socket=surroundings.trainer_socket,
         state=state,

@@ -24,6 +24,7 @@ import time
 
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.bad_batches import BadBatches
 from asyncrl.desk.boundary import Boundary
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.generators import Generators
@@ -66,6 +67,8 @@ FROM_TRAINER = frozenset(
 )
 MAX_WAIT_S = 0.5
 SAY_WAITING_EVERY_S = 30.0
+SAY_MISSING_AFTER_S = 4.0  # who is missing before any generator can work
+LOOK_WHO_IS_MISSING_EVERY_S = 0.5
 SIGNAL_STOP_TIMEOUT_S = 20.0  # systems that send it often kill 30 s later
 FINISH_TIMEOUT_S = 600.0  # the last checkpoint and the export of a large model
 # The last evaluation may take this many times generator.lease_timeout_s: once until a generator proves the version, and
@@ -91,6 +94,7 @@ class Desk:
         versions: Versions,
         evaluator: Evaluator,
         process: TrainerProcess,
+        bad_batches: BadBatches,
         stop: StopSignal,
     ) -> None:
         self.config = config
@@ -103,9 +107,14 @@ class Desk:
         self.versions = versions
         self.evaluator = evaluator
         self.process = process
+        self.bad_batches = bad_batches
         self.stop = stop
         self._waiting_since: float | None = None
         self._stopping_since: float | None = None
+        self._stopped_while_loading = False  # the trainer: it had nothing to save
+        self._missing = ""  # who is missing before any generator can work, as last said
+        self._missing_said_at: float | None = None
+        self._look_who_is_missing_at = 0.0
         self._evaluating_since: float | None = None  # all steps are trained
 
     def run(self) -> int:
@@ -192,8 +201,8 @@ class Desk:
             case trainer_messages.BatchRequest():
                 self.ranks.request(peer, message)
             case trainer_messages.StepDone():
+                self.bad_batches.stepped(message.version)
                 self.ranks.step_done(message, len(self.generators.alive()), now)
-                self.process.stepped()
                 self.evaluator.advance(self.state.policy.trained, self.versions)
             case trainer_messages.CheckpointDone():
                 self.ranks.checkpoint_done(message)
@@ -205,7 +214,7 @@ class Desk:
                 self.versions.broadcast_done(message, now)
 
     def _watch_trainer(self, now: float) -> None:
-        if self._stopping_since is None and self.process.poll(now):
+        if self._stopping_since is None and self.bad_batches.trainer_died(now):
             self.versions.trainer_lost(now)
             self.ranks.lost()
 
@@ -286,6 +295,8 @@ class Desk:
     def _check_end(self) -> None:
         """Raises when the trainer failed at what it had to do last."""
         code = self.process.exit_code
+        if self._stopped_while_loading:
+            return
         if self.stop.received is not None and code is not None and code < 0:
             # By us because it was too slow, or by a signal to all processes. The journal holds what it did not save.
             log.error("the trainer was killed (exit code %d) and saved no last checkpoint", code)
@@ -301,9 +312,16 @@ class Desk:
         log.info("stopping: %s", reason)
         self.generators.stop(finished, reason)
         self.ranks.stop(finished, reason)
+        if not self.ranks.present and self.process.running:
+            # It would hear of it only when it has loaded its model, and has made nothing that could be lost.
+            log.info("the trainer is still loading: it is stopped at once")
+            self._stopped_while_loading = True
+            self.process.kill()
 
     def _say_waiting(self, now: float) -> None:
         """Logs what is missing, by name, every SAY_WAITING_EVERY_S without a batch or after the last step."""
+        if self._evaluating_since is None and self._say_missing(now):
+            return
         version = self.ranks.waiting_version
         waits = version is not None or self._evaluating_since is not None
         if not waits or self._stopping_since is not None:
@@ -316,3 +334,16 @@ class Desk:
             if version is not None:
                 why = self.state.buffer.waiting_for(version, self.state.leases.running())
             log.info("%s; %s", why or f"version {version} waits", self.generators.describe())
+
+    def _say_missing(self, now: float) -> bool:
+        """Whether no generator can work yet; said by name SAY_MISSING_AFTER_S later, and again every now and then."""
+        if now < self._look_who_is_missing_at or self._stopping_since is not None:
+            return bool(self._missing)
+        self._look_who_is_missing_at = now + LOOK_WHO_IS_MISSING_EVERY_S
+        missing = self.generators.missing(now, trainer_loads=not self.versions.offered)
+        if missing != self._missing or self._missing_said_at is None:
+            self._missing, self._missing_said_at = missing, now - SAY_WAITING_EVERY_S + SAY_MISSING_AFTER_S
+        if missing and now >= self._missing_said_at + SAY_WAITING_EVERY_S:
+            self._missing_said_at = now
+            log.info("%s", missing)
+        return bool(missing)

@@ -34,6 +34,7 @@ TURNS_AT_ONCE = 256
 # Sequences of all leases that a generator may have in hand, for each that it samples at once: what it holds itself to
 # (`generator.held_leases`). Adopted leases keep to it too.
 IN_HAND_FACTOR = 5
+MAX_NAMED = 8  # generators in a line of the log
 
 
 class Generators:
@@ -65,6 +66,8 @@ class Generators:
         self._wanting: dict[str, None] = {}  # those that have room for more, whose turn is next first
         self.grants_left = False  # the last call of `grant` stopped before all had their turn
         self._repeats = Repeats(log, HELLOS_REFUSED_AT_ONCE)
+        self._one_could_work = False  # held a version, ever
+        self._refused = ""  # who was refused last
         self._strangers = (0, 0)  # as last said: handshakes refused, messages that are none
         self._strangers_said_at = -SAY_STRANGERS_EVERY_S
 
@@ -84,6 +87,7 @@ class Generators:
             self._leases.outcomes.forget(admission.released[0])
         if admission.session is None:
             self._repeats.warn("a hello refused", f"{hello.generator_id}: {admission.reply}", now)
+            self._refused = f"the last that was refused is {hello.generator_id}"
         elif hello.generator_id not in self._granted:
             self._admit(admission.session)
 
@@ -191,6 +195,32 @@ class Generators:
         """Admitted generators whose beats come in time."""
         sessions = map(self._sessions.get, self._granted)
         return [session for session in sessions if session is not None and session.liveness is Liveness.ALIVE]
+
+    def missing(self, now: float, *, trainer_loads: bool) -> str:
+        """What is missing before any generator can work, by name; empty when one holds a version, or did once."""
+        if self._one_could_work or any(self._versions.held_version(name) is not None for name in self._granted):
+            self._one_could_work = True
+            return ""
+        if not self._granted:
+            refused = self._refused or "none was refused"
+            return (
+                f"no generator has connected to {self.socket.address} yet ({refused}); start one with: "
+                "asyncrl-generator CONFIG.yaml, with the learner's configuration and this transport.address"
+            )
+        waits = "for the trainer, which is loading" if trainer_loads else "for its weights"
+        states = []
+        for session in map(self._sessions.get, self._granted):
+            if session is None:
+                continue
+            if session.liveness is not Liveness.ALIVE:
+                what = f"is silent for {now - session.heard_at:.0f} s"
+            elif session.beat is None or not session.beat.ready:
+                what = "starts its engine"
+            else:
+                what = f"waits {waits}"
+            states.append(f"{session.generator_id} {what}")
+        more = f" and {len(states) - MAX_NAMED} more" if len(states) > MAX_NAMED else ""
+        return f"no generator can work yet: {', '.join(states[:MAX_NAMED])}{more}"
 
     def describe(self) -> str:
         """Who is there and what they hold, for the log."""

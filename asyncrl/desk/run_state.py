@@ -63,6 +63,10 @@ class PolicyVersions:
         """The batch that makes `version` + 1 is in the journal, durable."""
         self.decided = version
 
+    def batch_left_out(self, version: int) -> None:
+        """The batch that should have made `version` + 1 is out of the journal: another one will."""
+        self.decided = version - 1
+
     def step_made(self, version: int) -> None:
         """A rank reported the step that made `version`; steps that are trained again change nothing."""
         self.trained = max(self.trained, version)

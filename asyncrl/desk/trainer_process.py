@@ -28,7 +28,7 @@ KILL_TIMEOUT_S = 10.0  # a process in a system call that hangs does not end befo
 
 
 class TrainerProcess:
-    """The trainer of one learner. `poll` restarts it after a crash, `max_restarts` times without a step between.
+    """The trainer of one learner. `poll` restarts it after a crash, `max_restarts` times without a new version.
 
     kill_timeout_s is how long `kill` waits for the end; signal_group(process group, signal) is how it kills, which a
     test replaces to have a process that does not die.
@@ -54,7 +54,7 @@ class TrainerProcess:
         self.threads = threads
         self.max_restarts = max_restarts
         self.weights_timeout_s = weights_timeout_s
-        self.failures = 0  # crashes since the last step
+        self.failures = 0  # crashes since the last new version
         self._kill_timeout_s = kill_timeout_s
         self._signal_group = signal_group
         self._process: subprocess.Popen[bytes] | None = None
@@ -106,13 +106,18 @@ class TrainerProcess:
         return [*command, "asyncrl.trainer.rank", str(self.config_file), self.desk_address]
 
     def stepped(self) -> None:
-        """A step was made: earlier crashes count no more."""
+        """A version was made that was not made before: earlier crashes count no more."""
         self.failures = 0
+
+    def start_over(self, now: float) -> None:
+        """What killed the trainer is out of its way: it is started again, and earlier crashes count no more."""
+        self.failures = 0
+        self._restart_at = now
 
     def poll(self, now: float) -> bool:
         """True once per death of the trainer. Restarts it when its back-off is over.
 
-        Raises TrainerFailed when it died more than `max_restarts` times without a step in between, ConfigError or
+        Raises TrainerFailed when it died more than `max_restarts` times without a new version, ConfigError or
         CheckpointError at once when it ended because of what the user set up.
         """
         if now >= self._log_checked_at + LOG_CHECK_S:
@@ -129,7 +134,7 @@ class TrainerProcess:
         self.failures += 1
         if self.failures > self.max_restarts:
             raise TrainerFailed(
-                f"the trainer died {self.failures} times without a step (last exit code {code}); "
+                f"the trainer died {self.failures} times without making a new version (last exit code {code}); "
                 f"see {self.log_file}:\n{self.last_words()}"
             )
         delay_s = min(RESTART_BACKOFF_S * 2 ** (self.failures - 1), MAX_BACKOFF_S)

@@ -113,6 +113,11 @@ class Versions:
         self._changed = True
         self._planner.reply(name, message, now)
 
+    @property
+    def offered(self) -> bool:
+        """Whether a publisher has a version on offer."""
+        return self._planner.snapshot is not None
+
     def held_version(self, name: str) -> int | None:
         """The version that a generator holds, proven; None when it holds none or is not known."""
         return self._planner.held_version(name)

@@ -95,7 +95,7 @@ class LeaseBook:
 
     @property
     def num_filtered(self) -> int:
-        """Prompts whose group had equal rewards and was left out."""
+        """Prompts whose group was left out: its rewards were equal, or it was of a batch that killed the trainer."""
         return self._num_filtered
 
     @property
@@ -288,6 +288,12 @@ class LeaseBook:
         del self._accepted[key.ordinal]
         self._settle(key.ordinal)
         self._num_filtered += 1
+
+    def leave_out(self, ordinals: Iterable[int]) -> None:
+        """Groups of a batch that was taken cannot be trained: like filtered ones, each makes room for a new ordinal."""
+        for ordinal in ordinals:
+            assert ordinal in self._settled and ordinal not in self._given_up, f"{ordinal} was not trained"
+            self._num_filtered += 1
 
     def take_given_up(self) -> list[int]:
         """Ordinals given up since the last call, for the journal."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from asyncrl.replay.lease_records import run_epoch_of_attempt
 from asyncrl.storage.journal_reader import JournalReader, Location
 from asyncrl.storage.records import (
+    BatchSkipped,
     GroupFiltered,
     GroupsDropped,
     MessageSeen,
@@ -70,7 +71,7 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     settled             ordinals trained, given up or filtered by then; empty without one
 
     Bodies are read for the buffer only: memory stays within its bound, however long the journal. Every accepted group
-    ends in exactly one of: settled, a step, the buffer; and a group that was filtered stays so. A step taken anew
+    ends in exactly one of: settled, a step, the buffer; one that was filtered or skipped stays so. A step taken anew
     replaces its earlier record and all later ones: those are of a future that a damaged journal made impossible to
     repeat. Raises JournalError when a group for the buffer cannot be read.
     """
@@ -88,9 +89,11 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
                 plan.run_epoch = max(plan.run_epoch, run_epoch_of_attempt(record.attempt))
                 groups[record.ordinal, record.attempt] = location
             case StepTaken():
-                for version in range(record.version, max(steps, default=-1) + 1):
-                    steps.pop(version, None)
+                _forget_from(record.version, steps)
                 steps[record.version] = record
+            case BatchSkipped():
+                _forget_from(record.version, steps)
+                plan.filtered.extend(ordinal for ordinal, _ in record.groups)
             case MessageSeen():
                 _see(plan, record)
             case GroupsDropped():
@@ -112,6 +115,11 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     }
     plan.buffered = [journal.read_group(left[ordinal]) for ordinal in sorted(left)]
     return plan
+
+
+def _forget_from(version: int, steps: dict[int, StepTaken]) -> None:
+    for later in range(version, max(steps, default=-1) + 1):
+        steps.pop(later, None)
 
 
 def _see(plan: ReplayPlan, record: StoredGroup | MessageSeen | GroupFiltered) -> None:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import msgpack
 
@@ -30,6 +30,7 @@ class RecordKind(IntEnum):
     GIVEN_UP = 5
     FILTERED = 6
     STARTED = 7
+    SKIPPED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +201,35 @@ class RunStarted:
         return cls(msgpack.unpackb(payload))
 
 
-Record = StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp | GroupFiltered | RunStarted
+@dataclass(frozen=True, slots=True)
+class BatchSkipped:
+    """The batch that should have made `version` + 1 kills the trainer: its groups are dropped, for this reason.
 
-_CLASSES: dict[int, type[Record]] = {
-    record.kind: record
-    for record in (StoredGroup, StepTaken, MessageSeen, GroupsDropped, PromptGivenUp, GroupFiltered, RunStarted)
-}
+    New ordinals take their slots, and another batch will make that version.
+    """
+
+    kind: ClassVar[RecordKind] = RecordKind.SKIPPED
+
+    version: int
+    groups: tuple[tuple[int, int], ...]  # (ordinal, attempt)
+    reason: str
+
+    def payload(self) -> bytes:
+        """Its bytes in the journal."""
+        return _pack([self.version, [list(group) for group in self.groups], self.reason])
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> BatchSkipped:
+        """The record that these bytes are."""
+        version, groups, reason = msgpack.unpackb(payload)
+        return cls(version, _pairs(groups), reason)
+
+
+Record = (
+    StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp | GroupFiltered | RunStarted | BatchSkipped
+)
+
+_CLASSES: dict[int, type[Record]] = {record.kind: record for record in get_args(Record)}
 
 
 def decode(kind: int, payload: bytes) -> Record:

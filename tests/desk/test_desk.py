@@ -125,6 +125,7 @@ def test_what_the_trainer_could_not_do_at_the_end_is_the_learners_error(world, c
 
 def test_a_trainer_that_was_killed_on_a_signal_costs_its_last_checkpoint_and_no_error(world, caplog):
     world.trainer()
+    world.asks_from(0)
     world.stop.received = signal.SIGTERM
     assert not world.desk._over(0.0)
     assert world.desk._over(SIGNAL_STOP_TIMEOUT_S)

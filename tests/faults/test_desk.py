@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import stat
 import sys
 from collections import Counter
@@ -9,17 +10,23 @@ from collections import Counter
 import pytest
 
 from asyncrl.desk.generators import GRANTS_AT_ONCE, IN_HAND_FACTOR
+from asyncrl.errors import TrainerFailed
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import encode_body
 from asyncrl.link.desk_session import DeskSessions, Expected, Liveness
 from asyncrl.link.rollouts import group_to_result
+from asyncrl.link.trainer_messages import BatchRequest, StepDone
 from asyncrl.link.wire_types import FailureReason
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.outcomes import MAX_FAILED_TRIALS, Blame, Outcomes, Recovered, SetAside
 from asyncrl.replay.pacing import Pacing
+from asyncrl.replay.recovery import replay_plan
 from asyncrl.replay.tickets import KEY_FILE, Tickets
-from asyncrl.types import LeaseKey, LeaseKind
-from tests.desk.desk_parts import hello, make_parts, train_group
+from asyncrl.storage.records import BatchSkipped
+from asyncrl.types import Frontier, LeaseKey, LeaseKind
+from tests.desk.desk_parts import beat, hello, make_parts, train_group
+from tests.desk.test_desk import FIGURES
+from tests.desk.test_desk import World as DeskWorld
 from tests.desk.test_generators import World
 from tests.faults.desk_fleet import Fleet, Stub
 
@@ -377,3 +384,143 @@ def test_R6_the_key_of_the_tickets_outlives_the_learner_and_is_its_users_alone(t
     (tmp_path / KEY_FILE).write_bytes(b"")
     assert Tickets.of_run(tmp_path, "run").issued_version(ticket, train_key(5), "g", 2) is None
     assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
+
+
+# -- R2, R10, U7: the desk and its trainer
+
+
+@pytest.fixture
+def desk(tmp_path):
+    world = DeskWorld(tmp_path)
+    yield world
+    world.close()
+
+
+def fill(world, ordinals, version=0):
+    """Groups of these ordinals come in, sampled at `version`."""
+    parts = world.parts
+    session = parts.sessions.get("g1") or parts.connect("g1")
+    parts.proofs.add("g1", 1, version)
+    parts.leases.grant("g1", version, 8, version, 0.0)
+    granted = {record.key.ordinal: record.key for record in parts.leases.running()}
+    for ordinal in ordinals:
+        seq = session.seqs.watermark + 1
+        key = granted[ordinal]
+        assert parts.deliver(session, train_group(ordinal, key.attempt, version=version), seq) is None
+        parts.make_durable()
+
+
+def die_of(world, version, now):
+    """A trainer comes up at version 0, trains again up to `version`, gets its batch and dies of it."""
+    world.asks_from(0)
+    for step in range(version):
+        world.desk.ranks.deal()
+        world.desk._from_trainer(b"trainer", StepDone(step + 1, FIGURES, 0.1, 0.0), b"", now)
+        world.desk._from_trainer(b"trainer", BatchRequest(0, step + 1), b"", now)
+    world.desk.ranks.decide(now)
+    world.desk.ranks.deal()
+    world.trainer("raise SystemExit(1)")
+    world.process._process.wait()
+    world.desk._watch_trainer(now)
+    world.process._restart_at = None  # the next one is started by hand
+
+
+def test_R2_steps_trained_again_are_no_progress_and_the_batch_is_named_at_the_end(desk):
+    """One restart is allowed. Each trainer makes version 1 from the journal again before it dies of the next batch."""
+    fill(desk, [0, 1])
+    desk.asks_from(0)
+    desk.desk.ranks.decide(0.0)
+    desk.desk.ranks.deal()
+    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, 0.0), b"", 0.0)
+    fill(desk, [2, 3])
+    die_of(desk, 1, now=1.0)
+    with pytest.raises(TrainerFailed) as error:
+        die_of(desk, 1, now=2.0)
+    said = str(error.value)
+    assert TrainerFailed.exit_code == 7
+    assert "died 2 times" in said and "making version 2 of the 2 prompts with ordinals 2, 3" in said
+    assert "learner.on_bad_batch=skip" in said
+
+
+def test_R2_a_new_version_sets_the_count_back(desk):
+    fill(desk, [0, 1])
+    die_of(desk, 0, now=1.0)
+    desk.asks_from(0)
+    desk.desk.ranks.deal()
+    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, 0.0), b"", 2.0)
+    assert desk.process.failures == 0
+    fill(desk, [2, 3])
+    die_of(desk, 1, now=3.0)
+    assert desk.process.failures == 1
+
+
+def test_R2_a_trainer_that_dies_while_it_loads_blames_no_batch(desk):
+    for now in (1.0, 2.0):
+        desk.trainer("raise SystemExit(1)")
+        desk.process._process.wait()
+        if now == 1.0:
+            desk.desk._watch_trainer(now)
+            desk.process._restart_at = None
+    with pytest.raises(TrainerFailed) as error:
+        desk.desk._watch_trainer(2.0)
+    assert "died 2 times" in str(error.value) and "ordinals" not in str(error.value)
+
+
+def test_R2_a_bad_batch_is_left_out_where_the_user_says_so_and_stays_out_after_a_restart(desk):
+    desk.desk.bad_batches._skips = True
+    fill(desk, [0, 1])
+    desk.asks_from(0)
+    desk.desk.ranks.decide(0.0)
+    desk.desk.ranks.deal()
+    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, 0.0), b"", 0.0)
+    fill(desk, [2, 3])
+    die_of(desk, 1, now=1.0)
+    die_of(desk, 1, now=2.0)
+    leases = desk.parts.leases
+    assert (leases.num_trained, leases.num_given_up, leases.in_range(5 * 2 + 1)) == (2, 0, True)
+    (skipped,) = [r for _, r in desk.parts.journal.read_all() if isinstance(r, BatchSkipped)]
+    assert (skipped.version, [ordinal for ordinal, _ in skipped.groups]) == (1, [2, 3])
+    assert "died 2 times" in skipped.reason
+    plan = replay_plan(0, Frontier(), desk.parts.journal.read_all())
+    assert ([step.version for step in plan.steps], plan.buffered, plan.filtered) == ([0], [], [2, 3])
+    fill(desk, [4, 5], version=1)
+    desk.asks_from(1, peer=b"next")
+    desk.desk.ranks.decide(3.0)
+    desk.desk.ranks.deal()
+    assert [ordinal for ordinal, _ in desk.ranks._dealer.in_hand.groups] == [4, 5]
+    desk.desk._from_trainer(b"next", StepDone(2, FIGURES, 0.1, 0.0), b"", 4.0)
+    plan = replay_plan(0, Frontier(), desk.parts.journal.read_all())
+    assert [[ordinal for ordinal, _ in step.groups] for step in plan.steps] == [[0, 1], [4, 5]]
+
+
+def test_R10_a_signal_while_the_trainer_loads_ends_at_once_and_without_an_error(desk, caplog):
+    desk.trainer()
+    desk.stop.received = signal.SIGTERM
+    assert desk.desk._over(0.0)
+    assert not desk.process.running
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_U7_a_learner_without_a_generator_says_so_within_five_seconds_and_then_what_is_missing(desk, caplog):
+    caplog.set_level("INFO")
+
+    def said(now):
+        caplog.clear()
+        for tenth in range(int(now * 10) - 9, int(now * 10) + 1):
+            desk.desk._say_waiting(tenth / 10)
+        return [message for message in caplog.messages if "generator" in message]
+
+    lines = [line for now in range(1, 6) for line in said(now)]
+    assert len(lines) == 1
+    assert f"no generator has connected to {desk.sockets[0].address} yet" in lines[0]
+    assert "asyncrl-generator" in lines[0]
+    assert [line for now in range(6, 36) for line in said(now)] == lines, "again after half a minute, not more often"
+    desk.desk.generators.hello(b"g", hello("g"), 36.0)
+    lines = [line for now in range(36, 42) for line in said(now)]
+    assert lines == ["no generator can work yet: g starts its engine"]
+    session = desk.desk.generators.session_of(b"g", 42.0)
+    desk.desk.generators.beat(session, beat(), 42.0)
+    lines = [line for now in range(42, 48) for line in said(now)]
+    assert lines == ["no generator can work yet: g waits for the trainer, which is loading"]
+    desk.desk.versions._planner.receivers["g"].held_version = 0
+    assert [line for now in range(48, 120) for line in said(now)] == []
