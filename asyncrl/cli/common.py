@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from asyncrl import __version__
@@ -88,8 +89,9 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
     if arguments.dry_run:
         return _print_dry_run(config, role, hardware)
     _log_from(config.log.level)
-    # From here on a folder: trainer, tokenizer, fingerprints and engine must all read the same files.
-    config.model.path = str(model.folder)
+    from asyncrl.cli.run import use_folder
+
+    use_folder(config, model)
     return start(config)
 
 
@@ -117,14 +119,19 @@ def _load_checked(
     hardware: the machine it is to start on, where that is not this one. Raises UserError.
     """
     # Imported here: reading YAML costs more than all of --help.
-    from asyncrl.cli.reward_checks import check_rewards
-    from asyncrl.config.host_checks import check_host
+    from asyncrl.cli.run import checked
     from asyncrl.config.loading import load_config
 
-    config = load_config(path, overrides)
-    model = check_host(config, role, is_here=hardware is None)
-    check_rewards(config, role)
-    return config, model
+    config = load_config(_shipped_or_given(path), overrides)
+    return config, checked(config, role, is_here=hardware is None)
+
+
+def _shipped_or_given(path: str) -> str:
+    """`quickstart` and `configs/quickstart.yaml` name the file that comes with asyncrl, unless there is one here."""
+    given = Path(path)
+    shipped = Path(__file__).parents[1] / "configs" / f"{given.stem}.yaml"
+    by_name = given.parent in (Path(), Path("configs")) and given.suffix in ("", ".yaml")
+    return str(shipped) if by_name and not given.exists() and shipped.is_file() else path
 
 
 def _print_dry_run(config: Config, role: str, named: Hardware | None) -> int:
@@ -183,7 +190,8 @@ def help_text(role: str, columns: int) -> str:
         ),
         _wrapped(PURPOSE[role], width),
         _wrapped(
-            "CONFIG is a YAML file; the same file configures learner and generators. A value on the command line wins "
+            "CONFIG is a YAML file, or the name of one that comes with asyncrl, such as quickstart; the same file "
+            "configures learner and generators. A value on the command line wins "
             "over the file, and the file over the defaults. ${run.name} in a value stands for the value of that key.",
             width,
         ),

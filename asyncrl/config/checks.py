@@ -147,12 +147,6 @@ def _reward_ends_before_its_lease(config: Config) -> str | None:
     )
 
 
-def _evaluation_has_prompts(config: Config) -> str | None:
-    if config.eval.every == 0 or config.eval.prompts > 0:
-        return None
-    return f"eval.every={config.eval.every} with eval.prompts=0 evaluates nothing; set eval.prompts or eval.every=0"
-
-
 def _largest_group_fits(config: Config) -> str | None:
     size = largest_group_bytes(config)
     limits = {
@@ -253,7 +247,6 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _betas_are_a_pair,
     _cpus_fit_threads,
     _reward_ends_before_its_lease,
-    _evaluation_has_prompts,
     _largest_group_fits,
     _address_is_named,
     _weight_host_is_private,

@@ -340,4 +340,9 @@ class EvalConfig:
         minimum=0,
         if_changed=ACCEPTED,
     )
-    prompts: int = key(128, "Held-out prompts in each evaluation; 0 = no evaluation.", minimum=0, if_changed=ACCEPTED)
+    prompts: int = key(
+        128,
+        "Held-out prompts in each evaluation; 0 = no evaluation at all.",
+        minimum=0,
+        if_changed=ACCEPTED,
+    )

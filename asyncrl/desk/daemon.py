@@ -62,9 +62,12 @@ class Surroundings:
     stop: StopSignal
 
 
-def run_learner(config: Config) -> int:
-    """Runs one learner to the end of its run, or to a signal. Returns its exit code; raises AsyncRLError otherwise."""
-    stop = StopSignal()
+def run_learner(config: Config, stop: StopSignal | None = None) -> int:
+    """Runs one learner to the end of its run, or to a signal. Returns its exit code; raises AsyncRLError otherwise.
+
+    stop: what ends it early; None makes one of its own.
+    """
+    stop = stop or StopSignal()
     pin_to(config.learner.cpus, "learner.cpus")
     run_dir = Path(config.run.dir)
     with ExitStack() as open_things:

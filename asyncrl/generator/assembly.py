@@ -36,9 +36,12 @@ log = logging.getLogger(__name__)
 LOG_CHECK_S = 10.0
 
 
-def run_generator(config: Config) -> int:
-    """Runs one generator daemon to its end. Returns its exit code; raises AsyncRLError for what ended it."""
-    return serve_generator(config, take_identity(config))
+def run_generator(config: Config, stop: StopSignal | None = None) -> int:
+    """Runs one generator daemon to its end. Returns its exit code; raises AsyncRLError for what ended it.
+
+    stop: what ends it early; None makes one of its own.
+    """
+    return serve_generator(config, take_identity(config), stop=stop)
 
 
 def take_identity(config: Config) -> Identity:
@@ -52,12 +55,14 @@ def take_identity(config: Config) -> Identity:
     return identity
 
 
-def serve_generator(config: Config, identity: Identity, parts: GeneratorParts | None = None) -> int:
+def serve_generator(
+    config: Config, identity: Identity, parts: GeneratorParts | None = None, stop: StopSignal | None = None
+) -> int:
     """Runs a generator under this identity, made of other `parts` where they are given. Returns its exit code.
 
     Raises AsyncRLError for what ended it.
     """
-    return asyncio.run(_serve(config, identity, parts or GeneratorParts(), StopSignal()))
+    return asyncio.run(_serve(config, identity, parts or GeneratorParts(), stop or StopSignal()))
 
 
 async def _serve(config: Config, identity: Identity, parts: GeneratorParts, stop: StopSignal) -> int:

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import NoReturn
 
 from asyncrl.errors import ConfigError
@@ -113,13 +114,24 @@ async def kill_group(process: asyncio.subprocess.Process, what: str) -> None:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as a flag and a file descriptor to wait on. A second signal ends the process at once."""
+    """SIGTERM and SIGINT as a flag and a file descriptor to wait on. A second signal ends the process at once.
+
+    Python lets the main thread alone handle signals. In another thread the process's own handlers stay as they are, and
+    whoever runs a daemon there ends it with `request`.
+    """
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.received: signal.Signals | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+
+    def request(self) -> None:
+        """Asks for the same end as SIGTERM does, from any thread; repeating it changes nothing."""
+        if self.received is None:
+            self.received = signal.SIGTERM
+            os.eventfd_write(self.fd, 1)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.received is not None:

@@ -5,8 +5,12 @@ import io
 import json
 import os
 import re
+import select
+import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,15 +19,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
+import asyncrl
 from asyncrl.cli import dry_run, generator, learner
 from asyncrl.cli.forecast import learner_needs
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.config.host_checks import check_host
 from asyncrl.config.loading import load_config, to_yaml
-from asyncrl.errors import ConfigError
+from asyncrl.desk.evaluation import evaluation_due
+from asyncrl.errors import ConfigError, UserError
 from asyncrl.host.addresses import is_loopback, is_wildcard, rollout_address
 from asyncrl.host.model_config import known_context
 from asyncrl.host.model_folder import find_model
+from asyncrl.host.processes import StopSignal
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines import export
 from asyncrl.trainer.engines.lora import merged_state
@@ -598,3 +605,96 @@ for need in needs:
 print(measured, sum(n.num_bytes for n in needs if n.place == "host" and "replay" not in n.name))
 print(before, file=sys.stderr)
 """
+
+
+# -- U8, U9: evaluation without prompts, threads, public names, the wheel
+
+
+def test_U8_no_held_out_prompts_mean_no_evaluation_whatever_eval_every_says():
+    config = load("eval.every=5", "eval.prompts=0")
+    assert (config.eval.every, config.eval.prompts) == (5, 0)
+    assert not any(evaluation_due(version, 100, 5, 0, set()) for version in range(101))
+
+
+def in_thread(function):
+    """What `function` returned or raised in a thread that is not the main one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def test_U9_signals_stay_with_the_main_thread_and_a_stop_can_be_asked_for_from_any():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stop = in_thread(StopSignal)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert stop.received is None and not select.select([stop.fd], [], [], 0)[0]
+    for _ in range(2):
+        stop.request()
+    assert stop.received == signal.SIGTERM and select.select([stop.fd], [], [], 0)[0]
+
+
+def test_U9_both_daemons_can_be_started_outside_the_main_thread(tmp_path, monkeypatch):
+    model = make_model_folder(tmp_path / "model")
+    started = []
+    monkeypatch.setattr("asyncrl.desk.daemon.open_run", lambda config: started.append(config) or 1 / 0)
+    monkeypatch.setattr(
+        "asyncrl.generator.assembly.build_generator", lambda config, *rest: started.append(config) or 1 / 0
+    )
+    config = load(f"model.path={model}", f"run.dir={tmp_path / 'run'}")
+    for run in (asyncrl.run_learner, asyncrl.run_generator):
+        with pytest.raises(ZeroDivisionError):  # it came as far as the run itself
+            in_thread(lambda run=run: run(config))
+    assert len(started) == 2
+    with pytest.raises(UserError, match="there is no such folder"):
+        in_thread(lambda: asyncrl.run_learner(load("model.path=/none", f"run.dir={tmp_path / 'run'}")))
+
+
+def test_U9_public_names_are_there_and_import_nothing_before_they_are_asked_for():
+    code = (
+        "import sys, asyncrl; print([m for m in ('torch', 'yaml', 'zmq', 'numpy') if m in sys.modules], dir(asyncrl))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ") and "'run_learner'" in done.stdout
+    assert all(getattr(asyncrl, name) is not None for name in asyncrl.__all__)
+    assert set(asyncrl.__all__) == {"__version__", *asyncrl._PLACES}
+    assert asyncrl.load_config is load_config
+    stub = (ROOT / "asyncrl" / "__init__.pyi").read_text()
+    assert all(f" as {name}\n" in stub for name in asyncrl.__all__ if name != "__version__")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        asyncrl.nothing  # noqa: B018
+
+
+def test_U9_a_shipped_configuration_is_found_by_its_name(tmp_path, monkeypatch, no_task):
+    monkeypatch.chdir(tmp_path)
+    model = f"model.path={make_model_folder(tmp_path / 'model')}"
+    for name in ("quickstart", "quickstart.yaml", "configs/quickstart.yaml"):
+        code, text = dry(learner.main, name, model, "--for", ROOMY)
+        assert code == 0 and "name: quickstart" in text
+    (tmp_path / "quickstart.yaml").write_text("run: {name: mine}\nmodel: {max_length: 300}\n")
+    assert "name: mine" in dry(learner.main, "quickstart.yaml", model, "--for", ROOMY)[1]
+
+
+@pytest.mark.slow
+def test_U9_the_wheel_has_types_configurations_and_the_warm_up(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "asyncrl", source / "asyncrl", ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True, timeout=200)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True, timeout=200)
+    (site,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=200)
+    python = tmp_path / "venv" / "bin" / "python"
+    code = "import asyncrl, asyncrl.cli.common as c; print(asyncrl.__file__, c.command('learner', ['--version'], None))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert str(site) in done.stdout and done.stdout.endswith(" 0\n")
+    package = site / "asyncrl"
+    assert (package / "py.typed").is_file() and (package / "__init__.pyi").is_file()
+    shipped = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert shipped and {path.name for path in (package / "configs").glob("*.yaml")} == shipped
+    assert (package / "cli" / "warmup.py").is_file()
+    (metadata,) = site.glob("asyncrl-*.dist-info/entry_points.txt")
+    assert "asyncrl-warmup = asyncrl.cli.warmup:main" in metadata.read_text()
