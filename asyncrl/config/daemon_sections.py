@@ -22,6 +22,20 @@ class RunConfig:
         if_changed=ACCEPTED,
     )
     steps: int = key(100, "Optimizer steps to train; the run ends at this policy version.", minimum=1, if_changed=RULED)
+    journal_max_gib: float = key(
+        20.0,
+        "Size of the journal in GiB up to which rollouts are taken. Each time it has grown by its share of that "
+        "(1 / (checkpoint.keep + 2)), a checkpoint is saved out of turn, so that old segments can be deleted.",
+        above=0.0,
+        if_changed=ACCEPTED,
+    )
+    min_free_gib: float = key(
+        1.0,
+        "Free space on the disk of run.dir, in GiB, below which no rollouts are taken, until there is room again; "
+        "training and evaluation go on with what is there. 0 = no such limit.",
+        minimum=0.0,
+        if_changed=ACCEPTED,
+    )
     seed: int = key(
         0,
         "Seeds the order of the prompts, new parts of the model (a critic, adapters) and the trainer.",

@@ -37,14 +37,25 @@ class DealtBatch:
 class BatchDealer:
     """Takes the ranks' requests for batches and answers them with decided steps.
 
-    checkpoint_every is in versions, 0 for none on the way; last_step is the version at which the run ends.
+    checkpoint_every is in versions, 0 for none on the way; last_step is the version at which the run ends. A checkpoint
+    is saved out of turn when the journal has grown by checkpoint_bytes since the last: only checkpoints let it shrink.
     """
 
-    def __init__(self, journal: Journal, policy: PolicyVersions, *, checkpoint_every: int, last_step: int) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        policy: PolicyVersions,
+        *,
+        checkpoint_every: int,
+        last_step: int,
+        checkpoint_bytes: int = 2**62,
+    ) -> None:
         self._journal = journal
         self._policy = policy
         self._checkpoint_every = checkpoint_every
         self._last_step = last_step
+        self._checkpoint_bytes = checkpoint_bytes
+        self._grown_until = checkpoint_bytes - journal.num_bytes  # appended bytes at which one is saved out of turn
         self._again: dict[int, ReplayStep] = {}
         self._decided: DecidedStep | None = None
         self._requests: dict[int, int] = {}  # rank -> version
@@ -134,7 +145,12 @@ class BatchDealer:
 
     def _saves(self, version: int) -> bool:
         """Whether this version gets a checkpoint; the last one is saved when the run ends."""
-        return self._checkpoint_every > 0 and version % self._checkpoint_every == 0 and version < self._last_step
+        appended = self._journal.appended_bytes
+        in_turn = self._checkpoint_every > 0 and version % self._checkpoint_every == 0
+        if version >= self._last_step or not (in_turn or appended >= self._grown_until):
+            return False
+        self._grown_until = appended + self._checkpoint_bytes
+        return True
 
 
 def _shards(groups: list[StoredGroup], world_size: int) -> list[list[bytes]]:

@@ -42,6 +42,7 @@ from asyncrl.link.trainer_link import MAX_FRAME_BYTES
 from asyncrl.metrics import METRICS_FILE, Metrics, StepMetrics, newest_version
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.report.summary import report
+from asyncrl.storage.room import GIB
 from asyncrl.tasks.base import load_task
 from asyncrl.tasks.prompts import PromptSource
 from asyncrl.weights.plan.planner import SyncPlanner
@@ -117,9 +118,7 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         metrics=metrics,
         done=state.evals_done,
     )
-    dealer = BatchDealer(
-        state.journal, state.policy, checkpoint_every=config.checkpoint.every, last_step=config.run.steps
-    )
+    dealer = _dealer(config, state)
     ranks = _ranks(config, state, acknowledgements, dealer, surroundings)
     versions = Versions(
         planner=_sync_planner(config, state),
@@ -150,6 +149,16 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         process=surroundings.process,
         bad_batches=BadBatches(config, state=state, dealer=dealer, process=surroundings.process),
         stop=surroundings.stop,
+    )
+
+
+def _dealer(config: Config, state: RunState) -> BatchDealer:
+    return BatchDealer(
+        state.journal,
+        state.policy,
+        checkpoint_every=config.checkpoint.every,
+        last_step=config.run.steps,
+        checkpoint_bytes=int(config.run.journal_max_gib * GIB) // (config.checkpoint.keep + 2),
     )
 
 

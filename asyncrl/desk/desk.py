@@ -40,6 +40,7 @@ from asyncrl.link.codec import body_of
 from asyncrl.link.desk_session import DeskSession
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import SocketPoller
+from asyncrl.storage.room import GIB, DiskRoom
 from asyncrl.storage.run_epoch import run_epoch_of
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ class Desk:
         self.process = process
         self.bad_batches = bad_batches
         self.stop = stop
+        self.room = DiskRoom(
+            state.journal,
+            max_bytes=int(config.run.journal_max_gib * GIB),
+            min_free_bytes=int(config.run.min_free_gib * GIB),
+        )
         self._waiting_since: float | None = None
         self._stopping_since: float | None = None
         self._stopped_while_loading = False  # the trainer: it had nothing to save
@@ -155,6 +161,7 @@ class Desk:
             if self.ranks.decide(now):
                 self.intake.batch_taken()
             self.generators.acknowledge()
+            self.state.leases.paused = self.state.sessions.paused = not self.room.has_room(now)
             self.generators.grant(now)
         self.ranks.deal()
         self._say_waiting(now)

@@ -189,6 +189,7 @@ class DeskSessions:
     ) -> None:
         self.run_epoch = run_epoch
         self.superseded_by: int | None = None  # a higher run epoch, seen by a generator: this learner was replaced
+        self.paused = False  # no credit is given: the desk takes no more results but those of evaluations
         self._credit_bytes = credit_bytes
         self._run_name = run_name
         self._expected = expected
@@ -232,7 +233,7 @@ class DeskSessions:
             run_epoch=self.run_epoch,
             run_name=self._run_name,
             version=version,
-            credit_bytes=self._credit_bytes,
+            credit_bytes=self._offered_credit,
             acked_seq=session.seqs.watermark,
             beat_s=limits.BEAT_S,
             max_frame_bytes=self._max_frame_bytes,
@@ -318,7 +319,11 @@ class DeskSessions:
 
     def ack(self, session: DeskSession) -> Ack:
         """Everything settled so far, and the credit."""
-        return Ack(self.run_epoch, session.seqs.watermark, session.seqs.beyond, self._credit_bytes)
+        return Ack(self.run_epoch, session.seqs.watermark, session.seqs.beyond, self._offered_credit)
+
+    @property
+    def _offered_credit(self) -> int:
+        return 0 if self.paused else self._credit_bytes
 
     # -- surviving a restart
 

@@ -16,6 +16,7 @@ from asyncrl.link import codec, limits
 from asyncrl.link.messages import Ack, ActiveLease, GroupResult, Hello, LeaseFailed, Nack, Refusal, Welcome
 from asyncrl.link.schema.message_base import Message, RunMessage
 from asyncrl.link.wire_types import NackCode, RefusalCode
+from asyncrl.types import LeaseKind
 
 Result = GroupResult | LeaseFailed
 
@@ -217,14 +218,21 @@ class GeneratorSession:
         return True
 
     def _under_way(self) -> Iterator[_Unacked]:
-        """The oldest results that fit the credit and the desk's memory of seqs; the very oldest always does."""
+        """The oldest results that fit the credit and the desk's memory of seqs; the very oldest always does.
+
+        Results of evaluations, which are small and leave no trace in the learner's journal, need no credit.
+        """
         if not self.welcomed:
             return
         left = self._credit_bytes
         first = next(iter(self._unacked), 0)
         for seq, item in self._unacked.items():
-            if left <= 0 or seq >= first + limits.SEQ_WINDOW or (seq != first and len(item.frame) > left):
+            if seq >= first + limits.SEQ_WINDOW:
                 return
+            if left <= 0 or (seq != first and len(item.frame) > left):
+                left = 0
+                if item.lease.kind is not LeaseKind.EVAL:
+                    continue
             left -= len(item.frame)
             yield item
 

@@ -63,6 +63,7 @@ class LeaseBook:
         self._settled = Frontier()
         self._given_up: set[int] = set()
         self._num_filtered = 0
+        self.paused = False  # no training leases are granted: there is no room for what they bring
         self._given_up_news: list[int] = []
         self._tries: Counter[int] = Counter()
         self._strikes: dict[int, Counter[str]] = {}  # ordinal -> generator -> strikes
@@ -124,7 +125,7 @@ class LeaseBook:
 
     def may_grant(self, newest_version: int) -> bool:
         """Whether any generator could get a lease: one that holds `newest_version`, or one for the evaluation."""
-        return self._evals.any_waiting or self.num_admitted < self._pacing.ceiling(newest_version)
+        return self._evals.any_waiting or (not self.paused and self.num_admitted < self._pacing.ceiling(newest_version))
 
     def grant(
         self, holder: str, held_version: int | None, room: int, learner_version: int, now: float
@@ -140,7 +141,7 @@ class LeaseBook:
         issued_version = min(held_version, learner_version)
         leases = self._evals.grant(holder, held_version, room, now)
         ceiling = self._pacing.ceiling(issued_version)
-        while len(leases) < room and self.num_admitted < ceiling:
+        while len(leases) < room and self.num_admitted < ceiling and not self.paused:
             ordinal = self._waiting.take(now)
             if ordinal is None:
                 if not self.in_range(self._next_ordinal):

@@ -81,7 +81,8 @@ class Journal:
         if journal.durable_due <= now:               # a deadline of the caller's event loop
             journal.make_durable()
 
-    pending_bytes were appended and are not durable yet; torn_bytes, damage and missing are what `open` found.
+    pending_bytes were appended and are not durable yet; appended_bytes are all since `open`; torn_bytes, damage and
+    missing are what `open` found.
     """
 
     def __init__(self, folder: Path, lock_fd: int, segment_bytes: int, flush: Callable[[int], None]) -> None:
@@ -100,6 +101,7 @@ class Journal:
         self._cut_off: list[tuple[_Segment, int]] = []  # segment and offset of what is to be cut off
         self._writable = False
         self.pending_bytes = 0
+        self.appended_bytes = 0
         self.torn_bytes = 0
         self.damage: list[Damage] = []
         self.missing: list[Damage] = []
@@ -175,6 +177,7 @@ class Journal:
         location = Location(segment.number, segment.num_bytes + self.pending_bytes)
         self._pending.append(frame)
         self.pending_bytes += len(frame)
+        self.appended_bytes += len(frame)
         self._index(record, segment)
         return location
 
@@ -222,6 +225,11 @@ class Journal:
     def num_bytes(self) -> int:
         """Bytes on disk plus pending."""
         return sum(segment.num_bytes for segment in self._segments) + self.pending_bytes
+
+    @property
+    def folder(self) -> Path:
+        """Where its segments are."""
+        return self._folder
 
     @property
     def begins_later(self) -> bool:

@@ -15,27 +15,33 @@ from asyncrl.config import Config
 from asyncrl.config.declaration import IfChanged
 from asyncrl.config.declaration import key as declared_key
 from asyncrl.config.keys import keys
+from asyncrl.desk.batches import BatchDealer
 from asyncrl.desk.daemon import run_learner
 from asyncrl.desk.opening.changes import RULES
 from asyncrl.desk.opening.restoring import make_sessions
 from asyncrl.desk.opening.run_folder import OpenedRun, open_run
 from asyncrl.desk.opening.run_record import RECORD_FILE, write_finished, write_record
 from asyncrl.desk.opening.saved_state import SavedDesk
+from asyncrl.desk.run_state import PolicyVersions
 from asyncrl.errors import CheckpointError, ConfigError, JournalError
 from asyncrl.generator.assembly import _session
 from asyncrl.generator.identity import claim_identity
 from asyncrl.host.log_files import limit_log
 from asyncrl.link.codec import decode
-from asyncrl.link.messages import Refusal, Welcome
+from asyncrl.link.generator_session import GeneratorSession
+from asyncrl.link.messages import PROTOCOL_VERSION, Ack, Hello, LeaseFailed, Refusal, Welcome
+from asyncrl.link.wire_types import FailureReason
 from asyncrl.metrics import newest_version
 from asyncrl.replay.lease_records import SavedLeases
 from asyncrl.storage.checkpoint_files import WEIGHTS_ONLY, write_checkpoint
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
+from asyncrl.storage.room import GIB, DiskRoom
 from asyncrl.storage.run_epoch import run_epoch_of
 from asyncrl.storage.segment import HEADER_BYTES, encode, read_salt
 from asyncrl.tasks.fingerprint import shared_settings
-from asyncrl.types import Frontier
+from asyncrl.types import Frontier, LeaseKind
+from tests.desk.desk_parts import make_parts
 from tests.golden.stored import ROOT, read_json
 from tests.replay.replay_making import make_group
 
@@ -758,3 +764,87 @@ def test_R21_keep_counts_checkpoints_that_verify(configure, task_folder):
     damage(root / "step_4" / WEIGHTS)
     save(configure(), 6)
     assert sorted(path.name for path in root.glob("step_*")) == ["step_4", "step_5", "step_6"]
+
+
+# -- R18, R16: the disk has limits
+
+
+class Disk:
+    """A disk whose free space a test sets."""
+
+    free = 10 * GIB
+
+    def measure(self, folder: Path) -> int:
+        assert folder.is_dir()
+        return self.free
+
+
+def test_R18_below_the_floor_there_is_one_alarm_a_minute_and_with_room_it_goes_on(tmp_path, caplog):
+    journal, disk = Journal.open(tmp_path), Disk()
+    room = DiskRoom(journal, max_bytes=GIB, min_free_bytes=GIB, measure=disk.measure)
+    assert room.has_room(0.0)
+    disk.free = GIB - 1
+    assert room.has_room(0.5), "it looks once a second"
+    assert not any(room.has_room(1.0 + second) for second in range(59))
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "run.min_free_gib=1" in said and "no leases and no credit" in said
+    assert not room.has_room(61.0) and len(caplog.records) == 2
+    disk.free = GIB
+    assert room.has_room(62.0)
+    journal.close()
+
+
+def test_R18_a_journal_at_its_limit_takes_no_more(tmp_path, caplog):
+    journal = Journal.open(tmp_path)
+    room = DiskRoom(journal, max_bytes=1000, min_free_bytes=0, measure=Disk().measure)
+    assert room.has_room(0.0)
+    journal.append(make_group(0, body=bytes(1000)), 0.0)
+    assert not room.has_room(1.0) and "run.journal_max_gib" in caplog.text
+    journal.close()
+
+
+def test_R18_without_room_no_training_lease_and_no_credit_but_training_and_evaluation_go_on(tmp_path):
+    parts = make_parts(tmp_path)
+    session = parts.connect()
+    parts.leases.paused = parts.sessions.paused = True
+    assert parts.leases.grant("g1", 0, 4, 0, 0.0) == [] and not parts.leases.may_grant(0)
+    assert parts.sessions.ack(session).credit_bytes == 0
+    parts.leases.start_eval(0, 3, 60.0, 0.0)
+    assert parts.leases.may_grant(0)
+    leases = parts.leases.grant("g1", 0, 8, 0, 0.0)
+    assert {lease.key.kind for lease in leases} == {LeaseKind.EVAL} and len(leases) == 3
+    parts.leases.paused = parts.sessions.paused = False
+    assert parts.leases.grant("g1", 0, 4, 0, 0.0) and parts.sessions.ack(session).credit_bytes > 0
+    parts.journal.close()
+
+
+def test_R18_without_credit_a_generator_sends_what_evaluations_wait_for_and_keeps_the_rest():
+    hello = Hello(PROTOCOL_VERSION, "g", 1, 0, "m", "t", "k", 1, 1)
+    session = GeneratorSession(hello, run_name="r", outbox_bytes=2**20, max_frame_bytes=2**20, now=0.0)
+    session.receive(Welcome(1, "r", 0, 2**20, 0, 1.0, 2**20), 0.0)
+    session.receive(Ack(1, 0, [], 0), 0.0)
+    kinds = [LeaseKind.TRAIN, LeaseKind.EVAL, LeaseKind.TRAIN, LeaseKind.EVAL]
+    for ordinal, kind in enumerate(kinds):
+        session.put(
+            lambda seq, epoch, k=kind, n=ordinal: LeaseFailed(seq, epoch, k, n, 0, FailureReason.ENGINE, ""), 0.0
+        )
+    sent = [decode(frame, max_bytes=2**20) for frame in session.due(1.0)]
+    assert [message.seq for message in sent] == [2, 4]
+    session.receive(Ack(1, 0, [2, 4], 2**20), 1.0)
+    assert [decode(frame, max_bytes=2**20).seq for frame in session.due(1.0)] == [1, 3]
+
+
+def test_R16_a_journal_without_checkpoints_in_between_asks_for_one_when_it_has_grown(tmp_path):
+    journal = Journal.open(tmp_path, segment_bytes=2**16)
+    dealer = BatchDealer(journal, PolicyVersions(), checkpoint_every=0, last_step=1000, checkpoint_bytes=100_000)
+    saved = []
+    for version in range(200):
+        journal.append(make_group(version, body=bytes(10_000)), 0.0)
+        journal.append(StepTaken(version, ((version, 0),)), 0.0)
+        journal.make_durable()
+        if dealer._saves(version + 1):
+            saved.append(version + 1)
+            journal.delete_before(([0, *saved])[-2])
+        assert journal.num_bytes < 400_000
+    assert 15 < len(saved) < 25
+    journal.close()

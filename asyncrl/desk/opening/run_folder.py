@@ -18,12 +18,15 @@ from asyncrl.desk.opening.setting_aside import FORKED_FROM, complete_fork, forge
 from asyncrl.errors import AsyncRLError, CheckpointError, ConfigError, JournalError
 from asyncrl.storage.checkpoint_files import is_empty, newest_run_epoch
 from asyncrl.storage.disk import make_folder
-from asyncrl.storage.journal import Journal
+from asyncrl.storage.journal import SEGMENT_BYTES, Journal
 from asyncrl.storage.records import RunStarted
+from asyncrl.storage.room import GIB
 from asyncrl.storage.run_epoch import next_run_epoch
 from asyncrl.tasks.fingerprint import run_settings
 
 log = logging.getLogger(__name__)
+
+MIN_SEGMENT_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,9 @@ def _is_held(problem: AsyncRLError) -> bool:
 
 
 def _open(config: Config) -> OpenedRun:
-    journal = Journal.open(Path(config.run.dir) / "journal", untouched=True)
+    # Segments are deleted whole, so they must be small beside the limit.
+    segment_bytes = max(MIN_SEGMENT_BYTES, min(SEGMENT_BYTES, int(config.run.journal_max_gib * GIB) // 16))
+    journal = Journal.open(Path(config.run.dir) / "journal", segment_bytes, untouched=True)
     try:
         return _examine(config, journal)
     except BaseException:
