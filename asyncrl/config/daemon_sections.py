@@ -111,7 +111,11 @@ class GeneratorConfig:
     )
     max_sequences: int = key(64, "Sequences that are decoded at once.", minimum=1, if_changed=ACCEPTED)
     tensor_parallel_size: int = key(
-        1, "GPUs (or CPU workers) over which one copy of the model is spread.", minimum=1, if_changed=ACCEPTED
+        1,
+        "GPUs (or CPU workers) over which one copy of the model is spread.",
+        minimum=1,
+        maximum=1024,
+        if_changed=ACCEPTED,
     )
     kv_cache_gib: float = key(
         1.0,

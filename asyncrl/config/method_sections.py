@@ -69,7 +69,11 @@ class SamplingConfig:
     """How completions are sampled: with a temperature alone, so that recorded log-probs are those of the policy."""
 
     group_size: int = key(
-        8, "Completions that are sampled for each prompt; together they are a group.", minimum=1, if_changed=REFUSED
+        8,
+        "Completions that are sampled for each prompt; together they are a group.",
+        minimum=1,
+        maximum=4096,
+        if_changed=REFUSED,
     )
     temperature: float = key(
         1.0,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asyncrl.config import Config
+from asyncrl.config.checks import largest_group_bytes
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.bad_batches import BadBatches
 from asyncrl.desk.batches import BatchDealer
@@ -49,6 +50,7 @@ from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)
 
+MIN_RECEIVED_BYTES = 4 * 2**20  # a beat with its leases and their tickets, the digests of a large model
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}  # nats, where weights.canary_tolerance is 0
 
 
@@ -203,9 +205,23 @@ def canary_tolerance(config: Config) -> float:
     return config.weights.canary_tolerance or CANARY_TOLERANCE[config.model.dtype]
 
 
+def largest_received_bytes(config: Config) -> int:
+    """Largest frame that a generator of this run has reason to send: a result, or a beat with all its leases.
+
+    transport.max_frame_bytes bounds it for every run; what this run can need is much less, and each byte more is time
+    that a hostile frame takes from all others.
+    """
+    return min(config.transport.max_frame_bytes, max(MIN_RECEIVED_BYTES, 2 * largest_group_bytes(config)))
+
+
 def _rollout_socket(config: Config) -> ServerSocket:
     transport = config.transport
-    return ServerSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=server_auth(transport))
+    return ServerSocket(
+        transport.address,
+        max_frame_bytes=largest_received_bytes(config),
+        max_sent_bytes=transport.max_frame_bytes,
+        auth=server_auth(transport),
+    )
 
 
 def _trainer_socket(run_dir: Path) -> ServerSocket:

@@ -22,7 +22,7 @@ from asyncrl.errors import ProtocolError
 from asyncrl.host.repeats import Repeats
 from asyncrl.link.desk_session import DeskSession, Seen
 from asyncrl.link.messages import GroupResult, LeaseFailed
-from asyncrl.link.rollouts import result_to_group, validate_group
+from asyncrl.link.rollouts import check_lengths, result_to_group, validate_group
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import FailureReason, NackCode
 from asyncrl.replay.filtering import DynamicSampling, has_equal_rewards
@@ -90,6 +90,8 @@ class Intake:
         if issued_version is None:
             return Taken(self._refuse(session, message.seq, NackCode.UNKNOWN_LEASE, _no_ticket(message), now))
         try:
+            sampling = self._config.sampling
+            check_lengths(message, max_rollouts=sampling.group_size, max_new_tokens=sampling.max_new_tokens)
             group = result_to_group(message)
             if self._is_late_eval(group.key):
                 # Not wrong: the learner that wanted it was restarted, or the evaluation was given up.

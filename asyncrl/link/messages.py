@@ -16,6 +16,7 @@ from asyncrl.link.schema.message_base import Message, RunMessage, message
 from asyncrl.link.weight_records import BitsInUse, ChannelPlace, WeightManifest
 from asyncrl.link.wire_types import (
     MAX_LEASES,
+    MAX_ROLLOUTS,
     MAX_SPANS,
     MAX_WORKERS,
     SPAN_BYTES,
@@ -128,7 +129,7 @@ class GroupResult(Message):
     ordinal: Number
     attempt: Number
     prompt: Tokens  # int32 [P], little-endian
-    rollouts: Annotated[list[WireRollout], AtMost(65_536)]
+    rollouts: Annotated[list[WireRollout], AtMost(MAX_ROLLOUTS)]
     baseline_reward: Finite | None = None  # of the greedy completion, where the lease asked for one
     ticket: Ticket = b""  # of the lease; without a valid one nothing is taken
 

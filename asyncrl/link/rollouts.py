@@ -50,6 +50,22 @@ def group_to_result(group: Group, seq: int, run_epoch: int, ticket: bytes = b"")
     )
 
 
+def check_lengths(result: GroupResult, *, max_rollouts: int, max_new_tokens: int) -> None:
+    """Raises ProtocolError when a result is larger than its lease can have asked for. To be called before
+    `result_to_group`, which makes an object of every version span.
+    """
+    name = f"group {result.kind} {result.ordinal}"
+    if len(result.rollouts) > max_rollouts:
+        raise ProtocolError(f"{name}: {len(result.rollouts)} rollouts, at most {max_rollouts} were leased")
+    for place, rollout in enumerate(result.rollouts):
+        size = max(len(rollout.tokens) // TOKEN_DTYPE.itemsize, len(rollout.logprobs) // LOGPROB_DTYPE.itemsize)
+        if size > max_new_tokens:
+            raise ProtocolError(f"{name} rollout {place}: {size} tokens, at most max_new_tokens = {max_new_tokens}")
+        if len(rollout.spans) // _SPAN.size > max(1, size):
+            spans = len(rollout.spans) // _SPAN.size
+            raise ProtocolError(f"{name} rollout {place}: {spans} version spans for {size} tokens")
+
+
 def result_to_group(result: GroupResult) -> Group:
     """The group in `result`: right types, unchecked values (`validate_group` checks those).
 

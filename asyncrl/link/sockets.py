@@ -38,10 +38,18 @@ class ServerSocket:
 
     address: tcp://HOST:PORT (port 0 or * = any free one) or ipc://PATH. Off loopback `auth` is required: an
     unauthenticated peer could fill the memory of this process whatever the limits.
+    max_frame_bytes: largest frame that is received; max_sent_bytes: largest one that is sent, the same if not said.
     Raises BindError; ConfigError when the allow-list cannot be read.
     """
 
-    def __init__(self, address: str, *, max_frame_bytes: int, auth: ServerAuth | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_frame_bytes: int,
+        auth: ServerAuth | None = None,
+        max_sent_bytes: int | None = None,
+    ) -> None:
         where = parse_address(address)
         if auth is None and not where.is_loopback:
             raise BindError(
@@ -50,6 +58,7 @@ class ServerSocket:
                 "(bin/keys make DIR makes them), or listen on 127.0.0.1"
             )
         self.max_frame_bytes = max_frame_bytes
+        self.max_sent_bytes = max_sent_bytes or max_frame_bytes
         self.malformed_messages = 0  # of other than one frame
         self.frames_without_key = 0  # over connections whose key was removed from the list
         self._context = zmq.Context()
@@ -106,11 +115,11 @@ class ServerSocket:
 
     def send_message(self, peer: bytes, message: Message) -> bool:
         """Encodes and sends, see `send`. Raises FrameError for a message that cannot be sent."""
-        return self.send(peer, encode(message, max_bytes=self.max_frame_bytes))
+        return self.send(peer, encode(message, max_bytes=self.max_sent_bytes))
 
     def reaches(self, peer: bytes, message: Message) -> bool:
         """Sends, and says whether the peer still has a connection: True for one that merely reads nothing."""
-        return self._send(peer, encode(message, max_bytes=self.max_frame_bytes)) != errno.EHOSTUNREACH
+        return self._send(peer, encode(message, max_bytes=self.max_sent_bytes)) != errno.EHOSTUNREACH
 
     def _send(self, peer: bytes, frame: bytes) -> int:
         """0, or why not: EHOSTUNREACH, EAGAIN."""

@@ -20,6 +20,7 @@ KEY = "key"  # in `field(metadata={KEY: name})`: what the field is called on the
 FloatOrNaN = Annotated[float, MAY_BE_NAN]
 
 MAX_WORKERS = 1024  # tensor-parallel ranks of one generator
+MAX_ROLLOUTS = 2**12  # of one group
 MAX_LEASES = 2**13  # that one generator has in hand
 SPAN_BYTES = 24  # three int64
 MAX_SPANS = 1024  # of one rollout: weights were swapped that often while it was sampled, less one

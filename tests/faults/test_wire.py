@@ -109,7 +109,7 @@ WRONG = [
     (Hello, changed(HELLO, 2, 2**63), "incarnation is 9223372036854775808"),
     (Hello, changed(HELLO, 8, -1), "first_unacked_seq is -1"),
     (GroupResult, changed(RESULT, 3, 2**62), "ordinal is 4611686018427387904"),
-    (GroupResult, changed(RESULT, 6, [ROLLOUT] * 65_537), "rollouts is list of length 65537|container of"),
+    (GroupResult, changed(RESULT, 6, [ROLLOUT] * 4_097), "rollouts is list of length 4097, must be of at most 4096"),
     (GroupResult, rollout(spans=bytes(24 * MAX_SPANS + 24)), r"rollouts\[0\].spans is bytes of length 24600"),
     (GroupResult, rollout(parts={str(n): 0.0 for n in range(300)}), r"parts is dict of length 300"),
     (GroupResult, rollout(parts={"a\nb": 0.0}), r"parts is 'a\\nb', must be 0 to 1024 printable"),
