@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from asyncrl.link.limits import MAX_GENERATORS
 from asyncrl.link.messages import Beat
 from asyncrl.link.trainer_messages import StepDone
 from asyncrl.metrics import StepMetrics, SyncMetrics
@@ -62,8 +63,10 @@ class Counters:
     def beat(self, name: str, incarnation: int, beat: Beat) -> None:
         """Takes in a beat. Of a generator that was not known, counting starts with its first one."""
         report = GeneratorTotals(beat.tokens_generated, beat.busy_s, beat.idle_s)
-        known = self._newest.get(name)
-        self._newest[name] = (incarnation, report)
+        known = self._newest.pop(name, None)
+        self._newest[name] = (incarnation, report)  # behind all others: heard of last
+        if len(self._newest) > MAX_GENERATORS:
+            del self._newest[next(iter(self._newest))]
         if known is None:
             return
         before = known[1] if known[0] == incarnation else GeneratorTotals()

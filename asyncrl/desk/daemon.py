@@ -102,7 +102,7 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
 def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundings: Surroundings) -> Desk:
     """Joins the desk's parts around the state of the run."""
     metrics = surroundings.metrics
-    proofs = Proofs(state.policy)
+    proofs = Proofs(state.policy, config.staleness.max_age)
     acknowledgements = Acknowledgements(state.journal, state.sessions, state.counters)
     intake = Intake(
         config,

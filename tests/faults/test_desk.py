@@ -5,17 +5,19 @@ from __future__ import annotations
 import signal
 import stat
 import sys
+import tracemalloc
 from collections import Counter
 
 import pytest
 
 from asyncrl.desk.generators import GRANTS_AT_ONCE, IN_HAND_FACTOR
-from asyncrl.errors import TrainerFailed
+from asyncrl.desk.proofs import KEPT_VERSIONS
+from asyncrl.errors import ProtocolError, TrainerFailed
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import encode_body
 from asyncrl.link.desk_session import DeskSessions, Expected, Liveness
 from asyncrl.link.rollouts import group_to_result
-from asyncrl.link.trainer_messages import BatchRequest, StepDone
+from asyncrl.link.trainer_messages import BatchRequest, SnapshotReady, StepDone
 from asyncrl.link.wire_types import FailureReason
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.outcomes import MAX_FAILED_TRIALS, Blame, Outcomes, Recovered, SetAside
@@ -24,11 +26,13 @@ from asyncrl.replay.recovery import replay_plan
 from asyncrl.replay.tickets import KEY_FILE, Tickets
 from asyncrl.storage.records import BatchSkipped
 from asyncrl.types import Frontier, LeaseKey, LeaseKind
+from asyncrl.weights.plan.planner import SyncPlanner
 from tests.desk.desk_parts import beat, hello, make_parts, train_group
 from tests.desk.test_desk import FIGURES
 from tests.desk.test_desk import World as DeskWorld
 from tests.desk.test_generators import World
 from tests.faults.desk_fleet import Fleet, Stub
+from tests.weights.manifests import manifest_of
 
 
 def train_key(ordinal, attempt=0):
@@ -524,3 +528,63 @@ def test_U7_a_learner_without_a_generator_says_so_within_five_seconds_and_then_w
     assert lines == ["no generator can work yet: g waits for the trainer, which is loading"]
     desk.desk.versions._planner.receivers["g"].held_version = 0
     assert [line for now in range(48, 120) for line in said(now)] == []
+
+
+# -- R16, R21: what is remembered is bounded; newcomers are caught up together
+
+
+def test_R16_proofs_and_counters_are_flat_over_many_versions_and_generators(parts):
+    counters = parts.state.counters
+
+    def live(versions, generators):
+        for version in versions:
+            parts.state.policy.newest = version
+            for number in generators:
+                parts.proofs.add(f"g{number}", 1 + version % 3, version)
+        for number in generators:
+            counters.beat(f"g{number}", 1, beat(tokens_generated=number))
+
+    live(range(500), range(10))
+    tracemalloc.start()
+    live(range(500, 2_000), range(10))
+    before, _ = tracemalloc.get_traced_memory()
+    live(range(2_000, 12_000), range(10))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after <= before * 1.02 + 20_000
+    live([12_000], range(3 * limits.MAX_GENERATORS))
+    assert len(parts.proofs._of) == len(counters._newest) == limits.MAX_GENERATORS
+
+
+def test_R16_what_a_running_lease_can_need_is_remembered_and_older_proofs_are_not(parts):
+    session = parts.connect("g1")
+    for version in range(1000):
+        parts.proofs.add("g1", 1, version)
+    parts.state.policy.newest = 999
+    parts.proofs.check(train_group(0, version=999 - KEPT_VERSIONS + 1), session)
+    with pytest.raises(ProtocolError, match="never proved"):
+        parts.proofs.check(train_group(0, version=0), session)
+
+
+def test_R21_newcomers_are_caught_up_in_cells_and_who_failed_alone():
+    planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=10.0, tolerance=1e-4, cell_size=8)
+    ready = SnapshotReady(0, manifest_of(0, [7]), [b"\1\0\0\0"], [b"\0\0\0\0"], 1.0)
+    planner.joined("first", 1, 1, 0.0)
+    planner.snapshot_ready(ready, 0.0)
+    planner.advance(0.0)
+    for number in range(50):
+        planner.joined(f"new{number:02}", 1, 1, 0.0)
+    planner.receivers["new00"].errors = 1
+    planner.advance(0.0)
+    caught_up = sorted(len(current.members) for current in planner.rounds.values() if current.catch_up)
+    assert caught_up == [8, 8, 8, 8]
+    assert all("new00" not in current.members for current in planner.rounds.values())
+    for number in range(9, 50):
+        planner.left(f"new{number:02}", 0.0, "left")
+    for current in list(planner.rounds.values()):
+        current.abandon(0.0, "over")
+    for receiver in planner.receivers.values():
+        receiver.errors = int(receiver.name == "new00")
+    planner.advance(0.0)
+    caught_up = sorted(sorted(current.members) for current in planner.rounds.values() if current.catch_up)
+    assert ["new00"] in caught_up and all(len(names) == 1 or "new00" not in names for names in caught_up)

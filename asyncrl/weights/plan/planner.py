@@ -6,9 +6,9 @@ its cell and nobody else:
 
 - When a snapshot comes, every idle cell starts a round with it. A cell whose members stay the same uses its channel
   again; a store prefix is never used twice, so a changed or broken cell gets a new channel.
-- A receiver that never proved a version, or whose last round failed by its own fault, is *caught up* alone, on a
-  channel of its own, beside the cells' rounds. When it has proved a version it is merged into a cell at the next
-  snapshot; while evaluations keep all cells from swapping, it goes on alone.
+- A receiver that never proved a version is *caught up* beside the cells' rounds, on a channel that it shares with at
+  most a cell's size of other newcomers; one whose last round failed is caught up alone. When it has proved a version it
+  is merged into a cell at the next snapshot; while evaluations keep all cells from swapping, it goes on like this.
 - A newer snapshot is asked for when no cell is at work, or CELL_GRACE_S after the first one was done: slow cells cost
   the others no more than that. Cells that are late take the newest snapshot when they are done. The request is
   repeated until a newer snapshot comes, and names the channels in use, so that a lost message costs seconds.
@@ -40,7 +40,7 @@ from asyncrl.weights.plan.round import SyncRound
 log = logging.getLogger(__name__)
 
 CELL_GRACE_S = 1.0
-MAX_CATCH_UPS = 4  # at once: they share the learner's network with the cells
+MAX_CATCH_UPS = 4  # rounds at once: they share the learner's network with the cells
 COMMIT_REPEAT_S = 3.0  # a beat from before the commit may still be on its way
 WANTED_REPEAT_S = 3.0
 REOPEN_S = 1.0  # after the publisher could not open a channel: it would fail again at once
@@ -258,19 +258,24 @@ class SyncPlanner:
         self._new_round(self.channel_epoch, members, now).open()
 
     def _start_catch_ups(self, now: float) -> None:
-        """A round on a channel of its own for each receiver that has to prove itself, beside the cells."""
+        """Rounds beside the cells, on channels of their own, for the receivers that have to prove themselves.
+
+        Newcomers go together, up to a cell's size: one by one, a fleet that starts late would take minutes. Who failed
+        goes alone, so that it can stall nobody else.
+        """
         placed = self._placed()
         cells_wait = all(self.receivers[name].busy for name in placed)
         room = MAX_CATCH_UPS - sum(current.catch_up for current in self.rounds.values())
-        for receiver in self._behind():
-            if room <= 0:
-                return
-            alone = receiver.held_version is None or receiver.failed or cells_wait
-            if receiver.name in placed or not alone or receiver.excluded_until > now:
-                continue
-            room -= 1
+        together: list[Receiver] = []
+        alone: list[Receiver] = []
+        for receiver in self._behind() if room > 0 else ():
+            needs_it = receiver.held_version is None or receiver.failed or cells_wait
+            if receiver.name not in placed and needs_it and receiver.excluded_until <= now:
+                (alone if receiver.failed else together).append(receiver)
+        parts = [together[start : start + self.cell_size] for start in range(0, len(together), self.cell_size)]
+        for members in [*parts, *([receiver] for receiver in alone)][: max(room, 0)]:
             self.channel_epoch += 1
-            self._new_round(self.channel_epoch, [receiver], now, catch_up=True).open()
+            self._new_round(self.channel_epoch, members, now, catch_up=True).open()
 
     def _new_round(
         self, channel_epoch: int, members: list[Receiver], now: float, *, catch_up: bool = False

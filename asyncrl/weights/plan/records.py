@@ -158,7 +158,7 @@ class RoundEnded:
     dense_bytes: int = 0
     encode_ms: float = 0.0
     retries: int = 0  # rounds in a row that had failed before for the most unlucky of its members
-    catch_up: bool = False  # of one generator, beside the others
+    catch_up: bool = False  # of newcomers or of who failed, beside the cells
 
 
 Output = ToPublisher | ToGenerator | Committed | SyncFailed | RoundEnded

@@ -640,7 +640,7 @@ def test_who_failed_where_others_did_not_is_tried_alone_and_costs_them_nothing()
 
 
 def test_no_more_catch_ups_at_once_than_the_network_should_carry():
-    bench = Bench("a")
+    bench = Bench("a", cell_size=1)
     bench.sync_all(0, ["a"])
     for name in "bcdefgh":
         bench.planner.joined(name, 1, 1, bench.now)
