@@ -8,11 +8,16 @@ from typing import Any, ClassVar
 
 from asyncrl.errors import ConfigError, RewardError
 from asyncrl.rewards.base import Part, Sample
+from asyncrl.rewards.kinds.answer_texts import last_answer, last_literal, literal_of, plain_signs, without_literals
 
 
 @dataclass(frozen=True)
 class MathAnswer(Part):
-    """1 when the completion's final expression equals payload[key], else 0.
+    r"""1 when the completion's final expression equals payload[key], else 0.
+
+    The final expression is what stands in the last \boxed{}, or in the last ones where only commas and the like are
+    between them; without a box it is the last expression of the text. A date, or a number with several points, equals
+    the same one alone, and is no arithmetic. Signs of currencies, and thousands' separators, say nothing.
 
     A completion without an expression is wrong. It is a failed reward when the reference answer is no expression, or
     when the comparison breaks on one. math-verify's own time limits are off: the reward worker's deadline bounds it.
@@ -36,20 +41,23 @@ class MathAnswer(Part):
 
         if self.key not in sample.payload:
             raise RewardError(f"the payload has no {self.key}, but {', '.join(sorted(sample.payload)) or 'nothing'}")
-        gold = _expressions(_as_latex(str(sample.payload[self.key])))
+        answer = plain_signs(str(sample.payload[self.key]))
+        completion = plain_signs(sample.completion)
+        if (literal := literal_of(answer)) is not None:
+            return float(last_literal(completion) == literal)
+        gold = _expressions(answer if "$" in answer or "\\boxed" in answer else f"${answer}$")
         if not gold:
             raise RewardError(f"payload[{self.key!r}]={sample.payload[self.key]!r:.200} is no mathematical expression")
-        found = _expressions(sample.completion)
+        found = _expressions(without_literals(completion))
         return float(bool(found) and verify(gold, found, timeout_seconds=None, raise_on_error=True))
 
 
-def _as_latex(answer: str) -> str:
-    # Outside of $ $, math-verify takes the last number of a text, which is not all of \sqrt{2}+1.
-    return answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
-
-
 def _expressions(text: str) -> list[Any]:
+    """What stands in the last box, or without one is the last expression of the text."""
     from math_verify import parse
 
-    expressions: list[Any] = parse(text, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+    # Outside of $ $, math-verify takes the last number of a text, which is not all of \sqrt{2}+1.
+    expressions: list[Any] = parse(
+        last_answer(text), fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True
+    )
     return expressions
