@@ -108,6 +108,8 @@ class RemotePart(Part):
         key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
         if self.api_key_env and not key:
             raise ConfigError(f"api_key_env={self.api_key_env}: this environment variable is empty or not set here")
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ConfigError(f"api_key_env={self.api_key_env}: the key there has a blank or a line end in it")
         return key
 
     async def fetch(self, endpoint: Endpoint, sample: Sample) -> float:

@@ -19,6 +19,7 @@ from asyncrl.errors import DeadlineExceeded, RewardError
 from asyncrl.host.addresses import is_loopback
 from asyncrl.rewards.base import ServerUnavailable
 from asyncrl.rewards.leftovers import is_full
+from asyncrl.rewards.secret_texts import redacted
 
 if TYPE_CHECKING:
     import httpx
@@ -42,7 +43,8 @@ class HttpEndpoint:
     """One server, used from one event loop. Of concurrent calls of `post`, `concurrency` are under way at a time.
 
     timeout_s bounds each try, and timeout_s x (retries + 1) all tries of a call with the pauses in between; the wait
-    for its turn is not counted. The key goes into the Authorization header and nowhere else.
+    for its turn is not counted. The key goes into the Authorization header and nowhere else: what a server says is
+    repeated in messages without it.
     """
 
     def __init__(self, url: str, *, timeout_s: float, retries: int, concurrency: int, api_key: str = ""):
@@ -50,6 +52,7 @@ class HttpEndpoint:
         self._timeout_s = timeout_s
         self._tries = retries + 1
         self._concurrency = concurrency
+        self._key = api_key
         self._headers = {"Accept-Encoding": "identity"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -99,15 +102,17 @@ class HttpEndpoint:
         except httpx.TransportError as error:
             if is_full(error):  # this process has no file descriptor left: that says nothing about the server
                 raise
-            raise _TryAgainError(f"{type(error).__name__}: {error}") from None
+            raise _TryAgainError(redacted(f"{type(error).__name__}: {error}", [self._key])) from None
         if status in RETRIED_STATUSES:
-            raise _TryAgainError(f"HTTP {status}: {_excerpt(text)}", _retry_after_s(headers.get("retry-after", "")))
+            raise _TryAgainError(
+                f"HTTP {status}: {self._excerpt(text)}", _retry_after_s(headers.get("retry-after", ""))
+            )
         if status != 200:
-            raise RewardError(f"{address}: HTTP {status}: {_excerpt(text)}")
+            raise RewardError(f"{address}: HTTP {status}: {self._excerpt(text)}")
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise RewardError(f"{address}: the answer is no JSON ({error}): {_excerpt(text)}") from None
+            raise RewardError(f"{address}: the answer is no JSON ({error}): {self._excerpt(text)}") from None
 
     async def _exchange(self, address: str, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and at most MAX_ANSWER_BYTES of body."""
@@ -118,6 +123,9 @@ class HttpEndpoint:
                 if len(text) > MAX_ANSWER_BYTES:
                     raise RewardError(f"{address}: an answer of more than {MAX_ANSWER_BYTES} bytes")
         return response.status_code, response.headers, bytes(text)
+
+    def _excerpt(self, text: bytes) -> str:
+        return " ".join(redacted(text[:2000].decode(errors="replace"), [self._key]).split())[:200]
 
     def _connected(self) -> httpx.AsyncClient:
         if self._client is None:
@@ -135,10 +143,6 @@ class HttpEndpoint:
 
 def _retry_after_s(text: str) -> float:
     return float(text) if text.isascii() and text.isdigit() else 0.0
-
-
-def _excerpt(text: bytes) -> str:
-    return " ".join(text[:400].decode(errors="replace").split())[:200]
 
 
 class LoopThread:

@@ -36,6 +36,7 @@ from asyncrl.rewards.kinds.judge import Judge
 from asyncrl.rewards.kinds.local import Format, Length, Overlong, UserRule
 from asyncrl.rewards.kinds.math_answer import MathAnswer
 from asyncrl.rewards.kinds.reward_model import RewardModel
+from asyncrl.rewards.secret_texts import redacted
 from asyncrl.tasks.base import Task, checked_reward
 from asyncrl.types import (
     MAX_REWARD_PARTS,
@@ -192,6 +193,7 @@ class RewardParts:
         self._remote = {name: part for name, part in parts.items() if isinstance(part, RemotePart)}
         self._endpoints = {name: _endpoint(part) for name, part in self._remote.items()}
         self._loop = LoopThread() if self._remote else None
+        self._keys = [key for part in self._remote.values() if (key := part.api_key())]
 
     def begin(self, samples: Sequence[Sample]) -> list[Callable[[], dict[str, float]]]:
         """Starts the requests of all samples; each returned function gives one sample's values, in their order.
@@ -217,9 +219,9 @@ class RewardParts:
             values = dict(checked_reward(self._task, sample.completion, sample.payload))
             self._check_names(values)
             for name, part in self._local.items():
-                values[name] = _named(name, part.value, sample)
+                values[name] = self._named(name, part.value, sample)
             for name, request in requests.items():
-                values[name] = _named(name, _result_within(self._remote[name].deadline_s + _GRACE_S), request)
+                values[name] = self._named(name, _result_within(self._remote[name].deadline_s + _GRACE_S), request)
         finally:
             for request in requests.values():
                 request.cancel()
@@ -228,6 +230,16 @@ class RewardParts:
         ):
             raise RewardError(problem)
         return values
+
+    def _named(self, name: str, compute: Callable[[Any], float], argument: Any) -> float:
+        """The value, with the part's name in what is raised instead of it, and no key."""
+        try:
+            value = compute(argument)
+        except (RewardError, DeadlineExceeded) as error:
+            raise type(error)(f"{name}: {redacted(str(error), self._keys)}") from None
+        if not math.isfinite(value):
+            raise RewardError(f"{name} is {value}, which is not finite")
+        return value
 
     def _check_names(self, own: Mapping[str, float]) -> None:
         """The task's own names are known for certain only now, unless it declares them."""
@@ -238,17 +250,6 @@ class RewardParts:
             raise RewardError(
                 f"reward.weights.{min(missing)}: there is no such part; the task has {', '.join(sorted(names))}"
             )
-
-
-def _named(name: str, compute: Callable[[Any], float], argument: Any) -> float:
-    """The value, with the part's name in what is raised instead of it."""
-    try:
-        value = compute(argument)
-    except (RewardError, DeadlineExceeded) as error:
-        raise type(error)(f"{name}: {error}") from None
-    if not math.isfinite(value):
-        raise RewardError(f"{name} is {value}, which is not finite")
-    return value
 
 
 def _result_within(timeout_s: float) -> Callable[[concurrent.futures.Future[float]], float]:
