@@ -7,7 +7,7 @@ from collections.abc import Collection
 from asyncrl.config import Config
 from asyncrl.config.checks import raise_all
 from asyncrl.rewards.parts import check_reward_parts, make_parts, prepare_parts
-from asyncrl.tasks.base import load_task
+from asyncrl.tasks.trial import task_part_names
 
 
 def check_rewards(config: Config, role: str) -> None:
@@ -32,4 +32,4 @@ def _task_parts(config: Config) -> Collection[str] | None:
     """Names of the task's own parts; None when it does not say. The task is made only where the names matter."""
     if not config.reward.parts and not config.reward.weights:
         return None
-    return getattr(load_task(config.task.path, config.task.args), "part_names", None)
+    return task_part_names(config.task.path, config.task.args)

@@ -30,6 +30,7 @@ class RunTotals:
     groups_filtered: int = 0
     tokens_filtered: int = 0
     rollouts_failed: dict[str, int] = field(default_factory=dict)  # by reason
+    prompts_left_out: int = 0
 
 
 @dataclass(slots=True)
@@ -106,6 +107,7 @@ class Counters:
             rollouts_dropped=totals.rollouts_dropped - before.rollouts_dropped,
             groups_filtered=totals.groups_filtered - before.groups_filtered,
             tokens_filtered=totals.tokens_filtered - before.tokens_filtered,
+            prompts_left_out=totals.prompts_left_out - before.prompts_left_out,
             dropped_by_length_decile=[round(count) for count in buffer.dropped_by_length_decile()],
             rollouts_failed={
                 reason: count - before.rollouts_failed.get(reason, 0)

@@ -36,16 +36,14 @@ from asyncrl.desk.versions import Versions
 from asyncrl.host.addresses import ipc_address
 from asyncrl.host.model_config import read_model_config, vocab_size
 from asyncrl.host.processes import StopSignal, pin_to
-from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.curve_keys import server_auth
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import MAX_FRAME_BYTES
 from asyncrl.metrics import METRICS_FILE, Metrics, StepMetrics, newest_version
-from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.report.summary import report
 from asyncrl.storage.room import GIB
-from asyncrl.tasks.base import load_task
-from asyncrl.tasks.prompts import PromptSource
+from asyncrl.tasks.helper import TaskHelper
+from asyncrl.tasks.trial import helper_setup
 from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)
@@ -80,19 +78,21 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
             _say_finished(config, run_dir)
             return 0
         run_epoch = run.begin(run_dir, time.monotonic())
+        # Beside all else: it imports the tokenizer's library and reads the task's data, which takes seconds.
+        helper = open_things.enter_context(closing(TaskHelper(helper_setup(config))))
+        helper.start(time.monotonic())
         rollout_socket = open_things.enter_context(closing(_rollout_socket(config)))
         config_file = write_record(run_dir, config, run.record)
         trainer_socket = open_things.enter_context(closing(_trainer_socket(run_dir)))
         log.info("listening on %s (run %s, run epoch %d)", rollout_socket.address, config.run.name, run_epoch)
         process = _trainer_process(config, config_file, trainer_socket.address)
-        # Started before the slow imports of the tokenizer: both take seconds, and neither needs the other.
         process.start()
         open_things.callback(process.kill)  # for the case that the metrics cannot be opened
         metrics = open_things.enter_context(closing(Metrics.open(config, canary_tolerance(config))))
         open_things.callback(process.kill)  # before all else: closing the metrics may wait for the network
         surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop)
         state = restore_run(config, run_epoch, run.journal, run.saved)
-        code = make_desk(config, state, load_prompts(config, state.leases), surroundings).run()
+        code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
             write_finished(run_dir, config, state.policy.trained)
     report(run_dir)  # summary.json, the picture, and the last lines on the terminal
@@ -145,6 +145,7 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         acknowledgements=acknowledgements,
         intake=intake,
         generators=generators,
+        prompts=prompts,
         ranks=ranks,
         versions=versions,
         evaluator=evaluator,
@@ -190,14 +191,6 @@ def _ranks(
         last_logged_version=newest_version(Path(config.run.dir) / METRICS_FILE, StepMetrics.kind),
         checkpoints=checkpoint_folder(config),
     )
-
-
-def load_prompts(config: Config, leases: LeaseBook) -> LeasedPrompts:
-    """The prompts of the run's task: for training, and the held-out ones if the run evaluates. Loads the tokenizer."""
-    task = load_task(config.task.path, config.task.args)
-    max_prompt_tokens = config.model.max_length - config.sampling.max_new_tokens
-    source = PromptSource(task, load_tokenizer(config.model.path), config.run.seed, max_prompt_tokens)
-    return LeasedPrompts(source, source.evals(config.eval.prompts) if config.eval.prompts else [], leases)
 
 
 def canary_tolerance(config: Config) -> float:

@@ -29,11 +29,12 @@ from asyncrl.desk.boundary import Boundary
 from asyncrl.desk.evaluation import Evaluator
 from asyncrl.desk.generators import Generators
 from asyncrl.desk.intake import Intake, Taken
+from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.ranks import Ranks
 from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
-from asyncrl.errors import JournalError, TooManyFailures
+from asyncrl.errors import JournalError, TooManyFailures, UserError
 from asyncrl.host.processes import StopSignal
 from asyncrl.link import messages, trainer_messages
 from asyncrl.link.codec import body_of
@@ -91,6 +92,7 @@ class Desk:
         acknowledgements: Acknowledgements,
         intake: Intake,
         generators: Generators,
+        prompts: LeasedPrompts,
         ranks: Ranks,
         versions: Versions,
         evaluator: Evaluator,
@@ -104,6 +106,7 @@ class Desk:
         self.intake = intake
         self.generators = generators
         self.boundary = Boundary(generators)
+        self.prompts = prompts
         self.ranks = ranks
         self.versions = versions
         self.evaluator = evaluator
@@ -127,11 +130,14 @@ class Desk:
         """Serves until the last version is trained, evaluated and saved, or until a signal. Returns 0.
 
         Raises CheckpointError or TrainerFailed when the trainer failed at the end, TooManyFailures when prompts were
-        given up wholesale, JournalError when the disk fails or another learner took over the run folder.
+        given up wholesale, JournalError when the disk fails or another learner took over the run folder, TaskError or
+        ModelError when no prompts can be made.
         """
         poller = SocketPoller()
         for source in (self.generators.socket, self.ranks.socket, self.stop.fd):
             poller.add(source)
+        if self.prompts.fd >= 0:
+            poller.add(self.prompts.fd)
         while True:
             ready = poller.wait(self._timeout(time.monotonic()))
             now = time.monotonic()
@@ -145,6 +151,7 @@ class Desk:
 
     def _tick(self, now: float) -> None:
         """Does what time or the last messages made due. Results count before a batch is decided."""
+        self._take_prompts(now)
         self.intake.note_given_up(now)
         self.generators.judge()
         self._check_failures()
@@ -171,6 +178,7 @@ class Desk:
             self.state.journal.durable_due,
             self.state.leases.next_deadline(now),
             self.versions.next_deadline(now),
+            self.prompts.next_deadline(),
             now if self.generators.grants_left else now + MAX_WAIT_S,
         )
         return max(0.0, min(deadlines) - now)
@@ -219,6 +227,20 @@ class Desk:
                 self.versions.channel_ready(message, now)
             case trainer_messages.BroadcastDone():
                 self.versions.broadcast_done(message, now)
+
+    def _take_prompts(self, now: float) -> None:
+        """Takes in the prompts that were made. Raises TaskError or ModelError when there is no going on."""
+        if self._stopping_since is not None:
+            return
+        try:
+            self.prompts.advance(now)
+        except UserError:
+            self.generators.stop(True, "the learner's task or model cannot be used; its log says why")
+            raise
+        for record in self.prompts.take_needless():
+            self.generators.abandon(record)
+        if (count := self.prompts.num_evals) is not None:
+            self.evaluator.prompts_are_there(count, now)
 
     def _watch_trainer(self, now: float) -> None:
         if self._stopping_since is None and self.bad_batches.trainer_died(now):
@@ -339,7 +361,7 @@ class Desk:
             self._waiting_since = now
             why = self.evaluator.describe()
             if version is not None:
-                why = self.state.buffer.waiting_for(version, self.state.leases.running())
+                why = self.prompts.describe() or self.state.buffer.waiting_for(version, self.state.leases.running())
             log.info("%s; %s", why or f"version {version} waits", self.generators.describe())
 
     def _say_missing(self, now: float) -> bool:

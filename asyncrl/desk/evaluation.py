@@ -70,21 +70,23 @@ class Evaluator:
 
     An evaluation that is due starts with the first version, at or above the due one, that a generator proves: versions
     in between may never reach a generator. While it runs, generators that hold its version keep it. `done` are the
-    versions whose evaluation was asked for; it is changed here, and saved with the run's state.
+    versions whose evaluation was asked for; it is changed here, and saved with the run's state. num_prompts is None
+    where the held-out prompts are still to be made (`prompts_are_there`).
     """
 
     def __init__(
         self,
         config: Config,
         *,
-        num_prompts: int,
+        num_prompts: int | None,
         leases: LeaseBook,
         acknowledgements: Acknowledgements,
         metrics: Metrics,
         done: set[int],
     ) -> None:
         self._config = config
-        self._num_prompts = num_prompts
+        self._num_prompts = num_prompts  # None until they are made
+        self._proven_too_early: int | None = None  # the newest version that was proven before that
         self._leases = leases
         self._acknowledgements = acknowledgements
         self._metrics = metrics
@@ -102,7 +104,8 @@ class Evaluator:
 
         held_versions are those that generators hold, proven.
         """
-        if evaluation_due(version, self._config.run.steps, self._config.eval.every, self._num_prompts, self._done):
+        count = self._config.eval.prompts if self._num_prompts is None else self._num_prompts
+        if evaluation_due(version, self._config.run.steps, self._config.eval.every, count, self._done):
             self._done.add(version)
             self._due = version
         self._collect()
@@ -122,6 +125,8 @@ class Evaluator:
         if self._running is not None:
             answered = f"{len(self._running.rewards)} of {self._num_prompts} prompts are answered"
             return f"evaluation of version {self._running.version}: {answered}"
+        if self._due is not None and self._num_prompts is None:
+            return f"the evaluation of version {self._due} waits for its prompts"
         if self._due is not None:
             return f"the evaluation of version {self._due} waits for a generator that proves it"
         return "no evaluation is due"
@@ -135,11 +140,24 @@ class Evaluator:
 
     def version_proven(self, version: int, now: float) -> None:
         """A generator holds `version` now: the moment to evaluate it."""
+        if self._num_prompts is None:
+            self._proven_too_early = version
+            return
         if self._due is None or self._running is not None or version < self._due:
             return
         self._due = None
         leased = self._leases.start_eval(version, self._num_prompts, self._config.generator.lease_timeout_s, now)
         self._running = EvalResults(version, leased.first_ordinal, self._num_prompts)
+
+    def prompts_are_there(self, count: int, now: float) -> None:
+        """The held-out prompts are made, `count` of them; asked again, this changes nothing."""
+        if self._num_prompts is not None:
+            return
+        self._num_prompts = count
+        if count == 0:
+            self._due = None
+        elif self._proven_too_early is not None:
+            self.version_proven(self._proven_too_early, now)
 
     def _collect(self) -> None:
         for group in self._acknowledgements.take_evaluated():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import islice
 
 from asyncrl.config import Config
@@ -320,8 +321,9 @@ class Generators:
         if session is None or not self._wants(name):
             return 0
         num_granted = 0
+        trained, is_there = self._policy.trained, partial(self._prompts.is_there, now=now)
         while num_granted < most and self._wants(name):
-            records = self._leases.grant(name, self._versions.held_version(name), 1, self._policy.trained, now)
+            records = self._leases.grant(name, self._versions.held_version(name), 1, trained, now, is_there)
             if not records:
                 break
             lease = self._lease(records[0], session, now)

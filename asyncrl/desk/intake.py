@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
+
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.prompts import LeasedPrompts
@@ -83,6 +85,8 @@ class Intake:
 
         Raises JournalError when the disk fails.
         """
+        if self._is_too_early(session, message, now):
+            return Taken()  # not acknowledged, so that it comes again
         seen = self._sessions.see(session, message.seq, len(body))
         if seen is not Seen.NEW:
             return self._repeated(session, message.seq, seen)
@@ -146,6 +150,18 @@ class Intake:
         for ordinal in self._leases.take_given_up():
             log.error("prompt %d is given up: it failed where other prompts did not", ordinal)
             self._journal.append(PromptGivenUp(ordinal), now)
+        for made in self._prompts.take_left_out():
+            self._counters.totals.prompts_left_out += 1
+            self._journal.append(PromptGivenUp(made.ordinal, made.reason), now)
+
+    def _is_too_early(self, session: DeskSession, message: GroupResult, now: float) -> bool:
+        """Whether a result is of a lease of an earlier run epoch, whose prompt is not made again yet."""
+        ordinal = message.ordinal
+        if message.kind is not LeaseKind.TRAIN or ordinal in self._prompts or self._leases.is_done(ordinal):
+            return False
+        if not self._leases.in_range(ordinal) or self._issued_version(session, message) is None:
+            return False  # it is refused, and no prompt is made for it
+        return not self._prompts.is_there(ordinal, now) and not self._leases.is_done(ordinal)
 
     def _issued_version(self, session: DeskSession, message: GroupResult | LeaseFailed) -> int | None:
         """The version that a lease was issued under; None when it was not granted to the process that answers it."""
@@ -178,7 +194,7 @@ class Intake:
         validate_group(
             group,
             vocab_size=self._vocab_size,
-            prompt_token_ids=self._prompts.of(group.key).token_ids,
+            prompt_token_ids=self._prompt_token_ids(group),
             num_rollouts=num_rollouts,
             max_new_tokens=sampling.max_new_tokens,
             oldest_version=issued_version,
@@ -187,6 +203,12 @@ class Intake:
             greedy_baseline=kind is LeaseKind.TRAIN and self._config.algorithm.advantage == "remax",
             weights=self._config.reward.weights,
         )
+
+    def _prompt_token_ids(self, group: Group) -> np.ndarray:
+        """Those that were leased, int32 [P]. Of a group that is not wanted any more, its own: it goes no further."""
+        if group.key.kind is LeaseKind.TRAIN and self._leases.is_done(group.key.ordinal):
+            return group.prompt_token_ids
+        return self._prompts.of(group.key).token_ids
 
     def _is_left_out(self, group: Group) -> bool:
         """Whether a training group is filtered. Each group is asked for once: `DynamicSampling` counts."""

@@ -71,7 +71,7 @@ def check_round_trip(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
                 "the text does not hold, and so would every completion be; repair the decoder in tokenizer.json, for "
                 "example by saving the tokenizer again with the class that it was made with"
             )
-        if len(after) == len(before):
+        if len(after) == len(before) and decoded != "".join(text.split()):  # a vocabulary without blanks drops them
             log.warning("%s: the tokenizer decodes %r to %r; rewards see completions so changed", where, text, decoded)
             return
 

@@ -115,6 +115,12 @@ class StepMetrics:
     tokens_filtered: int = metric(
         "tokens", "Completion tokens of the groups that algorithm.dynamic_sampling left out.", 0, shown=(SUMMARY,)
     )
+    prompts_left_out: int = metric(
+        "prompts",
+        "Examples that no prompt could be made of: at fault (the log names each) or longer than "
+        "model.max_length - sampling.max_new_tokens.",
+        0,
+    )
     dropped_by_length_decile: list[int] = metric(
         "rollouts",
         "Rollouts dropped since the learner started, in ten classes: the shortest tenth of all rollouts first, the "

@@ -6,7 +6,7 @@ How many leases may be out is the rule of `replay.pacing`; nothing here waits, s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from asyncrl.replay.eval_leases import EvalLeases, EvalProgress
 from asyncrl.replay.lease_records import (
@@ -19,6 +19,7 @@ from asyncrl.replay.lease_records import (
     Verdict,
     blame,
     first_attempt,
+    is_beyond_help,
 )
 from asyncrl.replay.outcomes import Blame, Outcomes
 from asyncrl.replay.pacing import Pacing
@@ -26,12 +27,6 @@ from asyncrl.replay.running_leases import RunningLeases
 from asyncrl.replay.waiting_prompts import WaitingPrompts
 from asyncrl.types import Frontier, LeaseKey, LeaseKind
 
-# Strikes (`replay.outcomes`) that give a prompt up; at two generators, as many failures of any kind do, once each of
-# the two gave a strike.
-MAX_STRIKES = 3
-# Failures of one prompt that give it up where its generator fails on nothing else: at the end of a run nothing else
-# may be left to try.
-MAX_LONE_FAILURES = 8
 # Leases of one ordinal in one run epoch, for whatever reason they fail: a prompt that kills its generator ends too.
 MAX_ATTEMPTS = 32
 BACKOFF_S = 1.0  # after a failure that may be the prompt's doing; doubles
@@ -48,7 +43,7 @@ class LeaseBook:
     """Grants, tracks and re-grants leases. Single-threaded; `now` is monotonic seconds.
 
     Every training ordinal is in exactly one place: not leased yet, waiting to be leased again, running,
-    accepted (its group is in the buffer), settled (trained, given up or filtered).
+    accepted (its group is in the buffer), settled (trained, given up, filtered or left out).
     """
 
     def __init__(self, pacing: Pacing, lease_timeout_s: float, run_epoch: int = 1) -> None:
@@ -64,6 +59,7 @@ class LeaseBook:
         self._given_up: set[int] = set()
         self._num_filtered = 0
         self.paused = False  # no training leases are granted: there is no room for what they bring
+        self.num_left_out = 0  # ordinals whose example no prompt can be made of
         self._given_up_news: list[int] = []
         self._tries: Counter[int] = Counter()
         self._strikes: dict[int, Counter[str]] = {}  # ordinal -> generator -> strikes
@@ -77,7 +73,7 @@ class LeaseBook:
     @property
     def num_trained(self) -> int:
         """Groups trained, those of the batch in training included."""
-        return len(self._settled) - self.num_given_up - self.num_filtered
+        return len(self._settled) - self.num_given_up - self.num_filtered - self.num_left_out
 
     @property
     def num_running(self) -> int:
@@ -109,8 +105,19 @@ class LeaseBook:
         return list(self._running)
 
     def in_range(self, ordinal: int) -> bool:
-        """Ordinals the run can need: one for each group it trains on, one more for each given up or filtered."""
-        return 0 <= ordinal < self._pacing.total_groups + self.num_given_up + self.num_filtered
+        """Ordinals the run can need: one for each group it trains on, one more for each that is without a group."""
+        groupless = self.num_given_up + self.num_filtered + self.num_left_out
+        return 0 <= ordinal < self._pacing.total_groups + groupless
+
+    def is_done(self, ordinal: int) -> bool:
+        """Whether an ordinal needs no lease any more: its group is there, or it is settled."""
+        return ordinal in self._accepted or ordinal in self._settled
+
+    def upcoming(self, count: int) -> list[int]:
+        """Ordinals that are leased next, the very next one among them, and up to `count` of those after all others."""
+        last = self._next_ordinal + count
+        fresh = (n for n in range(self._next_ordinal, last) if n not in self._settled and self.in_range(n))
+        return [*self._waiting.some_due(count), *fresh]
 
     def next_deadline(self, now: float) -> float:
         """When `expire` has something to do, a back-off ends or a trial is due; infinity when never."""
@@ -128,12 +135,19 @@ class LeaseBook:
         return self._evals.any_waiting or (not self.paused and self.num_admitted < self._pacing.ceiling(newest_version))
 
     def grant(
-        self, holder: str, held_version: int | None, room: int, learner_version: int, now: float
+        self,
+        holder: str,
+        held_version: int | None,
+        room: int,
+        learner_version: int,
+        now: float,
+        is_there: Callable[[int], bool] = lambda ordinal: True,
     ) -> list[LeaseRecord]:
         """Up to `room` leases for a generator that proved `held_version` (None: nothing proved, no leases).
 
         Eval leases come first. Nothing is granted beyond the groups of the last step. A generator that was set aside
-        (`replay.outcomes`) gets one lease for a trial, or none.
+        (`replay.outcomes`) gets one lease for a trial, or none. is_there says whether the prompt of a training ordinal
+        is; where it is not, nothing is granted beyond it.
         """
         room = self.outcomes.room(holder, room, now)
         if held_version is None or room <= 0:
@@ -142,12 +156,11 @@ class LeaseBook:
         leases = self._evals.grant(holder, held_version, room, now)
         ceiling = self._pacing.ceiling(issued_version)
         while len(leases) < room and self.num_admitted < ceiling and not self.paused:
-            ordinal = self._waiting.take(now)
-            if ordinal is None:
-                if not self.in_range(self._next_ordinal):
-                    break
-                ordinal = self._next_ordinal
-                self._next_ordinal += 1
+            ordinal = self._first_to_lease(now)
+            if ordinal is None or not is_there(ordinal):
+                break
+            self._waiting.discard(ordinal)
+            self._next_ordinal = max(self._next_ordinal, ordinal + 1)
             key = LeaseKey(LeaseKind.TRAIN, ordinal, self._first_attempt + self._tries[ordinal])
             self._tries[ordinal] += 1
             leases.append(self._start(key, holder, issued_version, now))
@@ -296,6 +309,21 @@ class LeaseBook:
             assert ordinal in self._settled and ordinal not in self._given_up, f"{ordinal} was not trained"
             self._num_filtered += 1
 
+    def settle_without_prompt(self, ordinal: int, now: float) -> LeaseRecord | None:
+        """No prompt can be made of this ordinal's example: it is settled, and a new one takes its slot.
+
+        Returns the lease of it that ran, of an earlier run epoch: its holder should abandon it.
+        """
+        assert not self.is_done(ordinal), f"{ordinal} needs no prompt any more"
+        running = self._running.get(ordinal)
+        if running is not None:
+            self._stop(running)
+            self.outcomes.took_back(running.holder, running.key, now)
+        self._waiting.discard(ordinal)
+        self._settle(ordinal)
+        self.num_left_out += 1
+        return running
+
     def take_given_up(self) -> list[int]:
         """Ordinals given up since the last call, for the journal."""
         news, self._given_up_news = self._given_up_news, []
@@ -335,6 +363,7 @@ class LeaseBook:
             settled=self._settled.copy(),
             given_up=sorted(self._given_up),
             num_filtered=self._num_filtered,
+            num_left_out=self.num_left_out,
             failures={ordinal: strikes.total() for ordinal, strikes in sorted(self._strikes.items())},
         )
 
@@ -345,6 +374,7 @@ class LeaseBook:
         accepted: Iterable[LeaseKey],
         given_up: Iterable[int],
         filtered: Iterable[int],
+        left_out: Iterable[int] = (),
     ) -> None:
         """Continues from a checkpoint's state (None: from nothing) and what the journal adds to it.
 
@@ -352,6 +382,7 @@ class LeaseBook:
         accepted  groups that go back to the buffer
         given_up  ordinals given up since the checkpoint
         filtered  ordinals filtered since the checkpoint; earlier ones among these change nothing
+        left_out  ordinals left out since the checkpoint; the same
         What was running is leased again, unless a generator that works on it is heard of first (`adopt`).
         """
         assert self._next_ordinal == 0, "restore comes before the first grant"
@@ -361,15 +392,14 @@ class LeaseBook:
             self._settled = state.settled.copy()
             self._given_up = set(state.given_up)
             self._num_filtered = state.num_filtered
+            self.num_left_out = state.num_left_out
             self._strikes = {ordinal: Counter({"": count}) for ordinal, count in state.failures.items()}
         for ordinal in given_up:
             if ordinal not in self._settled:
                 self._settle(ordinal)
                 self._given_up.add(ordinal)
-        for ordinal in filtered:
-            if ordinal not in self._settled:
-                self._settle(ordinal)
-                self._num_filtered += 1
+        self._num_filtered += self._settle_all(filtered)
+        self.num_left_out += self._settle_all(left_out)
         for ordinal in trained:
             self._settle(ordinal)
         self._accepted = {key.ordinal: key.attempt for key in accepted if key.ordinal not in self._settled}
@@ -379,6 +409,14 @@ class LeaseBook:
         self._waiting = WaitingPrompts(n for n in unfinished if n not in self._settled and n not in self._accepted)
 
     # -- inside ----------------------------------------------------------------------------------------------
+
+    def _first_to_lease(self, now: float) -> int | None:
+        """The ordinal whose turn it is; None when there is none."""
+        if (ordinal := self._waiting.first(now)) is not None:
+            return ordinal
+        while self._next_ordinal in self._settled:  # left out ahead of its turn
+            self._next_ordinal += 1
+        return self._next_ordinal if self.in_range(self._next_ordinal) else None
 
     def _start(self, key: LeaseKey, holder: str, issued_version: int, now: float) -> LeaseRecord:
         timeout_s = self._lease_timeout_s
@@ -397,27 +435,26 @@ class LeaseBook:
 
     def _lease_again(self, ordinal: int, now: float, backoff_s: float, alone: bool) -> None:
         """`alone` says of a failure that its generator failed on nothing else since its last success."""
-        if self._tries[ordinal] < MAX_ATTEMPTS and not self._is_beyond_help(ordinal, alone):
+        strikes = self._strikes.get(ordinal, Counter())
+        if self._tries[ordinal] < MAX_ATTEMPTS and not is_beyond_help(strikes, self._failures[ordinal], alone):
             self._waiting.add(ordinal, now + backoff_s, now)
             return
         self._settle(ordinal)
         self._given_up.add(ordinal)
         self._given_up_news.append(ordinal)
 
-    def _is_beyond_help(self, ordinal: int, alone: bool) -> bool:
-        strikes = self._strikes.get(ordinal, Counter())
-        failures = self._failures[ordinal]
-        return (
-            strikes.total() >= MAX_STRIKES
-            or (len(strikes) > 1 and failures >= MAX_STRIKES)
-            or (alone and failures >= MAX_LONE_FAILURES)
-        )
-
     def _settle(self, ordinal: int) -> None:
         self._settled.add(ordinal)
         self._tries.pop(ordinal, None)
         self._failures.pop(ordinal, None)
         self._strikes.pop(ordinal, None)
+
+    def _settle_all(self, ordinals: Iterable[int]) -> int:
+        """Settles what is not settled; returns how many it were."""
+        before = len(self._settled)
+        for ordinal in ordinals:
+            self._settle(ordinal)
+        return len(self._settled) - before
 
     def _leases_of(self, holder: str) -> list[LeaseRecord]:
         return self._running.of(holder) + self._evals.running_of(holder)
@@ -443,7 +480,8 @@ class LeaseBook:
     def _learn_of(self, ordinal: int) -> None:
         """An earlier run epoch had leased this ordinal, hence all before it: those not known yet wait to be leased."""
         while self._next_ordinal <= ordinal:
-            self._waiting.add(self._next_ordinal, 0.0, 0.0)
+            if self._next_ordinal not in self._settled:
+                self._waiting.add(self._next_ordinal, 0.0, 0.0)
             self._next_ordinal += 1
 
 

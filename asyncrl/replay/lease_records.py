@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -11,6 +12,12 @@ from asyncrl.types import Frontier, LeaseKey
 # Attempts of run epoch e are numbered from (e - 1) * 1000: a key of an earlier run epoch is never given out
 # again, though a restarted learner does not know which attempts were under way when it died.
 ATTEMPTS_PER_EPOCH = 1000
+# Strikes (`replay.outcomes`) that give a prompt up; at two generators, as many failures of any kind do, once each of
+# the two gave a strike.
+MAX_STRIKES = 3
+# Failures of one prompt that give it up where its generator fails on nothing else: at the end of a run nothing else
+# may be left to try.
+MAX_LONE_FAILURES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +63,11 @@ class SavedLeases:
 
     next_ordinal: int
     next_eval_ordinal: int
-    settled: Frontier  # ordinals trained, given up or filtered
+    settled: Frontier  # ordinals trained, given up, filtered or left out
     given_up: list[int]
     num_filtered: int
     failures: dict[int, int]  # ordinal -> strikes: failures that are held against the prompt
+    num_left_out: int = 0
 
 
 # How a lease may end without a word on its generator or its prompt: the generator died, left or was replaced, or an
@@ -80,3 +88,15 @@ def run_epoch_of_attempt(attempt: int) -> int:
 def blame(reason: str) -> bool:
     """Whether a failure may be the prompt's own doing, so that leasing it again for ever would wedge the run."""
     return reason in {"reward_error", "reward_timeout", "engine", "deadline", "expired"}
+
+
+def is_beyond_help(strikes: Counter[str], failures: int, alone: bool) -> bool:
+    """Whether a prompt is given up: it has these strikes by generator, and so many failures that may be its own.
+
+    alone says of its newest failure that the generator failed on nothing else since its last success.
+    """
+    return (
+        strikes.total() >= MAX_STRIKES
+        or (len(strikes) > 1 and failures >= MAX_STRIKES)
+        or (alone and failures >= MAX_LONE_FAILURES)
+    )

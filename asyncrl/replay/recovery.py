@@ -52,6 +52,7 @@ class ReplayPlan:
     buffered: list[StoredGroup] = field(default_factory=list)
     given_up: list[int] = field(default_factory=list)
     filtered: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
     seen: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     broken_at: int | None = None
     newest_step: int = -1
@@ -68,7 +69,7 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     """Reads the journal into a plan.
 
     checkpoint_version  version of the checkpoint that is resumed; 0 without one
-    settled             ordinals trained, given up or filtered by then; empty without one
+    settled             ordinals trained, given up, filtered or left out by then; empty without one
 
     Bodies are read for the buffer only: memory stays within its bound, however long the journal. Every accepted group
     ends in exactly one of: settled, a step, the buffer; one that was filtered or skipped stays so. A step taken anew
@@ -99,14 +100,14 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
             case GroupsDropped():
                 dropped.update(record.groups)
             case PromptGivenUp():
-                plan.given_up.append(record.ordinal)
+                (plan.left_out if record.reason else plan.given_up).append(record.ordinal)
             case GroupFiltered():
                 _see(plan, record)
                 plan.filtered.append(record.ordinal)
     plan.newest_step = max(steps, default=-1)
     _plan_steps(plan, checkpoint_version, steps, groups)
     trained_before = (step.groups for version, step in steps.items() if version < checkpoint_version)
-    done = {*plan.trained, *plan.given_up, *plan.filtered}
+    done = {*plan.trained, *plan.given_up, *plan.filtered, *plan.left_out}
     done.update(ordinal for step in trained_before for ordinal, _ in step)
     left = {
         group[0]: location

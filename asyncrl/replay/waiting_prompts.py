@@ -35,16 +35,19 @@ class WaitingPrompts:
         self._is_due.discard(ordinal)
         self._later.remove(ordinal)
 
-    def take(self, now: float) -> int | None:
-        """Removes and returns the lowest ordinal whose time has come; None when there is none."""
+    def first(self, now: float) -> int | None:
+        """The lowest ordinal whose time has come; None when there is none. It goes on waiting."""
         for ordinal in self._later.take_due(now):
             self._add_due(ordinal)
         while self._due:
-            ordinal = heapq.heappop(self._due)
-            if ordinal in self._is_due:
-                self._is_due.remove(ordinal)
-                return ordinal
+            if self._due[0] in self._is_due:
+                return self._due[0]
+            heapq.heappop(self._due)
         return None
+
+    def some_due(self, count: int) -> list[int]:
+        """Up to `count` ordinals whose time has come, ascending; the lowest of all is among them."""
+        return sorted(ordinal for ordinal in self._due[:count] if ordinal in self._is_due)
 
     def next_time(self, now: float) -> float:
         """When the next ordinal may be leased that may not be yet; infinity when there is none."""

@@ -142,20 +142,25 @@ class GroupsDropped:
 
 @dataclass(frozen=True, slots=True)
 class PromptGivenUp:
-    """No group will come for this ordinal; a new ordinal takes its slot."""
+    """No group will come for this ordinal; a new ordinal takes its slot.
+
+    reason says why no prompt could be made of its example; it is empty where there was a prompt and its leases failed.
+    """
 
     kind: ClassVar[RecordKind] = RecordKind.GIVEN_UP
 
     ordinal: int
+    reason: str = ""
 
     def payload(self) -> bytes:
         """Its bytes in the journal."""
-        return _pack(self.ordinal)
+        return _pack([self.ordinal, self.reason] if self.reason else self.ordinal)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> PromptGivenUp:
         """The record that these bytes are."""
-        return cls(msgpack.unpackb(payload))
+        unpacked = msgpack.unpackb(payload)
+        return cls(*unpacked) if isinstance(unpacked, list) else cls(unpacked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from asyncrl.errors import ModelError, ProtocolError, TaskError
@@ -26,7 +26,7 @@ from asyncrl.tasks.pipe import (
     decode_from_helper,
     encode,
 )
-from asyncrl.tasks.prompts import check_held_out
+from asyncrl.tasks.prompts import Prompt, check_held_out
 from asyncrl.tasks.shuffle import example_index
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class TaskHelper:
         self._too_long_in_a_row = 0
         self._deaths: list[str] = []  # since the last prompt
         self._listed: set[int] = set()
+        self._evals: list[Prompt] | None = None
+        self._failure: TaskError | ModelError | None = None
 
     @property
     def fd(self) -> int:
@@ -79,6 +81,17 @@ class TaskHelper:
     def num_asked(self) -> int:
         """Ordinals that were asked for and are still to come."""
         return len(self._asked)
+
+    @property
+    def evals(self) -> Sequence[Prompt] | None:
+        """The held-out prompts that can be used; None until they are there."""
+        return self._evals
+
+    def describe(self) -> str:
+        """What is waited for, in words for the log; empty when nothing is."""
+        if not self._ready:
+            return f"the task's process is {self._stage}"
+        return f"the task's process makes {len(self._asked)} prompts" if self._asked else ""
 
     def start(self, now: float) -> None:
         """Starts the helper process. Times are monotonic seconds."""
@@ -111,6 +124,15 @@ class TaskHelper:
         Raises TaskError or ModelError when the task cannot be made, when its process is lost again and again, or when
         too many of its examples cannot be used: the message names them.
         """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._take(now)
+        except (TaskError, ModelError) as error:
+            self._failure = error
+            raise
+
+    def _take(self, now: float) -> list[PromptMade]:
         made: list[PromptMade] = []
         try:
             for message in self._process.receive(decode_from_helper):
@@ -166,6 +188,8 @@ class TaskHelper:
                 log.warning("held-out example %d is left out: %s", made.index, made.reason)
         check_held_out([made.made() for made in self.held_out], self._setup.max_prompt_tokens)
         self.held_out = [made for made in self.held_out if not made.reason]
+        prompts = [made.made() for made in self.held_out]
+        self._evals = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
 
     # -- what is left out ------------------------------------------------------------------------------------------
 

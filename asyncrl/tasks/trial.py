@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from asyncrl.config import Config
+from asyncrl.host.model_config import vocab_size
 from asyncrl.host.model_folder import find_model
 from asyncrl.tasks.helper import HelperLimits, TaskHelper
 from asyncrl.tasks.pipe import HelperSetup, PromptMade
@@ -61,21 +62,13 @@ def helper_setup(config: Config, *, with_text: bool = False) -> HelperSetup:
         path=config.task.path,
         args=config.task.args,
         model_path=str(model.folder),
-        num_rows=embedding_rows(model.config),
+        num_rows=vocab_size(model.config),
         seed=config.run.seed,
         max_prompt_tokens=config.model.max_length - config.sampling.max_new_tokens,
         max_payload_bytes=config.transport.max_frame_bytes // MIN_FRAME_SHARE,
         num_evals=config.eval.prompts,
         with_text=with_text,
     )
-
-
-def embedding_rows(model_config: dict[str, object]) -> int | None:
-    """Rows of the embedding that a parsed config.json describes, or its text part; None when it does not say."""
-    for part in (model_config, model_config.get("text_config")):
-        if isinstance(part, dict) and isinstance(rows := part.get("vocab_size"), int):
-            return rows
-    return None
 
 
 def trial(

@@ -18,7 +18,7 @@ from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.counters import Counters, RunTotals
 from asyncrl.desk.intake import Intake, Taken
-from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.prompts import LeasedPrompts, MadeAtOnce
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.run_state import PolicyVersions, RunState
 from asyncrl.link import messages
@@ -188,7 +188,7 @@ def make_parts(
         evals_done=set(),
     )
     evals = [Prompt(np.array([40 + index], dtype=np.int32), {"index": -1}) for index in range(num_evals)]
-    prompts = LeasedPrompts(Prompts(), evals, state.leases)
+    prompts = LeasedPrompts(MadeAtOnce(Prompts(), evals), state.leases)
     proofs = Proofs(state.policy)
     acknowledgements = Acknowledgements(state.journal, state.sessions, state.counters)
     intake = Intake(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from asyncrl.desk.acknowledgements import Acknowledgements
-from asyncrl.desk.daemon import load_prompts
 from asyncrl.desk.intake import Intake
 from asyncrl.desk.opening.restoring import restore_run
+from asyncrl.desk.prompts import LeasedPrompts, MadeAtOnce
 from asyncrl.desk.proofs import Proofs
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
-from tests.desk.desk_parts import VOCAB, hello, small_config, train_group
+from tests.desk.desk_parts import VOCAB, Prompts, hello, small_config, train_group
 from tests.replay.replay_making import make_group
 
 
@@ -32,7 +32,7 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
         state = restore_run(config, 2, journal)
         assert (state.policy.trained, state.policy.newest) == (0, 2)
 
-        prompts = load_prompts(config, state.leases)
+        prompts = LeasedPrompts(MadeAtOnce(Prompts()), state.leases)
         intake = Intake(
             config,
             vocab_size=VOCAB,
@@ -52,7 +52,6 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
         session = state.sessions.hello(b"g2", type(greeting)(**fields), version=0, now=0.0).session
         for seq, tokens_version, taken in ((1, 2, True), (2, 3, False)):
             group = train_group(3 + seq, version=tokens_version)
-            group.prompt_token_ids = prompts.of(group.key).token_ids
             ticket = state.tickets.issue(group.key, 0, "g2", 1)
             result = group_to_result(group, seq, 1, ticket)
             answer = intake.group(session, result, encode_body(result), 0.0).reply

@@ -20,6 +20,7 @@ MAP = {
         "settled": {"watermark": 3, "above": [5, 7]},
         "given_up": [5],
         "num_filtered": 1,
+        "num_left_out": 2,
         "failures": [[4, 2], [8, 1]],
         "counters": {},
     },
@@ -30,13 +31,14 @@ MAP = {
         "groups_filtered": 1,
         "tokens_filtered": 12,
         "rollouts_failed": {"engine": 4},
+        "prompts_left_out": 2,
     },
     "evals_done": [0, 2],
 }
 SAVED = SavedDesk(
-    leases=SavedLeases(9, 6, Frontier(3, [5, 7]), [5], 1, {4: 2, 8: 1}),
+    leases=SavedLeases(9, 6, Frontier(3, [5, 7]), [5], 1, {4: 2, 8: 1}, 2),
     sessions={"g1": SavedSession(2, "g1.2", 11, [13, 14])},
-    totals=RunTotals(40, 4, 1, 12, {"engine": 4}),
+    totals=RunTotals(40, 4, 1, 12, {"engine": 4}, 2),
     evals_done=frozenset({0, 2}),
 )
 

@@ -200,8 +200,9 @@ def record_kind(record: Any) -> int:
 
 
 def record_values(record: Any) -> list[Any]:
-    """Kind and fields of a record as JSON has them."""
-    return [record_kind(record), *(_plain(getattr(record, field.name)) for field in fields(record))]
+    """Kind and fields of a record as JSON has them; a reason, which came later, only where there is one."""
+    names = [field.name for field in fields(record) if field.name != "reason" or record.reason]
+    return [record_kind(record), *(_plain(getattr(record, name)) for name in names)]
 
 
 def encode_record(record: Any, salt: int) -> bytes:

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from asyncrl.replay.lease_book import MAX_ATTEMPTS, MAX_LONE_FAILURES, MAX_STRIKES, LeaseBook
-from asyncrl.replay.lease_records import Verdict
+from asyncrl.replay.lease_book import MAX_ATTEMPTS, LeaseBook
+from asyncrl.replay.lease_records import MAX_LONE_FAILURES, MAX_STRIKES, Verdict
 from asyncrl.replay.pacing import Pacing
 from asyncrl.types import LeaseKey, LeaseKind
 

@@ -16,7 +16,7 @@ from asyncrl.desk.desk import FROM_GENERATOR, FROM_TRAINER, Desk
 from asyncrl.desk.opening.restoring import restore_run
 from asyncrl.desk.opening.run_folder import open_run
 from asyncrl.desk.opening.run_record import write_record
-from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.prompts import LeasedPrompts, MadeAtOnce
 from asyncrl.errors import JournalError
 from asyncrl.generator.assembly import _session
 from asyncrl.generator.daemon import GeneratorDaemon, GeneratorParts
@@ -133,7 +133,7 @@ class DeskLife:
         self.process.start()
         state = restore_run(world.config, run_epoch, run.journal, run.saved)
         evals = [Prompt(np.array([500 + n], np.int32), {"index": n}) for n in range(world.plan.num_evals)]
-        prompts = LeasedPrompts(Prompts(), evals, state.leases)
+        prompts = LeasedPrompts(MadeAtOnce(Prompts(), evals), state.leases)
         surroundings = Surroundings(self.generators, self.ranks, self.process, MetricsLog(), NoSignal())
         self.desk = make_desk(world.config, state, prompts, surroundings)
         self.desk.boundary._fence = _not_handled

@@ -140,6 +140,7 @@ def _restore_leases(
         accepted=[group.key for group in plan.buffered],
         given_up=plan.given_up,
         filtered=plan.filtered,
+        left_out=plan.left_out,
     )
     return leases
 

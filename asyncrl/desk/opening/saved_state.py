@@ -1,9 +1,10 @@
 """What a checkpoint holds of the desk, and its bytes: `desk_state.bin`, one msgpack map.
 
-    leases     {next_ordinal, next_eval_ordinal, settled: {watermark, above}, given_up, num_filtered, failures,
-               counters: {}}
+    leases     {next_ordinal, next_eval_ordinal, settled: {watermark, above}, given_up, num_filtered, num_left_out,
+               failures, counters: {}}
     sessions   generator id → {incarnation, instance, watermark, beyond}
-    account    `RunTotals`: {rollouts_acked, rollouts_dropped, groups_filtered, tokens_filtered, rollouts_failed}
+    account    `RunTotals`: {rollouts_acked, rollouts_dropped, groups_filtered, tokens_filtered, rollouts_failed,
+               prompts_left_out}
     evals_done versions whose evaluation was asked for
 
 Checkpoints of earlier releases hold more (counters that nobody read) or less (nothing was filtered then): both are
@@ -71,6 +72,7 @@ def _leases_to_map(leases: SavedLeases) -> dict[str, Any]:
         "settled": {"watermark": leases.settled.watermark, "above": sorted(leases.settled.above)},
         "given_up": leases.given_up,
         "num_filtered": leases.num_filtered,
+        "num_left_out": leases.num_left_out,
         "failures": [[ordinal, count] for ordinal, count in leases.failures.items()],
         "counters": {},  # a release that still counted leases cannot load a checkpoint without it
     }
@@ -83,5 +85,6 @@ def _leases_of_map(saved: dict[str, Any]) -> SavedLeases:
         settled=Frontier(saved["settled"]["watermark"], saved["settled"]["above"]),
         given_up=saved["given_up"],
         num_filtered=saved.get("num_filtered", 0),
+        num_left_out=saved.get("num_left_out", 0),
         failures=dict(saved["failures"]),
     )

@@ -19,7 +19,7 @@ from asyncrl.desk.daemon import Surroundings, canary_tolerance, make_desk
 from asyncrl.desk.opening.restoring import restore_run
 from asyncrl.desk.opening.run_folder import open_run
 from asyncrl.desk.opening.run_record import write_record
-from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.prompts import LeasedPrompts, MadeAtOnce
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.host.addresses import ipc_address
 from asyncrl.host.processes import StopSignal, leave
@@ -79,7 +79,7 @@ def serve(folder: Path) -> int:
         open_things.callback(process.kill)
         metrics = open_things.enter_context(closing(Metrics.open(config, canary_tolerance(config))))
         state = restore_run(config, run_epoch, run.journal, run.saved)
-        prompts = LeasedPrompts(NumberedPrompts(), [], state.leases)
+        prompts = LeasedPrompts(MadeAtOnce(NumberedPrompts()), state.leases)
         return make_desk(config, state, prompts, Surroundings(rollouts, trainer, process, metrics, stop)).run()
 
 
