@@ -22,6 +22,7 @@ from asyncrl.link.rollouts import result_to_group
 from asyncrl.storage.records import StoredGroup
 from tests.e2e.daemons import START_S, Daemon, Run, check_results_have_no_gap, steps_in, wait_until
 from tests.e2e.letters_task import LEAST_REWARD, NOT_A_NUMBER, RAISES
+from tests.waits import LATE_S
 
 DRAIN_LIMIT_S = 10.0
 
@@ -136,7 +137,7 @@ def test_the_generator_waits_for_a_learner_that_stopped(story):
 def test_a_signal_to_the_whole_group_of_the_generator_is_a_drain_and_not_a_crash(story):
     """The engine's process is out of reach of the signal: it works until the daemon has drained."""
     assert story.generator.exit_code() == 0
-    assert story.generator_drain_s < DRAIN_LIMIT_S
+    assert story.generator_drain_s < DRAIN_LIMIT_S + LATE_S
     log = story.generator.stderr
     assert not re.search(r"Traceback|ERROR", log), story.generator.last_words()
     assert "failed (engine)" not in story.second_learner.stderr

@@ -297,7 +297,7 @@ def simulate(seed: int, change: Callable[[Plan], None] = lambda plan: None) -> W
     """Runs one seed in a folder of its own. What it raises says how to repeat it."""
     plan = Plan.of(seed)
     change(plan)
-    folder = Path(tempfile.mkdtemp(prefix="asyncrl-sim-", dir=FOLDERS))
+    folder = Path(tempfile.mkdtemp(prefix="simulated-run-", dir=FOLDERS))
     world = World(plan, folder)
     try:
         world.run()
