@@ -147,9 +147,13 @@ def _learner_network(config: Config, hardware: Hardware) -> Rows:
         ),
         (
             "weights, binds",
-            f"a free port of {config.weights.host}, backend {_backend(config, hardware)}, not authenticated",
+            f"{_weights_port(config)} {config.weights.host}, backend {_backend(config, hardware)}, not authenticated",
         ),
     ]
+
+
+def _weights_port(config: Config) -> str:
+    return f"port {config.weights.port} of" if config.weights.port else "a free port of"
 
 
 def _generator_network(config: Config, hardware: Hardware) -> Rows:

@@ -226,6 +226,15 @@ class WeightsConfig:
         "trusted network only.",
         if_changed=ACCEPTED,
     )
+    port: int = key(
+        0,
+        "TCP port of weights.host at which generators meet the learner for weights, one for all of them; 0 = any free "
+        "port for each channel. The bytes themselves go over further connections between learner and generators, whose "
+        "ports gloo and NCCL choose. ipc stays on one machine and does not use it.",
+        minimum=0,
+        maximum=65535,
+        if_changed=ACCEPTED,
+    )
     backend: str = key(
         "auto",
         "How weights travel; auto = nccl if learner and generators have GPUs, else gloo. ipc is for one machine: "

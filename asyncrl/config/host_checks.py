@@ -20,10 +20,13 @@ def check_host(config: Config, role: str, *, is_here: bool = True) -> ModelFiles
 
     is_here: False where it will start on another machine, so that only files can be looked at.
 
-    Raises ConfigError naming every missing key file, CPU and GPU, a weights.host with which no memory can be shared,
-    and a model.max_length beyond what the models can read; ModelError when a model is missing or cannot be trained.
+    Raises ConfigError naming every missing key file, CPU and GPU, a weights.host with which no memory can be shared, a
+    weights.port that cannot be had, and a model.max_length beyond what the models can read; ModelError when a model is
+    missing or cannot be trained.
     """
     here = [*_device_problems(config, role), *_ipc_problems(config)] if is_here else []
+    if is_here and role == "learner":
+        here += _port_problems(config)
     raise_all([*_key_file_problems(config, role), *here])
     model = find_model(config.model.path)
     check_head(model, f"model.path={config.model.path}")
@@ -32,6 +35,23 @@ def check_host(config: Config, role: str, *, is_here: bool = True) -> ModelFiles
         critic = find_model(config.critic.path, "critic.path")
         raise_all([*_critic_problems(model, critic), *_length_problems(config, critic, "critic.path")])
     return model
+
+
+def _port_problems(config: Config) -> Iterator[str]:
+    host, port = config.weights.host, config.weights.port
+    if not port:
+        return
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)  # with the option above two can bind, but not listen
+    except OSError as error:
+        yield (
+            f"weights.port={port} cannot be had at weights.host={host}: {error.strerror or error}; choose a free port "
+            "of an address of this machine, or 0 for any"
+        )
 
 
 def has_own_critic(config: Config) -> bool:

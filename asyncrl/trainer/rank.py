@@ -114,6 +114,7 @@ class Rank:
             self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed),
             self.actor.snapshot_scorer(),
             host=config.weights.host,
+            port=config.weights.port,
             backend=weight_backend(config, gpu_here=self.actor.device.type == "cuda"),
         )
         publisher.start()

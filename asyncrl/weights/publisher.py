@@ -45,6 +45,7 @@ from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncrl.weights.bytes.delta import Delta, delta_pays, encode_delta
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
+from asyncrl.weights.channels.rendezvous import WeightStore
 from asyncrl.weights.sender import ChannelSender, Sent
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Publisher(threading.Thread):
         score: log-probs of these sequences by the weights in a buffer; called in the thread.
         host: address of this machine at which receivers meet the publisher.
         backend: of all channels: gloo, nccl or ipc.
+        port: one port at which all channels meet, kept as long as the publisher lives; 0 = any, one for each channel.
         idle_wait_s: the first offer is repeated at this interval until the desk has answered one.
     """
 
@@ -88,6 +90,7 @@ class Publisher(threading.Thread):
         *,
         host: str,
         backend: str,
+        port: int = 0,
         idle_wait_s: float = IDLE_WAIT_S,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
@@ -102,6 +105,9 @@ class Publisher(threading.Thread):
         self._score = score
         self._host = host
         self._backend = backend
+        # Over ipc a closed store is what tells a channel's members of its end: each needs its own.
+        self._port = 0 if backend == "ipc" else port
+        self._store: WeightStore | None = None  # of all channels, where the port is given
         self._idle_wait_s = idle_wait_s
         self._senders: dict[int, ChannelSender] = {}  # by channel epoch
         self._kept: dict[int, _Slot] = {}  # what a channel sends or will send, by channel epoch
@@ -143,6 +149,8 @@ class Publisher(threading.Thread):
                     self._take_report(link, self._sent.popleft())
             for channel_epoch in list(self._senders):
                 self._close(channel_epoch)
+            if self._store is not None:
+                self._store.close()
             link.close()
         except BaseException as error:  # whatever it is, the training loop must end with it
             self.crash = error
@@ -247,7 +255,9 @@ class Publisher(threading.Thread):
             timeout_s=request.timeout_s,
         )
         try:
-            channel = WeightChannel.host(spec, self._offered.buffer.flat.device)
+            if self._port and self._store is None:
+                self._store = WeightStore(self._host, self._port)
+            channel = WeightChannel.host(spec, self._offered.buffer.flat.device, shared_store=self._store)
         except (AsyncRLError, OSError) as error:
             return ChannelReady(request.channel_epoch, self._host, 0, str(error), self._backend)
         self._keep(request.channel_epoch)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,16 +15,21 @@ from safetensors.torch import load_file, save_file
 
 from asyncrl.config.host_checks import check_host
 from asyncrl.config.loading import load_config
-from asyncrl.errors import ModelError
+from asyncrl.errors import BindError, ConfigError, ModelError
 from asyncrl.generator.engines.vllm.bits_in_use import num_unwritten
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.model_head import check_head
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncReply
-from asyncrl.link.weight_records import BitsInUse
+from asyncrl.link.trainer_messages import OpenChannel
+from asyncrl.link.weight_records import BitsInUse, ChannelSpec
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.trainer.engines.policy import Policy
 from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from asyncrl.weights.channels.channel import WeightChannel
+from asyncrl.weights.channels.rendezvous import WeightStore
 from asyncrl.weights.plan.records import Committed, SyncFailed
+from asyncrl.weights.publisher import Publisher
 from benchmarks.speed.digest import damages, try_damage
 from tests.generator.engines.vllm.test_direct_apply import HIDDEN, Model, Worker, checkpoint, manifest_of
 from tests.trainer.tiny import save_tiny_model
@@ -304,3 +312,67 @@ def test_D11_heads_that_config_json_confirms_are_loaded(tied, head, tmp_path):
     check_head(find_model(str(folder)), "model.path=x")
     policy = Policy.load(str(folder))
     assert (policy.head_weight is policy.model.get_input_embeddings().weight) == tied
+
+
+# -- the port of the weight channels ----------------------------------------------------------------------------------
+
+
+def test_U5_a_weights_port_that_is_in_use_is_refused_before_anything_starts(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    keys = [f"model.path={folder}", "model.max_length=512", "task.path=asyncrl.tasks.arithmetic:Arithmetic"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = load_config(None, [*keys, f"weights.port={port}"])
+        told = (
+            f"weights.port={port} cannot be had at weights.host=127.0.0.1: Address already in use; choose a free port"
+        )
+        with pytest.raises(ConfigError, match=told):
+            check_host(config, "learner")
+        check_host(config, "generator")  # which only connects there
+        with pytest.raises(BindError, match=str(port)):
+            WeightStore("127.0.0.1", port)
+    check_host(config, "learner")
+
+
+@pytest.mark.parametrize("value", ["-1", "65536"])
+def test_U5_no_port_is_none(value):
+    with pytest.raises(ConfigError, match="weights.port"):
+        load_config(None, [f"weights.port={value}"])
+
+
+def test_U5_all_channels_meet_at_the_port_that_was_set():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = WeightStore("127.0.0.1", port)
+    spec = ChannelSpec("127.0.0.1", 0, "", 0, 2, "gloo", 10.0)
+    for epoch in range(3):  # the second and third one after the first was closed
+        root = WeightChannel.host(replace(spec, prefix=f"run/{epoch}"), shared_store=store)
+        assert root.store_port == port
+        member = WeightChannel(root.spec.for_rank(1))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda channel: channel.join(), (root, member)))
+            sent, received = torch.arange(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
+            parts = ((root, [sent]), (member, [received]))
+            list(pool.map(lambda pair: pair[0].broadcast(pair[1], 10.0), parts))
+        assert torch.equal(sent, received)
+        root.close()
+        member.close()
+    store.close()
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_U5_the_publisher_opens_its_channels_at_the_port(backend):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    buffer = SnapshotBuffer([("w", torch.zeros(4))], 1024, shared=backend == "ipc")
+    publisher = Publisher("inproc://x", buffer, [], lambda *_: [], host="127.0.0.1", backend=backend, port=port)
+    opened = [publisher._open(OpenChannel(epoch, f"run/{epoch}", 2, 5.0)) for epoch in (1, 2)]
+    assert not any(ready.error for ready in opened)
+    ports = {ready.port for ready in opened}
+    assert ports == {port} if backend == "gloo" else port not in ports
+    for epoch in (1, 2):
+        publisher._close(epoch)

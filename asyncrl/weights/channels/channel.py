@@ -69,16 +69,22 @@ class WeightChannel:
         spec: ChannelSpec,
         device: torch.device | str = "cpu",
         *,
+        shared_store: WeightStore | None = None,
         transports: Mapping[str, type[Transport]] = TRANSPORTS,
         close_timeout_s: float = CLOSE_TIMEOUT_S,
     ) -> WeightChannel:
         """Rank 0, with the store that the others will meet at; returns at once. Port 0 takes any free port.
+
+        `shared_store` serves several channels and is the caller's to close; without it the channel has one of its own.
 
         Raises:
             BindError: the store cannot listen at the address of the spec.
             ChannelError: as for any member.
         """
         assert spec.rank == 0, spec
+        if shared_store is not None:
+            here = replace(spec, store_port=shared_store.port)
+            return cls(here, device, transports=transports, close_timeout_s=close_timeout_s)
         store = WeightStore(spec.store_host, spec.store_port)
         try:
             here = replace(spec, store_port=store.port)

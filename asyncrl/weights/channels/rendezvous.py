@@ -29,7 +29,9 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class WeightStore:
-    """The rendezvous of one weight channel, held by its rank 0: a TCPStore server bound to one interface.
+    """The rendezvous of a weight channel, held by its rank 0: a TCPStore server bound to one interface.
+
+    Several channels may share one, for their keys have a prefix each.
 
     gloo and NCCL use it to form the channel and for nothing else, and a formed channel outlives it; over ipc every part
     is announced and acknowledged through it. It is not a sign of life.
