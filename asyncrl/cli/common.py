@@ -43,6 +43,16 @@ PURPOSE = {
     "generator": "Generates rollouts for a learner, and takes each new policy while it generates.",
 }
 
+EXPORT_USAGE = {"learner": " [--export STEP [--adapters]]", "generator": ""}
+EXPORT_OPTIONS: dict[str, dict[str, str]] = {
+    "learner": {
+        "--export": "write the model of checkpoint STEP (a number, or latest) to run.dir/exports, print the folder and "
+        "exit; works beside a running learner",
+        "--adapters": "with --export: the adapters alone, in PEFT's format",
+    },
+    "generator": {},
+}
+
 EXAMPLES = {
     "learner": "asyncrl-learner configs/quickstart.yaml run.steps=20 learner.lr=3e-4",
     "generator": "asyncrl-generator configs/quickstart.yaml generator.max_sequences=32",
@@ -84,6 +94,8 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
     if not _is_configuration(arguments.config):
         _complain(role, f"give a configuration file, for example: {EXAMPLES[role]}")
         return 2
+    if role == "learner" and arguments.export is not None:
+        return _export(arguments.config, arguments.overrides, arguments.export, adapters=arguments.adapters)
     hardware = _named_hardware(arguments.hardware, dry_run=arguments.dry_run)
     config, model = _load_checked(role, arguments.config, arguments.overrides, hardware)
     if arguments.dry_run:
@@ -98,6 +110,15 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
 def _is_configuration(argument: str | None) -> bool:
     """False where the file was forgotten, so that an override stands in its place."""
     return argument is not None and ("=" not in argument or os.path.exists(argument))
+
+
+def _export(path: str, overrides: Sequence[str], step: str, *, adapters: bool) -> int:
+    # Imported here: reading YAML costs more than all of --help.
+    from asyncrl.cli.export import export_checkpoint
+    from asyncrl.config.loading import load_config
+
+    print(export_checkpoint(load_config(_shipped_or_given(path), overrides), step, adapters=adapters), flush=True)
+    return 0
 
 
 def _named_hardware(text: str | None, *, dry_run: bool) -> Hardware | None:
@@ -172,6 +193,9 @@ def _parser(role: str) -> _Parser:
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--for", dest="hardware")
+    if role == "learner":
+        parser.add_argument("--export", metavar="STEP")
+        parser.add_argument("--adapters", action="store_true")
     return parser
 
 
@@ -183,7 +207,8 @@ def help_text(role: str, columns: int) -> str:
     width = max(50, min(columns, 110))
     blocks = [
         textwrap.fill(
-            f"usage: asyncrl-{role} CONFIG [key=value ...] [--dry-run [--for HARDWARE]] [--help] [--version]",
+            f"usage: asyncrl-{role} CONFIG [key=value ...] [--dry-run [--for HARDWARE]]{EXPORT_USAGE[role]} [--help] "
+            "[--version]",
             width,
             subsequent_indent=" " * 7,
             break_on_hyphens=False,
@@ -196,7 +221,7 @@ def help_text(role: str, columns: int) -> str:
             width,
         ),
         f"example: {EXAMPLES[role]}",
-        "\n".join(_options(width)),
+        "\n".join(_options(role, width)),
         "\n".join(_exit_codes(width)),
         "configuration keys",
     ]
@@ -204,12 +229,13 @@ def help_text(role: str, columns: int) -> str:
     return "\n\n".join(blocks)
 
 
-def _options(width: int) -> list[str]:
+def _options(role: str, width: int) -> list[str]:
     options = {
         "--dry-run": "check everything, try the task, print what would be bound, loaded and needed, and exit: with 0 "
         "and `fits`, or with 2 and what to change",
         "--for": "the machine that --dry-run compares with, where it is not this one, for example "
         "gpu=80GiB,gpus=8,host=512GiB,disk=2TiB",
+        **EXPORT_OPTIONS[role],
         "--help": "print this text and exit",
         "--version": "print the version of asyncrl and exit",
     }

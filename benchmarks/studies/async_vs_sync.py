@@ -1,6 +1,10 @@
 """Asynchronous against synchronous training: the two commands on two pinned CPUs, the same task, the same steps.
 
     python -m benchmarks.studies.async_vs_sync [--quick]
+    python -m benchmarks.studies.async_vs_sync --config my.yaml     # a task and a model of your own
+
+The daemons run in the working directory, so that the module of a task is found as it is by the commands. Outside of the
+repository, PYTHONPATH must name its root.
 
 Runs alternate: staleness.max_age=0 (the generator waits for every step) and the configuration's own max_age. The time
 is that of the training part alone, from the moment the trainer was ready to the end of the last step as metrics.jsonl
@@ -29,6 +33,7 @@ from benchmarks import common
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = Path(sys.executable).parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 STOP_TIMEOUT_S = 30.0
 RUN_TIMEOUT_S = 1800.0
 FIGURES = {"learner_idle_share": "share", "generator_idle_share": "share", "policy_age_mean": "steps"}
@@ -49,19 +54,19 @@ class Outcome:
 def main() -> int:
     parser = common.arguments(__doc__ or "")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default %(default)s)")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
-    parser.add_argument("--model", type=Path, default=ROOT / "runs" / "models" / "arithmetic", help="made if missing")
+    parser.add_argument("--config", type=Path, help="configuration to compare with itself (default quickstart)")
+    parser.add_argument("--model", type=Path, help="model folder (default: that of --config; of quickstart: made)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further configuration keys, for both sides")
     options = common.parse(parser)
     if options.quick:
         options.pairs, options.steps = 1, 4
         options.overrides = [*options.overrides, "learner.groups_per_step=4", "eval.prompts=8"]
+    choose_model(options)
     max_age = load_config(options.config, options.overrides).staleness.max_age
     if max_age == 0:
         parser.error(f"{options.config} has staleness.max_age=0: both sides would be synchronous")
     if options.steps < 2:
         parser.error(f"--steps {options.steps}: must be 2 or more")
-    make_base_model(options.model)
     report = common.Report("async_vs_sync", options)
     outcomes = measure(options, max_age, report)
     asynchronous, synchronous = outcomes[max_age], outcomes[0]
@@ -98,7 +103,6 @@ def run(options: argparse.Namespace, max_age: int, folder: Path) -> Outcome:
         str(options.config),
         f"run.steps={options.steps}",
         f"run.dir={folder / 'run'}",
-        f"model.path={options.model}",
         f"staleness.max_age={max_age}",
         f"transport.address=tcp://127.0.0.1:{free_port()}",
         "eval.every=0",
@@ -124,7 +128,7 @@ def run(options: argparse.Namespace, max_age: int, folder: Path) -> Outcome:
 def command(role: str, arguments: list[str], folder: Path) -> Any:
     """A daemon whose output goes to `folder`; it is stopped at the end of the body, if it still runs."""
     with (folder / f"{role}.log").open("wb") as log:
-        process = subprocess.Popen([COMMANDS / f"asyncrl-{role}", *arguments], stdout=log, stderr=log, cwd=ROOT)
+        process = subprocess.Popen([COMMANDS / f"asyncrl-{role}", *arguments], stdout=log, stderr=log)
     try:
         yield process
     finally:
@@ -152,6 +156,17 @@ def outcome_of(run_dir: Path, steps: int) -> Outcome:
         generator_idle_share=summary["generator_idle_share"],
         policy_age_mean=summary["policy_age_mean"],
     )
+
+
+def choose_model(options: argparse.Namespace) -> None:
+    """Settles configuration and model: quickstart's base model is made; of another configuration its own stays."""
+    if options.config is None:
+        options.config = QUICKSTART
+        options.model = options.model or ROOT / "runs" / "models" / "arithmetic"
+        make_base_model(options.model)
+    options.config = options.config.resolve()
+    if options.model is not None:
+        options.overrides = [f"model.path={options.model.resolve()}", *options.overrides]
 
 
 def make_base_model(folder: Path) -> None:

@@ -35,6 +35,8 @@ from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines import export
 from asyncrl.trainer.engines.lora import merged_state
 from asyncrl.trainer.engines.policy import load_policy
+from benchmarks import common
+from benchmarks.studies import async_vs_sync
 from tests.conftest import MAX_LENGTH, make_tiny_model, reference_logprobs, start_engine
 from tests.model_folders import make_model_folder
 from tests.tolerances import assert_near
@@ -698,3 +700,112 @@ def test_U9_the_wheel_has_types_configurations_and_the_warm_up(tmp_path):
     assert (package / "cli" / "warmup.py").is_file()
     (metadata,) = site.glob("asyncrl-*.dist-info/entry_points.txt")
     assert "asyncrl-warmup = asyncrl.cli.warmup:main" in metadata.read_text()
+
+
+# -- U10: the benchmark of a user's own task
+
+
+@pytest.fixture
+def own_task(tmp_path, monkeypatch):
+    """A folder with a task module, a configuration and a model, as the working directory."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    make_tiny_model(folder / "model", tied=True)
+    shutil.copy(ROOT / "tests" / "e2e" / "letters_task.py", folder / "my_letters.py")
+    settings = {
+        "run": {"name": "mine"},
+        "model": {"path": "model", "max_length": 64},
+        "task": {"path": "my_letters:Letters"},
+        "sampling": {"max_new_tokens": 8, "group_size": 2},
+        "learner": {"groups_per_step": 2, "micro_batch_tokens": 256, "device": "cpu"},
+        "generator": {"max_sequences": 8, "kv_cache_gib": 0.1, "device": "cpu"},
+        "eval": {"prompts": 0},
+    }
+    (folder / "my.yaml").write_text(json.dumps(settings))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_U10_the_benchmark_keeps_a_users_model_and_task_and_their_working_directory(own_task, monkeypatch):
+    started = []
+
+    def popen(command, **kwargs):
+        started.append((command, kwargs))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(async_vs_sync.subprocess, "Popen", popen)
+    monkeypatch.setattr(sys, "argv", ["async_vs_sync", "--config", "my.yaml", "--quick"])
+    with pytest.raises(ZeroDivisionError):
+        async_vs_sync.main()
+    ((command, kwargs),) = started
+    assert kwargs.get("cwd") in (None, str(own_task), own_task)
+    assert str(own_task / "my.yaml") in command
+    assert not [argument for argument in command if str(argument).startswith("model.path")]
+    assert Path("runs/benchmarks") == common.RESULTS, "nothing tracked is written unless --results names its folder"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(650)
+def test_U10_the_benchmark_runs_a_users_own_task_outside_the_repository(own_task):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.studies.async_vs_sync", "--config", "my.yaml", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((own_task / "runs" / "benchmarks" / "async_vs_sync.quick.json").read_text())
+    assert record["rows"] and record["options"]["model"] is None
+
+
+# -- U4: exports of any step
+
+
+def export_of(config_file, tmp_path, *arguments):
+    """(exit code, stdout, stderr) of the learner's --export."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = learner.main([config_file, "model.path=anything", f"run.dir={tmp_path / 'run'}", *map(str, arguments)])
+    return code, out.getvalue().strip(), err.getvalue()
+
+
+def test_U4_any_step_is_exported_as_a_model_that_takes_no_further_disk(tmp_path, config_file, model_folder):
+    runner = trained(model_folder, UPDATES["full"], steps=1)
+    for step in range(2, 4):
+        runner.step(random_groups(3, 4, seed=step))
+        save_checkpoint(tmp_path / "run" / "checkpoints", runner, run_epoch=1, keep=5)
+    code, folder, _ = export_of(config_file, tmp_path, "--export", 2)
+    assert (code, folder) == (0, str(tmp_path / "run" / "exports" / "step_2"))
+    exported, checkpoint = Path(folder), tmp_path / "run" / "checkpoints" / "step_2"
+    assert {"trainer", "desk_state.bin", "MANIFEST.json"}.isdisjoint(path.name for path in exported.iterdir())
+    assert (exported / "model.safetensors").samefile(checkpoint / "model.safetensors")
+    assert not (exported / "config.json").samefile(checkpoint / "config.json")
+    shutil.rmtree(checkpoint)
+    assert AutoTokenizer.from_pretrained(exported).eos_token == "<end>"
+    AutoModelForCausalLM.from_pretrained(exported)
+    code, folder, _ = export_of(config_file, tmp_path, "--export", "latest")
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in policy_of(runner).checkpoint_tensors().items())
+    code, _, message = export_of(config_file, tmp_path, "--export", 7)
+    assert code == 2 and "give a number or `latest`; there are: step_3" in message
+    assert export_of(config_file, tmp_path, "--export", "3", "--adapters")[0] == 2
+    (tmp_path / "run" / "checkpoints" / "step_3" / "model.safetensors").write_bytes(b"damaged")
+    assert export_of(config_file, tmp_path, "--export", 3)[0] == 6
+
+
+def test_U4_adapters_are_exported_alone_on_request(tmp_path, config_file, model_folder):
+    runner = trained(model_folder, UPDATES["lora"], steps=1)
+    save_checkpoint(tmp_path / "run" / "checkpoints", runner, run_epoch=1)
+    code, folder, _ = export_of(config_file, tmp_path, "--export", "latest", "--adapters")
+    assert code == 0 and folder.endswith("step_1_adapter")
+    assert {path.name for path in Path(folder).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), folder)
+    merged, expected = model.merge_and_unload().state_dict(), merged_state(policy_of(runner).model)
+    for name, tensor in expected.items():
+        assert_near(merged[name], tensor)
+
+
+def test_U4_a_checkpoint_of_an_older_release_says_why_it_cannot_be_exported(tmp_path, config_file):
+    shutil.copytree(ROOT / "tests/golden/data/old_run", tmp_path / "run")
+    code, _, message = export_of(config_file, tmp_path, "--export", "latest")
+    assert code == 2 and "of a release that wrote no model into checkpoints" in message
