@@ -6,6 +6,7 @@ An export is the model alone and stays. Weights are linked where the file system
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ from asyncrl.storage.checkpoint_files import (
     read_manifest,
     write_folder_atomically,
 )
+
+log = logging.getLogger(__name__)
 
 LATEST = "latest"
 MODEL_CONFIG = "config.json"
@@ -37,13 +40,11 @@ def export_checkpoint(config: Config, step: str, *, adapters: bool) -> Path:
     prefix = f"{ADAPTER_FOLDER}/" if adapters else ""
     names = [name for name in manifest.files if _belongs(name, adapters=adapters)]
     if adapters and not names:
-        raise ConfigError(
-            f"{manifest.path} has no adapters: they are trained with update.what=lora; leave --adapters out"
-        )
+        raise ConfigError(f"{manifest.path} has no adapters: update.what=lora trains them; leave --adapters out")
     if MODEL_CONFIG not in manifest.files:
         raise ConfigError(
-            f"{manifest.path} is of a release that wrote no model into checkpoints; start the learner again and stop it "
-            "with SIGTERM, then export the checkpoint that it saves"
+            f"{manifest.path} is of a release that wrote no model into checkpoints; start the learner again and stop "
+            "it with SIGTERM, then export the checkpoint that it saves"
         )
     folder = Path(config.run.dir) / "exports" / f"{manifest.path.name}{'_adapter' if adapters else ''}"
 
@@ -83,13 +84,13 @@ def _belongs(name: str, *, adapters: bool) -> bool:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Weights are linked: nobody writes into such a file. Others are copied, so that editing them changes no checkpoint."""
+    """Weights are linked, for nobody writes into such a file. Others are copied: editing them changes no checkpoint."""
     if source.suffix == ".safetensors":
         try:
             os.link(source, target)
             return
         except OSError:
-            pass  # another file system, or one without links
+            log.debug("%s cannot be linked and is copied", source)  # another file system, or one without links
     try:
         shutil.copyfile(source, target)
     except FileNotFoundError as error:

@@ -143,10 +143,10 @@ def activation_bytes(config: Config, model: ModelFiles) -> int:
         inner = experts * size_of(sizes, "moe_intermediate_size")
     heads = size_of(sizes, "num_attention_heads") or 1
     attention = heads * (size_of(sizes, "head_dim") or hidden // heads)
-    per_token = layers * (FLOAT32 * 6 * hidden + element * (5 * attention + 4 * inner + (2 * hidden)))
-    logits = min(CHUNK_LOGITS, tokens * vocab_size(sizes)) * FLOAT32 * 3
-    critics = 2 if has_own_critic(config) else 1  # one after the other, but both graphs may be alive
-    return tokens * per_token * critics + logits
+    cast = 0 if element == FLOAT32 else element * 2 * hidden  # inputs of layers once more, in model.dtype
+    per_token = layers * (FLOAT32 * 6 * hidden + element * (5 * attention + 4 * inner) + cast)
+    # A critic's own trunk comes after the actor's backward pass, and needs as much again, but not at the same time.
+    return tokens * per_token + min(CHUNK_LOGITS, tokens * vocab_size(sizes)) * FLOAT32 * 3
 
 
 def _adapted_shapes(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, int]]:
