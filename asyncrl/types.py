@@ -80,6 +80,7 @@ class Lease:
     pinned_version: int | None = None
     seed: int | None = None
     greedy_baseline: bool = False
+    user_text: str = ""  # of chat messages, what the user says last; empty where the prompt is a plain text
     ticket: bytes = b""  # to be given back with whatever becomes of the lease
 
     @property

@@ -367,6 +367,7 @@ class Generators:
             seed=seed,
             greedy_baseline=self._wants_baseline(key),
             ticket=self._tickets.issue(key, record.issued_version, session.generator_id, session.incarnation),
+            user_text=prompt.user_text,
         )
 
     def _num_rollouts(self, key: LeaseKey) -> int:

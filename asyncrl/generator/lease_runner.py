@@ -96,12 +96,7 @@ class LeaseRunner:
                 FailureReason.NOT_PINNED, f"sampled under {sorted(versions)}, wanted {lease.pinned_version} alone"
             )
         # Rewards run while the commit may still be on its way: both are waited for, neither delays the other.
-        outcomes = await self._rewards.score(
-            [completion.text for completion in completions],
-            lease.payload,
-            self._prompt_text(lease.prompt_token_ids),
-            [len(completion.token_ids) for completion in completions],
-        )
+        outcomes = await self._score(lease, completions)
         try:
             await self._sync.wait_proven(versions, self._commit_timeout_s, since=began_at)
         except EngineError as error:
@@ -117,6 +112,14 @@ class LeaseRunner:
         greedy = replace(request, request_id=_greedy_id(request_id), num_rollouts=1, temperature=0.0, seeds=None)
         sampled, baseline = await asyncio.gather(self._engine.generate(request), self._engine.generate(greedy))
         return sampled + baseline
+
+    async def _score(self, lease: Lease, completions: list[Completion]) -> list[RewardOutcome]:
+        texts = [completion.text for completion in completions]
+        num_tokens = [len(completion.token_ids) for completion in completions]
+        rendered = self._prompt_text(lease.prompt_token_ids)
+        if not lease.user_text:
+            return await self._rewards.score(texts, lease.payload, rendered, num_tokens)
+        return await self._rewards.score(texts, lease.payload, lease.user_text, num_tokens, rendered_prompt=rendered)
 
     async def _abort(self, lease: Lease, request_id: str) -> None:
         await self._engine.abort(request_id)

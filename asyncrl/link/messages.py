@@ -39,6 +39,7 @@ from asyncrl.link.wire_types import (
     Size,
     SyncPhase,
     Tag,
+    Text,
     Ticket,
     Timings,
     Tokens,
@@ -222,6 +223,7 @@ class LeaseGrant(RunMessage):
     seed: Digest | None = None
     greedy_baseline: bool = False
     ticket: Ticket = b""  # proves that the lease was granted to this process of a generator; given back as it is
+    user_text: Text = ""
 
     @property
     def key(self) -> LeaseKey:

@@ -99,6 +99,7 @@ def lease_to_grant(lease: Lease, run_epoch: int) -> LeaseGrant:
         seed=lease.seed,
         greedy_baseline=lease.greedy_baseline,
         ticket=lease.ticket,
+        user_text=lease.user_text,
     )
 
 
@@ -125,6 +126,7 @@ def grant_to_lease(grant: LeaseGrant) -> Lease:
         seed=grant.seed,
         greedy_baseline=grant.greedy_baseline,
         ticket=grant.ticket,
+        user_text=grant.user_text,
     )
 
 

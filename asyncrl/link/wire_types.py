@@ -37,6 +37,7 @@ Milliseconds = Annotated[float, Within(0.0, 1e15)]
 Name = Annotated[str, Line(1, 128, spaces=False)]  # of a generator
 Tag = Annotated[str, Line(0, 256, spaces=False)]  # a fingerprint, a backend
 Label = Annotated[str, Line(0, 1024)]  # of a tensor, a figure, a host
+Text = Annotated[str, AtMost(2**24)]  # of a prompt: it goes to parts of the reward alone
 Reason = Annotated[str, Printed(4096)]  # for people
 Tokens = Annotated[bytes, AtMost(2**28)]  # int32 or float32 per token
 Ticket = Annotated[bytes, AtMost(64)]  # proves who was granted a lease, see LeaseGrant

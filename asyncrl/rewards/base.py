@@ -32,8 +32,9 @@ class Sample:
 
     completion: str
     payload: dict[str, Any]
-    prompt: str = ""  # as text, without special tokens
+    prompt: str = ""  # as the user wrote it: the text, or of chat messages what the user says last
     num_tokens: int | None = None  # of the completion, end token included
+    rendered_prompt: str = ""  # the text that the model was given, without special tokens
 
 
 @dataclass(frozen=True)
@@ -163,16 +164,23 @@ def check_template(name: str, template: str, needed: Sequence[str] = ("completio
     """Raises ConfigError when the template has no place for what it must show."""
     for place in needed:
         if f"{{{place}}}" not in template:
-            raise ConfigError(f"{name} has no {{{place}}}; places are {{prompt}}, {{completion}} and payload keys")
+            places = "{prompt}, {rendered_prompt}, {completion}"
+            raise ConfigError(f"{name} has no {{{place}}}; places are {places} and payload keys")
 
 
 def fill(template: str, sample: Sample) -> str:
-    """The template with {prompt}, {completion} and {KEY of the payload} in place; other braces stay as they are.
+    """The template with {prompt}, {rendered_prompt}, {completion} and {KEY of the payload} in place.
 
+    Other braces stay as they are.
     What is put in is not searched again, so a completion that spells {answer} stays without it.
     Raises RewardError for a name that the payload does not have.
     """
-    known = {**sample.payload, "prompt": sample.prompt, "completion": sample.completion}
+    known = {
+        **sample.payload,
+        "prompt": sample.prompt,
+        "rendered_prompt": sample.rendered_prompt,
+        "completion": sample.completion,
+    }
 
     def put(match: re.Match[str]) -> str:
         if match[1] not in known:

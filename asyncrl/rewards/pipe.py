@@ -43,6 +43,7 @@ class RewardJob:
     num_tokens: Sequence[int | None]
     prompt: str
     payload: dict[str, Any]
+    rendered_prompt: str
 
     def without_first(self, count: int) -> RewardJob:
         """The same job without its first `count` completions."""
@@ -51,7 +52,7 @@ class RewardJob:
     def samples(self) -> list[Sample]:
         """The completions as parts of the reward see them."""
         return [
-            Sample(completion, self.payload, self.prompt, num_tokens)
+            Sample(completion, self.payload, self.prompt, num_tokens, self.rendered_prompt)
             for completion, num_tokens in zip(self.completions, self.num_tokens, strict=True)
         ]
 

@@ -115,17 +115,20 @@ class RewardPool:
         payload: dict[str, Any],
         prompt: str = "",
         num_tokens: Sequence[int] | None = None,
+        *,
+        rendered_prompt: str = "",
     ) -> list[RewardOutcome]:
         """One outcome per completion, in their order.
 
-        prompt, as text, and num_tokens, of each completion, are for the parts that need them.
+        prompt, as text, and num_tokens, of each completion, are for the parts that need them. rendered_prompt is the
+        text that the model was given, where that is another: chat messages in the model's template.
 
         It waits for an idle worker, and while the server of a part is down for that too (`ServerGate`): give the call a
         deadline of its own. From then on it takes at most timeout_s per completion and worker start, twice for one that
         found its worker full. Cancelling it kills the worker, because nobody knows what that was doing.
         """
         tokens = [None] * len(completions) if num_tokens is None else list(num_tokens)
-        job = RewardJob(list(completions), tokens, prompt, payload)
+        job = RewardJob(list(completions), tokens, prompt, payload, rendered_prompt or prompt)
         worker = await self._idle.get()
         try:
             # In this order: jobs that wait for a worker when a server dies must not be sent after it.

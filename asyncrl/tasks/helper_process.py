@@ -122,7 +122,10 @@ class _Helper:
         if self._setup.with_text:
             assert self._source is not None
             text = self._source.encoder.text_of(made.token_ids.tolist())
-        return {"index": index, "token_ids": made.token_ids.tobytes(), "payload": made.payload, "text": text}
+        token_ids, payload = made.token_ids.tobytes(), made.payload
+        return {
+            "index": index, "token_ids": token_ids, "payload": payload, "text": text, "user_text": made.user_text,
+        }  # fmt: skip
 
     def _say(self, what: str) -> None:
         self._write(HelperStage(what))

@@ -84,6 +84,7 @@ class PromptMade:
     token_ids: bytes = b""
     payload: dict[str, Any] = field(default_factory=dict)
     text: str = ""
+    user_text: str = ""
     reason: str = ""
     too_long: bool = False
     is_fatal: bool = False  # no prompt can be made of any example
@@ -92,7 +93,7 @@ class PromptMade:
         """What it says."""
         if self.reason:
             return LeftOut(self.index, self.reason, self.too_long)
-        return Prompt(np.frombuffer(self.token_ids, TOKEN_DTYPE), self.payload)
+        return Prompt(np.frombuffer(self.token_ids, TOKEN_DTYPE), self.payload, self.user_text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ _EXPECTED: dict[str, tuple[type, ...]] = {
     "token_ids": (bytes,),
     "payload": (dict,),
     "text": (str,),
+    "user_text": (str,),
     "reason": (str,),
     "too_long": (bool,),
     "is_fatal": (bool,),

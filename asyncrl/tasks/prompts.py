@@ -16,7 +16,7 @@ import numpy as np
 from asyncrl.errors import TaskError
 from asyncrl.tasks.base import Example, Task
 from asyncrl.tasks.payloads import plain_payload
-from asyncrl.tasks.rendering import NoChatTemplate, PromptEncoder
+from asyncrl.tasks.rendering import NoChatTemplate, PromptEncoder, last_user_text
 from asyncrl.tasks.shuffle import example_index
 from asyncrl.types import TOKEN_DTYPE
 
@@ -30,6 +30,7 @@ class Prompt:
 
     token_ids: np.ndarray  # int32 [P]
     payload: dict[str, Any]  # what the task's reward needs
+    user_text: str = ""  # of chat messages, what the user says last
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class PromptSource:
         if len(token_ids) > self._max_prompt_tokens:
             limit = f"{self._max_prompt_tokens} (model.max_length - sampling.max_new_tokens)"
             return LeftOut(index, f"{len(token_ids)} tokens, over the limit of {limit}", too_long=True)
-        return Prompt(np.array(token_ids, dtype=TOKEN_DTYPE), payload)
+        return Prompt(np.array(token_ids, dtype=TOKEN_DTYPE), payload, last_user_text(example.prompt))
 
 
 def _itself(example: object) -> object:

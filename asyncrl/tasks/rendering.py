@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from asyncrl.errors import TaskError
+from asyncrl.tasks.base import Messages
 from asyncrl.tasks.payloads import checked_text
 
 if TYPE_CHECKING:
@@ -140,6 +141,14 @@ class PromptEncoder:
         if words not in self._said:
             self._said.add(words)
             log.warning(words)
+
+
+def last_user_text(prompt: str | Messages) -> str:
+    """What the user says last in chat messages, of whatever role the last one is without a user; empty for a text."""
+    if isinstance(prompt, str):
+        return ""
+    said = [message["content"] for message in prompt if message["role"] == "user"]
+    return said[-1] if said else prompt[-1]["content"]
 
 
 def _checked_messages(messages: object) -> list[dict[str, Any]]:

@@ -3,13 +3,19 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 
 from asyncrl.errors import ConfigError, DeadlineExceeded, RewardError
+from asyncrl.link import codec
+from asyncrl.link.rollouts import grant_to_lease, lease_to_grant
 from asyncrl.rewards.base import Sample
 from asyncrl.rewards.parts import RewardParts, make_parts, prepare_parts
 from asyncrl.rewards.pool import RewardPool
 from asyncrl.rewards.secret_texts import redacted
+from asyncrl.tasks.pipe import PromptMade, decode_from_helper, encode
+from asyncrl.tasks.rendering import last_user_text
+from asyncrl.types import Lease, LeaseKey, LeaseKind
 from tests.http_servers import AnsweringServer, Answers, chat_answer
 
 KEY = "sk-proj-Ab3/dE+fgh_IJKLmnop-0123456789"
@@ -110,3 +116,57 @@ def test_R14_a_key_that_no_header_can_carry_is_refused_without_being_shown(key, 
     assert "KEY_OF_THE_JUDGE" in problem and key not in problem
     with pytest.raises(ConfigError):
         make_parts({"judge": part})["judge"].api_key()
+
+
+MESSAGES = [
+    {"role": "system", "content": "Answer with a number."},
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "And {twice} that?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (MESSAGES, "And {twice} that?"),
+        (MESSAGES[:2], "What is 1 + 1?"),
+        (MESSAGES[:1], "Answer with a number."),
+        ([*MESSAGES[:2], {"role": "tool", "content": "42"}], "What is 1 + 1?"),
+        ("plain text: 1 + 1 =", ""),
+    ],
+)
+def test_U12_the_prompt_of_chat_messages_is_what_the_user_says_last(prompt, expected):
+    assert last_user_text(prompt) == expected
+
+
+@pytest.mark.parametrize("user_text", ["And {twice} that?", ""])
+def test_U12_the_users_words_travel_from_the_example_to_the_lease(user_text):
+    lease = Lease(
+        LeaseKey(LeaseKind.TRAIN, 0, 0), 0, 9.0, np.array([1, 2], np.int32), {}, 2, 4, 1.0, user_text=user_text
+    )  # fmt: skip
+    grant = codec.decode(codec.encode(lease_to_grant(lease, 1), max_bytes=10_000), max_bytes=10_000)
+    assert grant_to_lease(grant).user_text == user_text
+    made = PromptMade(0, 0, token_ids=lease.prompt_token_ids.tobytes(), user_text=user_text)
+    assert decode_from_helper(encode(made)).made().user_text == user_text
+
+
+def test_U12_a_judge_sees_the_prompt_as_written_and_on_request_as_rendered(judge_that_says):
+    template = "Q: {prompt} | {rendered_prompt} | A: {completion}"
+    answers, parts = judge_that_says(200, chat_answer("score: 10"), template=template)
+
+    async def run():
+        pool = RewardPool("asyncrl.tasks.arithmetic:Arithmetic", {}, 1, 20.0, parts=parts)
+        try:
+            await pool.start()
+            rendered = "user\nAnd {twice} that?\nassistant\n"
+            first = await pool.score(["4"], {"answer": "4"}, "And {twice} that?", [1], rendered_prompt=rendered)
+            return first + await pool.score(["4"], {"answer": "4"}, "2 + 2 = ", [1])
+        finally:
+            await pool.close()
+
+    assert [outcome.parts["judge"] for outcome in asyncio.run(run())] == [1.0, 1.0]
+    assert [request["messages"][0]["content"] for request in answers.requests] == [
+        "Q: And {twice} that? | user\nAnd {twice} that?\nassistant\n | A: 4",
+        "Q: 2 + 2 =  | 2 + 2 =  | A: 4",
+    ]

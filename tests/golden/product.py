@@ -414,7 +414,7 @@ def example_messages() -> list[Any]:
         m.Refusal(wire_types.RefusalCode.MODEL, "another model", "0123456789abcdef", "aaaaaaaaaaaaaaaa"),
         m.LeaseGrant(
             3, train, 11, 1, 5, 600.0, ids, {"answer": "42", "marks": [1.0, 0.5], "extra": {"level": 2, "key": None}},
-            8, 128, 0.75, 5, 2**40 + 1, True, b"ticket of 11.1",
+            8, 128, 0.75, 5, 2**40 + 1, True, b"ticket of 11.1", "What is 6 x 7?",
         ),
         m.Ack(3, 90, [92, 95], 2**20),
         m.Nack(3, 93, wire_types.NackCode.INVALID, "group train 11: prompt of 3 tokens is not the leased one"),
