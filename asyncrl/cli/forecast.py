@@ -200,8 +200,10 @@ def _disk_needs(config: Config, count: int, trained: int, critic: int) -> list[N
     steps = config.run.steps
     kept_steps = min(steps, keep * every if every else steps) + config.staleness.max_age + 1
     groups = kept_steps * config.learner.groups_per_step
+    journal = min(groups * largest_group_bytes(config), int(config.run.journal_max_gib * GIB))
     return [
         Need(DISK, f"checkpoints, {keep} kept and 1 in writing", (keep + 1) * checkpoint),
         Need(DISK, "export", exported),
-        Need(DISK, f"journal of {kept_steps} steps, at most", groups * largest_group_bytes(config)),
+        Need(DISK, f"journal of {kept_steps} steps, at most", journal),
+        Need(DISK, "left free (run.min_free_gib)", int(config.run.min_free_gib * GIB)),
     ]

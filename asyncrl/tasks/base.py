@@ -198,6 +198,21 @@ def _import(setting: str, module_name: str) -> Any:
         raise TaskError(f"{setting}: importing {module_name} raised {type(error).__name__}: {error}") from error
 
 
+def _check_texts(task_class: type, args: dict[str, Any]) -> None:
+    """Raises TaskError for an argument that the constructor declares as text and YAML took for something else."""
+    try:
+        declared = inspect.signature(task_class, eval_str=True).parameters
+    except (NameError, TypeError, AttributeError):
+        return  # declared with names that are not there, which Python allows
+    for name, value in args.items():
+        is_text = name in declared and declared[name].annotation in (str, str | None)
+        if is_text and not isinstance(value, str) and value is not None:
+            raise TaskError(
+                f"task.args.{name}={value!r} is text for {task_class.__name__}, and YAML reads it as "
+                f"{type(value).__name__}; quote it, for example task.args.{name}=\"'1.10'\""
+            )
+
+
 def _construct(path: str, task_class: type, args: dict[str, Any]) -> Any:
     signature = inspect.signature(task_class)
     try:
@@ -205,6 +220,7 @@ def _construct(path: str, task_class: type, args: dict[str, Any]) -> Any:
     except TypeError as error:
         accepted = ", ".join(map(str, signature.parameters.values())) or "no arguments"
         raise TaskError(f"task.args={args}: {error}; {task_class.__name__} takes {accepted}") from None
+    _check_texts(task_class, args)
     try:
         return task_class(**args)
     except TaskError:

@@ -22,15 +22,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 import asyncrl
 from asyncrl.cli import dry_run, generator, learner
 from asyncrl.cli.forecast import learner_needs
+from asyncrl.cli.reward_checks import check_rewards
 from asyncrl.config import ModelConfig, UpdateConfig
 from asyncrl.config.host_checks import check_host
 from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.desk.evaluation import evaluation_due
-from asyncrl.errors import ConfigError, UserError
+from asyncrl.errors import ConfigError, TaskError, UserError
 from asyncrl.host.addresses import is_loopback, is_wildcard, rollout_address
 from asyncrl.host.model_config import known_context
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.processes import StopSignal
+from asyncrl.tasks.base import load_task
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines import export
 from asyncrl.trainer.engines.lora import merged_state
@@ -38,6 +40,7 @@ from asyncrl.trainer.engines.policy import load_policy
 from benchmarks import common
 from benchmarks.studies import async_vs_sync
 from tests.conftest import MAX_LENGTH, make_tiny_model, reference_logprobs, start_engine
+from tests.e2e.letters_task import Letters
 from tests.model_folders import make_model_folder
 from tests.tolerances import assert_near
 from tests.trainer.test_step import make_trainer
@@ -576,6 +579,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from asyncrl.cli.forecast import learner_needs
+from asyncrl.cli.reward_checks import check_rewards
 from asyncrl.config.loading import load_config
 from asyncrl.host.model_folder import find_model
 from asyncrl.trainer.engines.single import load_engines
@@ -809,3 +813,22 @@ def test_U4_a_checkpoint_of_an_older_release_says_why_it_cannot_be_exported(tmp_
     shutil.copytree(ROOT / "tests/golden/data/old_run", tmp_path / "run")
     code, _, message = export_of(config_file, tmp_path, "--export", "latest")
     assert code == 2 and "of a release that wrote no model into checkpoints" in message
+
+
+class TextTask(Letters):
+    """A task whose constructor declares a text."""
+
+    def __init__(self, data: str = "", size: float = 1.0, other=None):
+        super().__init__()
+        self.given = (data, size, other)
+
+
+def test_D9_an_argument_that_a_task_declares_as_text_is_never_a_number():
+    path = f"{__name__}:TextTask"
+    for written in ("1.10", "2024_01_01", "off", "-"):
+        with pytest.raises(TaskError, match=r"task\.args\.data=.* is text for TextTask, and YAML reads it as"):
+            load_task(path, load(f"task.args.data={written}").task.args)
+    task = load_task(path, load("task.args.data='1.10'", "task.args.size=1.10", "task.args.other=off").task.args)
+    assert task.given == ("1.10", 1.1, False)
+    with pytest.raises(ConfigError, match="pattern=1.1 must be text"):
+        check_rewards(load("reward.parts.form={kind: format, pattern: 1.10}"), "learner")
