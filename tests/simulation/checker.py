@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncrl.link import messages
+from asyncrl.link import messages, trainer_messages
 from asyncrl.link.codec import decode
 from asyncrl.link.messages import Message
 from asyncrl.link.rollouts import result_to_group
@@ -72,6 +72,7 @@ class Checker:
         self.seen: dict[tuple[str, int, int], Record] = {}  # (generator, incarnation, seq) -> its record
         self.settled: set[int] = set()  # ordinals in a durable step, given up or filtered
         self.granted: dict[tuple[str, int, int], Who] = {}
+        self.grants: dict[tuple[str, int, int], messages.LeaseGrant] = {}
         self.policies: dict[int, bytes] = {0: Policy().chain}  # by version
         self.counts: Counter[str] = Counter()
 
@@ -150,6 +151,7 @@ class Checker:
         key = tuple(grant.key)
         _check(key not in self.granted, f"lease {key} is granted to {who} and was to {self.granted.get(key)}")
         self.granted[key] = who
+        self.grants[key] = grant
         if grant.kind is LeaseKind.TRAIN:
             _check(grant.ordinal not in self.settled, f"ordinal {grant.ordinal} is settled and leased again")
 
@@ -169,6 +171,11 @@ class Checker:
         from tests.simulation.trainer import CANARY
 
         return canary_row(weights_of(policy), CANARY).tobytes()
+
+    def batch_dealt(self, batch: trainer_messages.Batch) -> None:
+        """The desk deals a batch to the trainer: what it is made of must be on the disk."""
+        decided = any(record.version == batch.version for record in self._of(StepTaken))
+        _check(decided, f"the batch of version {batch.version} is dealt, and no record of it is on the disk")
 
     # -- what reaches the disk, and what is trained
 
@@ -207,11 +214,19 @@ class Checker:
         for name, others in (("given up", given_up), ("filtered", filtered)):
             both = others & trained.keys()
             _check(not both, f"{name} and trained: {both}")
+        for ordinal in given_up:
+            self._check_given_up(ordinal)
         everything = trained.keys() | given_up | filtered
         skipped = set(range(max(everything) + 1)) - everything
         _check(not skipped, f"neither trained nor given up nor filtered: {sorted(skipped)}")
         self._check_tokens(final)
         self._check_acknowledged(final, everything)
+
+    def _check_given_up(self, ordinal: int) -> None:
+        """A prompt is given up after failures at two generators, or at one that brought other groups meanwhile."""
+        names = {who[0] for key, who in self.granted.items() if key[:2] == (LeaseKind.TRAIN, ordinal)}
+        worked = {who[0] for who, ledger in self.generators.items() if any(ledger.sent.values())}
+        _check(len(names) > 1 or bool(names & worked), f"ordinal {ordinal} is given up for failures of {names} alone")
 
     def _of(self, kind: type) -> Iterator[Record]:
         return (record for record in self.records if isinstance(record, kind))
@@ -219,6 +234,7 @@ class Checker:
     def _check_tokens(self, final: Policy) -> None:
         for group in final.history:
             for sample, labels in zip(group.samples, group.labels, strict=True):
+                _check(sample in self.samples.by_number, f"ordinal {group.ordinal}: nobody sampled {sample}")
                 sampled = self.samples.by_number[sample]
                 committed = self.generators[sampled.generator, sampled.incarnation].committed
                 _check(len(labels) == len(sampled.weights), f"{sample}: {len(labels)} labels, {len(sampled.weights)}")

@@ -119,7 +119,7 @@ class DeskLife:
         run_epoch = run.begin(run_dir, world.loop.time())
         write_record(run_dir, world.config, run.record)
         self.generators = self._router(world.network, world.desk_said)
-        self.ranks = self._router(world.trainer_network, lambda peer, message: None)
+        self.ranks = self._router(world.trainer_network, world.desk_told_trainer)
         place = TrainerPlace(
             run_dir=run_dir,
             network=world.trainer_network,
@@ -128,6 +128,7 @@ class DeskLife:
             keep=world.plan.keep,
             computing=lambda: world.running(None),
             stepped=world.checker.trained,
+            step_s=world.plan.step_s,
         )
         self.process = SimulatedProcess(place, world.config.learner.max_trainer_restarts)
         self.process.start()
@@ -198,15 +199,16 @@ class GeneratorLife:
         )
         world.who_is[id(self.socket)] = self.who
         self._world = world
+        faults = world.sick_faults if name == world.sick else world.engine_faults
         self.engine = Engine(
             name,
             incarnation,
             samples=world.samples,
             channels=world.channels,
-            faults=world.engine_faults,
+            faults=faults,
             chance=world.chance,
         )
-        rewards = Rewards(world.engine_faults, world.chance)
+        rewards = Rewards(faults, world.chance)
         session = _session(world.config, Identity(name, incarnation, io.StringIO()))
         self.daemon = GeneratorDaemon(world.config, session, self.socket, self.engine, rewards, parts=GeneratorParts())
         self._task = asyncio.create_task(self.daemon.run())

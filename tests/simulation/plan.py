@@ -21,6 +21,7 @@ FAULT_KINDS = (
     "partition",
     "stall",
     "disk",
+    "forge",
 )
 
 
@@ -43,6 +44,8 @@ class Plan:
     kinds: dict[str, float]  # fault -> weight
     faults_for_s: float
     pause_s: float  # mean between two faults
+    step_s: float = 0.8  # longest step of the trainer
+    sick: bool = False  # one generator's rewards fail until the faults end, those of the others never
 
     @classmethod
     def of(cls, seed: int) -> Plan:
@@ -83,6 +86,8 @@ class Plan:
             kinds=kinds,
             faults_for_s=60.0,
             pause_s=chance.choice((0.5, 2.0, 5.0)),
+            step_s=chance.choice((0.1, 0.8, 4.0)),
+            sick=chance.random() < 0.25,
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -17,21 +16,25 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from asyncrl.errors import AsyncRLError
+from asyncrl.link import trainer_messages
 from asyncrl.link.messages import Message
 from asyncrl.storage.journal import Journal
 from tests.simulation.checker import Checker, Violation, records_in
 from tests.simulation.clock import START_S, VirtualLoop, virtual_time
 from tests.simulation.disk import Disk
-from tests.simulation.engine import VOCAB, Samples, WeightChannel
+from tests.simulation.engine import VOCAB, EngineFaults, Samples, WeightChannel
+from tests.simulation.forger import Forger
 from tests.simulation.lives import DeskLife, GeneratorLife
 from tests.simulation.network import Network, Weather
 from tests.simulation.plan import FAULT_KINDS, Plan, make_config
 from tests.simulation.trainer import Policy, ProcessDied
 
 HEALED_WITHIN_S = 400.0  # from the last fault to the end of the run; penalties in the weight sync take up to 120 s
+MAX_FRAMES = 40_000  # of one run; the longest has a tenth of it
 FOLDERS = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
@@ -53,6 +56,11 @@ class World:
         self.disk = Disk(folder / "run", random.Random(f"disk {plan.seed}"), self._at_sync)
         self.channels: dict[str, WeightChannel] = {}
         self.engine_faults = plan.engine
+        self.sick = "g0" if plan.sick and plan.num_generators > 1 else ""
+        if self.sick:
+            plan.engine.reward_error = plan.engine.generate_error = 0.0
+        self.sick_faults = replace(plan.engine, reward_error=1.0)
+        self.forger: Forger | None = None
         self.who_is: dict[int, tuple[str, int]] = {}
         self.generators: dict[str, list[GeneratorLife]] = {}
         self.incarnations: dict[str, int] = {}
@@ -80,8 +88,13 @@ class World:
     @contextlib.contextmanager
     def _journals(self) -> Iterator[None]:
         """While it lasts, journals are opened with small segments and on the simulated disk."""
-        real = vars(Journal)["open"]
-        Journal.open = functools.partial(Journal.open, segment_bytes=self.plan.segment_bytes, flush=self.disk.sync)
+        real, opened = vars(Journal)["open"], Journal.open
+
+        def on_the_simulated_disk(folder: Path, *_: object, **options: object) -> Journal:
+            options |= {"segment_bytes": self.plan.segment_bytes, "flush": self.disk.sync}
+            return opened(folder, **options)
+
+        Journal.open = on_the_simulated_disk
         try:
             yield
         finally:
@@ -164,7 +177,12 @@ class World:
         self.network.weather = Weather()
         self.network.cut_off.clear()
         self.disk.fails = False
-        faults = self.engine_faults
+        self.sick_faults.reward_error = 0.0
+        for faults in (self.engine_faults, self.sick_faults):
+            self._heal_engines(faults)
+
+    @staticmethod
+    def _heal_engines(faults: EngineFaults) -> None:
         faults.stage_error = faults.flip_bit = faults.stale_swap = faults.swap_error = faults.swap_hang = 0.0
         faults.generate_error = faults.reward_error = 0.0
 
@@ -215,7 +233,7 @@ class World:
         if life := self._some_generator():
             name = life.who[0]
             self.network.cut_off.add(name)
-            self.loop.call_later(self.chance.choice((2.0, 8.0, 20.0)), self.network.cut_off.discard, name)
+            self.loop.call_later(self.chance.choice((3.0, 18.0, 30.0)), self.network.cut_off.discard, name)
 
     def stall_desk(self) -> None:
         self.desk_stalls_until = self.loop.time() + self.chance.choice((0.5, 4.0, 16.0))
@@ -223,6 +241,12 @@ class World:
     def break_disk(self) -> None:
         self.disk.fails = True
         self.loop.call_later(self.chance.uniform(0.1, 2.0), setattr, self.disk, "fails", False)
+
+    def forge(self) -> None:
+        """Somebody who is admitted answers leases that others hold."""
+        if self.forger is None:
+            self.forger = Forger(self.network, self.config)
+        self.loop.create_task(self.forger.forge(self.chance, self.checker))
 
     def _some_generator(self) -> GeneratorLife | None:
         alive = [life for lives in self.generators.values() for life in lives if life.alive]
@@ -256,8 +280,14 @@ class World:
     def desk_said(self, peer: bytes, message: Message) -> None:
         self.trace(type(message).__name__, peer, b"")
         dealer = self.network.dealers.get(peer)
-        if dealer is not None:
+        if self.network.num_carried > MAX_FRAMES:
+            raise Violation(f"{MAX_FRAMES} frames, and no end: the run goes round in circles")
+        if dealer is not None and id(dealer) in self.who_is:  # else it goes to the forger
             self.checker.desk_said(self.who_is[id(dealer)], message)
+
+    def desk_told_trainer(self, peer: bytes, message: Message) -> None:
+        if isinstance(message, trainer_messages.Batch):
+            self.checker.batch_dealt(message)
 
     def trace(self, what: str, peer: bytes, frame: bytes) -> None:
         self._digest.update(f"{self.loop.time():.6f} {what} {peer!r} {len(frame)}\n".encode())
@@ -289,6 +319,7 @@ FAULTS: dict[str, Callable[[World], None]] = {
     "partition": World.partition,
     "stall": World.stall_desk,
     "disk": World.break_disk,
+    "forge": World.forge,
 }
 assert tuple(FAULTS) == FAULT_KINDS
 

@@ -18,8 +18,8 @@ from benchmarks.studies.async_vs_sync import free_port
 
 PACKAGE = "benchmarks.faults.crash_loops"
 GENERATORS = ("g0", "g1", "g2")
-KILLS = {LEARNER: 4.0, TRAINER: 0.5, "g0": 2.0, "g1": 2.0, "g2": 2.0}  # weights
-MEAN_PAUSE_S = 0.8
+KILLS = {LEARNER: 2.0, TRAINER: 0.2, "g0": 2.0, "g1": 2.0, "g2": 2.0}  # weights
+MEAN_PAUSE_S = 0.6
 ROLLOUTS = 1_000_000
 MIN_KILLS = 1000
 QUICK_STEPS = 30
@@ -31,7 +31,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
     Raises LoopError when a process ended by itself.
     """
     if not (folder / FILE).exists():
-        settings = Settings(port=free_port(), steps=math.ceil(1.01 * ROLLOUTS / (32 * 16)))
+        settings = Settings(port=free_port(), steps=math.ceil(1.01 * ROLLOUTS / (32 * 64)))
         if options.quick:
             settings = Settings(
                 port=free_port(),

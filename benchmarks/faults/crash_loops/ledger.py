@@ -18,12 +18,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from asyncrl.link import messages
 from asyncrl.link.codec import body_of, decode
+
+_WIRE_CODE = struct.Struct("<H")  # at byte 6 of a frame, see link.codec
+_RESULTS = {messages.GroupResult.wire_code, messages.LeaseFailed.wire_code}
+_ANSWERS = {messages.Welcome.wire_code, messages.Ack.wire_code, messages.Nack.wire_code}
+
+
+def _code(frame: bytes) -> int:
+    (code,) = _WIRE_CODE.unpack_from(frame, 6)
+    return int(code)
 
 
 class Ledger:
@@ -61,8 +71,11 @@ class GeneratorLedger:
 
     def sends(self, frame: bytes) -> None:
         """To be called before a frame is sent."""
+        if _code(frame) not in _RESULTS:
+            return
         message = decode(frame, max_bytes=self._max_frame_bytes)
-        if not isinstance(message, messages.GroupResult | messages.LeaseFailed) or message.seq <= self._last_sent:
+        assert isinstance(message, messages.GroupResult | messages.LeaseFailed)
+        if message.seq <= self._last_sent:
             return
         self._last_sent = message.seq
         what = self._incarnation, message.seq, message.kind, message.ordinal, message.attempt
@@ -73,6 +86,8 @@ class GeneratorLedger:
 
     def read(self, frame: bytes, now: float) -> None:
         """To be called when a frame came in."""
+        if _code(frame) not in _ANSWERS:
+            return
         message = decode(frame, max_bytes=self._max_frame_bytes)
         match message:
             case messages.Welcome():

@@ -19,12 +19,12 @@ class Settings:
     port: int
     steps: int
     groups_per_step: int = 32
-    group_size: int = 16
-    max_new_tokens: int = 6
-    max_sequences: int = 256  # of each generator
+    group_size: int = 64
+    max_new_tokens: int = 4
+    max_sequences: int = 1024  # of each generator
     token_s: float = 0.05
-    step_s: float = 0.2
-    checkpoint_every: int = 20
+    step_s: float = 0.02
+    checkpoint_every: int = 5
 
     def write(self, folder: Path) -> None:
         """Writes the file, and the folder of a model that nobody loads."""
