@@ -18,7 +18,7 @@ from asyncrl.config import Config
 from asyncrl.config.checks import on_loopback
 from asyncrl.config.host_checks import is_on_gpu, weight_backend
 from asyncrl.config.loading import to_yaml
-from asyncrl.host.addresses import rollout_address
+from asyncrl.host.addresses import AUTO, ROLLOUT_SOCKET, first_of_this_host, rollout_addresses
 from asyncrl.host.model_config import vocab_size
 from asyncrl.host.model_folder import ModelFiles, find_model
 
@@ -138,12 +138,11 @@ def _shown(text: str) -> str:
 
 
 def _learner_network(config: Config, hardware: Hardware) -> Rows:
-    address = rollout_address(config.transport.address)
-    port = _probe(address.host, address.port) if hardware.is_here else "not tried"
+    port = _probe_addresses(config) if hardware.is_here else "not tried"
     return [
         (
             "rollouts, binds",
-            f"{config.transport.address}, {_security(config)}; {port}",
+            f"{_rollout_place(config)}, {_security(config)}; {port}",
         ),
         (
             "weights, binds",
@@ -158,7 +157,7 @@ def _weights_port(config: Config) -> str:
 
 def _generator_network(config: Config, hardware: Hardware) -> Rows:
     return [
-        ("rollouts, connects to", f"{config.transport.address}, {_security(config)}"),
+        ("rollouts, connects to", f"{_rollout_place(config)}, {_security(config)}"),
         (
             "weights, connects to",
             f"{config.weights.host}, backend {_backend(config, hardware)}",
@@ -166,8 +165,21 @@ def _generator_network(config: Config, hardware: Hardware) -> Rows:
     ]
 
 
+def _rollout_place(config: Config) -> str:
+    address = config.transport.address
+    return f"{config.run.dir}/{ROLLOUT_SOCKET}" if address == AUTO else address
+
+
+def _probe_addresses(config: Config) -> str:
+    """Whether the learner could listen now."""
+    address = first_of_this_host(rollout_addresses(config.transport.address, config.run.dir))
+    return _probe(address.host, address.port) if address.is_tcp else "a socket file needs no port"
+
+
 def _security(config: Config) -> str:
     keyed = config.transport.server_key_file or config.transport.client_key_file
+    if config.transport.address == AUTO and not keyed:
+        return "for its user only"
     return "CURVE" if keyed else "loopback without keys" if on_loopback(config) else "CURVE keys missing"
 
 

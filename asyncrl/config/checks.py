@@ -13,8 +13,8 @@ from typing import Any
 from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, shown, value_of
 from asyncrl.config.method_checks import METHOD_RULES
-from asyncrl.errors import ConfigError
-from asyncrl.host.addresses import ip_address, is_loopback, is_wildcard, rollout_address
+from asyncrl.errors import BindError, ConfigError
+from asyncrl.host.addresses import ip_address, is_loopback, is_wildcard, rollout_addresses
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -166,8 +166,8 @@ def _largest_group_fits(config: Config) -> str | None:
 
 def _address_is_named(config: Config) -> str | None:
     try:
-        rollout_address(config.transport.address)
-    except ConfigError as error:
+        rollout_addresses(config.transport.address, config.run.dir)
+    except (ConfigError, BindError) as error:
         return str(error)
     return None
 
@@ -193,8 +193,8 @@ def _weight_host_is_private(config: Config) -> str | None:
 def on_loopback(config: Config) -> bool:
     """Whether the rollout link stays on this machine; true for an address that another rule refuses."""
     try:
-        return rollout_address(config.transport.address).is_loopback
-    except ConfigError:
+        return all(address.is_loopback for address in rollout_addresses(config.transport.address, config.run.dir))
+    except (ConfigError, BindError):
         return True
 
 

@@ -183,8 +183,11 @@ class TransportConfig:
     """The rollout link between generators and learner."""
 
     address: str = key(
-        "tcp://127.0.0.1:5770",
-        "Where the learner listens and the generators connect; never a wildcard.",
+        "auto",
+        "Where the learner listens and the generators connect. auto = a socket file in run.dir, which only its user "
+        "can reach; from other hosts tcp://HOST:PORT, never a wildcard. Several addresses, separated by commas, or "
+        "file:PATH with one per line: the learner takes the first of its host, and generators try one after another "
+        "while it is silent, so that it can move. The file is read again each time.",
         if_changed=ACCEPTED,
     )
     server_key_file: str = key(

@@ -33,7 +33,7 @@ from asyncrl.desk.ranks import Ranks
 from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
-from asyncrl.host.addresses import ipc_address
+from asyncrl.host.addresses import first_of_this_host, ipc_address, rollout_addresses
 from asyncrl.host.model_config import read_model_config, vocab_size
 from asyncrl.host.processes import StopSignal, pin_to
 from asyncrl.link.curve_keys import server_auth
@@ -209,8 +209,9 @@ def largest_received_bytes(config: Config) -> int:
 
 def _rollout_socket(config: Config) -> ServerSocket:
     transport = config.transport
+    addresses = rollout_addresses(transport.address, config.run.dir)
     return ServerSocket(
-        transport.address,
+        first_of_this_host(addresses).text,
         max_frame_bytes=largest_received_bytes(config),
         max_sent_bytes=transport.max_frame_bytes,
         auth=server_auth(transport),

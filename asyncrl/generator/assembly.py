@@ -17,6 +17,7 @@ from asyncrl.generator.daemon import GeneratorDaemon, GeneratorParts
 from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.identity import Identity, claim_identity
 from asyncrl.generator.lease_runner import no_text
+from asyncrl.host.addresses import rollout_addresses
 from asyncrl.host.fingerprints import model_folder_fingerprint, tokenizer_fingerprint
 from asyncrl.host.log_files import limit_logs
 from asyncrl.host.model_config import known_context, read_model_config
@@ -156,7 +157,8 @@ def _fits_context(config: Config) -> bool:
 
 def _connect(config: Config) -> AsyncClientSocket:
     transport = config.transport
-    return AsyncClientSocket(transport.address, max_frame_bytes=transport.max_frame_bytes, auth=client_auth(transport))
+    address = rollout_addresses(transport.address, config.run.dir)[0].text
+    return AsyncClientSocket(address, max_frame_bytes=transport.max_frame_bytes, auth=client_auth(transport))
 
 
 def _session(config: Config, identity: Identity) -> GeneratorSession:

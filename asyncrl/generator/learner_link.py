@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 from asyncrl.config import Config
-from asyncrl.errors import PeerUnreachable, Refused
+from asyncrl.errors import BindError, ConfigError, PeerUnreachable, Refused
+from asyncrl.host.addresses import rollout_addresses
 from asyncrl.link import messages
 from asyncrl.link.codec import decode
 from asyncrl.link.generator_session import GeneratorSession, GeneratorState
@@ -47,7 +48,8 @@ class LearnerLink:
     def __init__(self, config: Config, session: GeneratorSession, socket: AsyncClientSocket) -> None:
         self.session = session
         self._socket = socket
-        self._address = config.transport.address
+        self._addresses = config.transport.address  # as configured: one, several, or a file that is read each time
+        self._run_dir = config.run.dir
         self._max_frame_bytes = config.transport.max_frame_bytes
         self._unreachable_timeout_s = config.generator.unreachable_timeout_s
         self._said_at = time.monotonic()  # when it was last logged that the learner does not answer
@@ -60,9 +62,22 @@ class LearnerLink:
         now = time.monotonic()
         self._check_reachable(now)
         if self.session.reconnect_due(now):
-            self._socket.reconnect()
+            self._reconnect()
             self.session.reconnected(now)
         self.pump(held_version)
+
+    def _reconnect(self) -> None:
+        """Tries the address after the present one, from the list as it is now: the learner may have moved."""
+        before = self._socket.address
+        try:
+            addresses = [address.text for address in rollout_addresses(self._addresses, self._run_dir)]
+            after = addresses.index(before) + 1 if before in addresses else 0
+            self._socket.reconnect(addresses[after % len(addresses)])
+        except (ConfigError, BindError) as error:
+            log.warning("stays with %s: %s", before, error)
+            self._socket.reconnect()
+        if self._socket.address != before:
+            log.info("no answer from the learner at %s: trying %s", before, self._socket.address)
 
     def pump(self, held_version: int | None) -> None:
         """Sends what the session has due. A hello among it tells the learner which version is held here."""
@@ -104,17 +119,17 @@ class LearnerLink:
 
     def _check_reachable(self, now: float) -> None:
         """Says every 10 s that the learner does not answer, and gives up after the configured time."""
-        silence_s = self.session.silence_s(now)
+        silence_s, address = self.session.silence_s(now), self._socket.address
         if silence_s >= self._unreachable_timeout_s:
             raise PeerUnreachable(
-                f"no answer from the learner at {self._address} for {silence_s:.0f} s "
+                f"no answer from the learner at {address} for {silence_s:.0f} s "
                 f"(generator.unreachable_timeout_s={self._unreachable_timeout_s:g}); is asyncrl-learner running there?"
             )
         if silence_s >= SAY_UNREACHABLE_EVERY_S and now - self._said_at >= SAY_UNREACHABLE_EVERY_S:
             self._said_at = now
             log.warning(
                 "no answer from the learner at %s for %.0f s (limit %g s): %s; the connection ended %d times",
-                self._address, silence_s, self._unreachable_timeout_s, self._socket.link, self._socket.disconnects,
+                address, silence_s, self._unreachable_timeout_s, self._socket.link, self._socket.disconnects,
             )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from asyncrl.errors import BindError, ConfigError
 
+AUTO = "auto"
+FILE = "file:"
+ROLLOUT_SOCKET = "rollouts.sock"
 IPC_PATH_BYTES = 107  # sun_path on Linux, less its final NUL
 
 _TCP = re.compile(r"tcp://(\[[^\]]*\]|[^\[\]:/?#@\s]*):([0-9]{1,5}|\*)")
@@ -84,6 +87,46 @@ def rollout_address(text: str) -> Address:
             "the port is a number from 1 to 65535"
         )
     return address
+
+
+def rollout_addresses(text: str, run_dir: str | Path) -> list[Address]:
+    """The addresses that transport.address names, in their order.
+
+        auto                                  the socket file of the run folder, which only its user can reach
+        tcp://HOST:PORT, or several           separated by commas; a learner listens on the first of this host
+        file:PATH                             the same, read from a file, by lines or commas
+
+    Raises ConfigError for any other form and for a file that cannot be read; BindError when no socket file can be made.
+    """
+    if text == AUTO:
+        return [parse_address(ipc_address(run_dir, ROLLOUT_SOCKET))]
+    if text.startswith(FILE):
+        path = Path(text.removeprefix(FILE))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"transport.address=file:{path} cannot be read: {error}") from error
+    parts = [part for part in text.replace("\n", ",").split(",") if part.strip()]
+    return [rollout_address(part.strip()) for part in parts or [text]]
+
+
+def first_of_this_host(addresses: list[Address]) -> Address:
+    """The first address that this host has; the first of all where it has none, so that the bind says why."""
+    return next((address for address in addresses if _is_here(address)), addresses[0])
+
+
+def _is_here(address: Address) -> bool:
+    """Whether something on this host could listen at the address, were its port free."""
+    if not address.is_tcp:
+        return True
+    try:
+        found = socket.getaddrinfo(address.host, 0, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(where)
+    except OSError:
+        return False
+    return True
 
 
 def ipc_address(run_dir: str | Path, name: str) -> str:

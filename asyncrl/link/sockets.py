@@ -189,26 +189,33 @@ class _Dealer:
     _socket: Any  # of that class
 
     def __init__(self, address: str, *, max_frame_bytes: int, auth: ClientAuth | None = None) -> None:
-        self._where = parse_address(address)
-        if auth is None and not self._where.is_loopback:
+        self.max_frame_bytes = max_frame_bytes
+        self._auth = auth
+        self._point_to(address)
+        self._context = zmq.Context()
+        self._connect()
+
+    def reconnect(self, address: str = "") -> None:
+        """Drops the connection and makes a new one under a new routing id; the session must say hello again.
+
+        With an `address` it goes there instead. Raises as the constructor does, and changes nothing then. Only the
+        thread or task that receives may call this: a receive under way elsewhere would be cancelled.
+        """
+        if address:
+            self._point_to(address)
+        self._link.close()
+        self._socket.close(linger=0)
+        self._connect()
+
+    def _point_to(self, address: str) -> None:
+        where = parse_address(address)
+        if self._auth is None and not where.is_loopback:
             raise ConfigError(
                 f"{address} is not on this host and no keys are configured: set "
                 "transport.client_key_file and transport.server_public_key_file"
             )
+        self._where = where
         self.address = address
-        self.max_frame_bytes = max_frame_bytes
-        self._auth = auth
-        self._context = zmq.Context()
-        self._connect()
-
-    def reconnect(self) -> None:
-        """Drops the connection and makes a new one under a new routing id; the session must say hello again.
-
-        Only the thread or task that receives may call this: a receive under way elsewhere would be cancelled.
-        """
-        self._link.close()
-        self._socket.close(linger=0)
-        self._connect()
 
     @property
     def link(self) -> str:

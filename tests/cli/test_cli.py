@@ -228,7 +228,7 @@ def test_dry_run_prints_the_resolved_configuration_and_exits_0(role, config_file
     assert "dir: runs/blue" in done.stdout
     assert "536, computed in float32" in done.stdout
     assert "model.safetensors" in done.stdout
-    assert "tcp://127.0.0.1:5770, loopback without keys" in done.stdout
+    assert "runs/blue/rollouts.sock, for its user only" in done.stdout
 
 
 def test_dry_run_says_when_the_port_is_taken(config_file, capsys, monkeypatch):
