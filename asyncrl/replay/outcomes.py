@@ -7,7 +7,7 @@ it has:
   of one prompt alone). It is *set aside*: no leases, and its weights are sent again. After a back-off, which doubles
   with each further time, it gets one lease as a trial. A trial that ends with a group brings it back; one that fails
   sets it aside again. The learner may have to wait for a trial; while others work, the back-off is TRIAL_COST times
-  what the failed lease took at least, so that trials cost a tenth of the run's time at most.
+  what the failed lease took at least, so that trials cost a twentieth of the time at most.
 - *A prompt is at fault* as far as its failures directly follow successes of the generators that had it: such a failure
   is a *strike*. A generator that fails with everything, or has not finished anything yet, gives no strikes, and between
   two strikes of one generator there is always a success of its own.
@@ -30,7 +30,7 @@ MIN_OUTCOMES = 6
 SICK_SHARE = 0.75
 FIRST_BACKOFF_S = 2.0
 MAX_BACKOFF_S = 300.0
-TRIAL_COST = 10.0
+TRIAL_COST = 20.0
 MAX_FAILED_TRIALS = 4
 MAX_GENERATORS = 4096  # of which outcomes are remembered; the one that was first heard of is forgotten first
 
