@@ -65,6 +65,8 @@ class Generators:
         # Admitted generators -> sequences leased to them in this run epoch; None before their first beat.
         self._granted: dict[str, int | None] = {}
         self._wanting: dict[str, None] = {}  # those that have room for more, whose turn is next first
+        # Generators whose last beat listed just the leases they hold: when those changed last, and the list.
+        self._agreed: dict[str, tuple[tuple[int, int], list[messages.ActiveLease]]] = {}
         self.grants_left = False  # the last call of `grant` stopped before all had their turn
         self._repeats = Repeats(log, HELLOS_REFUSED_AT_ONCE)
         self._one_could_work = False  # held a version, ever
@@ -240,6 +242,7 @@ class Generators:
         log.warning("generator %s %s; %d leases go back", name, why, len(released))
         self._granted.pop(name, None)
         self._wanting.pop(name, None)
+        self._agreed.pop(name, None)
         self._leases.outcomes.died(name)
         self._versions.left(name, why, now)
 
@@ -265,6 +268,8 @@ class Generators:
 
     def _compare_leases(self, session: DeskSession, beat: messages.Beat, now: float) -> None:
         name = session.generator_id
+        if self._agreed.get(name) == (self._leases.last_change(name), beat.active):
+            return  # both sides had the same leases a beat ago, and neither has others now
         active = {lease.key: lease.issued_version for lease in beat.active}
         in_hand = [lease.key for lease in beat.active if lease.issued_version is not None]
         tickets = dict(zip(in_hand, beat.tickets, strict=False))  # one that is not there proves nothing
@@ -282,6 +287,8 @@ class Generators:
         ]
         if needless:
             self._send(session, messages.Abandon(self._run_epoch, needless))
+        if self._leases.holds_exactly(name, active):
+            self._agreed[name] = self._leases.last_change(name), beat.active
 
     def _adopt(self, session: DeskSession, key: LeaseKey, ticket: bytes, now: float) -> bool:
         """Lets a lease of an earlier run epoch go on, whose ticket proves that it is this process's and how old it is.

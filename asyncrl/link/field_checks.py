@@ -29,12 +29,20 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import msgpack
+
 from asyncrl.errors import ProtocolError
 from asyncrl.link.schema.field_rules import AtMost, BrokenRule, Fields, Printed, Rule
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import JSON_LIKE, KEY, MAY_BE_NAN, PayloadValue
 
 R = TypeVar("R")
+
+# NamedTuples that were decoded, by plan and bytes; they do not change, so that one may stand in many messages.
+_KNOWN: dict[tuple[int, bytes], Any] = {}
+_MAX_KNOWN = 32_768
+_MAX_KNOWN_BYTES = 48
+_MAX_KNOWN_FIELDS = 4
 
 
 class Mismatch(Exception):
@@ -392,6 +400,22 @@ def _record_to_array(plan: RecordPlan, record: Any) -> list[Any]:
 
 
 def _array_to_record(plan: RecordPlan, value: Any) -> Any:
+    """A NamedTuple. One that came before is not checked again: a beat names the same leases second after second."""
+    if not isinstance(value, list) or len(value) > _MAX_KNOWN_FIELDS:
+        return _checked_record(plan, value)
+    # Packed, because Python calls 1, 1.0 and True equal.
+    key = id(plan), msgpack.packb(value)
+    record = _KNOWN.get(key)
+    if record is None:
+        record = _checked_record(plan, value)
+        if len(key[1]) <= _MAX_KNOWN_BYTES and not any(isinstance(item, list | dict) for item in record):
+            if len(_KNOWN) >= _MAX_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[key] = record
+    return record
+
+
+def _checked_record(plan: RecordPlan, value: Any) -> Any:
     if not isinstance(value, list) or not plan.required <= len(value) <= len(plan.fields):
         raise _must_be(f"an array of {', '.join(field.name for field in plan.fields)}", shown(value))
     # strict=False: the last field may be left out.

@@ -119,6 +119,10 @@ class EvalLeases:
         """Running leases of one generator."""
         return self.current.running.of(holder) if self.current is not None else []
 
+    def last_change(self, holder: str) -> int:
+        """Another number after each change of what a generator holds; 0 while it holds nothing."""
+        return self.current.running.last_change(holder) if self.current is not None else 0
+
     @property
     def any_waiting(self) -> bool:
         """Whether a prompt waits to be leased."""

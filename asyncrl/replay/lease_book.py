@@ -269,6 +269,14 @@ class LeaseBook:
         """Puts back all leases of a generator that left, died or was fenced."""
         return self._fail_all(self._leases_of(holder), "released", now)
 
+    def holds_exactly(self, holder: str, keys: Collection[LeaseKey]) -> bool:
+        """Whether these are all leases that a generator holds."""
+        return {record.key for record in self._leases_of(holder)} == set(keys)
+
+    def last_change(self, holder: str) -> tuple[int, int]:
+        """Another value after each change of the leases that a generator holds."""
+        return self._running.last_change(holder), self._evals.last_change(holder)
+
     def num_held(self, holder: str) -> int:
         """Training leases that a generator holds."""
         return self._running.num_of(holder)

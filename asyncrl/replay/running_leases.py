@@ -15,6 +15,8 @@ class RunningLeases:
         self._by_ordinal: dict[int, LeaseRecord] = {}
         self._by_holder: dict[str, dict[int, LeaseRecord]] = {}
         self._deadlines: Deadlines[int] = Deadlines()
+        self._num_changes = 0
+        self._changed: dict[str, int] = {}  # by holder, while it holds a lease
 
     def __len__(self) -> int:
         return len(self._by_ordinal)
@@ -37,6 +39,14 @@ class RunningLeases:
         """How many leases a generator holds."""
         return len(self._by_holder.get(holder, ()))
 
+    def last_change(self, holder: str) -> int:
+        """Another number after each change of what a generator holds; 0 while it holds nothing."""
+        return self._changed.get(holder, 0)
+
+    def _note(self, holder: str) -> None:
+        self._num_changes += 1
+        self._changed[holder] = self._num_changes
+
     def holders(self) -> set[str]:
         """Generators that hold a lease."""
         return set(self._by_holder)
@@ -48,6 +58,7 @@ class RunningLeases:
         self._by_ordinal[ordinal] = record
         self._by_holder.setdefault(record.holder, {})[ordinal] = record
         self._deadlines.set(ordinal, record.deadline_at)
+        self._note(record.holder)
 
     def remove(self, record: LeaseRecord) -> None:
         """A lease has ended."""
@@ -55,8 +66,9 @@ class RunningLeases:
         del self._by_ordinal[ordinal]
         held = self._by_holder[record.holder]
         del held[ordinal]
+        self._note(record.holder)
         if not held:
-            del self._by_holder[record.holder]
+            del self._by_holder[record.holder], self._changed[record.holder]
         self._deadlines.remove(ordinal)
 
     def past_deadline(self, now: float) -> list[LeaseRecord]:

@@ -25,7 +25,7 @@ from asyncrl.config import Config
 from asyncrl.desk.counters import Counters
 from asyncrl.desk.daemon import Surroundings, make_desk
 from asyncrl.desk.desk import Desk
-from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.prompts import LeasedPrompts, MadeAtOnce
 from asyncrl.desk.run_state import PolicyVersions, RunState
 from asyncrl.link import messages, trainer_messages
 from asyncrl.link.codec import decode, encode
@@ -121,7 +121,7 @@ def make_stub_desk(folder: Path, config: Config, run_epoch: int = 1, *, version:
         state.journal.begin_writing()
     sockets = [ServerSocket("tcp://127.0.0.1:*", max_frame_bytes=MAX_FRAME_BYTES) for _ in range(2)]
     surroundings: Any = Surroundings(*sockets, NoProcess(), NoMetrics(), NoStop())  # type: ignore[arg-type]
-    return make_desk(config, state, LeasedPrompts(StubPrompts(), [], state.leases), surroundings)
+    return make_desk(config, state, LeasedPrompts(MadeAtOnce(StubPrompts()), state.leases), surroundings)
 
 
 class StubGenerator:
@@ -182,9 +182,7 @@ class StubGenerator:
                 self.offered = message
                 digests = [list(message.manifest.digests)]
                 self.send(
-                    messages.SyncReply(
-                        self.run_epoch, message.version, message.attempt, SyncPhase.STAGE, "", digests
-                    )
+                    messages.SyncReply(self.run_epoch, message.version, message.attempt, SyncPhase.STAGE, "", digests)
                 )
             case messages.SyncSwap():
                 in_use = [BitsInUse(message.version, 9, [], [])]
@@ -210,9 +208,7 @@ class StubGenerator:
             if self.outcome == "invalid":
                 message = replace(message, prompt=message.prompt + bytes(4))
         else:
-            message = messages.LeaseFailed(
-                seq, self.run_epoch, *key, FailureReason(self.outcome), "stub", grant.ticket
-            )
+            message = messages.LeaseFailed(seq, self.run_epoch, *key, FailureReason(self.outcome), "stub", grant.ticket)
         self.unacked[seq] = (message, now)
         self.send(message)
         return True

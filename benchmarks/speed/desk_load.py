@@ -94,7 +94,8 @@ def idle(folder: Path, generators: int, leases: int, seconds: float) -> dict[str
     fleet = start_fleet(desk, generators=generators, room=-(-leases // generators), work_s=LONG_S)
     try:
         joined_s = loop.until(lambda: desk.state.leases.num_running == leases, 120.0)
-        loop.until(lambda started=time.monotonic(): time.monotonic() > started + 3.0, 10.0)
+        calm_at = time.monotonic() + 3.0
+        loop.until(lambda: time.monotonic() > calm_at, 10.0)
         loop.ticks.clear()
         cpu, started = time.thread_time(), time.monotonic()
         while time.monotonic() < started + seconds:
@@ -154,6 +155,7 @@ def results(folder: Path, seconds: float) -> dict[str, float]:
     desk.intake._proofs.add("g0", 1, 0)
     frames = []
     for record in desk.state.leases.grant("g0", 0, int(seconds * 8000), 0, 0.0):
+        assert desk.prompts.is_there(record.key.ordinal, 0.0)
         lease = desk.generators._lease(record, session, 0.0)
         grant = LeaseGrant(
             1, *record.key, 0, 1.0, lease.prompt_token_ids.tobytes(), {}, lease.num_rollouts, NUM_TOKENS, 1.0
@@ -225,7 +227,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name, measure in (
             ("memory", lambda: memory(10**4 if arguments.quick else 10**6, 10**3 if arguments.quick else 10**5)),
-            ("results", lambda: results(Path(folder) / "results", 1.0 if arguments.quick else 3.0)),
+            ("results", lambda: results(Path(folder) / "results", 0.5 if arguments.quick else 1.5)),
             ("restart", lambda: restart(Path(folder) / "restart", generators, leases)),
             ("idle", lambda: idle(Path(folder) / "idle", generators, leases, seconds)),
         ):
