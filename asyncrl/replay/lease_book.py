@@ -106,8 +106,11 @@ class LeaseBook:
 
     def in_range(self, ordinal: int) -> bool:
         """Ordinals the run can need: one for each group it trains on, one more for each that is without a group."""
-        groupless = self.num_given_up + self.num_filtered + self.num_left_out
-        return 0 <= ordinal < self._pacing.total_groups + groupless
+        return 0 <= ordinal < self._end
+
+    @property
+    def _end(self) -> int:
+        return self._pacing.total_groups + self.num_given_up + self.num_filtered + self.num_left_out
 
     def is_done(self, ordinal: int) -> bool:
         """Whether an ordinal needs no lease any more: its group is there, or it is settled."""
@@ -115,9 +118,9 @@ class LeaseBook:
 
     def upcoming(self, count: int) -> list[int]:
         """Ordinals that are leased next, the very next one among them, and up to `count` of those after all others."""
-        last = self._next_ordinal + count
-        fresh = (n for n in range(self._next_ordinal, last) if n not in self._settled and self.in_range(n))
-        return [*self._waiting.some_due(count), *fresh]
+        end = min(self._next_ordinal + count, self._end)
+        fresh = [ordinal for ordinal in range(self._next_ordinal, end) if ordinal not in self._settled]
+        return self._waiting.some_due(count) + fresh
 
     def next_deadline(self, now: float) -> float:
         """When `expire` has something to do, a back-off ends or a trial is due; infinity when never."""
