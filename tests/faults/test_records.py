@@ -14,21 +14,29 @@ import numpy as np
 import pytest
 
 from asyncrl.config import Config
+from asyncrl.desk.evaluation import Evaluator
+from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.errors import ModelError, TaskError
 from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.codec import decode, encode
 from asyncrl.link.messages import LeaseGrant
+from asyncrl.replay.lease_book import LeaseBook
+from asyncrl.replay.lease_records import Verdict
+from asyncrl.replay.pacing import Pacing
+from asyncrl.storage.records import PromptGivenUp
 from asyncrl.tasks.base import Example
 from asyncrl.tasks.gsm8k import Gsm8k
 from asyncrl.tasks.helper import HelperLimits
 from asyncrl.tasks.payloads import MAX_LEVELS, MAX_VALUES, plain_payload
+from asyncrl.tasks.pipe import PromptMade
 from asyncrl.tasks.prompts import LeftOut, Prompt, PromptSource
 from asyncrl.tasks.trial import task_part_names, trial
-from asyncrl.types import LeaseKind
+from asyncrl.types import LeaseKey, LeaseKind
+from tests.desk.desk_parts import MetricsLog, make_parts, small_config, train_group
 from tests.faults.tokenizer_folders import BEGIN_ID, END_ID, TEXT, byte_level_folder
 
 MEBIBYTE = 2**20
-UNRULY = "tests.faults.unruly_task:Unruly"
+UNRULY = "tests.e2e.unruly_task:Unruly"
 SHORT = HelperLimits(start_s=30.0, example_s=1.0)
 TEMPLATE_WITHOUT_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -464,3 +472,127 @@ def test_D13_tokens_without_a_row_are_said_at_the_start_and_a_prompt_with_one_is
     assert source.make(0) == LeftOut(
         0, f"the prompt holds token {rows} (<extra>), and the model's embedding has {rows} rows"
     )
+
+
+# -- the desk's end ------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A maker of prompts that gives them only when it is told to, and leaves some out."""
+
+    fd, evals = -1, ()
+
+    def __init__(self, left_out=()):
+        self.left_out = set(left_out)
+        self.asked: list[int] = []
+
+    @property
+    def num_asked(self):
+        return len(self.asked)
+
+    def ask(self, ordinals, now):
+        self.asked += ordinals
+
+    def take(self, now):
+        if not now:
+            return []
+        made = [
+            PromptMade(n, n, reason="it is bad")
+            if n in self.left_out
+            else PromptMade(n, n, np.array([n, n], np.int32).tobytes())
+            for n in self.asked
+        ]
+        self.asked = []
+        return made
+
+    def next_deadline(self):
+        return float("inf")
+
+    def describe(self):
+        return ""
+
+
+def book_of(steps: int = 5) -> LeaseBook:
+    return LeaseBook(Pacing(2, 1, steps), lease_timeout_s=60.0)
+
+
+def test_D5_no_lease_is_granted_before_its_prompt_is_there_and_none_of_what_is_left_out():
+    book = book_of()
+    prompts = LeasedPrompts(Slow(left_out={0, 2}), book)
+    prompts.advance(0.0)
+    assert book.grant("g", 0, 4, 0, 0.0, lambda n: prompts.is_there(n, 0.0)) == []
+    prompts.advance(1.0)
+    granted = book.grant("g", 0, 4, 0, 1.0, lambda n: prompts.is_there(n, 1.0))
+    assert [record.key.ordinal for record in granted] == [1, 3, 4, 5]
+    assert [made.ordinal for made in prompts.take_left_out()] == [0, 2]
+    assert (book.num_left_out, book.num_trained, book.num_given_up, book.num_admitted) == (2, 0, 0, 4)
+    assert book.in_range(11) and not book.in_range(12)  # two more than the run's ten groups
+
+
+def test_D1_what_was_left_out_stays_so_after_a_restart():
+    book = book_of()
+    prompts = LeasedPrompts(Slow(left_out={1, 6}), book)
+    prompts.advance(0.0)
+    prompts.advance(1.0)
+    again = book_of()
+    again.restore(book.state(), trained=[], accepted=[], given_up=[], filtered=[], left_out=[1, 6, 8])
+    assert again.num_left_out == 3
+    granted = again.grant("g", 0, 4, 0, 0.0)
+    assert [record.key.ordinal for record in granted] == [0, 2, 3, 4]
+    assert [again.is_done(n) for n in (1, 6, 8, 9)] == [True, True, True, False]
+
+
+def test_D5_a_lease_of_before_a_restart_is_abandoned_when_its_example_is_left_out():
+    book = LeaseBook(Pacing(2, 1, 5), lease_timeout_s=60.0, run_epoch=2)
+    key = LeaseKey(LeaseKind.TRAIN, 3, 0)
+    assert book.adopt("g", key, 0, 0.0)
+    prompts = LeasedPrompts(Slow(left_out={3}), book)
+    assert not prompts.is_there(3, 0.0)
+    assert not prompts.is_there(3, 0.0)
+    prompts.advance(1.0)
+    assert [record.key for record in prompts.take_needless()] == [key]
+    assert book.is_done(3) and book.num_running == 0
+    assert book.accept(key).verdict is Verdict.DUPLICATE
+
+
+def test_D5_a_result_whose_prompt_is_not_made_again_yet_is_not_acknowledged_and_taken_when_it_comes_again(tmp_path):
+    parts = make_parts(tmp_path)
+    try:
+        session = parts.connect()
+        parts.intake._prompts = prompts = LeasedPrompts(Slow(), parts.leases)
+        group = train_group(0)
+        parts.leases.grant("g1", 0, 1, 0, 0.0)
+        assert parts.take(session, group, 1, now=0.0).reply is None
+        assert parts.make_durable() == [] and len(parts.buffer) == 0
+        prompts.advance(1.0)
+        assert parts.take(session, group, 1, now=1.0).reply is None
+        assert parts.make_durable() == [session] and len(parts.buffer) == 1
+    finally:
+        parts.journal.close()
+
+
+def test_D1_a_record_of_what_is_left_out_keeps_the_reason_and_older_ones_are_read():
+    for record in (PromptGivenUp(7), PromptGivenUp(7, "it is bad")):
+        assert PromptGivenUp.from_payload(record.payload()) == record
+    assert PromptGivenUp(7).payload() == b"\x07"
+
+
+def test_D14_held_out_prompts_that_come_late_start_the_evaluation_that_was_due(tmp_path):
+    parts = make_parts(tmp_path, small_config(eval__prompts=64))
+    try:
+        evaluator = Evaluator(
+            parts.config,
+            num_prompts=None,
+            leases=parts.leases,
+            acknowledgements=parts.acknowledgements,
+            metrics=MetricsLog(),
+            done=set(),
+        )
+        evaluator.advance(0, {0})
+        evaluator.version_proven(0, 0.0)
+        assert parts.leases.evaluation is None and not evaluator.idle
+        assert evaluator.describe() == "the evaluation of version 0 waits for its prompts"
+        evaluator.prompts_are_there(3, 1.0)
+        assert (parts.leases.evaluation.version, parts.leases.evaluation.num_prompts) == (0, 3)
+    finally:
+        parts.journal.close()
