@@ -9,10 +9,11 @@ from pathlib import Path
 from asyncrl.config import Config
 from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
 from asyncrl.config.keys import value_of
-from asyncrl.host.model_config import known_context, vocab_size
+from asyncrl.host.model_config import check_generation_config, known_context, vocab_size
 from asyncrl.host.model_folder import ModelFiles, find_model
 from asyncrl.host.model_head import check_head
 from asyncrl.host.processes import cpu_problem
+from asyncrl.host.tokenizer import check_tokenizer_file
 
 
 def check_host(config: Config, role: str, *, is_here: bool = True) -> ModelFiles:
@@ -29,6 +30,8 @@ def check_host(config: Config, role: str, *, is_here: bool = True) -> ModelFiles
         here += _port_problems(config)
     raise_all([*_key_file_problems(config, role), *here])
     model = find_model(config.model.path)
+    check_generation_config(model.folder, f"model.path={config.model.path}")
+    check_tokenizer_file(model.folder, f"model.path={config.model.path}")
     check_head(model, f"model.path={config.model.path}")
     raise_all(list(_length_problems(config, model, "model.path")))
     if role == "learner" and has_own_critic(config) and config.critic.path:

@@ -57,6 +57,24 @@ def read_model_config(folder: Path, key: str) -> dict[str, Any]:
     return config
 
 
+def check_generation_config(folder: Path, key: str) -> None:
+    """Raises ModelError where generation_config.json is there and no engine could take the end tokens from it.
+
+    What it says of sampling is nobody's business here: sampling is configured, and the file is exported as it is.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}: {path.name} cannot be read ({error}); copy it again, or remove it") from None
+    ends = content.get("eos_token_id") if isinstance(content, dict) else "none"
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in listed):
+        raise ModelError(f"{key}: {path.name} must be an object whose eos_token_id is a number or a list of numbers")
+
+
 def vocab_size(config: dict[str, Any]) -> int:
     """Rows of the embedding: token ids are below it."""
     return int(config["vocab_size"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncrl.errors import ModelError
@@ -30,11 +31,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     it encoded (`check_round_trip`).
     """
     folder = find_model(path).folder
-    if not (folder / "tokenizer.json").is_file():
-        raise ModelError(
-            f"model.path={path} has no tokenizer.json; convert its tokenizer once with "
-            f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
+    check_tokenizer_file(folder, f"model.path={path}")
     from transformers import PreTrainedTokenizerFast
 
     try:
@@ -48,6 +45,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     tokenizer.clean_up_tokenization_spaces = False  # a reward sees the text as it was written: "it 's", not "it's"
     check_round_trip(tokenizer, f"model.path={path}")
     return tokenizer
+
+
+def check_tokenizer_file(folder: Path, key: str) -> None:
+    """Raises ModelError, which begins with `key`, where a model folder has no tokenizer.json."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{key} has no tokenizer.json; convert its tokenizer once with "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
 
 
 def check_round_trip(tokenizer: PreTrainedTokenizerFast, where: str) -> None:

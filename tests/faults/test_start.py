@@ -28,8 +28,9 @@ from asyncrl.config.host_checks import check_host
 from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.desk.evaluation import evaluation_due
 from asyncrl.errors import ConfigError, TaskError, UserError
+from asyncrl.generator.engines.vllm.options import stop_token_ids
 from asyncrl.host.addresses import is_loopback, is_wildcard, rollout_address
-from asyncrl.host.model_config import known_context
+from asyncrl.host.model_config import check_generation_config, known_context
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.processes import StopSignal
 from asyncrl.tasks.base import load_task
@@ -832,3 +833,25 @@ def test_D9_an_argument_that_a_task_declares_as_text_is_never_a_number():
     assert task.given == ("1.10", 1.1, False)
     with pytest.raises(ConfigError, match="pattern=1.1 must be text"):
         check_rewards(load("reward.parts.form={kind: format, pattern: 1.10}"), "learner")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, null]}'])
+def test_D7_a_generation_config_that_no_engine_could_read_is_refused_at_the_start(tmp_path, config_file, content):
+    folder = make_model_folder(tmp_path / "model")
+    (folder / "generation_config.json").write_text(content)
+    for code, message in commands(config_file, f"model.path={folder}"):
+        assert code == 2 and "generation_config.json" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("settings", [*GENERATION, {"eos_token_id": 1}, {"eos_token_id": [1, 2]}, {}])
+def test_D7_end_tokens_are_found_whatever_else_the_generation_config_says(model_folder, settings):
+    (model_folder / "generation_config.json").write_text(json.dumps(settings))
+    check_generation_config(model_folder, "model.path=m")
+    assert 1 in stop_token_ids(str(model_folder), AutoTokenizer.from_pretrained(model_folder))
+
+
+def test_D7_a_tokenizer_that_must_be_converted_is_refused_at_the_start(tmp_path, config_file):
+    folder = make_model_folder(tmp_path / "model")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    for code, message in commands(config_file, f"model.path={folder}"):
+        assert code == 2 and "has no tokenizer.json; convert its tokenizer" in message
