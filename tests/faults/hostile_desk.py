@@ -60,7 +60,18 @@ TEXTS = (
     "swap",
     "engine",
     "evil-1",
+    "honest",
 )
+
+
+class Keys:
+    """Stands for PeerKeys: the honest generator's id is listed for its key, and nobody else's is."""
+
+    def refusal(self, peer, generator_id):
+        return "" if (peer == HONEST) == (generator_id == HONEST.decode()) else "another key speaks for it"
+
+    def revoked(self, now):
+        return []
 
 
 class Wire:
@@ -69,7 +80,7 @@ class Wire:
     max_frame_bytes = 4 * MEBIBYTE
     handshakes_refused = 0
     malformed_messages = 0
-    keys = None
+    keys = Keys()
     address = "inproc://wire"
 
     def __init__(self):
