@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
+from asyncrl.config import UpdateConfig
 from asyncrl.config.host_checks import check_host
 from asyncrl.config.loading import load_config
 from asyncrl.errors import BindError, ConfigError, ModelError
 from asyncrl.generator.engines.vllm.bits_in_use import num_unwritten
+from asyncrl.generator.engines.vllm.expert_weights import aliases
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.model_head import check_head
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncReply
@@ -24,6 +27,7 @@ from asyncrl.link.trainer_messages import OpenChannel
 from asyncrl.link.weight_records import BitsInUse, ChannelSpec
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.trainer.engines.policy import Policy
+from asyncrl.trainer.engines.trainable import apply_update, frozen_digests, patched_source
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
@@ -32,6 +36,7 @@ from asyncrl.weights.plan.records import Committed, SyncFailed
 from asyncrl.weights.publisher import Publisher
 from benchmarks.speed.digest import damages, try_damage
 from tests.generator.engines.vllm.test_direct_apply import HIDDEN, Model, Worker, checkpoint, manifest_of
+from tests.tiny_experts import expert_config
 from tests.trainer.tiny import save_tiny_model
 from tests.weights.plan.test_planner import CANARY, DIGESTS, Bench, kinds, messages
 
@@ -376,3 +381,40 @@ def test_U5_the_publisher_opens_its_channels_at_the_port(backend):
     assert ports == {port} if backend == "gloo" else port not in ports
     for epoch in (1, 2):
         publisher._close(epoch)
+
+
+# -- mixtures of experts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A Qwen3-MoE as it is loaded from a folder, and the names of the tensors there."""
+    model = Qwen3MoeForCausalLM(expert_config())
+    model.save_pretrained(tmp_path / "experts")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "experts", dtype=torch.float32)
+    return loaded, load_file(tmp_path / "experts" / "model.safetensors")
+
+
+def test_D10_a_second_path_to_a_layer_is_carried_with_the_first_and_a_tied_layer_is_not():
+    gate, block, root = torch.nn.Linear(2, 2), torch.nn.Module(), torch.nn.Module()
+    block.gate = root.gate = gate
+    root.experts, root.embed, root.head = block, torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    root.head.weight = root.embed.weight
+    names = dict(aliases(root))
+    assert names["experts.gate.weight"] == names["gate.weight"]
+    assert names["head.weight"] != names["embed.weight"]
+
+
+def test_D10_adapters_leave_the_experts_out_say_so_and_name_frozen_tensors_as_files_do(experts, caplog):
+    model, stored = experts
+    apply_update(model, UpdateConfig(what="lora", lora_rank=2))
+    assert caplog.text.count("4 weights of experts") == 1
+    source = patched_source(model, UpdateConfig(what="lora", lora_rank=2), frozen_digests(model))
+    assert dict(source.patch.base) == {name: digest(tensor) for name, tensor in stored.items()}
+
+
+def test_D10_a_part_that_files_hold_in_pieces_is_refused(experts):
+    model, _ = experts
+    with pytest.raises(ConfigError, match="mlp.experts.down_proj is stored in several tensors"):
+        apply_update(model, UpdateConfig(what="partial", names=["model.layers.0.mlp.experts.down_proj"]))
+    apply_update(model, UpdateConfig(what="partial", names=["model.layers.0.mlp.gate.weight"]))

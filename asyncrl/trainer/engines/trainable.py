@@ -8,11 +8,13 @@ in their own copy of the initial model. Names are those of a Hugging Face checkp
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from asyncrl.config import UpdateConfig
 from asyncrl.errors import ConfigError
@@ -20,6 +22,8 @@ from asyncrl.link.weight_records import Patch
 from asyncrl.trainer.engines.lora import adapted_weights, inject_adapters, nearest_name, plain_name
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.patch import SyncSource
+
+log = logging.getLogger(__name__)
 
 
 def apply_update(model: PreTrainedModel, update: UpdateConfig, seed: int = 0) -> None:
@@ -34,12 +38,14 @@ def apply_update(model: PreTrainedModel, update: UpdateConfig, seed: int = 0) ->
             return
         case "partial":
             selected = select_names([name for name, _ in named_parameters(model)], update.names)
+            _check_names_of_files(model, selected)
             model.requires_grad_(False)
             for name, parameter in named_parameters(model):
                 if name in selected:
                     parameter.requires_grad_(True)
         case "lora":
             inject_adapters(model, update, seed)
+            _tell_of_experts(model)
 
 
 def describe_update(update: UpdateConfig) -> str:
@@ -98,14 +104,18 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def frozen_digests(model: PreTrainedModel) -> dict[str, int]:
-    """Digest of each parameter that is not trained, by name, a tied one once. Reads them all."""
+    """Digest of each tensor that is not trained, by its name in the model's files, a tied one once. Reads them all.
+
+    Experts are one parameter here and many tensors there.
+    """
     seen: set[int] = set()
-    digests = {}
+    frozen: dict[str, Tensor] = {}
     for name, parameter in named_parameters(model):
         if not parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            digests[name] = digest(parameter.data.float().contiguous())
-    return digests
+            frozen[name] = parameter.data
+    stored = revert_weight_conversion(model, frozen)
+    return {name: digest(tensor.float().contiguous()) for name, tensor in stored.items()}
 
 
 def patched_source(model: PreTrainedModel, update: UpdateConfig, frozen: dict[str, int]) -> SyncSource:
@@ -125,6 +135,26 @@ def patched_source(model: PreTrainedModel, update: UpdateConfig, frozen: dict[st
         scale=update.lora_alpha / update.lora_rank if adapted and not merged else None,
     )
     return SyncSource(named, adapted if merged else {}, patch)
+
+
+def _check_names_of_files(model: PreTrainedModel, names: set[str]) -> None:
+    """Raises ConfigError for a parameter that files hold in pieces: generators could not put it among their own."""
+    for name, parameter in named_parameters(model):
+        if name in names and set(revert_weight_conversion(model, {name: parameter.data})) != {name}:
+            raise ConfigError(
+                f"update.names: {name} is stored in several tensors (experts), which a partial update cannot send; "
+                "leave it out, or set update.what=full"
+            )
+
+
+def _tell_of_experts(model: PreTrainedModel) -> None:
+    experts = [parameter.numel() for parameter in model.parameters() if parameter.dim() > 2]
+    if experts:
+        share = sum(experts) / sum(parameter.numel() for parameter in model.parameters())
+        log.warning(
+            "update.what=lora puts adapters beside linear layers: %d weights of experts, %.0f %% of the model, have "
+            "none and stay as they are; update.what=full trains them", len(experts), 100 * share,
+        )  # fmt: skip
 
 
 def _tied_names(model: PreTrainedModel) -> list[tuple[str, str]]:
