@@ -339,6 +339,7 @@ class Desk:
             assert self.stop.received is not None
             reason = f"the learner got {self.stop.received.name}"
         log.info("stopping: %s", reason)
+        self.prompts.stop()
         self.generators.stop(finished, reason)
         self.ranks.stop(finished, reason)
         if not self.ranks.present and self.process.running:

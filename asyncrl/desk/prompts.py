@@ -48,6 +48,9 @@ class PromptMaker(Protocol):
     def describe(self) -> str:
         """What is waited for, in words for the log; empty when nothing is."""
 
+    def stop(self) -> None:
+        """No more prompts are wanted."""
+
 
 class TrainPrompts(Protocol):
     """Makes training prompts here and now."""
@@ -85,6 +88,9 @@ class MadeAtOnce:
         """See `PromptMaker.describe`."""
         return ""
 
+    def stop(self) -> None:
+        """See `PromptMaker.stop`."""
+
 
 class LeasedPrompts:
     """Training prompts by ordinal, held-out ones by their place in the evaluation that the lease book has now."""
@@ -93,6 +99,7 @@ class LeasedPrompts:
         self._maker = maker
         self._leases = leases
         self._prompts: dict[int, Prompt] = {}  # by ordinal; the one that was needed for longest is last
+        self._look_through_at = 2 * AHEAD  # so many are kept before those that nobody needs are let go of
         self._asked: set[int] = set()
         self._left_out: list[PromptMade] = []  # since the last `take_left_out`
         self._needless: list[LeaseRecord] = []
@@ -114,6 +121,10 @@ class LeasedPrompts:
     def describe(self) -> str:
         """What is waited for, in words for the log; empty when nothing is."""
         return self._maker.describe()
+
+    def stop(self) -> None:
+        """The run stops: no more prompts are wanted, and whatever the task does now disturbs nobody."""
+        self._maker.stop()
 
     def advance(self, now: float) -> None:
         """Takes in what was made, and asks for what is leased next.
@@ -167,5 +178,8 @@ class LeasedPrompts:
                 self._left_out.append(made)
                 if (running := self._leases.settle_without_prompt(made.ordinal, now)) is not None:
                     self._needless.append(running)
+        if len(self._prompts) > self._look_through_at:
+            self._prompts = {n: prompt for n, prompt in self._prompts.items() if not self._leases.is_done(n)}
+            self._look_through_at = 2 * len(self._prompts) + AHEAD
         while len(self._prompts) > KEPT:
             del self._prompts[next(iter(self._prompts))]

@@ -112,6 +112,7 @@ class GuardedProcess:
     def kill(self) -> None:
         """Ends the child and everything in its process group, and waits until it is gone."""
         process, self._process = self._process, None
+        self.ended = False
         self._received.clear()
         self._to_send.clear()
         if process is None:

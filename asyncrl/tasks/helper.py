@@ -101,8 +101,14 @@ class TaskHelper:
         self._process.start()
         self._process.send(encode(self._setup))
 
+    def stop(self) -> None:
+        """Ends the helper process: nothing comes any more, and `fd` is never readable again."""
+        self._process.kill()
+        self._ready = False
+        self._due_at = float("inf")
+
     def close(self) -> None:
-        """Ends the helper process."""
+        """As `stop`, and gives `fd` back."""
         self._process.close()
 
     def next_deadline(self) -> float:

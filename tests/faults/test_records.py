@@ -6,8 +6,12 @@ import datetime
 import json
 import logging
 import re
+import select
+import time
 from collections import Counter
+from contextlib import closing
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ import pytest
 
 from asyncrl.config import Config
 from asyncrl.desk.evaluation import Evaluator
-from asyncrl.desk.prompts import LeasedPrompts
+from asyncrl.desk.prompts import AHEAD, LeasedPrompts
 from asyncrl.errors import ModelError, TaskError
 from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.codec import decode, encode
@@ -26,11 +30,12 @@ from asyncrl.replay.pacing import Pacing
 from asyncrl.storage.records import PromptGivenUp
 from asyncrl.tasks.base import Example
 from asyncrl.tasks.gsm8k import Gsm8k
-from asyncrl.tasks.helper import HelperLimits
+from asyncrl.tasks.helper import HelperLimits, TaskHelper
 from asyncrl.tasks.payloads import MAX_LEVELS, MAX_VALUES, plain_payload
 from asyncrl.tasks.pipe import PromptMade
 from asyncrl.tasks.prompts import LeftOut, Prompt, PromptSource
-from asyncrl.tasks.trial import task_part_names, trial
+from asyncrl.tasks.shuffle import example_index
+from asyncrl.tasks.trial import helper_setup, task_part_names, trial
 from asyncrl.types import LeaseKey, LeaseKind
 from tests.desk.desk_parts import MetricsLog, make_parts, small_config, train_group
 from tests.faults.tokenizer_folders import BEGIN_ID, END_ID, TEXT, byte_level_folder
@@ -209,7 +214,9 @@ def test_D1_each_kind_of_bad_example_is_left_out_by_name_and_reason_and_the_othe
         assert re.search(REASONS[fault].replace("record 3", f"record {index}"), told[index]), told[index]
 
 
-@pytest.mark.parametrize("fault", ["raise", pytest.param("hard_exit", marks=pytest.mark.slow), "killed"])
+@pytest.mark.parametrize(
+    "fault", ["raise", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("hard_exit", "killed"))]
+)
 def test_D1_a_task_whose_every_example_is_bad_ends_with_a_user_error_that_names_one(config, fault):
     with pytest.raises(TaskError, match="training example|the last is number") as caught:
         trial(with_args(config, size=40, faults={"all": fault}), 40, limits=SHORT)
@@ -596,3 +603,63 @@ def test_D14_held_out_prompts_that_come_late_start_the_evaluation_that_was_due(t
         assert (parts.leases.evaluation.version, parts.leases.evaluation.num_prompts) == (0, 3)
     finally:
         parts.journal.close()
+
+
+@pytest.mark.slow
+def test_D1_two_thousand_records_with_bad_ones_of_every_kind_are_all_trained_and_the_bad_ones_listed(config, caplog):
+    """The desk's prompts and leases over the real helper process; a generator that answers each lease at once."""
+    kinds = [kind for kind in REASONS if kind != "pipes"]  # what that writes may be taken for a frame that goes on
+    faults = {str(80 * number + 7): kind for number, kind in enumerate(kinds)}
+    assert len(faults) >= 24
+    with_args(config, size=2000, faults=faults)
+    book = LeaseBook(Pacing(40, 1, 50), lease_timeout_s=60.0)
+    trained: list[int] = []
+    left_out: dict[int, str] = {}
+    with closing(TaskHelper(helper_setup(config), SHORT)) as helper, caplog.at_level(logging.WARNING):
+        helper.start(time.monotonic())
+        prompts = LeasedPrompts(helper, book)
+        while book.num_trained < 2000:
+            select.select([prompts.fd], [], [], 0.5 if helper.num_asked else 0.01)
+            now = time.monotonic()
+            prompts.advance(now)
+            left_out |= {made.index: made.reason for made in prompts.take_left_out()}
+            version = book.num_trained // 40
+            for record in book.grant("g", version, 40, version, now, partial(prompts.is_there, now=now)):
+                assert prompts.of(record.key).token_ids.size
+                assert book.accept(record.key).verdict is Verdict.ACCEPTED
+                trained.append(record.key.ordinal)
+                book.train([record.key])
+    bad = {int(index) for index in faults}
+    assert set(left_out) == bad
+    listed = Counter(re.findall(r"training example (\d+) is left out: ", caplog.text))
+    assert listed == dict.fromkeys(faults, 1)
+    for index, kind in faults.items():
+        assert re.search(REASONS[kind].replace("record 3", f"record {index}"), left_out[int(index)])
+    first_epoch = Counter(example_index(n, config.run.seed, 2000) for n in trained if n < 2000)
+    assert first_epoch == Counter(index for index in range(2000) if index not in bad)
+    assert len(trained) == len(set(trained)) == 2000
+
+
+def test_D5_a_task_that_blocks_disturbs_nobody_once_the_run_stops(config):
+    with closing(TaskHelper(helper_setup(with_args(config, constructor="block")), SHORT)) as helper:
+        helper.start(0.0)
+        prompts = LeasedPrompts(helper, book_of())
+        prompts.advance(0.0)
+        prompts.stop()
+        assert prompts.next_deadline() == float("inf")
+        prompts.advance(1e9)
+        assert not prompts.is_there(0, 1e9)
+        assert select.select([prompts.fd], [], [], 0.0)[0] == []
+
+
+def test_D5_prompts_that_nobody_needs_any_more_are_let_go_of():
+    book = LeaseBook(Pacing(400, 1, 10), lease_timeout_s=60.0)
+    prompts = LeasedPrompts(Slow(), book)
+    for step in range(10):
+        while len(granted := book.grant("g", step, 400, step, 1.0, lambda n: prompts.is_there(n, 1.0))) == 0:
+            prompts.advance(1.0)
+        for record in granted:
+            book.accept(record.key)
+        book.train(record.key for record in granted)
+        prompts.advance(1.0)
+    assert sum(n in prompts for n in range(4000)) <= 3 * AHEAD
