@@ -12,7 +12,9 @@ it has:
   is a *strike*. A generator that fails with everything, or has not finished anything yet, gives no strikes, and between
   two strikes of one generator there is always a success of its own.
 
-Where every generator is set aside and MAX_FAILED_TRIALS trials of each failed, nothing will come any more.
+Where every generator is set aside and MAX_FAILED_TRIALS trials of each failed, nothing will come any more: the learner
+ends with exit code 8 and says why. With a single generator the rules are the same: its prompts are blamed for what
+fails between its successes, and a generator that fails with everything ends the run.
 """
 
 from __future__ import annotations
