@@ -165,9 +165,13 @@ def test_D6_a_worker_that_rewards_have_filled_is_replaced_and_costs_no_reward():
 
 @pytest.mark.parametrize(
     ("completion", "says"),
-    [("needs_all_memory", "MemoryError"), ("keeps_files", "Too many open files"), ("hides_it", "no luck"),
-     ("keeps_threads", "new thread")],
-)  # fmt: skip
+    [
+        ("needs_all_memory", "MemoryError"),
+        ("keeps_files", "Too many open files"),
+        pytest.param("hides_it", "no luck", marks=pytest.mark.slow),
+        pytest.param("keeps_threads", "new thread", marks=pytest.mark.slow),
+    ],
+)
 def test_D6_a_reward_that_fills_a_new_worker_fails_alone_and_the_next_one_has_room_again(completion, says):
     outcomes = score(["plain", completion, completion, "plain"])
     first, *failed, last = outcomes
