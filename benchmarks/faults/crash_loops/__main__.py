@@ -9,6 +9,10 @@ are started again at once, until the run has trained all its steps. Each stub wr
 kept whole beside the run. Then, from these files alone (`audit`): every acknowledged group is in the journal with the
 bytes that were sent, every version was made once or again of the same groups, and every prompt was trained once.
 
+Part "trainer": the real learner with a small model that is really trained, and stub generators. The learner and its
+trainer get SIGKILL at random instants. Afterwards a second learner trains the journal again, undisturbed, and must
+come to the same weights bit for bit.
+
 The table and crash_loops.json have: kills, acknowledged rollouts, what was lost or trained twice, and how long a
 learner that was started again takes to answer its generators.
 """
@@ -24,9 +28,9 @@ import time
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.faults.crash_loops import desk_part
+from benchmarks.faults.crash_loops import desk_part, trainer_part
 
-PARTS = {"desk": desk_part}
+PARTS = {"desk": desk_part, "trainer": trainer_part}
 
 
 def main() -> int:

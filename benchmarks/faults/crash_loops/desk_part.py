@@ -19,7 +19,7 @@ from benchmarks.studies.async_vs_sync import free_port
 PACKAGE = "benchmarks.faults.crash_loops"
 GENERATORS = ("g0", "g1", "g2")
 KILLS = {LEARNER: 2.0, TRAINER: 0.2, "g0": 2.0, "g1": 2.0, "g2": 2.0}  # weights
-MEAN_PAUSE_S = 0.6
+MEAN_PAUSE_S = 0.35
 ROLLOUTS = 1_000_000
 MIN_KILLS = 1000
 QUICK_STEPS = 30

@@ -81,6 +81,8 @@ class Killer:
 
     def _kill_trainer(self) -> None:
         for pid in _children(self._processes[LEARNER].popen.pid):
+            if b"trainer" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                continue  # the task's helper
             self._ledger.write("kill", TRAINER, f"{time.monotonic():.6f}")
             os.kill(pid, signal.SIGKILL)
             self.kills[TRAINER] += 1
@@ -108,7 +110,7 @@ class Killer:
         return self.finished()
 
     def _pause(self, mean_s: float) -> float:
-        return min(self._chance.expovariate(1 / mean_s), 5 * mean_s)
+        return min(self._chance.expovariate(1 / mean_s), 5 * mean_s) if mean_s < float("inf") else mean_s
 
     def finished(self) -> bool:
         """Whether the learner ended by itself, with success: then the run is over."""
@@ -120,7 +122,7 @@ class Killer:
             code = process.popen.poll()
             if code is None:
                 continue
-            if name != LEARNER and self._chance is not None and code in (0, 3, 4):
+            if name != LEARNER and code in (0, 3, 4):
                 del self._processes[name]
                 self.start_all()  # it left by itself: a fenced name, or a learner that was away for long
                 continue

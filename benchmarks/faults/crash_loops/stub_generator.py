@@ -28,7 +28,7 @@ from asyncrl.link.weight_records import BitsInUse
 from asyncrl.rewards.pool import RewardOutcome
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, FinishReason, VersionSpan
 from benchmarks.faults.crash_loops.ledger import GeneratorLedger
-from benchmarks.faults.crash_loops.settings import VOCAB, config_of, token_s_of
+from benchmarks.faults.crash_loops.settings import config_of, settings_of
 from benchmarks.faults.crash_loops.stub_weights import canary_row
 
 
@@ -53,8 +53,9 @@ class NotedSocket(AsyncClientSocket):
 class StubEngine:
     """Implements `RolloutEngine`. A token takes token_s; the completions of a group come together."""
 
-    def __init__(self, token_s: float, seed: int) -> None:
+    def __init__(self, token_s: float, vocab: int, seed: int) -> None:
         self._token_s = token_s
+        self._vocab = vocab
         self._chance = random.Random(seed)
         self._numbers = np.random.default_rng(seed)
         self._staged: tuple[int, tuple[int, ...]] | None = None
@@ -95,7 +96,7 @@ class StubEngine:
         return completions
 
     def _completion(self, length: int, version: int) -> Completion:
-        tokens = self._numbers.integers(0, VOCAB, length, dtype=TOKEN_DTYPE)
+        tokens = self._numbers.integers(0, self._vocab, length, dtype=TOKEN_DTYPE)
         logprobs = np.full(length, -1.0, LOGPROB_DTYPE)
         return Completion(tokens, logprobs, (VersionSpan(0, length, version),), FinishReason.STOP, "")
 
@@ -155,7 +156,7 @@ class StubRewards:
 
 async def serve(folder: Path, name: str) -> int:
     """One life of the generator."""
-    config = config_of(folder)
+    config, settings = config_of(folder), settings_of(folder)
     identity = claim_identity(Path(config.run.dir) / "generators", name)
     ledger = GeneratorLedger(folder / "ledgers" / f"{name}.generator", identity.incarnation, _max_frame_bytes(config))
     ledger.began(time.monotonic())
@@ -164,7 +165,7 @@ async def serve(folder: Path, name: str) -> int:
         config,
         _session(config, identity),
         NotedSocket(config.transport.address, max_frame_bytes=_max_frame_bytes(config), ledger=ledger),
-        StubEngine(token_s_of(folder), seed),  # type: ignore[arg-type]
+        StubEngine(settings.token_s, settings.vocab, seed),  # type: ignore[arg-type]
         StubRewards(seed),  # type: ignore[arg-type]
         parts=GeneratorParts(),
     )

@@ -10,7 +10,7 @@ import pytest
 
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import MessageSeen, PromptGivenUp, StepTaken, StoredGroup
-from benchmarks.faults.crash_loops import desk_part
+from benchmarks.faults.crash_loops import desk_part, trainer_part
 from benchmarks.faults.crash_loops.answers import answer_times
 from benchmarks.faults.crash_loops.audit import archive_segments, audit, generator_accounts
 from benchmarks.faults.crash_loops.ledger import Ledger, MadeStep, TrainerLedger, sha
@@ -171,3 +171,12 @@ def test_a_small_loop_of_kills_loses_nothing(tmp_path):
     assert result is not None, "the run was not at its end after two minutes"
     assert result["complaints"] == []
     assert result["acked_groups"] >= 240
+
+
+@pytest.mark.slow
+def test_a_learner_that_was_killed_comes_to_the_weights_of_an_undisturbed_replay(tmp_path):
+    options = argparse.Namespace(quick=True, seconds=200.0, seed=1, kills=3)
+    result = trainer_part.run(tmp_path / "loop", options)
+    assert result is not None, "the run was not at its end in time"
+    assert result["complaints"] == []
+    assert result["weights"] == result["weights_of_replay"]
