@@ -154,7 +154,7 @@ class Dealer:
         self.peer = network.connect(self)
         self.open = True
 
-    def reconnect(self) -> None:
+    def reconnect(self, address: str | None = None) -> None:
         self._network.disconnect(self.peer)
         self._inbox.clear()
         self.peer = self._network.connect(self)
