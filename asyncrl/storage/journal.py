@@ -30,7 +30,7 @@ from typing import NamedTuple
 from asyncrl.errors import JournalError
 from asyncrl.storage.disk import fsync_folder, lock_folder, make_folder, write_all
 from asyncrl.storage.journal_end import JournalEnd
-from asyncrl.storage.journal_reader import JournalReader, Location, segment_path
+from asyncrl.storage.journal_reader import Entry, FoundRecords, JournalReader, Location, segment_path
 from asyncrl.storage.records import GroupsDropped, Record, StepTaken, StoredGroup
 from asyncrl.storage.segment import (
     HEADER_BYTES,
@@ -92,6 +92,7 @@ class Journal:
         self._flush = flush
         self._segments: list[_Segment] = []
         self._segment_of_group: dict[tuple[int, int], _Segment] = {}
+        self._found: list[Entry] = []  # what `open` found, until the first record is appended
         self._steps: dict[int, tuple[int, StepTaken]] = {}  # version -> segment number, record
         self._fd = -1
         self._pending: list[bytes] = []
@@ -165,6 +166,7 @@ class Journal:
         Raises JournalError when the journal is closed or broken, or when a new segment is due and the disk fails.
         """
         self._check_usable()
+        self._found.clear()
         segment = self._segments[-1]
         frame = encode(record, segment.salt)
         used = segment.num_bytes + self.pending_bytes
@@ -240,6 +242,13 @@ class Journal:
         """Every whole durable record, oldest first."""
         return JournalReader(self._folder, [segment.number for segment in self._segments])
 
+    def found(self) -> JournalReader:
+        """What `open` found, as `read_all` gives it, but without the bodies of groups and without reading it again.
+
+        For the start: once a record was appended, all is read.
+        """
+        return self.read_all() if self.appended_bytes else FoundRecords(self._folder, self._found)
+
     def read_group(self, location: Location) -> StoredGroup:
         """The durable group at `location`. Raises JournalError when it is not there or damaged."""
         return self.read_all().read_group(location)
@@ -283,11 +292,12 @@ class Journal:
             self._note_cut(self._segments[-1], header.previous_bytes)
         segment = _Segment(int(path.stem), path, len(data), header.salt)
         self._segments.append(segment)
-        for offset, end, record in scan(data):
+        for offset, end, record in scan(data, bodies=False):
+            place = Location(segment.number, offset)
             if record is not None:
                 self._index(record, segment)
+                self._found.append(Entry(place, record))
                 continue
-            place = Location(segment.number, offset)
             is_cut = is_last and end == len(data) and is_cut_frame(data, offset)
             if is_cut:
                 self._cut_off.append((segment, offset))

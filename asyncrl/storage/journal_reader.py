@@ -69,3 +69,14 @@ class JournalReader:
                 "the place is of another journal; restore the whole folder"
             )
         return record
+
+
+class FoundRecords(JournalReader):
+    """The records that were found when the journal was opened, without the bodies of groups."""
+
+    def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
+        super().__init__(folder, ())
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from asyncrl.errors import JournalError
-from asyncrl.storage.records import Record, decode
+from asyncrl.storage.records import Record, RecordKind, decode, without_body
 
 MAGIC_1 = b"asyncrl journal 1\n"
 MAGIC = b"asyncrl journal 2\n"
@@ -110,12 +110,15 @@ def is_cut_frame(data: bytes, offset: int) -> bool:
     return head.startswith(_FRAME_MAGIC) and offset + FRAME_BYTES + payload_bytes(head) > len(data)
 
 
-def scan(data: bytes) -> Iterator[tuple[int, int, Record | None]]:
-    """Spans [offset, end) of a segment, in order: a whole record each, or None for bytes that are none."""
+def scan(data: bytes, *, bodies: bool = True) -> Iterator[tuple[int, int, Record | None]]:
+    """Spans [offset, end) of a segment, in order: a whole record each, or None for bytes that are none.
+
+    Without `bodies` those of groups are checked, too, and left out: their records have an empty one.
+    """
     header = read_header(data)
     offset = header.num_bytes
     while offset < len(data):
-        whole = whole_record(data, offset, header.salt)
+        whole = whole_record(data, offset, header.salt, bodies=bodies)
         if whole is not None:
             end, record = whole
         else:
@@ -124,18 +127,19 @@ def scan(data: bytes) -> Iterator[tuple[int, int, Record | None]]:
         offset = end
 
 
-def whole_record(data: bytes, offset: int, salt: int) -> tuple[int, Record] | None:
-    """(end, record) of the record that begins at offset, or None when there is no whole one."""
+def whole_record(data: bytes, offset: int, salt: int, *, bodies: bool = True) -> tuple[int, Record] | None:
+    """(end, record) of the record that begins at offset, or None when there is no whole one; `bodies` as in `scan`."""
     if len(data) - offset < FRAME_BYTES:
         return None
     magic, length, checksum, kind = _FRAME.unpack_from(data, offset)
     start = offset + FRAME_BYTES
     if magic != _FRAME_MAGIC or start + length > len(data):
         return None
-    payload = data[start : start + length]
+    payload = memoryview(data)[start : start + length]
     if _checksum(payload, kind, salt) != checksum:
         return None
-    return start + length, decode(kind, payload)
+    needed = bytes(payload) if bodies or kind != RecordKind.GROUP else without_body(payload)
+    return start + length, decode(kind, needed)
 
 
 def _next_whole(data: bytes, offset: int, salt: int) -> int:
@@ -150,5 +154,5 @@ def _next_whole(data: bytes, offset: int, salt: int) -> int:
     return len(data)
 
 
-def _checksum(payload: bytes, kind: int, salt: int) -> int:
+def _checksum(payload: bytes | memoryview, kind: int, salt: int) -> int:
     return zlib.crc32(payload, zlib.crc32(_CHECKED.pack(len(payload), kind), salt))

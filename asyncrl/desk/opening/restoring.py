@@ -74,7 +74,7 @@ def read_saved_run(config: Config, journal: Journal) -> SavedRun:
         raise CheckpointError(unreadable(root))
     desk = SavedDesk.decode(load_desk_state(manifest)) if manifest is not None else None
     version = manifest.version if manifest is not None else 0
-    plan = replay_plan(version, desk.leases.settled if desk is not None else Frontier(), journal.read_all())
+    plan = replay_plan(version, desk.leases.settled if desk is not None else Frontier(), journal.found())
     if manifest is None and journal.begins_later:
         raise CheckpointError(
             f"the journal in {config.run.dir} goes on from a checkpoint, and there is none in {root}: restore that "
