@@ -44,6 +44,7 @@ from asyncrl.types import Frontier, LeaseKind
 from tests.desk.desk_parts import make_parts
 from tests.golden.stored import ROOT, read_json
 from tests.replay.replay_making import make_group
+from tests.waits import LATE_S
 
 TASK = """
 from helper_of_own_task import bonus
@@ -735,7 +736,7 @@ def test_R16_the_newest_step_is_read_from_the_end_of_the_metrics(tmp_path):
         file.write(b"\n" + step + line * 10)
     started = time.monotonic()
     assert newest_version(path, "step") == 7
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 1.0 + LATE_S  # 32 GiB read whole would take a minute
 
 
 def test_R16_a_log_that_grows_is_kept_within_its_size_while_another_process_writes_it(tmp_path):
