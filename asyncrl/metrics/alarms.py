@@ -78,7 +78,7 @@ RULES = (
         clears_at=0.05,
         steps=3,
         why="M2PO bounds the second moment of log-ratios by 0.04, which is a KL of 0.02; this is five times as much.",
-        remedy="algorithm.age_schedule=cap bears more of it",
+        remedy="algorithm.name=decoupled bears more of it",
     ),
     AlarmRule(
         "clip_fraction",
