@@ -18,7 +18,7 @@ from asyncrl.rewards.pipe import (
     encode,
 )
 
-JOB = RewardJob(["a", "b"], [3, None], "prompt", {"answer": ["7", 1.5, None]})
+JOB = RewardJob(["a", "b"], [3, None], "prompt", {"answer": ["7", 1.5, None]}, "<user>prompt")
 
 
 def packed(content):
