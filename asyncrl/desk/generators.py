@@ -235,12 +235,14 @@ class Generators:
         log.info("generator %s joined (incarnation %d)", session.generator_id, session.incarnation)
         # A generator that was taken for dead goes on counting from what its next beat says it received.
         self._granted[session.generator_id] = None
+        self._sessions.fleet_size = len(self._granted)
 
     def _free(self, name: str, why: str, now: float) -> None:
         """Gives the leases that a generator held back to the lease book, and takes it out of the weight sync."""
         released = self._leases.release(name, now)
         log.warning("generator %s %s; %d leases go back", name, why, len(released))
         self._granted.pop(name, None)
+        self._sessions.fleet_size = len(self._granted)
         self._wanting.pop(name, None)
         self._agreed.pop(name, None)
         self._leases.outcomes.died(name)

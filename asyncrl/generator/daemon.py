@@ -4,7 +4,7 @@
     ------------  --------------------------  ---------------------------  -----------------------------------------
     link          frames from the learner     leases, syncs, acks          the session's next deadline
     lease (many)  one lease                   one group or one failure     the lease's deadline
-    beat          counters                    Beat, once a second          -
+    beat          counters                    Beat, as often as asked      -
     engine        a welcome                   a started engine             the deadline of its start
                   progress of the engine      exit 5: wedged or dead       the deadline of the probe
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ class GeneratorDaemon:
         self.leases = HeldLeases(self.runner, config.generator.max_sequences, self._report)
         self._announced_room = 0  # sequences, in the last beat
         self._ended_since_beat = 0  # sequences
+        self._beat_at = time.monotonic()  # when the last one was due
         self._run_epoch = 0
         self._welcomed = asyncio.Event()
         self._ready = False
@@ -194,18 +196,27 @@ class GeneratorDaemon:
             self._beat_soon.set()
 
     async def _beats(self) -> None:
-        """Once a second, and soon after room came up, so that the next lease comes before the engine runs dry."""
+        """As often as the learner asks, and soon after room came up, so that the engine does not run dry.
+
+        Once in BEAT_S at least it looks after the engine. A new connection is a reason to beat as well: the learner
+        behind it may be another, which asks for a hello.
+        """
+        connects = 0
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_S):
+                async with asyncio.timeout(min(BEAT_S, self._beat_at + self.session.beat_s - time.monotonic())):
                     await self._beat_soon.wait()
                     await asyncio.sleep(BEAT_GATHER_S)
-            self._beat_soon.clear()
             if self._ready:
                 # Also without leases, when no probe is due: a learner must not go on offering weights to a dead engine.
                 self.engine.check_alive()
-            if self.session.welcomed:
-                self.link.send(self._beat())
+            self.leases.tick()
+            now, soon = time.monotonic(), self._beat_soon.is_set() or connects != self.link.connects
+            if soon or now >= self._beat_at + self.session.beat_s:
+                self._beat_at, connects = now, self.link.connects
+                self._beat_soon.clear()
+                if self.session.welcomed:
+                    self.link.send(self._beat())
 
     def _beat(self) -> messages.Beat:
         self.leases.tick()

@@ -12,6 +12,7 @@ from asyncrl.host.addresses import rollout_addresses
 from asyncrl.link import messages
 from asyncrl.link.codec import decode
 from asyncrl.link.generator_session import GeneratorSession, GeneratorState
+from asyncrl.link.limits import BEAT_S
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import AsyncClientSocket
 
@@ -103,6 +104,11 @@ class LearnerLink:
             raise _refused(self.session.refusal)
         return message
 
+    @property
+    def connects(self) -> int:
+        """How often the present socket has connected; libzmq does so by itself when a connection ended."""
+        return self._socket.connects
+
     def send(self, message: Message) -> None:
         """Best effort: a full queue drops it, and whatever matters is repeated (session) or times out (sync)."""
         if not self._socket.send_message(message):
@@ -120,7 +126,8 @@ class LearnerLink:
     def _check_reachable(self, now: float) -> None:
         """Says every 10 s that the learner does not answer, and gives up after the configured time."""
         silence_s, address = self.session.silence_s(now), self._socket.address
-        if silence_s >= self._unreachable_timeout_s:
+        # In a large fleet beats and their answers are rare.
+        if silence_s >= self._unreachable_timeout_s + self.session.beat_s - BEAT_S:
             raise PeerUnreachable(
                 f"no answer from the learner at {address} for {silence_s:.0f} s "
                 f"(generator.unreachable_timeout_s={self._unreachable_timeout_s:g}); is asyncrl-learner running there?"

@@ -35,7 +35,7 @@ class Liveness(StrEnum):
 
     ALIVE = "alive"
     SUSPECT = "suspect"  # silent for a moment
-    DEAD = "dead"  # silent for long, or for SUSPECT_S without a connection, or beating without progress
+    DEAD = "dead"  # silent for long, or for a moment and without a connection, or beating without progress
     GONE = "gone"  # said Bye, or was replaced by a newer incarnation
 
 
@@ -82,7 +82,10 @@ class SettledSeqs:
 
 @dataclass(eq=False, slots=True)
 class DeskSession:
-    """One incarnation of one generator, as the desk sees it. `liveness` is what `tick` last found."""
+    """One incarnation of one generator, as the desk sees it. `liveness` is what `tick` last found.
+
+    beat_s: seconds between two of its beats, as it was last told; how long it may be silent follows from it.
+    """
 
     generator_id: str
     incarnation: int
@@ -92,6 +95,7 @@ class DeskSession:
     peer: bytes | None = None  # routing id; None = not connected
     hello: Hello | None = None
     beat: Beat | None = None
+    beat_s: float = limits.BEAT_S
     progress_at: float = 0.0
     liveness: Liveness = Liveness.ALIVE
     cut_off: bool = False  # silent, and its connection is gone
@@ -104,7 +108,7 @@ class DeskSession:
         self.heard_at, self.cut_off = now, False
 
     def probe_due(self, now: float) -> bool:
-        """Whether it is silent for so long that its connection should be looked at; once in BEAT_S."""
+        """Whether it is silent for so long that its connection should be looked at; once in BEAT_S then."""
         due = now >= self._probe_at()
         if due:
             self.probed_at = now
@@ -113,13 +117,14 @@ class DeskSession:
     def _probe_at(self) -> float:
         if self.peer is None:
             return math.inf
-        return max(self.heard_at + limits.BEAT_S, self.probed_at) + limits.BEAT_S
+        return max(self.heard_at + self.beat_s, self.probed_at) + limits.BEAT_S
 
     def next_look(self) -> float:
         """When it must be probed or measured next, if nothing comes from it until then; infinity when never."""
         if self.liveness in (Liveness.DEAD, Liveness.GONE):
             return math.inf  # only what it sends can change that
-        waits_s = limits.DEAD_S if self.liveness is Liveness.SUSPECT and not self.cut_off else limits.SUSPECT_S
+        is_suspect = self.liveness is Liveness.SUSPECT and not self.cut_off
+        waits_s = limits.dead_s(self.beat_s) if is_suspect else limits.suspect_s(self.beat_s)
         return min(self._probe_at(), self.heard_at + waits_s, self.progress_at + limits.NO_PROGRESS_S)
 
     def on_beat(self, beat: Beat, now: float) -> None:
@@ -136,10 +141,11 @@ class DeskSession:
         working = self.beat is not None and bool(self.beat.active)
         stuck = working and now - self.progress_at >= limits.NO_PROGRESS_S
         # A process that was killed takes its connection along at once, one that is stopped within HEARTBEAT_TIMEOUT_MS.
-        # Its leases hold the learner up once they are max_age old, so they are not kept for the whole of DEAD_S.
-        if stuck or silence_s >= (limits.SUSPECT_S if self.cut_off else limits.DEAD_S):
+        # Its leases hold the learner up once they are max_age old, so they are not kept for the whole of dead_s.
+        suspect_s = limits.suspect_s(self.beat_s)
+        if stuck or silence_s >= (suspect_s if self.cut_off else limits.dead_s(self.beat_s)):
             return Liveness.DEAD
-        return Liveness.SUSPECT if silence_s >= limits.SUSPECT_S else Liveness.ALIVE
+        return Liveness.SUSPECT if silence_s >= suspect_s else Liveness.ALIVE
 
 
 def _progress(beat: Beat) -> tuple[int, ...]:
@@ -190,6 +196,7 @@ class DeskSessions:
         self.run_epoch = run_epoch
         self.superseded_by: int | None = None  # a higher run epoch, seen by a generator: this learner was replaced
         self.paused = False  # no credit is given: the desk takes no more results but those of evaluations
+        self.fleet_size = 0  # admitted generators: how often each is asked to beat follows from it
         self._credit_bytes = credit_bytes
         self._run_name = run_name
         self._expected = expected
@@ -235,7 +242,7 @@ class DeskSessions:
             version=version,
             credit_bytes=self._offered_credit,
             acked_seq=session.seqs.watermark,
-            beat_s=limits.BEAT_S,
+            beat_s=self._told_beat_s(session),
             max_frame_bytes=self._max_frame_bytes,
         )
         return Admission(welcome, session, released)
@@ -318,8 +325,16 @@ class DeskSessions:
         return session.nacks.get(seq) or self.ack(session)
 
     def ack(self, session: DeskSession) -> Ack:
-        """Everything settled so far, and the credit."""
-        return Ack(self.run_epoch, session.seqs.watermark, session.seqs.beyond, self._offered_credit)
+        """Everything settled so far, the credit, and when it is to beat again."""
+        beat_s = self._told_beat_s(session)
+        return Ack(self.run_epoch, session.seqs.watermark, session.seqs.beyond, self._offered_credit, beat_s)
+
+    def _told_beat_s(self, session: DeskSession) -> float:
+        """Seconds between two beats, to be told to a generator: from now on its silence is measured by them."""
+        before, session.beat_s = session.beat_s, limits.beat_s(self.fleet_size)
+        if session.beat_s < before and (look_at := session.next_look()) < math.inf:
+            self._looks.set(session.generator_id, look_at)
+        return session.beat_s
 
     @property
     def _offered_credit(self) -> int:

@@ -50,7 +50,7 @@ class GeneratorSession:
     """One incarnation of a generator, talking to whichever learner has the highest run epoch.
 
     The owner passes each message to `receive` and sends the frames that `due` returns, at the latest at
-    `next_due`; what gets lost is due again later. While `welcomed` it sends a Beat every BEAT_S from the loop that
+    `next_due`; what gets lost is due again later. While `welcomed` it sends a Beat every `beat_s` from the loop that
     does the work; each is answered. When `reconnect_due`, it replaces its socket and calls `reconnected`.
 
     hello: who this generator is; first_unacked_seq, instance and the later max_run_epoch are filled in here.
@@ -64,6 +64,7 @@ class GeneratorSession:
         self.held_version = hello.held_version
         self.refusal: Refusal | None = None  # the last one; that of an older learner is not final
         self.outbox_bytes = 0
+        self.beat_s = limits.BEAT_S  # as the desk last said; by it the silence of the desk is judged, too
         self._hello = dataclasses.replace(hello, instance=hello.instance or uuid.uuid4().hex)
         self._run_name = run_name
         self._budget_bytes = outbox_bytes
@@ -119,7 +120,7 @@ class GeneratorSession:
         """When `due` or `reconnect_due` next has something; infinity after a refusal."""
         if self.state is GeneratorState.REFUSED:
             return float("inf")
-        reconnect_at = max(self._heard_at, self._connected_at) + limits.SUSPECT_S
+        reconnect_at = self._reconnect_at()
         if self.state is GeneratorState.HELLO:
             return min(self._hello_at, reconnect_at)
         return min((item.due_at for item in self._under_way()), default=reconnect_at)
@@ -130,8 +131,10 @@ class GeneratorSession:
 
     def reconnect_due(self, now: float) -> bool:
         """Silence although beats are answered: the link may be half-open, a fresh socket is worth a try."""
-        silent = now - max(self._heard_at, self._connected_at) >= limits.SUSPECT_S
-        return silent and self.state is not GeneratorState.REFUSED
+        return now >= self._reconnect_at() and self.state is not GeneratorState.REFUSED
+
+    def _reconnect_at(self) -> float:
+        return max(self._heard_at, self._connected_at) + limits.suspect_s(self.beat_s)
 
     def reconnected(self, now: float) -> None:
         """The socket is new, so the desk does not know it: says hello again. Unacked results stay."""
@@ -162,6 +165,7 @@ class GeneratorSession:
         if isinstance(message, Ack):
             self._settle(message.acked_seq, message.beyond)
             self._credit_bytes = message.credit_bytes
+            self.beat_s = message.beat_s
         elif isinstance(message, Nack):
             return self._nacked(message)
         return True
@@ -181,6 +185,7 @@ class GeneratorSession:
         self.run_epoch = message.run_epoch
         self.refusal = None
         self._credit_bytes = message.credit_bytes
+        self.beat_s = message.beat_s
         self._settle(message.acked_seq, [])
         if fresh:
             for item in self._unacked.values():
@@ -240,6 +245,7 @@ class GeneratorSession:
         if self.welcomed:  # otherwise the next hello has its time already
             self.state = GeneratorState.HELLO
             self._hello_at = now
+            self.beat_s = limits.BEAT_S  # a hello comes as often, and is answered
 
     def _current_hello(self) -> Hello:
         return dataclasses.replace(

@@ -22,8 +22,12 @@ SEND_QUEUE_FRAMES = 256
 # One call of receive() returns after this many frames, so that a busy peer cannot starve the loop.
 DRAIN_FRAMES = 256
 
-# Process level: ZMTP heartbeats come from the I/O thread and do not see a process that hangs; beats do.
+# Process level: ZMTP heartbeats come from the I/O thread and do not see a process that hangs; beats do. Up to 150
+# generators beat once in BEAT_S. More beat less often, so that all of them together send BEATS_PER_S: 1,000 generators
+# once in 6.7 s. The times of silence, which are those at BEAT_S, grow by as much (`suspect_s`, `dead_s`).
 BEAT_S = 1.0
+MAX_BEAT_S = 8.0  # one that is lost must not make a generator dead: twice as long is less than `dead_s`
+BEATS_PER_S = 150.0
 SUSPECT_S = 5.0
 DEAD_S = 15.0
 NO_PROGRESS_S = 120.0
@@ -36,3 +40,21 @@ RESEND_MAX_S = 8.0
 SEQ_WINDOW = 1024
 # Generators whose results the desk remembers; the generator that is gone for longest is forgotten first.
 MAX_GENERATORS = 4096
+
+
+def beat_s(num_generators: int) -> float:
+    """Seconds between two beats of one generator in a fleet of so many."""
+    return min(MAX_BEAT_S, max(BEAT_S, num_generators / BEATS_PER_S))
+
+
+def suspect_s(beat_s: float) -> float:
+    """Seconds of silence after which one side doubts the other, where a beat is due every `beat_s` seconds.
+
+    A generator whose connection is gone as well is dead then.
+    """
+    return SUSPECT_S + beat_s - BEAT_S
+
+
+def dead_s(beat_s: float) -> float:
+    """Seconds of silence after which a generator is dead that is to beat every `beat_s` seconds."""
+    return DEAD_S + beat_s - BEAT_S

@@ -20,6 +20,7 @@ from asyncrl.link.wire_types import (
     MAX_SPANS,
     MAX_WORKERS,
     SPAN_BYTES,
+    BeatInterval,
     Canary,
     Count,
     Digest,
@@ -102,7 +103,10 @@ class Hello(Message):
 
 @message(2)
 class Beat(RunMessage):
-    """Progress, once a second, from the loop that does the work. A process that beats without progress is wedged."""
+    """Progress, from the loop that does the work, as often as the desk asks (`Ack.beat_s`), and when room came up.
+
+    A process that beats without progress is wedged.
+    """
 
     sequences_wanted: Count  # cumulative: sequences leased to it in this run epoch plus those it has room for
     active: Annotated[list[ActiveLease], AtMost(MAX_LEASES)]
@@ -191,7 +195,7 @@ class Welcome(RunMessage):
     version: Number
     credit_bytes: Count  # see Ack
     acked_seq: Number  # highest seq below which all is durable
-    beat_s: Seconds  # limits.BEAT_S of the learner; read by nobody, kept for the fields behind it
+    beat_s: BeatInterval  # see Ack
     max_frame_bytes: Count
 
 
@@ -238,6 +242,7 @@ class Ack(RunMessage):
     acked_seq: Number  # everything up to and including this seq is durable
     beyond: Annotated[list[Number], AtMost(4096)]  # single seqs above it that are durable too
     credit_bytes: Count  # bytes of results that may be under way without an acknowledgement; 0 = send none for now
+    beat_s: BeatInterval = 1.0  # seconds from one beat to the next: longer in a large fleet, see limits.beat_s
 
 
 @message(24)

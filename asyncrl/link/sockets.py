@@ -223,6 +223,11 @@ class _Dealer:
         return self._link.status
 
     @property
+    def connects(self) -> int:
+        """How often this socket has connected since it was made."""
+        return self._link.count(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+    @property
     def disconnects(self) -> int:
         """How often this connection ended, by either side or because no heartbeat came."""
         return self._link.count(zmq.EVENT_DISCONNECTED)

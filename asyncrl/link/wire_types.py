@@ -33,6 +33,7 @@ Port = Annotated[int, Within(0, 65_535)]
 Digest = Annotated[int, Within(-(2**63), 2**64 - 1)]  # any 64 bits
 Finite = Annotated[float, Within(-sys.float_info.max, sys.float_info.max)]
 Seconds = Annotated[float, Within(0.0, 1e12)]
+BeatInterval = Annotated[float, Within(0.1, 60.0)]  # seconds
 Milliseconds = Annotated[float, Within(0.0, 1e15)]
 Name = Annotated[str, Line(1, 128, spaces=False)]  # of a generator
 Tag = Annotated[str, Line(0, 256, spaces=False)]  # a fingerprint, a backend

@@ -130,6 +130,7 @@ class StubGenerator:
     def __init__(self, name: str, socket: Any, room: int, work_s: float, outcome: str) -> None:
         self.name, self.socket, self.room, self.work_s, self.outcome = name, socket, room, work_s, outcome
         self.run_epoch, self.held, self.received, self.tokens = 0, None, 0, 0
+        self.beat_s = 1.0
         self.leases: dict[LeaseKey, messages.LeaseGrant] = {}
         self.unacked: dict[int, tuple[messages.Message, float]] = {}
         self.seqs = itertools.count(1)
@@ -167,12 +168,14 @@ class StubGenerator:
             case messages.Welcome():
                 if message.run_epoch != self.run_epoch:
                     self.run_epoch, self.received = message.run_epoch, 0
+                self.beat_s = message.beat_s
                 self.beat()
             case messages.Nack() if message.seq == 0:
                 self.hello()
             case messages.Nack():
                 self.unacked.pop(message.seq, None)
             case messages.Ack():
+                self.beat_s = message.beat_s
                 for seq in [seq for seq in self.unacked if seq <= message.acked_seq or seq in message.beyond]:
                     del self.unacked[seq]
             case messages.Abandon():
@@ -341,7 +344,7 @@ def run_fleet(rollout_address: str, trainer_address: str, options: dict[str, Any
                     generator.beat()
                 else:
                     generator.hello()
-                heapq.heappush(due, (now + 1.0, next(numbers), generator, None))
+                heapq.heappush(due, (now + generator.beat_s, next(numbers), generator, None))
             elif generator.end(key, now):
                 wants[generator.name] = generator
         for generator in wants.values():

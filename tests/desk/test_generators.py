@@ -266,6 +266,23 @@ def test_the_connection_of_a_silent_generator_is_looked_at_once_a_beat(world):
     assert len(world.wire.take(messages.Ack)) == 3  # after 2, 3 and 4 beats
 
 
+def test_the_interval_of_beats_follows_the_fleet_as_it_grows_and_shrinks(world, monkeypatch):
+    monkeypatch.setattr(limits, "BEATS_PER_S", 2.0)
+
+    def told(session):
+        world.generators.beat(session, beat(), 0.0)
+        return [message.beat_s for _, message in world.wire.take(messages.Ack)][-1]
+
+    sessions = [world.join(f"g{number}") for number in range(8)]
+    assert told(sessions[0]) == sessions[0].beat_s == 4.0
+    for session in sessions[4:]:
+        world.generators.bye(session, messages.Bye("done"), 0.0)
+    assert told(sessions[0]) == 2.0
+    for session in sessions[1:4]:
+        world.generators.bye(session, messages.Bye("done"), 0.0)
+    assert told(sessions[0]) == limits.BEAT_S
+
+
 def test_a_generator_that_comes_back_gets_no_more_than_it_has_room_for(world):
     """What it had received before counts: its wish is cumulative."""
     session = world.join("a", wanted=8)

@@ -416,7 +416,7 @@ def example_messages() -> list[Any]:
             3, train, 11, 1, 5, 600.0, ids, {"answer": "42", "marks": [1.0, 0.5], "extra": {"level": 2, "key": None}},
             8, 128, 0.75, 5, 2**40 + 1, True, b"ticket of 11.1", "What is 6 x 7?",
         ),
-        m.Ack(3, 90, [92, 95], 2**20),
+        m.Ack(3, 90, [92, 95], 2**20, 5.0),
         m.Nack(3, 93, wire_types.NackCode.INVALID, "group train 11: prompt of 3 tokens is not the leased one"),
         m.SyncOffer(3, 7, 2, place, manifest, 30.0),
         m.SyncSwap(3, 7, 2, [ids, ids[:8]], 30.0),

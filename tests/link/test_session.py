@@ -137,6 +137,51 @@ def test_no_more_bytes_are_under_way_than_the_credit_and_one_result_always_may_b
     assert [message.seq for message in sent(session, 0.2)] == [5]
 
 
+def test_a_generator_beats_and_waits_as_the_desk_says():
+    session, sessions = generator(), desk()
+    sessions.fleet_size = 900
+    known = connect(session, sessions)
+    assert session.beat_s == known.beat_s == 6.0
+    assert session.next_due(0.0) == limits.suspect_s(6.0) == 10.0
+    assert not session.reconnect_due(9.9) and session.reconnect_due(10.0)
+    sessions.fleet_size = 300
+    session.receive(sessions.ack(known), 1.0)
+    assert session.beat_s == 2.0 and session.next_due(1.0) == 1.0 + limits.suspect_s(2.0)
+    session.reconnected(2.0)
+    assert session.beat_s == limits.BEAT_S  # hellos come as often, whatever the last learner said
+
+
+@pytest.mark.parametrize("size", [1, 100, 150, 300, 1000, 1200, limits.MAX_GENERATORS])
+def test_silence_is_measured_by_the_beats_that_a_generator_was_asked_for(size):
+    sessions = desk()
+    sessions.fleet_size = size
+    session = sessions.hello(b"p", hello(), version=0, now=0.0).session
+    beat_s = limits.beat_s(size)
+    assert size / beat_s <= limits.BEATS_PER_S or beat_s == limits.MAX_BEAT_S
+    assert (beat_s == limits.BEAT_S) == (size <= 150)
+    assert sessions.to_probe(beat_s) == []  # its next beat may be on its way
+    assert sessions.tick(2 * beat_s if beat_s <= 2.0 else beat_s + 2.0) == []
+    assert sessions.tick(limits.SUSPECT_S + beat_s - 1.01) == []
+    assert sessions.tick(limits.SUSPECT_S + beat_s - 1.0) == [(session, Liveness.ALIVE)]
+    assert session.liveness is Liveness.SUSPECT
+    assert sessions.tick(max(2 * beat_s, limits.DEAD_S + beat_s - 1.01)) == []  # also when one beat was lost
+    assert sessions.tick(limits.DEAD_S + beat_s - 1.0) == [(session, Liveness.SUSPECT)]
+    assert session.liveness is Liveness.DEAD
+
+
+def test_when_the_fleet_shrinks_a_silent_generator_is_noticed_as_soon_as_in_a_small_one():
+    sessions = desk()
+    sessions.fleet_size = 1000
+    session = sessions.hello(b"p", hello(), version=0, now=0.0).session
+    sessions.fleet_size = 10
+    sessions.ack(session)
+    assert sessions.next_look() == 2 * limits.BEAT_S
+    sessions.tick(limits.SUSPECT_S)
+    assert session.liveness is Liveness.SUSPECT
+    sessions.tick(limits.DEAD_S)
+    assert session.liveness is Liveness.DEAD
+
+
 def test_credit_zero_stops_all_results():
     session, sessions = generator(), desk(credit_bytes=0)
     connect(session, sessions)

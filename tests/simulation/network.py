@@ -141,7 +141,7 @@ class Dealer:
 
     max_frame_bytes = MAX_FRAME_BYTES
     address = link = "sim"
-    disconnects = 0
+    disconnects, connects = 0, 1
 
     def __init__(
         self, network: Network, name: str, *, sent: Callable[[bytes], None], read: Callable[[bytes], None]
@@ -159,6 +159,7 @@ class Dealer:
         self._inbox.clear()
         self.peer = self._network.connect(self)
         self.disconnects += 1
+        self.connects += 1
 
     def send(self, frame: bytes) -> bool:
         if not self.open:

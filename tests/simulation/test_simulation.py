@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from asyncrl.link import limits
 from tests.simulation.world import simulate
 
 # A killed generator takes phases of weight syncs along that had not begun.
@@ -30,6 +31,12 @@ def test_nothing_is_lost_and_nothing_is_trained_twice_whatever_fails():
     assert acknowledged > 10 * DEFAULT_SEEDS, "the runs did something"
     assert desk_lives > 3 * DEFAULT_SEEDS
     assert generator_lives > 5 * DEFAULT_SEEDS
+
+
+def test_the_same_holds_in_a_fleet_so_large_that_beats_are_rare(monkeypatch):
+    monkeypatch.setattr(limits, "BEATS_PER_S", 0.5)  # so that these few count as many: a beat in 4 s and more
+    for seed in range(100, 104):
+        assert simulate(seed).checker.counts["acknowledged"] > 0
 
 
 @pytest.mark.slow
