@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,14 +54,17 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:DIGEST_CHARACTERS]
 
 
-def content_digest(path: Path) -> str:
-    """Digest of a file, or of all files of a folder with their names: 16 hex characters.
+def content_digest(path: Path, suffixes: Collection[str] = ()) -> str:
+    """Digest of a file, or of a folder's files with their names (all, or those with these suffixes): 16 hex characters.
 
     Of a file over WHOLE_BYTES its size and 64 pieces of 64 KiB are read, the first and the last of them included: a
     start must not wait for gigabytes. Raises OSError when it cannot be read.
     """
     digest = hashlib.sha256()
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in files if not suffixes or file.suffix in suffixes]
     for file in files:
         size = file.stat().st_size
         name = file.relative_to(path).as_posix() if file != path else ""

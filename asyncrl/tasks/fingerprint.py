@@ -42,6 +42,11 @@ _TOKENIZER_KEYS = (
     *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"),
     *("bos_token", "eos_token", "pad_token", "unk_token"),
 )
+# Of a folder that task.args names, these files are data. What else lies there may be caches and notes of the task,
+# which change while it runs.
+_DATA_SUFFIXES = frozenset(
+    (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".yaml", ".gz", ".zst", ".bz2", ".xz", ".npy")
+)
 _IMPORT_PATH = re.compile(r"([A-Za-z_][\w.]*):[A-Za-z_]\w*")
 
 
@@ -189,9 +194,9 @@ def _imported_by(name: str, source: bytes, *, is_package: bool) -> list[str]:
 
 
 def _data_settings(config: Config) -> list[Setting]:
-    """The digest of every file or folder that a text in task.args names."""
+    """The digest of every file, or of the data files in every folder, that a text in task.args names."""
     return [
-        Setting(f"file {text} (task.args)", content_digest(Path(text).expanduser()))
+        Setting(f"file {text} (task.args)", content_digest(Path(text).expanduser(), _DATA_SUFFIXES))
         for text in sorted(set(_texts_in(config.task.args)))
         if text and len(text) < 4096 and "\0" not in text and Path(text).expanduser().exists()
     ]

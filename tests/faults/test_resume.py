@@ -432,6 +432,18 @@ def test_W9_another_data_file_under_the_same_name_is_refused(configure, task_fol
         open_run(configure(task__args={"path": str(data)}))
 
 
+def test_W9_of_a_data_folder_the_data_counts_and_not_what_the_task_keeps_there(configure, task_folder):
+    data = task_folder / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("one")
+    run_to(configure(task__args={"path": str(data)}), 3)
+    (data / "cache.lock").write_text("made while it ran")
+    run_to(configure(task__args={"path": str(data)}), 3)
+    (data / "train.jsonl").write_text("two")
+    with pytest.raises(ConfigError, match=r"data \(task.args\)"):
+        open_run(configure(task__args={"path": str(data)}))
+
+
 def test_W9_another_model_under_the_same_path_is_refused(configure, task_folder, tied_model_dir, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tied_model_dir, model)

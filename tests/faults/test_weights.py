@@ -88,6 +88,11 @@ def test_W1_a_single_changed_word_at_every_place_is_seen_whatever_it_becomes():
 # -- bits in use ------------------------------------------------------------------------------------------------------
 
 
+def report(worker, version, named):
+    worker.direct.read_packed()
+    return worker.direct.report(version, named)
+
+
 def swapped(in_use, canary=None, tolerance=1e-4, workers=1):
     """What a generator's answer to a swap comes to: the outputs of the learner's planner."""
     bench = Bench(tolerance=tolerance)
@@ -163,7 +168,7 @@ def swapped_worker(dtype, seed=1):
     """A small model that vLLM's own methods load, at version `seed + 1`, applied in place; and that version."""
     worker = Worker(Model(dtype))
     worker.reload(checkpoint(seed))
-    assert worker.direct.report(1, checkpoint(seed).items()) == BitsInUse(1, 5, [], [])
+    assert report(worker, 1, checkpoint(seed).items()) == BitsInUse(1, 5, [], [])
     named = checkpoint(seed)
     return worker, named
 
@@ -212,9 +217,9 @@ def test_W2_a_tensor_that_is_one_element_old_is_found_and_named(dtype, apply):
                 worker.direct.apply(prepared, manifest_of(named))
             else:
                 worker.reload(named)
-            assert worker.direct.report(version, named.items()).differing == [], "an honest swap"
+            assert report(worker, version, named.items()).differing == [], "an honest swap"
             put_back()
-            found = worker.direct.report(version, named.items())
+            found = report(worker, version, named.items())
             assert label in found.differing, (label, found, old.keys())
             worker.reload(named)
 
@@ -227,12 +232,12 @@ def test_W2_every_part_that_a_swap_forgets_is_found():
     assert total == 7
     for index in range(total):
         worker.reload(named)
-        assert not worker.direct.report(1, named.items()).differing
+        assert not report(worker, 1, named.items()).differing
         named = stepped(named, random)  # one element: the columns that are read back need not hold it
         prepared = worker.prepare(named)
         (prepared.copies if index < len(prepared.copies) else prepared.packs).pop(index % len(prepared.copies))
         worker.direct.apply(prepared, manifest_of(named))
-        assert worker.direct.report(2, named.items()).differing
+        assert report(worker, 2, named.items()).differing
 
 
 def test_W2_a_plan_that_lists_one_write_twice_and_omits_another_is_no_plan():
@@ -247,9 +252,9 @@ def test_W2_a_plan_that_lists_one_write_twice_and_omits_another_is_no_plan():
 def test_W2_a_tensor_that_does_not_come_and_constants_that_changed_are_found():
     worker, named = swapped_worker(torch.float32)
     lacking = {name: tensor for name, tensor in named.items() if name != "left.bias"}
-    assert worker.direct.report(1, lacking.items()).differing == ["fused.bias"]
+    assert report(worker, 1, lacking.items()).differing == ["fused.bias"]
     worker.model.embed.weight.data[-1] = 1.0  # a row that no checkpoint has
-    assert "embed.weight" in worker.direct.report(1, named.items()).differing
+    assert "embed.weight" in report(worker, 1, named.items()).differing
 
 
 def test_W2_a_packed_weight_that_is_not_what_it_was_said_to_be_is_read_back():
@@ -262,7 +267,21 @@ def test_W2_a_packed_weight_that_is_not_what_it_was_said_to_be_is_read_back():
     packed = pack.packed(wrong.to(torch.bfloat16))
     layer.cpu_linear = packed.linear
     worker.direct.in_use.note_packed(layer, packed._replace(weight_digest=honest.weight_digest))
-    assert worker.direct.report(1, named.items()).differing == ["fused.weight"]
+    assert report(worker, 1, named.items()).differing == ["fused.weight"]
+
+
+def test_W2_no_layer_computes_in_the_thread_beside_generation():
+    """A packed layer that computes in two threads at once spoils both results, and the heap."""
+    worker, named = swapped_worker(torch.float32)
+    worker.direct.read_packed()
+
+    def computes(*_):
+        raise AssertionError("a layer computed beside generation")
+
+    assert worker.direct.in_use.packs
+    for pack in worker.direct.in_use.packs:
+        pack.layer.cpu_linear = computes
+    assert worker.direct.report(1, named.items()).differing == []
 
 
 def test_W2_the_sign_of_zero_and_not_a_number_are_bits():
@@ -270,10 +289,10 @@ def test_W2_the_sign_of_zero_and_not_a_number_are_bits():
     named["norm.weight"][0] = 0.0
     worker.reload(named)
     worker.model.norm.weight.data[0] = -0.0
-    assert worker.direct.report(1, named.items()).differing == ["norm.weight"]
+    assert report(worker, 1, named.items()).differing == ["norm.weight"]
     named["norm.weight"][0] = float("nan")
     worker.reload(named)
-    assert worker.direct.report(1, named.items()).differing == []
+    assert report(worker, 1, named.items()).differing == []
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------

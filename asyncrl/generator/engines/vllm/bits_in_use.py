@@ -13,7 +13,7 @@ compared in no way is named in `not_compared`; for that, the canary is all there
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ import torch
 
 from asyncrl.generator.engines.vllm.expert_weights import Experts
 from asyncrl.generator.engines.vllm.load_recorder import Loaded, LoadRecorder
-from asyncrl.generator.engines.vllm.packed_weights import PACKED, Assembly, Pack, Packed
+from asyncrl.generator.engines.vllm.packed_weights import PACKED, Assembly, Pack, Packed, ReadColumns
 from asyncrl.link.weight_records import BitsInUse
 from asyncrl.weights.bytes.digest import digest
 
@@ -44,6 +44,7 @@ class InUseCheck:
     experts: list[Experts] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)  # parameter → why
     _ledger: dict[int, Packed] = field(default_factory=dict)  # by layer: what we know to be behind `cpu_linear`
+    _read: dict[int, ReadColumns] = field(default_factory=dict)  # by layer: what the newest swap put in place
     _turn: int = 0
 
     @classmethod
@@ -105,11 +106,32 @@ class InUseCheck:
         return len({loaded.label for loaded in self._all()})
 
     @torch.no_grad()
+    def read_packed(self) -> None:
+        """Reads back from every packed matrix what `report` compares: a few columns, or all that vLLM packed itself.
+
+        Right after a swap, in the engine's own thread while it samples nothing (see `packed_weights`).
+        """
+        self._read = {}
+        for pack in self.packs:
+            if (live := pack.live) is None:
+                continue
+            num_columns = pack.weight.tensor.shape[1]
+            known = self._ledger.get(id(pack.layer))
+            columns: Sequence[int] = range(num_columns)  # vLLM packed it, in a reload
+            if known is not None and known.linear is live:
+                first = self._turn * READ_BACK
+                columns = [(first + index) % num_columns for index in range(min(READ_BACK, num_columns))]
+            self._read[id(pack.layer)] = pack.read(live, columns)
+        self._turn += 1
+
+    @torch.no_grad()
     def report(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> BitsInUse:
-        """Compares with the tensors of `version`. Reads every parameter; changes nothing."""
+        """Compares with the tensors of `version`. Reads every parameter; changes nothing. After `read_packed`.
+
+        May run beside generation: no layer computes here.
+        """
         differing = sorted(set(self._differing(named)))
         left_out = [f"{label}: {why}" for label, why in sorted(self.not_compared.items())]
-        self._turn += 1
         return BitsInUse(version, self.num_compared, differing[:NAMED], left_out[:NAMED])
 
     def _all(self) -> Iterator[Loaded]:
@@ -144,19 +166,14 @@ class InUseCheck:
                 yield loaded.label
 
     def _packs_this(self, pack: Pack, weight: torch.Tensor) -> bool:
-        live = pack.live
-        if live is None:
+        read, known = self._read.get(id(pack.layer)), self._ledger.get(id(pack.layer))
+        if read is None or not read.are_of(weight):
             return False
-        measured, known = digest(weight.contiguous()), self._ledger.get(id(pack.layer))
-        num_columns = weight.shape[1]
-        if known is None or known.linear is not live:  # vLLM packed it, in a reload
-            if not pack.reads_back(live, weight, range(num_columns)):
-                return False
-            self._ledger[id(pack.layer)] = Packed(live, measured)
-            return True
-        first = self._turn * READ_BACK
-        columns = [(first + index) % num_columns for index in range(min(READ_BACK, num_columns))]
-        return known.weight_digest == measured and pack.reads_back(live, weight, columns)
+        measured = digest(weight.contiguous())
+        if known is not None and known.linear is read.linear:
+            return known.weight_digest == measured
+        self._ledger[id(pack.layer)] = Packed(read.linear, measured)  # all columns were read
+        return len(read.columns) == weight.shape[1]
 
 
 def num_unwritten(loaded: Loaded) -> int:

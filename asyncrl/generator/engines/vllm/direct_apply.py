@@ -278,6 +278,11 @@ class DirectApply:
             plan.num_copies, plan.num_packs, manifest.version,
         )  # fmt: skip
 
+    def read_packed(self) -> None:
+        """Reads back what `report` cannot read beside generation. Right after a load, while it is paused."""
+        if self.in_use is not None:
+            self.in_use.read_packed()
+
     def report(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> BitsInUse:
         """Whether what is live now is `version`, whose tensors are `named`. Beside generation."""
         if self.in_use is None:

@@ -2,7 +2,10 @@
 
 On CPUs vLLM keeps that copy behind the attribute `cpu_linear`, where nobody can read it. Two things can be known of it
 all the same: which bits it was packed from, if we packed it (`Packed`), and what it computes. A row that is 1 at one
-place and 0 elsewhere gives a column of the weight, exactly, because nothing is rounded (`reads_back`).
+place and 0 elsewhere gives a column of the weight, exactly, because nothing is rounded (`Pack.read`).
+
+Such a layer must never compute in two threads at once: oneDNN's products keep their arguments in the layer's handler
+and their scratch memory in one place for the whole process. A second thread spoils the results of both, and the heap.
 """
 
 from __future__ import annotations
@@ -29,6 +32,23 @@ class Packed(NamedTuple):
     weight_digest: int
 
 
+class ReadColumns(NamedTuple):
+    """Columns of the weight that a layer computes with."""
+
+    linear: PackedLinear  # what stood behind `cpu_linear`
+    columns: Sequence[int]
+    values: torch.Tensor  # [columns, rows of the weight]
+
+    def are_of(self, weight: torch.Tensor) -> bool:
+        """Whether they are those of `weight`: bit for bit, but for the sign of a zero."""
+        for start in range(0, len(self.columns), READ_ROWS):
+            stop = start + READ_ROWS
+            chosen = torch.tensor(self.columns[start:stop])
+            if not _same_values(self.values[start:stop], weight[:, chosen].T):
+                return False
+        return True
+
+
 @dataclass(slots=True)
 class Pack:
     """A layer that computes from a packed copy of its weight."""
@@ -50,15 +70,17 @@ class Pack:
         quant_method.process_weights_after_loading(stand_in)
         return Packed(vars(stand_in)[PACKED], measured)
 
-    def reads_back(self, linear: PackedLinear, weight: torch.Tensor, columns: Sequence[int]) -> bool:
-        """Whether `linear` computes with these columns of `weight`: bit for bit, but for the sign of a zero."""
+    def read(self, linear: PackedLinear, columns: Sequence[int]) -> ReadColumns:
+        """What `linear` computes with. In the engine's own thread, while it samples nothing."""
+        like = self.weight.tensor
+        device = self.weight.live.device
+        values = torch.empty(len(columns), like.shape[0], dtype=like.dtype, device=device)
         for start in range(0, len(columns), READ_ROWS):
             chosen = torch.tensor(columns[start : start + READ_ROWS])
-            probe = torch.zeros(len(chosen), weight.shape[1], dtype=weight.dtype, device=weight.device)
+            probe = torch.zeros(len(chosen), like.shape[1], dtype=like.dtype, device=device)
             probe[torch.arange(len(chosen)), chosen] = 1
-            if not _same_values(linear(probe, self.layer.weight, None), weight[:, chosen].T):
-                return False
-        return True
+            values[start : start + READ_ROWS] = linear(probe, self.layer.weight, None)
+        return ReadColumns(linear, columns, values)
 
 
 class Assembly:

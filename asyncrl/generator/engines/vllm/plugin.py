@@ -176,7 +176,8 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receiver.prepared = None  # in place, or of no use
 
     def begin_check(self) -> None:
-        """Begin to compare what is in use with what is staged. After a load, beside generation."""
+        """Begin to compare what is in use with what is staged. After a load; what takes long runs beside generation."""
+        self.direct.read_packed()
         self.receiver.begin_check(self.direct.report)
 
     def recover(self) -> None:
