@@ -19,7 +19,7 @@ import pytest
 from asyncrl.link.codec import decode_body
 from asyncrl.link.messages import GroupResult
 from asyncrl.link.rollouts import result_to_group
-from asyncrl.replay.lease_book import MAX_LONE_FAILURES, MAX_STRIKES
+from asyncrl.replay.lease_records import MAX_LONE_FAILURES, MAX_STRIKES
 from asyncrl.storage.records import StoredGroup
 from tests.e2e.daemons import START_S, Daemon, Run, check_results_have_no_gap, steps_in, wait_until
 from tests.e2e.letters_task import LEAST_REWARD, NOT_A_NUMBER, RAISES
