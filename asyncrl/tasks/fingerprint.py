@@ -42,8 +42,7 @@ _TOKENIZER_KEYS = (
     *("tokenizer_class", "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces"),
     *("bos_token", "eos_token", "pad_token", "unk_token"),
 )
-# Of a folder that task.args names, these files are data. What else lies there may be caches and notes of the task,
-# which change while it runs.
+# Of what task.args names, these files are data. Others may be caches and notes of the task, which change while it runs.
 _DATA_SUFFIXES = frozenset(
     (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".yaml", ".gz", ".zst", ".bz2", ".xz", ".npy")
 )
@@ -194,12 +193,17 @@ def _imported_by(name: str, source: bytes, *, is_package: bool) -> list[str]:
 
 
 def _data_settings(config: Config) -> list[Setting]:
-    """The digest of every file, or of the data files in every folder, that a text in task.args names."""
+    """The digest of every data file, or of the data files in every folder, that a text in task.args names."""
+    named = {text: Path(text).expanduser() for text in _texts_in(config.task.args) if _may_be_path(text)}
     return [
-        Setting(f"file {text} (task.args)", content_digest(Path(text).expanduser(), _DATA_SUFFIXES))
-        for text in sorted(set(_texts_in(config.task.args)))
-        if text and len(text) < 4096 and "\0" not in text and Path(text).expanduser().exists()
+        Setting(f"file {text} (task.args)", content_digest(path, _DATA_SUFFIXES))
+        for text, path in sorted(named.items())
+        if path.is_dir() or (path.is_file() and path.suffix in _DATA_SUFFIXES)
     ]
+
+
+def _may_be_path(text: str) -> bool:
+    return 0 < len(text) < 4096 and "\0" not in text
 
 
 def _texts_in(value: Any) -> Iterator[str]:

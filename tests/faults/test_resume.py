@@ -444,6 +444,13 @@ def test_W9_of_a_data_folder_the_data_counts_and_not_what_the_task_keeps_there(c
         open_run(configure(task__args={"path": str(data)}))
 
 
+def test_W9_a_file_that_the_task_writes_does_not_make_another_run(configure, task_folder):
+    notes = task_folder / "scored"
+    run_to(configure(task__args={"path": str(notes)}), 3)
+    notes.write_text("made while it ran")
+    assert start(configure(task__args={"path": str(notes)})).saved.reached == 3
+
+
 def test_W9_another_model_under_the_same_path_is_refused(configure, task_folder, tied_model_dir, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tied_model_dir, model)
