@@ -22,7 +22,7 @@ from tests.link.test_codec import frame_of
 
 MAX_BYTES = 64 * 2**20
 FROZE_S = 5.0  # what such a frame cost when an object was made of each span
-REFUSED_S = 0.5  # the frame has to be read and its checksum computed
+REFUSED_S = 0.5  # of CPU time: the frame has to be read and its checksum computed
 NUM_SPANS = 2_600_000
 
 
@@ -51,10 +51,10 @@ def result_frame(rollouts):
 def test_R9_a_frame_of_millions_of_version_spans_is_refused_at_once():
     frame = result_frame([rollout(spans=spans(NUM_SPANS))])
     assert len(frame) > 60 * 10**6
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(FrameError, match="spans is bytes of length 62400000, must be of at most 24576"):
         codec.decode(frame, max_bytes=MAX_BYTES)
-    assert time.perf_counter() - started < REFUSED_S < FROZE_S / 5
+    assert time.thread_time() - started < REFUSED_S < FROZE_S / 5
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,10 @@ def test_R9_a_frame_of_millions_of_version_spans_is_refused_at_once():
 )
 def test_R9_other_long_things_are_refused_at_once(fields, says):
     frame = result_frame(fields)
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(FrameError, match=says):
         codec.decode(frame, max_bytes=MAX_BYTES)
-    assert time.perf_counter() - started < REFUSED_S
+    assert time.thread_time() - started < REFUSED_S
 
 
 @pytest.mark.parametrize(
@@ -92,18 +92,18 @@ def test_R9_what_no_lease_can_have_asked_for_is_refused_before_it_is_a_group(rol
 def test_R9_the_largest_result_that_passes_takes_milliseconds():
     longest = rollout(tokens=bytes(4 * MAX_SPANS), logprobs=bytes(4 * MAX_SPANS), spans=spans(MAX_SPANS))
     result = codec.decode(result_frame([longest] * 64), max_bytes=MAX_BYTES)
-    started = time.perf_counter()
+    started = time.thread_time()
     check_lengths(result, max_rollouts=64, max_new_tokens=MAX_SPANS)
     result_to_group(result)
-    assert time.perf_counter() - started < REFUSED_S
+    assert time.thread_time() - started < 2 * REFUSED_S  # 65,536 spans, each of them an object
 
 
 def test_R9_a_beat_with_as_many_leases_as_may_be_is_read_fast():
     active = [messages.ActiveLease(LeaseKind.TRAIN, 2**40 + n, 2**20, 2**20) for n in range(MAX_LEASES)]
     frame = codec.encode(beat(active=active, tickets=[bytes(16)] * MAX_LEASES), max_bytes=MIN_RECEIVED_BYTES)
-    started = time.perf_counter()
+    started = time.thread_time()
     codec.decode(frame, max_bytes=MIN_RECEIVED_BYTES)
-    assert time.perf_counter() - started < REFUSED_S
+    assert time.thread_time() - started < REFUSED_S
 
 
 def test_R9_frames_are_bounded_by_what_the_run_can_need():
