@@ -78,8 +78,9 @@ class SamplingConfig:
     temperature: float = key(
         1.0,
         "Softmax temperature at which training rollouts are sampled; evaluation is greedy. Below the least one, vLLM "
-        "would sample at that, and the learner compute with another.",
+        "would sample at that, and the learner compute with another; above the largest, vLLM refuses every request.",
         minimum=0.01,
+        maximum=2.0,
         if_changed=REFUSED,
     )
     max_new_tokens: int = key(256, "Longest completion, in tokens.", minimum=1, if_changed=REFUSED)

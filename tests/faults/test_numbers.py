@@ -403,20 +403,33 @@ def test_W6_the_canary_goes_through_the_rows_of_training_and_sees_what_they_chan
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", ["0.009", "0.0099999", "1e-5", "1e-30", "0", "-1", "inf", "nan"])
-def test_W12_a_temperature_that_the_engine_would_replace_is_refused(temperature):
+@pytest.mark.parametrize(
+    "temperature", ["0.009", "0.0099999", "1e-5", "1e-30", "0", "-1", "2.01", "2.0000001", "7.5", "1e30", "inf", "nan"]
+)
+def test_W12_a_temperature_that_the_engine_would_replace_or_refuse_is_refused(temperature):
     with pytest.raises(ConfigError, match=r"sampling\.temperature"):
         config_of(f"sampling.temperature={temperature}")
 
 
+def test_W12_the_least_and_the_largest_temperature_are_taken():
+    for temperature in (0.01, 2.0):
+        assert config_of(f"sampling.temperature={temperature}").sampling.temperature == temperature
+
+
 @pytest.mark.slow
-def test_W12_the_engine_samples_at_every_temperature_and_with_every_seed_that_is_allowed():
+def test_W12_the_engine_takes_every_sampling_value_that_is_allowed():
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
-    (least,) = (key.bounds.minimum for key in keys() if key.name == "sampling.temperature")
-    for temperature in (least, 0.011, 1.0, 7.5):
+    (bounds,) = (key.bounds for key in keys() if key.name == "sampling.temperature")
+    for temperature in (bounds.minimum, 0.011, 1.0, bounds.maximum):
         assert SamplingParams(temperature=temperature).temperature == temperature
-    assert SamplingParams(temperature=least * 0.99).temperature != least * 0.99, "the bound could be lower"
+    assert SamplingParams(temperature=bounds.minimum * 0.99).temperature != bounds.minimum * 0.99, "it could be lower"
+    with pytest.raises(VLLMValidationError, match="temperature"):
+        SamplingParams(temperature=bounds.maximum * 1.01)  # else the bound could be higher
+    (least_tokens,) = (key.bounds.minimum for key in keys() if key.name == "sampling.max_new_tokens")
+    SamplingParams(temperature=0.0, max_tokens=least_tokens, seed=0, logprobs=0, prompt_logprobs=0)
+    assert SamplingParams(seed=2**63 - 1).seed == 2**63 - 1
 
 
 def test_W12_every_seed_of_a_run_fits_into_what_the_engine_takes():

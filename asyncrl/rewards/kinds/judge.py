@@ -29,6 +29,16 @@ Say in one or two sentences what is right and wrong about it. Then write, alone 
 (useless) to 10 (perfect), in this form:
 score: 7"""
 
+# What the chat-completions API defines. A server refuses every request beyond it, so that every reward would fail.
+OPTION_RANGES = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "max_tokens": (1, math.inf),
+    "max_completion_tokens": (1, math.inf),
+}
+
 _SCORE_LINE = re.compile(r"[*`_\s]*score[*`_\s]*[:=][*`_\s]*([-+]?(?:\d+(?:\.\d+)?|\.\d+))[*`_\s]*\.?", re.IGNORECASE)
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
 
@@ -38,7 +48,8 @@ class Judge(RemotePart):
     """The judge's score, mapped linearly from `scale` to 0..1.
 
     template: the text of the request, with places {prompt}, {completion} and keys of the payload. scale: the lowest and
-    the highest score. options: of the request, for example {temperature: 0, max_tokens: 512}.
+    the highest score. options: of the request, for example {temperature: 0, max_tokens: 512}; those of the API itself
+    must be within its ranges, others go to the server as they are.
     """
 
     kind: ClassVar[str] = "judge"
@@ -58,6 +69,10 @@ class Judge(RemotePart):
             raise ConfigError(f"scale={self.scale} must be two numbers, the lower first, for example [0, 10]")
         if taken := {"model", "messages", "stream", "n"} & set(self.options):
             raise ConfigError(f"options sets {', '.join(sorted(taken))}, which are set here")
+        for name, (least, most) in OPTION_RANGES.items():
+            value = self.options.get(name)
+            if value is not None and not (isinstance(value, (int, float)) and least <= value <= most):
+                raise ConfigError(f"options.{name}={value!r} must be a number from {least:g} to {most:g}")
 
     async def fetch(self, endpoint: Endpoint, sample: Sample) -> float:
         """The judge's score of one completion, mapped to 0..1. Raises RewardError when it gives none."""
