@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,6 +387,37 @@ def test_U5_all_channels_meet_at_the_port_that_was_set():
         assert torch.equal(sent, received)
         root.close()
         member.close()
+    store.close()
+
+
+def own_tcp_sockets() -> set[tuple[str, str, int]]:
+    """(state, address as the kernel writes it, local port) of the TCP sockets over IPv4 of this process."""
+    inodes = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed in between
+            inodes.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    return {(row[3], row[1].split(":")[0], int(row[1].split(":")[1], 16)) for row in rows if row[9] in inodes}
+
+
+def test_U5_each_member_listens_for_the_bytes_within_the_kernels_range_on_the_way_to_the_learner(monkeypatch):
+    """What weights/README.md says of firewalls: no other port is used, and no other interface."""
+    listening, loopback = "0A", "0100007F"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")  # is not asked
+    least, most = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    store = WeightStore("127.0.0.1", 0)
+    before = own_tcp_sockets()
+    spec = ChannelSpec("127.0.0.1", store.port, "run/1", 0, 3, "gloo", 10.0)
+    channels = [WeightChannel.host(spec, shared_store=store), *(WeightChannel(spec.for_rank(n)) for n in (1, 2))]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda channel: channel.join(), channels))
+    opened = own_tcp_sockets() - before
+    ports = {port for _, address, port in opened if address == loopback}
+    assert len(ports) == len({port for _, _, port in opened})
+    assert all(least <= port <= most for port in ports - {store.port})
+    assert sum(state == listening for state, _, _ in opened) == 3
+    for channel in channels:
+        channel.close()
     store.close()
 
 
