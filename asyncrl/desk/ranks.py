@@ -13,10 +13,9 @@ from asyncrl.link import trainer_messages
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.metrics import Metrics
-from asyncrl.replay.recovery import replay_plan
+from asyncrl.replay.recovery import steps_to_repeat
 from asyncrl.storage.checkpoint_files import oldest_version
 from asyncrl.storage.records import GroupsDropped, StepTaken, StoredGroup
-from asyncrl.types import Frontier
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Ranks:
         """Everything after the trainer's checkpoint is trained again, from the journal, before anything new."""
         self._peers[hello.rank] = peer
         self._dealer.world_size = hello.world_size
-        steps = replay_plan(hello.version, Frontier(), self._journal.read_all()).steps
+        steps = steps_to_repeat(hello.version, self._journal)
         replay_to = self._policy.trainer_started(hello.version, len(steps))
         if replay_to > hello.version:
             log.info("trainer is at version %d, trains again from the journal to %d", hello.version, replay_to)

@@ -11,9 +11,11 @@ The last line trains the same batches in the same order again, and no rollout is
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from asyncrl.replay.lease_records import run_epoch_of_attempt
+from asyncrl.storage.journal import Journal
 from asyncrl.storage.journal_reader import JournalReader, Location
 from asyncrl.storage.records import (
     BatchSkipped,
@@ -105,7 +107,7 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
                 _see(plan, record)
                 plan.filtered.append(record.ordinal)
     plan.newest_step = max(steps, default=-1)
-    _plan_steps(plan, checkpoint_version, steps, groups)
+    _plan_steps(plan, checkpoint_version, steps, groups.get)
     trained_before = (step.groups for version, step in steps.items() if version < checkpoint_version)
     done = {*plan.trained, *plan.given_up, *plan.filtered, *plan.left_out}
     done.update(ordinal for step in trained_before for ordinal, _ in step)
@@ -116,6 +118,19 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     }
     plan.buffered = [journal.read_group(left[ordinal]) for ordinal in sorted(left)]
     return plan
+
+
+def steps_to_repeat(version: int, journal: Journal) -> list[ReplayStep]:
+    """The steps that a trainer repeats which begins at `version`, from what the running journal has in memory.
+
+    Raises JournalError when the journal has to be read for it, and cannot be.
+    """
+    index = journal.index
+    if version < index.begins_at:  # a checkpoint older than those that were kept: put back by hand
+        return replay_plan(version, Frontier(), journal.read_all()).steps
+    plan = ReplayPlan()
+    _plan_steps(plan, version, index.steps, index.place_of)
+    return plan.steps
 
 
 def _forget_from(version: int, steps: dict[int, StepTaken]) -> None:
@@ -130,13 +145,16 @@ def _see(plan: ReplayPlan, record: StoredGroup | MessageSeen | GroupFiltered) ->
 def _plan_steps(
     plan: ReplayPlan,
     checkpoint_version: int,
-    steps: dict[int, StepTaken],
-    places: dict[tuple[int, int], Location],
+    steps: Mapping[int, StepTaken],
+    place_of: Callable[[tuple[int, int]], Location | None],
 ) -> None:
     version = checkpoint_version
-    while version in steps and all(group in places for group in steps[version].groups):
+    while version in steps:
         batch = steps[version].groups
-        plan.steps.append(ReplayStep(version, batch, tuple(places[group] for group in batch)))
+        places = tuple(place for group in batch if (place := place_of(group)) is not None)
+        if len(places) < len(batch):
+            break
+        plan.steps.append(ReplayStep(version, batch, places))
         version += 1
     if version <= max(steps, default=-1):
         plan.broken_at = version

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, count, pairwise
 from pathlib import Path
@@ -30,8 +30,9 @@ from typing import NamedTuple
 from asyncrl.errors import JournalError
 from asyncrl.storage.disk import fsync_folder, lock_folder, make_folder, write_all
 from asyncrl.storage.journal_end import JournalEnd
+from asyncrl.storage.journal_index import JournalIndex, SegmentContents
 from asyncrl.storage.journal_reader import Entry, FoundRecords, JournalReader, Location, segment_path
-from asyncrl.storage.records import GroupsDropped, Record, StepTaken, StoredGroup
+from asyncrl.storage.records import Record, StoredGroup
 from asyncrl.storage.segment import (
     HEADER_BYTES,
     encode,
@@ -63,13 +64,11 @@ class _Segment:
     path: Path
     num_bytes: int
     salt: int
-    groups: set[tuple[int, int]] = field(default_factory=set)
-    untrained: set[tuple[int, int]] = field(default_factory=set)
-    newest_step: int = -1  # newest version whose step trained a group of this segment
+    contents: SegmentContents = field(default_factory=SegmentContents)
 
     def needed_only_before(self, version: int) -> bool:
         """Whether every group in it was trained by a step below `version`, or dropped."""
-        return not self.untrained and self.newest_step < version
+        return self.contents.needed_only_before(version)
 
 
 class Journal:
@@ -81,8 +80,8 @@ class Journal:
         if journal.durable_due <= now:               # a deadline of the caller's event loop
             journal.make_durable()
 
-    pending_bytes were appended and are not durable yet; appended_bytes are all since `open`; torn_bytes, damage and
-    missing are what `open` found.
+    index knows where groups lie and what was trained; pending_bytes were appended and are not durable yet;
+    appended_bytes are all since `open`; torn_bytes, damage and missing are what `open` found.
     """
 
     def __init__(self, folder: Path, lock_fd: int, segment_bytes: int, flush: Callable[[int], None]) -> None:
@@ -91,9 +90,7 @@ class Journal:
         self._segment_bytes = segment_bytes
         self._flush = flush
         self._segments: list[_Segment] = []
-        self._segment_of_group: dict[tuple[int, int], _Segment] = {}
         self._found: list[Entry] = []  # what `open` found, until the first record is appended
-        self._steps: dict[int, tuple[int, StepTaken]] = {}  # version -> segment number, record
         self._fd = -1
         self._pending: list[bytes] = []
         self._pending_since = 0.0
@@ -101,6 +98,7 @@ class Journal:
         self._end = JournalEnd(folder)
         self._cut_off: list[tuple[_Segment, int]] = []  # segment and offset of what is to be cut off
         self._writable = False
+        self.index = JournalIndex()
         self.pending_bytes = 0
         self.appended_bytes = 0
         self.torn_bytes = 0
@@ -180,7 +178,7 @@ class Journal:
         self._pending.append(frame)
         self.pending_bytes += len(frame)
         self.appended_bytes += len(frame)
-        self._index(record, segment)
+        self.index.add(record, location)
         return location
 
     def make_durable(self) -> None:
@@ -211,14 +209,16 @@ class Journal:
         state covers what it acknowledges), and its groups were trained by then or dropped. With several
         checkpoints kept, pass the oldest. Returns how many segments were deleted.
         """
-        limit = self._steps[version - 1][0] if version - 1 in self._steps else -1
+        limit = self.index.segment_of_step(version - 1)
         deleted = 0
         while (segment := self._segments[0]).number < limit and segment.needed_only_before(version):
             # One fsync of the folder each: after a power loss the segments left are still without a gap.
             segment.path.unlink()
             fsync_folder(self._folder)
-            self._forget(segment)
+            self._segments.remove(segment)
             deleted += 1
+        if limit >= 0:
+            self.index.forget_before(version, self._segments[0].number)
         return deleted
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -290,12 +290,11 @@ class Journal:
             self.damage.append(Damage(Location(int(path.stem), 0), header.num_bytes))
         if self._segments and header.previous_bytes is not None and self._segments[-1].number + 1 == header.number:
             self._note_cut(self._segments[-1], header.previous_bytes)
-        segment = _Segment(int(path.stem), path, len(data), header.salt)
-        self._segments.append(segment)
+        segment = self._add_segment(int(path.stem), path, len(data), header.salt)
         for offset, end, record in scan(data, bodies=False):
             place = Location(segment.number, offset)
             if record is not None:
-                self._index(record, segment)
+                self.index.add(record, place)
                 self._found.append(Entry(place, record))
                 continue
             is_cut = is_last and end == len(data) and is_cut_frame(data, offset)
@@ -384,46 +383,13 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = fd
-        self._segments.append(_Segment(number, path, HEADER_BYTES, read_salt(header)))
+        segment = self._add_segment(number, path, HEADER_BYTES, read_salt(header))
         self._move_end()
+        return segment
+
+    def _add_segment(self, number: int, path: Path, num_bytes: int, salt: int) -> _Segment:
+        self._segments.append(_Segment(number, path, num_bytes, salt, self.index.begin_segment(number)))
         return self._segments[-1]
-
-    def _index(self, record: Record, segment: _Segment) -> None:
-        """Keeps per segment what `delete_before` asks."""
-        if isinstance(record, StoredGroup):
-            group = (record.ordinal, record.attempt)
-            segment.groups.add(group)
-            segment.untrained.add(group)
-            self._segment_of_group[group] = segment
-        elif isinstance(record, StepTaken):
-            self._void_steps_from(record.version)
-            self._steps[record.version] = (segment.number, record)
-            for home, group in self._homes(record.groups):
-                home.untrained.discard(group)
-                home.newest_step = max(home.newest_step, record.version)
-        elif isinstance(record, GroupsDropped):
-            for home, group in self._homes(record.groups):
-                home.untrained.discard(group)
-
-    def _void_steps_from(self, version: int) -> None:
-        """A step taken anew (its batch could not be read back) voids it and later ones: their groups wait."""
-        while version in self._steps:
-            _, step = self._steps.pop(version)
-            for home, group in self._homes(step.groups):
-                home.untrained.add(group)
-            version += 1
-
-    def _homes(self, groups: Iterable[tuple[int, int]]) -> Iterator[tuple[_Segment, tuple[int, int]]]:
-        for group in groups:
-            if (home := self._segment_of_group.get(group)) is not None:
-                yield home, group
-
-    def _forget(self, segment: _Segment) -> None:
-        self._segments.remove(segment)
-        for group in segment.groups:
-            if self._segment_of_group.get(group) is segment:
-                del self._segment_of_group[group]
-        self._steps = {version: step for version, step in self._steps.items() if step[0] != segment.number}
 
     def _cut(self, segment: _Segment, num_bytes: int) -> None:
         fd = os.open(segment.path, os.O_WRONLY)

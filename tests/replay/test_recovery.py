@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from asyncrl.replay.recovery import replay_plan
+from asyncrl.replay.recovery import replay_plan, steps_to_repeat
 from asyncrl.storage.journal import Journal
-from asyncrl.storage.records import GroupFiltered, GroupsDropped, MessageSeen, PromptGivenUp, StepTaken
+from asyncrl.storage.records import BatchSkipped, GroupFiltered, GroupsDropped, MessageSeen, PromptGivenUp, StepTaken
 from asyncrl.types import Frontier
 from tests.replay.replay_making import make_group
 
@@ -123,3 +125,107 @@ def test_what_was_filtered_stays_so_when_the_record_that_dropped_its_first_group
     records = [make_group(0), dropped, GroupFiltered("g1", 1, 2, 0, 1)]
     plan, _ = plan_for(tmp_path, records, version=0, damage=[1])
     assert (plan.buffered, plan.filtered) == ([], [0])
+
+
+class RandomRun:
+    """A journal to which a run appends what its seed says, steps of two groups, over several lives of the learner."""
+
+    def __init__(self, folder, seed):
+        self.folder, self.rng = folder, random.Random(seed)
+        self.version = self.next_ordinal = self.kept = 0
+        self.buffered, self.batches = [], {}
+        self.open()
+
+    def open(self):
+        self.journal = Journal.open(self.folder, segment_bytes=400, flush=lambda fd: None)
+
+    def append(self, record):
+        self.journal.append(record, now=0.0)
+        self.journal.make_durable()
+
+    def go_on(self):
+        if len(self.buffered) < 2:
+            self.append(make_group(self.next_ordinal))
+            self.buffered.append((self.next_ordinal, 0))
+            self.next_ordinal += 1
+            return
+        self.rng.choice([self.step] * 4 + [self.drop, self.skip, self.step_anew, self.checkpoint, self.live_again])()
+
+    def step(self):
+        batch = tuple(self.buffered[:2])
+        del self.buffered[:2]
+        self.append(StepTaken(self.version, batch))
+        self.batches[self.version] = batch
+        self.version += 1
+
+    def drop(self):
+        self.append(GroupsDropped((self.buffered.pop(),)))
+
+    def skip(self):
+        if self.version > self.kept:
+            self.version -= 1
+            self.append(BatchSkipped(self.version, self.batches[self.version], "it kills the trainer"))
+
+    def step_anew(self):
+        """As after a batch that could not be read back: it and all later steps are void, and their groups wait."""
+        first = self.rng.randint(self.kept, self.version)
+        for version in range(first, self.version):
+            self.buffered += self.batches[version]
+        self.rng.shuffle(self.buffered)
+        self.version = first
+        self.step()
+
+    def checkpoint(self):
+        self.kept = self.version
+        self.journal.delete_before(self.kept)
+
+    def live_again(self):
+        self.journal.close()
+        self.open()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_running_journal_knows_the_steps_that_reading_it_would_tell(tmp_path, seed):
+    run = RandomRun(tmp_path, seed)
+    for _ in range(200):
+        run.go_on()
+        for version in range(run.kept, run.version + 1):
+            assert steps_to_repeat(version, run.journal) == (
+                replay_plan(version, Frontier(), run.journal.read_all()).steps
+            ), f"from version {version} on"
+    assert run.version > 10
+    run.checkpoint()
+    assert len(run.journal.index) == len(run.buffered)  # what is left to be trained
+    run.journal.close()
+
+
+def test_a_trainer_that_begins_before_the_oldest_checkpoint_is_told_from_the_disk(tmp_path):
+    journal = Journal.open(tmp_path)
+    for record in trained_run(4):
+        journal.append(record, now=0.0)
+    journal.make_durable()
+    journal.delete_before(3)
+    assert journal.index.begins_at == 3
+    assert [step.version for step in steps_to_repeat(3, journal)] == [3]
+    assert [step.version for step in steps_to_repeat(1, journal)] == [1, 2, 3]
+    journal.close()
+
+
+def test_a_step_taken_anew_is_followed_by_none_of_before_also_where_one_between_them_is_damaged(tmp_path):
+    places = []
+    journal = Journal.open(tmp_path)
+    places += [journal.append(record, now=0.0) for record in trained_run(4)]
+    journal.make_durable()
+    journal.close()
+    [path] = tmp_path.glob("*.segment")
+    data = bytearray(path.read_bytes())
+    data[places[8].offset + 20] ^= 1  # the step of version 2
+    path.write_bytes(data)
+    journal = Journal.open(tmp_path)
+    journal.append(StepTaken(1, ((4, 0), (2, 0))), now=0.0)
+    journal.append(StepTaken(2, ((3, 0), (5, 0))), now=0.0)
+    journal.make_durable()
+    steps = steps_to_repeat(0, journal)
+    assert steps == replay_plan(0, Frontier(), journal.read_all()).steps
+    assert [step.groups for step in steps] == [((1, 0), (0, 0)), ((4, 0), (2, 0)), ((3, 0), (5, 0))]
+    journal.close()
