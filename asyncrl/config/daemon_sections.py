@@ -202,7 +202,8 @@ class TransportConfig:
     allowed_keys_file: str = key(
         "",
         "File with the public keys of the generators that the learner admits: one line each, the key and then the "
-        "generator.id that it may speak for. It is read again when it changes. bin/keys writes it.",
+        "generator.id that it may speak for. It is read again when it changes. bin/keys writes it. Who is admitted is "
+        "trusted: it can fill the learner's memory.",
         if_changed=ACCEPTED,
     )
     max_frame_bytes: int = key(
@@ -232,9 +233,9 @@ class WeightsConfig:
     port: int = key(
         0,
         "TCP port of weights.host at which generators meet the learner for weights, one for all of them; 0 = any free "
-        "port for each channel. The bytes themselves go over further connections between all members of a cell, each of "
-        "which listens at a port of the kernel's choice (net.ipv4.ip_local_port_range): asyncrl/weights/README.md says "
-        "what a firewall must let through. ipc stays on one machine and does not use it.",
+        "port for each channel. The bytes themselves go over further connections between all members of a cell, each "
+        "of which listens at a port of the kernel's choice (net.ipv4.ip_local_port_range): asyncrl/weights/README.md "
+        "says what a firewall must let through. ipc stays on one machine and does not use it.",
         minimum=0,
         maximum=65535,
         if_changed=ACCEPTED,

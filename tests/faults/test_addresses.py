@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import stat
+import struct
 import time
 from pathlib import Path
 
@@ -12,15 +13,16 @@ import pytest
 
 from asyncrl.config import Config
 from asyncrl.desk.daemon import _rollout_socket
-from asyncrl.errors import ConfigError
+from asyncrl.errors import BindError, ConfigError
 from asyncrl.generator.learner_link import LearnerLink
 from asyncrl.host.addresses import Address, first_of_this_host, parse_address, rollout_addresses
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import decode
 from asyncrl.link.generator_session import GeneratorSession
-from asyncrl.link.sockets import AsyncClientSocket, ServerSocket
+from asyncrl.link.sockets import AsyncClientSocket, ClientSocket, ServerSocket
 from tests.desk.desk_parts import MEBIBYTE, hello, make_parts
 from tests.link.test_link_faults import free_port
+from tests.waits import wait_until
 
 LATE_S = 20.0
 FAR = "tcp://192.0.2.1:5770"  # of no host
@@ -179,3 +181,59 @@ def test_R8_generator_and_learner_meet_at_the_default_address(tmp_path):
         learner.close()
 
     asyncio.run(run())
+
+
+def test_R8_without_keys_no_address_of_a_network_is_listened_to(tmp_path):
+    for address in ("tcp://10.0.0.1:5770", "tcp://192.0.2.1:5770", "tcp://[2001:db8::1]:5770"):
+        with pytest.raises(BindError, match=r"no keys are configured: set transport\.server_key_file"):
+            _rollout_socket(config_with(tmp_path, address))
+    _rollout_socket(config_with(tmp_path, tcp())).close()
+
+
+def raw_dealer(path: str) -> socket.socket:
+    """A DEALER by hand, past its handshake: libzmq's own would keep the parts of a message until its end."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.connect(path)
+    peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
+    ready = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+    peer.sendall(bytes([4, len(ready)]) + ready)
+    peer.settimeout(LATE_S)
+    return peer
+
+
+def part(size: int) -> bytes:
+    """A part of a message that goes on."""
+    return b"\x03" + struct.pack(">Q", size) + bytes(size)
+
+
+def test_R8_a_part_over_the_limit_ends_its_connection_whatever_came_before(tmp_path):
+    path = tmp_path / "rollouts.sock"
+    server = ServerSocket(f"ipc://{path}", max_frame_bytes=MEBIBYTE)
+    try:
+        with raw_dealer(str(path)) as peer:
+            peer.sendall(part(MEBIBYTE) * 8)
+            peer.sendall(part(MEBIBYTE + 1)[:4096])  # its length is enough
+            wait_until(lambda: server.disconnects == 1, turn=server.receive)
+        assert server.receive() == []
+    finally:
+        server.close()
+
+
+def test_R8_a_message_without_end_keeps_nobody_waiting_and_is_let_go_of_with_its_connection(tmp_path):
+    """Its memory is not bounded: link/README.md says what that means. This is what holds all the same."""
+    path = tmp_path / "rollouts.sock"
+    server = ServerSocket(f"ipc://{path}", max_frame_bytes=MEBIBYTE)
+    honest = ClientSocket(f"ipc://{path}", max_frame_bytes=MEBIBYTE)
+    try:
+        with raw_dealer(str(path)) as peer:
+            for number in range(8):
+                peer.sendall(part(MEBIBYTE) * 2)
+                assert honest.send(b"%d" % number, timeout_s=LATE_S)
+                got = []
+                wait_until(lambda got=got: got, turn=lambda got=got: got.extend(server.poll(0.1)))
+                assert [frame for _, frame in got] == [b"%d" % number]
+        wait_until(lambda: server.disconnects == 1, turn=server.receive)
+        assert (server.receive(), server.malformed_messages) == ([], 0)
+    finally:
+        honest.close()
+        server.close()
