@@ -194,7 +194,7 @@ class Welcome(RunMessage):
     run_name: Label
     version: Number
     credit_bytes: Count  # see Ack
-    acked_seq: Number  # highest seq below which all is durable
+    acked_seq: Number  # see Ack
     beat_s: BeatInterval  # see Ack
     max_frame_bytes: Count
 
@@ -237,10 +237,10 @@ class LeaseGrant(RunMessage):
 
 @message(23)
 class Ack(RunMessage):
-    """Results that are on the learner's disk. Cumulative, so the next one repairs a lost one."""
+    """Results that are on the learner's disk, or refused. Cumulative, so the next one repairs a lost one."""
 
-    acked_seq: Number  # everything up to and including this seq is durable
-    beyond: Annotated[list[Number], AtMost(4096)]  # single seqs above it that are durable too
+    acked_seq: Number  # everything up to and including this seq is durable, or refused: a Nack of it may be lost
+    beyond: Annotated[list[Number], AtMost(4096)]  # single seqs above it of which the same is true
     credit_bytes: Count  # bytes of results that may be under way without an acknowledgement; 0 = send none for now
     beat_s: BeatInterval = 1.0  # seconds from one beat to the next: longer in a large fleet, see limits.beat_s
 

@@ -139,6 +139,11 @@ class Checker:
                 # Else it was meant for the incarnation before, whose name this one took over a moment ago.
                 self._committed(who, message)
 
+    def desk_said_in_vain(self, who: Who, message: Message) -> None:
+        """The connection was gone. A refusal is one all the same: what is acknowledged later may lie above it."""
+        if isinstance(message, messages.Nack) and message.seq:
+            self.generators[who].refused.add(message.seq)
+
     def _acked(self, who: Who, seqs: set[int]) -> None:
         ledger = self.generators[who]
         for seq in sorted(seqs - ledger.acked - ledger.refused):

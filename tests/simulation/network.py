@@ -36,7 +36,8 @@ class Network:
     def __init__(self, loop: asyncio.AbstractEventLoop, chance: random.Random) -> None:
         self.weather = Weather()
         self.router: Router | None = None
-        self.dealers: dict[bytes, Dealer] = {}
+        self.dealers: dict[bytes, Dealer] = {}  # connected ones
+        self.owners: dict[bytes, Dealer] = {}  # of every connection there ever was
         self.cut_off: set[str] = set()  # generators behind a partition
         self.num_carried = 0
         self._loop = loop
@@ -48,7 +49,7 @@ class Network:
         """A new routing id."""
         self._num_peers += 1
         peer = b"peer-%d" % self._num_peers
-        self.dealers[peer] = dealer
+        self.dealers[peer] = self.owners[peer] = dealer
         return peer
 
     def disconnect(self, peer: bytes) -> None:
@@ -122,10 +123,10 @@ class Router:
     def send_message(self, peer: bytes, message: Message) -> bool:
         frame = encode(message, max_bytes=self.max_frame_bytes)
         self._step()
+        self._sent(peer, message)
         dealer = self._network.dealers.get(peer)
         if dealer is None:
             return False
-        self._sent(peer, message)
         self._network.carry(False, peer, frame, lambda: dealer.arrive(peer, frame))
         return True
 

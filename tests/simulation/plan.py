@@ -23,6 +23,7 @@ FAULT_KINDS = (
     "disk",
     "forge",
 )
+SEGMENT_BYTES = (1500, 4000, 1 << 20)  # of the journal's segments: some have a handful of records, some all
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class Plan:
             num_generators=chance.randint(1, 3),
             keep=chance.randint(1, 2),
             checkpoint_every=chance.randint(1, 3),
-            segment_bytes=chance.choice((1500, 4000, 1 << 20)),
+            segment_bytes=chance.choice(SEGMENT_BYTES),
             dynamic_sampling=chance.random() < 0.4,
             num_evals=chance.choice((0, 2)),
             weather=weather,

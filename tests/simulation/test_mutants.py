@@ -33,6 +33,7 @@ def test_a_broken_rule_is_noticed(mutant):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mutant", SLOW, ids=lambda mutant: mutant.name)
 def test_a_broken_rule_that_hides_well_is_noticed(mutant):
     seeds_until_it_is_found(mutant)

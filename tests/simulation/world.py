@@ -279,11 +279,15 @@ class World:
 
     def desk_said(self, peer: bytes, message: Message) -> None:
         self.trace(type(message).__name__, peer, b"")
-        dealer = self.network.dealers.get(peer)
         if self.network.num_carried > MAX_FRAMES:
             raise Violation(f"{MAX_FRAMES} frames, and no end: the run goes round in circles")
-        if dealer is not None and id(dealer) in self.who_is:  # else it goes to the forger
-            self.checker.desk_said(self.who_is[id(dealer)], message)
+        who = self.who_is.get(id(self.network.owners.get(peer)))  # None: the forger
+        if who is None:
+            return
+        if peer in self.network.dealers:
+            self.checker.desk_said(who, message)
+        else:
+            self.checker.desk_said_in_vain(who, message)
 
     def desk_told_trainer(self, peer: bytes, message: Message) -> None:
         if isinstance(message, trainer_messages.Batch):
