@@ -127,6 +127,7 @@ class Engine:
         self.must_not_sample_since: float | None = None  # it was told that its weights are not proven
         self.sampled_while_forbidden: list[str] = []
         self.tokens_generated = 0
+        self.num_swaps = 0  # that put weights in place
 
     @property
     def num_running(self) -> int:
@@ -257,6 +258,7 @@ class Engine:
         else:
             self.weights = staged
         self.version, self.tainted = version, False
+        self.num_swaps += 1
         self.must_not_sample_since = None
         return SwapReport(version, {"pause_ms": 1.0, "apply_ms": 1.0})
 

@@ -213,6 +213,7 @@ class GeneratorLife:
         self.daemon = GeneratorDaemon(world.config, session, self.socket, self.engine, rewards, parts=GeneratorParts())
         self._task = asyncio.create_task(self.daemon.run())
         self._last_swap: tuple[int, int, int] | None = None
+        self._swaps_before = 0  # of the engine, when that one was read
 
     async def ended(self) -> BaseException | None:
         """Waits for the end of the process; what ended it, None after a kill or at the end of the run."""
@@ -234,7 +235,9 @@ class GeneratorLife:
         self._world.checker.generator_read(self.who, frame)
         message = decode(frame, max_bytes=MAX_FRAME_BYTES)
         if isinstance(message, messages.SyncSwap):
-            self._last_swap = message.run_epoch, message.version, message.attempt
+            swap = message.run_epoch, message.version, message.attempt
+            if swap != self._last_swap:
+                self._last_swap, self._swaps_before = swap, self.engine.num_swaps
         elif isinstance(message, messages.SyncAbort) and message.tainted:
             # The engine has a second to obey; a later swap makes it good again.
             self._world.loop.call_later(
@@ -242,8 +245,11 @@ class GeneratorLife:
             )
 
     def _forbid_sampling(self, swap: tuple[int, int, int]) -> None:
-        """Its weights were found wrong a second ago, and no other ones were sent since."""
-        if swap == self._last_swap:
+        """Its weights were found wrong a second ago, and no other ones were sent since.
+
+        A swap of what is not staged changes nothing: the weights of before are proven, and go on being sampled from.
+        """
+        if swap == self._last_swap and self.engine.num_swaps > self._swaps_before:
             self.engine.must_not_sample_since = self._world.loop.time()
 
 

@@ -317,7 +317,7 @@ def commits_without_looking_at_the_bits_in_use(patch: Patch) -> None:
     patch.setattr(sync_round, "_wrong_bits", lambda member, told, version: "")
 
 
-@mutant("weights that were found wrong are not sampled from", slow=True)
+@mutant("weights that were found wrong are not sampled from", slow=True, seeds=600)
 def goes_on_sampling_after_an_abort(patch: Patch) -> None:
     async def untouched(self, abort) -> None:
         self._channel = None
