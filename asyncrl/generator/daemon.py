@@ -198,10 +198,8 @@ class GeneratorDaemon:
     async def _beats(self) -> None:
         """As often as the learner asks, and soon after room came up, so that the engine does not run dry.
 
-        Once in BEAT_S at least it looks after the engine. A new connection is a reason to beat as well: the learner
-        behind it may be another, which asks for a hello.
+        Once in BEAT_S at least it looks after the engine.
         """
-        connects = 0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(BEAT_S, self._beat_at + self.session.beat_s - time.monotonic())):
@@ -211,9 +209,9 @@ class GeneratorDaemon:
                 # Also without leases, when no probe is due: a learner must not go on offering weights to a dead engine.
                 self.engine.check_alive()
             self.leases.tick()
-            now, soon = time.monotonic(), self._beat_soon.is_set() or connects != self.link.connects
-            if soon or now >= self._beat_at + self.session.beat_s:
-                self._beat_at, connects = now, self.link.connects
+            now = time.monotonic()
+            if self._beat_soon.is_set() or now >= self._beat_at + self.session.beat_s:
+                self._beat_at = now
                 self._beat_soon.clear()
                 if self.session.welcomed:
                     self.link.send(self._beat())

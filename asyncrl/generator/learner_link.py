@@ -54,6 +54,7 @@ class LearnerLink:
         self._max_frame_bytes = config.transport.max_frame_bytes
         self._unreachable_timeout_s = config.generator.unreachable_timeout_s
         self._said_at = time.monotonic()  # when it was last logged that the learner does not answer
+        self._connects = 0  # of the present socket, as the session was told
 
     def keep_up(self, held_version: int | None) -> None:
         """Does what is due by now: a new connection, a hello, results that were not acknowledged.
@@ -65,6 +66,11 @@ class LearnerLink:
         if self.session.reconnect_due(now):
             self._reconnect()
             self.session.reconnected(now)
+            self._connects = self._socket.connects
+        if (connects := self._socket.connects) != self._connects:
+            # libzmq connects again by itself when a connection ended.
+            self._connects = connects
+            self.session.connected(now)
         self.pump(held_version)
 
     def _reconnect(self) -> None:
@@ -87,7 +93,7 @@ class LearnerLink:
             self._socket.send(frame)
 
     async def receive(self) -> list[bytes]:
-        """Frames that came in, after waiting for the first until the session has something due."""
+        """Frames that came in, after waiting for the first until the session has something due, or a connection."""
         now = time.monotonic()
         return await self._socket.receive(max(0.0, min(self.session.next_due(now) - now, RECEIVE_WAIT_S)))
 
@@ -103,11 +109,6 @@ class LearnerLink:
             # Also for a welcome: the session refuses what does not fit this end.
             raise _refused(self.session.refusal)
         return message
-
-    @property
-    def connects(self) -> int:
-        """How often the present socket has connected; libzmq does so by itself when a connection ended."""
-        return self._socket.connects
 
     def send(self, message: Message) -> None:
         """Best effort: a full queue drops it, and whatever matters is repeated (session) or times out (sync)."""

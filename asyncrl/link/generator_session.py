@@ -51,7 +51,8 @@ class GeneratorSession:
 
     The owner passes each message to `receive` and sends the frames that `due` returns, at the latest at
     `next_due`; what gets lost is due again later. While `welcomed` it sends a Beat every `beat_s` from the loop that
-    does the work; each is answered. When `reconnect_due`, it replaces its socket and calls `reconnected`.
+    does the work; each is answered. When `reconnect_due`, it replaces its socket and calls `reconnected`. Whenever a
+    socket has connected, it calls `connected`.
 
     hello: who this generator is; first_unacked_seq, instance and the later max_run_epoch are filled in here.
     run_name, max_frame_bytes: of the configuration; a learner that differs in them counts as a refusal.
@@ -140,6 +141,14 @@ class GeneratorSession:
         """The socket is new, so the desk does not know it: says hello again. Unacked results stay."""
         self._connected_at = now
         self._say_hello(now)
+
+    def connected(self, now: float) -> None:
+        """The socket has a connection from now on: what was said without one is lost, and the learner may be another.
+
+        Says hello at once, also where the last one was a moment ago.
+        """
+        self._say_hello(now)
+        self._hello_at = min(self._hello_at, now)
 
     # -- messages
 

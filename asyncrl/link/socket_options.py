@@ -6,6 +6,7 @@ import errno
 import os
 import socket as unix_sockets
 from collections import Counter
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -55,6 +56,7 @@ def set_options(socket: zmq.Socket[bytes], address: Address, max_frame_bytes: in
         (zmq.TCP_MAXRT, limits.TCP_MAX_RETRANSMIT_MS),
         (zmq.RECONNECT_IVL, limits.RECONNECT_MS),
         (zmq.RECONNECT_IVL_MAX, limits.RECONNECT_MAX_MS),
+        (zmq.BACKLOG, limits.BACKLOG),
         (zmq.IPV6, int(":" in address.host)),
     ):
         socket.set(option, value)
@@ -94,16 +96,26 @@ def _refuse_live_listener(address: Address) -> None:
 
 
 class LinkMonitor:
-    """Counts what happened to the connections of one socket. Read from the thread that owns the socket."""
+    """Counts what happened to the connections of one socket. Read from the thread that owns the socket.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], events: int) -> None:
+    `pair` becomes readable when something has happened. pair_class: that of what waits for it.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        socket: zmq.Socket[bytes],
+        events: int,
+        pair_class: type[zmq.Socket[Any]] = zmq.Socket,
+    ) -> None:
         endpoint = f"inproc://monitor-{id(self)}"
         self._socket = socket
         socket.monitor(endpoint, events)
-        self._pair = context.socket(zmq.PAIR, socket_class=zmq.Socket)
+        self.pair = context.socket(zmq.PAIR, socket_class=pair_class)
+        self._pair: zmq.Socket[bytes] = zmq.Socket.shadow(self.pair)  # one that is read at once, whatever its class
         # Without a limit: the I/O thread of libzmq would otherwise block on a full queue of events.
-        self._pair.set(zmq.RCVHWM, 0)
-        self._pair.connect(endpoint)
+        self.pair.set(zmq.RCVHWM, 0)
+        self.pair.connect(endpoint)
         self._counts: Counter[int] = Counter()
         self._status = "connecting"
 
@@ -137,4 +149,4 @@ class LinkMonitor:
         # In this order: an event that finds nobody at the other end blocks the I/O thread of libzmq for ever, and with
         # it every later connection of this process.
         self._socket.disable_monitor()
-        self._pair.close(linger=0)
+        self.pair.close(linger=0)

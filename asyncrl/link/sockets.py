@@ -246,7 +246,7 @@ class _Dealer:
             self._socket.set(zmq.CURVE_SERVERKEY, self._auth.server_public_key)
             self._socket.set(zmq.CURVE_SECRETKEY, self._auth.secret_key)
             self._socket.set(zmq.CURVE_PUBLICKEY, public_key(self._auth.secret_key))
-        self._link = LinkMonitor(self._context, self._socket, CLIENT_EVENTS)
+        self._link = LinkMonitor(self._context, self._socket, CLIENT_EVENTS, self._socket_class)
         self._socket.connect(self._where.text)
 
 
@@ -285,6 +285,12 @@ class AsyncClientSocket(_Dealer):
 
     _socket_class = zmq.asyncio.Socket
 
+    def _connect(self) -> None:
+        super()._connect()
+        self._poller = zmq.asyncio.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._link.pair, zmq.POLLIN)
+
     def send(self, frame: bytes) -> bool:
         """False when the frame was not queued: no connection, or the queue is full."""
         # With NOBLOCK the future is done on return; a future that is not would send at some later time.
@@ -302,11 +308,13 @@ class AsyncClientSocket(_Dealer):
         return self.send(encode(message, max_bytes=self.max_frame_bytes))
 
     async def receive(self, timeout_s: float) -> list[bytes]:
-        """Frames that arrived, after waiting up to `timeout_s` for the first. Cancelling it loses none."""
+        """Frames that arrived, after waiting up to `timeout_s` for the first. Cancelling it loses none.
+
+        It ends early, without frames, when the connection changes: see `connects`.
+        """
         self._link.read()
         # Poll, then take: a receive that is cancelled could already hold a frame.
-        if not await self._socket.poll(_milliseconds(timeout_s)):
-            return []
+        await self._poller.poll(_milliseconds(timeout_s))
         frames: list[bytes] = []
         with contextlib.suppress(zmq.Again):
             while len(frames) < limits.DRAIN_FRAMES:

@@ -291,6 +291,24 @@ def test_silence_asks_for_a_new_socket_and_unacknowledged_results_survive_it():
     assert sessions.of(b"p", 6.0) is None and sessions.of(b"q", 6.0) is known
 
 
+def test_a_new_connection_is_greeted_at_once_and_what_was_under_way_comes_again():
+    session, sessions = generator(), desk()
+    connect(session, sessions)
+    session.put(failed(), 0.0)
+    assert [message.seq for message in sent(session, 0.0)] == [1]
+    session.connected(0.1)
+    assert not session.welcomed and session.next_due(0.1) == 0.1
+    connect(session, sessions, now=0.1)
+    assert [message.seq for message in sent(session, 0.1)] == [1]
+
+
+def test_a_hello_that_was_said_without_a_connection_is_said_again_with_one():
+    session = generator()
+    assert len(session.due(0.0)) == 1 and session.due(0.3) == []
+    session.connected(0.3)
+    assert len(session.due(0.3)) == 1 and session.due(0.3) == []
+
+
 @pytest.mark.parametrize(
     ("change", "code", "expected", "got"),
     [
