@@ -40,7 +40,6 @@ from asyncrl.link.curve_keys import server_auth
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import MAX_FRAME_BYTES
 from asyncrl.metrics import METRICS_FILE, Metrics, StepMetrics, newest_version
-from asyncrl.report.summary import report
 from asyncrl.storage.room import GIB
 from asyncrl.tasks.helper import TaskHelper
 from asyncrl.tasks.trial import helper_setup
@@ -95,6 +94,8 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
             write_finished(run_dir, config, state.policy.trained)
+    from asyncrl.report.summary import report  # not at the start, which generators wait for
+
     report(run_dir)  # summary.json, the picture, and the last lines on the terminal
     return code
 

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 DURABLE_AFTER_S = 0.020  # records that come within this time share one fdatasync
 DURABLE_AFTER_BYTES = 8 * 2**20
-SEGMENT_BYTES = 64 * 2**20
+SEGMENT_BYTES = 16 * 2**20  # a learner that starts reads what is not deleted yet: one segment more than it needs
 
 
 class Damage(NamedTuple):

@@ -11,6 +11,7 @@ A value is JSON text, or a digest. Nothing of the task is imported: its files ar
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.machinery
 import json
@@ -166,8 +167,14 @@ def _belongs(name: str, file: Path, module: str) -> bool:
         return package != "asyncrl" or name.startswith("asyncrl.tasks.")
     if name.partition(".")[0] == "asyncrl":
         return False
-    installed = {sysconfig.get_paths()[place] for place in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return not any(file.is_relative_to(folder) for folder in installed) and "site-packages" not in file.parts
+    return not any(file.is_relative_to(folder) for folder in _installed()) and "site-packages" not in file.parts
+
+
+@functools.cache
+def _installed() -> set[str]:
+    """Folders of the standard library and of installed packages."""
+    paths = sysconfig.get_paths()
+    return {paths[place] for place in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 
 def _imported_by(name: str, source: bytes, *, is_package: bool) -> list[str]:
