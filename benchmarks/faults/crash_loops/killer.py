@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.faults.crash_loops.audit import archive_segments
 from benchmarks.faults.crash_loops.ledger import Ledger
+from benchmarks.faults.crash_loops.pace import Pace
+from benchmarks.faults.crash_loops.settings import settings_of
 
 ROOT = Path(__file__).parents[3]
 LEARNER, TRAINER = "learner", "trainer"
@@ -40,8 +42,8 @@ class Killer:
     def __init__(self, folder: Path, commands: dict[str, list[str]], seed: int) -> None:
         """`commands`: what is started under each name; LEARNER is one of them."""
         self.folder = folder
-        self.kills: dict[str, int] = dict.fromkeys((*commands, TRAINER), 0)
         self._commands = commands
+        self._pace = Pace(folder, settings_of(folder), tuple(name for name in commands if name != LEARNER))
         self._chance = random.Random(seed)
         self._processes: dict[str, Process] = {}
         (folder / "logs").mkdir(exist_ok=True)
@@ -55,6 +57,7 @@ class Killer:
 
     def _start(self, name: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each start compiles all modules: half of its time
         with (self.folder / "logs" / f"{name}.log").open("ab") as log:
             self._ledger.write("start", name, f"{time.monotonic():.6f}")
             popen = subprocess.Popen(
@@ -74,43 +77,41 @@ class Killer:
             self._kill_trainer()
             return
         process = self._processes.pop(name)
-        self._ledger.write("kill", name, f"{time.monotonic():.6f}")
         process.popen.kill()
+        self._ledger.write("kill", name, f"{time.monotonic():.6f}")
         process.popen.wait(END_TIMEOUT_S)
-        self.kills[name] += 1
 
     def _kill_trainer(self) -> None:
         for pid in _children(self._processes[LEARNER].popen.pid):
-            if b"trainer" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                continue  # the task's helper
-            self._ledger.write("kill", TRAINER, f"{time.monotonic():.6f}")
-            os.kill(pid, signal.SIGKILL)
-            self.kills[TRAINER] += 1
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just gone by itself
+                if b"trainer" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    continue  # the task's helper
+                os.kill(pid, signal.SIGKILL)
+                self._ledger.write("kill", TRAINER, f"{time.monotonic():.6f}")
 
-    def run(
-        self, seconds: float, mean_pause_s: float, weights: dict[str, float], done: Callable[[], bool] = lambda: False
-    ) -> bool:
-        """Kills and starts for so many seconds, or until the learner has ended by itself (True) or `done`."""
+    def run(self, seconds: float, mean_pause_s: float, weights: dict[str, float]) -> bool:
+        """Kills and starts for so many seconds, or until the learner has ended by itself: then it returns True.
+
+        The run's pace says when a kill may come; it comes at a random instant after that.
+        """
         until = time.monotonic() + seconds
-        next_kill = time.monotonic() + self._pause(mean_pause_s)
-        archived_at = 0.0
-        while time.monotonic() < until and not done():
+        archived_at, waits_since = 0.0, time.monotonic()
+        kill_at: float | None = None
+        while (now := time.monotonic()) < until:
             if self.finished():
                 return True
             self._raise_if_ended()
-            now = time.monotonic()
             if now >= archived_at + 1.0:
                 archive_segments(self.folder / "run" / "journal", self.folder / "archive")
                 archived_at = now
-            if now >= next_kill:
+            if kill_at is None and self._pace.may_kill(now - waits_since):
+                kill_at = now + min(self._chance.expovariate(1 / mean_pause_s), 5 * mean_pause_s)
+            if kill_at is not None and now >= kill_at:
                 self.kill(self._chance.choices(list(weights), list(weights.values()))[0])
                 self.start_all()
-                next_kill = time.monotonic() + self._pause(mean_pause_s)
+                kill_at, waits_since = None, now
             time.sleep(POLL_S)
         return self.finished()
-
-    def _pause(self, mean_s: float) -> float:
-        return min(self._chance.expovariate(1 / mean_s), 5 * mean_s) if mean_s < float("inf") else mean_s
 
     def finished(self) -> bool:
         """Whether the learner ended by itself, with success: then the run is over."""
@@ -143,13 +144,11 @@ class Killer:
             process.popen.kill()
             process.popen.wait(END_TIMEOUT_S)
 
-    def save(self) -> None:
-        """Adds the kills of this piece to those of the pieces before."""
-        path = self.folder / "kills.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
-        total = {name: before.get(name, 0) + count for name, count in self.kills.items()}
-        path.write_text(json.dumps(total))
-        self.kills = dict.fromkeys(self.kills, 0)
+
+def kills_of(folder: Path) -> dict[str, int]:
+    """How often each process was killed, from the killer's ledger."""
+    lines = (folder / "ledgers" / "kills").read_text().splitlines()
+    return dict(sorted(Counter(line.split()[1] for line in lines if line.startswith("kill ")).items()))
 
 
 def python(module: str, *arguments: object) -> list[str]:

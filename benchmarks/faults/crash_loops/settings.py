@@ -18,6 +18,7 @@ class Settings:
 
     port: int
     steps: int
+    kills: int  # that happen before the run can end
     groups_per_step: int = 32
     group_size: int = 64
     max_new_tokens: int = 4

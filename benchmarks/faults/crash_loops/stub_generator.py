@@ -28,6 +28,7 @@ from asyncrl.link.weight_records import BitsInUse
 from asyncrl.rewards.pool import RewardOutcome
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, FinishReason, VersionSpan
 from benchmarks.faults.crash_loops.ledger import GeneratorLedger
+from benchmarks.faults.crash_loops.pace import Pace, paced_runner
 from benchmarks.faults.crash_loops.settings import config_of, settings_of
 from benchmarks.faults.crash_loops.stub_weights import canary_row
 
@@ -167,7 +168,7 @@ async def serve(folder: Path, name: str) -> int:
         NotedSocket(config.transport.address, max_frame_bytes=_max_frame_bytes(config), ledger=ledger),
         StubEngine(settings.token_s, settings.vocab, seed),  # type: ignore[arg-type]
         StubRewards(seed),  # type: ignore[arg-type]
-        parts=GeneratorParts(),
+        parts=GeneratorParts(lease_runner=paced_runner(Pace(folder, settings))),
     )
     return await daemon.run()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.storage.records import StepTaken, StoredGroup
-from benchmarks.faults.crash_loops.audit import audit, records_of
-from benchmarks.faults.crash_loops.killer import LEARNER, ROOT, TRAINER, Killer, python
+from benchmarks.faults.crash_loops.answers import answer_figures
+from benchmarks.faults.crash_loops.audit import audit, generator_accounts, records_of
+from benchmarks.faults.crash_loops.killer import LEARNER, ROOT, TRAINER, Killer, kills_of, python
 from benchmarks.faults.crash_loops.ledger import MadeStep, TrainerLedger, sha
 from benchmarks.faults.crash_loops.settings import FILE, Settings, settings_of
 from benchmarks.studies.async_vs_sync import free_port
@@ -25,8 +25,8 @@ from benchmarks.studies.async_vs_sync import free_port
 PACKAGE = "benchmarks.faults.crash_loops"
 GENERATORS = ("g0", "g1")
 WEIGHTS = {LEARNER: 4.0, TRAINER: 1.0}
-MEAN_PAUSE_S = 6.0
-MIN_KILLS = 50
+MEAN_PAUSE_S = 3.0
+KILLS = 50
 STEPS = 250
 QUICK_STEPS = 20
 QUICK_KILLS = 3
@@ -34,12 +34,16 @@ REPLAY_TIMEOUT_S = 600.0
 
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
-    """One piece of the loop, or all of it; the figures once the run has trained its last step, else None."""
+    """One piece of the loop, or all of it; the figures once the run has trained its last step, else None.
+
+    Raises LoopError when a process ended by itself.
+    """
     if not (folder / FILE).exists():
         folder.mkdir(parents=True, exist_ok=True)
         Settings(
             port=free_port(),
             steps=QUICK_STEPS if options.quick else STEPS,
+            kills=options.kills or (QUICK_KILLS if options.quick else KILLS),
             groups_per_step=4,
             group_size=4,
             max_sequences=32,
@@ -50,38 +54,23 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
     commands = {LEARNER: python(f"{PACKAGE}.real_learner", folder)}
     commands |= {name: python(f"{PACKAGE}.stub_generator", folder, name) for name in GENERATORS}
     killer = Killer(folder, commands, options.seed)
-    wanted = _wanted_kills(options) - sum(_kills(folder).values())
     try:
         killer.start_all()
-        finished = killer.run(options.seconds, MEAN_PAUSE_S, WEIGHTS, lambda: sum(killer.kills.values()) >= wanted)
-        if not finished and sum(killer.kills.values()) >= wanted:
-            finished = killer.run(options.seconds, float("inf"), WEIGHTS)
+        finished = killer.run(options.seconds, MEAN_PAUSE_S, WEIGHTS)
     finally:
         killer.stop_all()
-        killer.save()
-    return figures(folder, options) if finished else None
+    return figures(folder) if finished else None
 
 
-def _wanted_kills(options: argparse.Namespace) -> int:
-    if options.kills is not None:
-        return int(options.kills)
-    return QUICK_KILLS if options.quick else MIN_KILLS
-
-
-def _kills(folder: Path) -> dict[str, int]:
-    path = folder / "kills.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def figures(folder: Path) -> dict[str, Any]:
     """What the ledgers and the weights of a finished run say."""
     settings = settings_of(folder)
     (folder / "ledgers" / "steps.trainer").unlink(missing_ok=True)
     _note_decided_steps(folder)
     verdict = audit(folder / "ledgers", folder / "archive", settings.groups_per_step, settings.steps)
-    kills = _kills(folder)
-    if sum(kills.values()) < _wanted_kills(options):
-        verdict.complain(f"{sum(kills.values())} kills, {_wanted_kills(options)} were wanted")
+    kills = kills_of(folder)
+    if sum(kills.values()) < settings.kills:
+        verdict.complain(f"{sum(kills.values())} kills, {settings.kills} were wanted")
     disturbed, replayed = weights_digest(folder / "run"), replay(folder)
     if disturbed != replayed:
         verdict.complain(f"the weights of the run ({disturbed}) are not those of the replay ({replayed})")
@@ -91,6 +80,7 @@ def figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         **asdict(verdict),
         "weights": disturbed,
         "weights_of_replay": replayed,
+        **answer_figures(folder / "ledgers", generator_accounts(folder / "ledgers")),
     }
 
 
