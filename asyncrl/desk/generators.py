@@ -20,6 +20,7 @@ from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.wire_types import RefusalCode
 from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.replay.outcomes import Recovered
+from asyncrl.storage.records import GeneratorAdmitted
 from asyncrl.types import Lease, LeaseKey, LeaseKind
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Generators:
         self._config = config
         self._run_epoch = state.run_epoch
         self._policy = state.policy
+        self._journal = state.journal
         self._sessions = state.sessions
         self._leases = state.leases
         self._tickets = state.tickets
@@ -85,6 +87,8 @@ class Generators:
             return
         admission = self._sessions.hello(peer, hello, version=self._policy.trained, now=now)
         self._to_peer(peer, admission.reply)
+        if admission.is_first:
+            self._journal.append(GeneratorAdmitted(hello.generator_id, hello.incarnation, hello.instance), now)
         if admission.released is not None:
             self._free(admission.released[0], "was replaced by a newer incarnation", now)
             self._leases.outcomes.forget(admission.released[0])

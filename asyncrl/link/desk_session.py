@@ -167,11 +167,13 @@ class Admission:
     """The outcome of a Hello: send `reply`. `session` is None when refused.
 
     released: (generator_id, incarnation) whose leases are free because a newer incarnation took its place.
+    is_first: whether this process is the first one under its id and incarnation: a restarted learner must know it.
     """
 
     reply: Welcome | Refusal
     session: DeskSession | None = None
     released: tuple[str, int] | None = None
+    is_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class DeskSessions:
         self._max_frame_bytes = max_frame_bytes
         self._by_id: dict[str, DeskSession] = {}
         self._by_peer: dict[bytes, DeskSession] = {}
+        self._has_forgotten = False  # a generator that was here, for lack of room
         # When each session is to be looked at: what is heard of it in the meantime only puts that off.
         self._looks: Deadlines[str] = Deadlines()
         self._to_measure: dict[str, DeskSession] = {}  # looked at since the last tick, or heard again
@@ -219,7 +222,7 @@ class DeskSessions:
     def hello(self, peer: bytes, hello: Hello, *, version: int, now: float) -> Admission:
         """Admits or refuses the generator behind `peer`. version: the newest policy version."""
         session = self._by_id.get(hello.generator_id)
-        if refused := self._mismatch(hello) or self._fence(session, hello):
+        if refused := self._mismatch(hello) or self._fence(session, hello) or self._double(session, hello):
             return Admission(refused)
         released = None
         if session is None or hello.incarnation > session.incarnation:
@@ -230,6 +233,7 @@ class DeskSessions:
         self._by_peer[peer] = session
         session.peer = peer
         session.hello = hello
+        is_first = session.instance != hello.instance
         session.instance = hello.instance
         session.heard(now)
         session.progress_at = now
@@ -245,7 +249,7 @@ class DeskSessions:
             beat_s=self._told_beat_s(session),
             max_frame_bytes=self._max_frame_bytes,
         )
-        return Admission(welcome, session, released)
+        return Admission(welcome, session, released, is_first)
 
     def of(self, peer: bytes, now: float) -> DeskSession | None:
         """The session behind `peer`, which was just heard. None: send it `unknown_peer`."""
@@ -366,6 +370,14 @@ class DeskSessions:
         if session.incarnation == incarnation:
             session.seqs.settle(seq)
 
+    def replay_admission(self, generator_id: str, incarnation: int, instance: str, now: float) -> None:
+        """Takes over which process was the first under an id and incarnation, as the journal holds it."""
+        session = self._by_id.get(generator_id)
+        if session is None or session.incarnation < incarnation:
+            session = self._adopt(generator_id, incarnation, now)
+        if session.incarnation == incarnation:
+            session.instance = instance
+
     # -- admission
 
     def _mismatch(self, hello: Hello) -> Refusal | None:
@@ -417,9 +429,26 @@ class DeskSessions:
             return Refusal(RefusalCode.FENCED, known.fenced, f">= {known.incarnation + 1}", str(hello.incarnation))
         if known.instance not in ("", hello.instance):
             # Two processes under one name would have each other's results taken for duplicates.
-            reason = f"two processes call themselves {known.generator_id}: give each its own generator.id"
+            reason = (
+                f"two processes call themselves {known.generator_id} and count {hello.incarnation} starts: give each "
+                "its own generator.id; if there is only this one, its count is an older copy: start it again"
+            )
             return Refusal(RefusalCode.FENCED, reason, known.instance, hello.instance)
         return None
+
+    def _double(self, known: DeskSession | None, hello: Hello) -> Refusal | None:
+        """Refuses a generator that was welcomed under this run epoch, and not by this learner.
+
+        It has worked for another one, whose versions and leases have the same numbers.
+        """
+        was_here = known is not None and known.incarnation == hello.incarnation and known.hello is not None
+        if hello.max_run_epoch < max(self.run_epoch, 1) or was_here or self._has_forgotten:
+            return None
+        reason = (
+            f"the generator knows another learner of run epoch {self.run_epoch}: two learners run, or run.dir is an "
+            "older copy. Stop the other learner; if there is none, start this one again, and it counts on"
+        )
+        return Refusal(RefusalCode.RUN_EPOCH, reason, f"< {self.run_epoch}", str(hello.max_run_epoch))
 
     def _adopt(self, generator_id: str, incarnation: int, now: float) -> DeskSession:
         """A new session, in place of any older incarnation's."""
@@ -428,6 +457,7 @@ class DeskSessions:
             # The session that is silent for longest: its leases expired long ago, so nothing of it is awaited.
             old = min(self._by_id.values(), key=lambda session: (session.peer is not None, session.heard_at))
             del self._by_id[old.generator_id]
+            self._has_forgotten = True
             self._looks.remove(old.generator_id)
         if old is not None:
             self.bye(old)

@@ -19,6 +19,7 @@ from asyncrl.storage.journal import Journal
 from asyncrl.storage.journal_reader import JournalReader, Location
 from asyncrl.storage.records import (
     BatchSkipped,
+    GeneratorAdmitted,
     GroupFiltered,
     GroupsDropped,
     MessageSeen,
@@ -44,10 +45,11 @@ class ReplayPlan:
     """What to train again, what to buffer, what to remember.
 
     seen holds, for each (generator id, incarnation), the seqs of the results in the journal: those were taken, and are
-    to be merged into what the sessions know. broken_at is the version of the first step whose batch cannot be read back
+    to be merged into what the sessions know. admitted holds the process that came first under each (generator id,
+    incarnation). broken_at is the version of the first step whose batch cannot be read back
     (its record or one of its groups was damaged): training goes on from there with other batches, and the groups of
     later steps are buffered again. newest_step is the highest version of a step in the journal, -1 if there is none;
-    run_epoch the highest that the journal knows of; num_records counts all but those of mere starts.
+    run_epoch the highest that the journal knows of; num_records counts all but those of mere starts, generators' too.
     """
 
     steps: list[ReplayStep] = field(default_factory=list)
@@ -56,6 +58,7 @@ class ReplayPlan:
     filtered: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     seen: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    admitted: dict[tuple[str, int], str] = field(default_factory=dict)
     broken_at: int | None = None
     newest_step: int = -1
     run_epoch: int = 0
@@ -83,10 +86,12 @@ def replay_plan(checkpoint_version: int, settled: Frontier, journal: JournalRead
     dropped: set[tuple[int, int]] = set()
     steps: dict[int, StepTaken] = {}
     for location, record in journal:
-        plan.num_records += not isinstance(record, RunStarted)
+        plan.num_records += not isinstance(record, RunStarted | GeneratorAdmitted)
         match record:
             case RunStarted():
                 plan.run_epoch = max(plan.run_epoch, record.run_epoch)
+            case GeneratorAdmitted():
+                plan.admitted.setdefault((record.generator_id, record.incarnation), record.instance)
             case StoredGroup():
                 _see(plan, record)
                 plan.run_epoch = max(plan.run_epoch, run_epoch_of_attempt(record.attempt))

@@ -31,6 +31,7 @@ class RecordKind(IntEnum):
     FILTERED = 6
     STARTED = 7
     SKIPPED = 8
+    ADMITTED = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,26 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class GeneratorAdmitted:
+    """The process of a generator that came first under this id and incarnation: another one is refused."""
+
+    kind: ClassVar[RecordKind] = RecordKind.ADMITTED
+
+    generator_id: str
+    incarnation: int
+    instance: str
+
+    def payload(self) -> bytes:
+        """Its bytes in the journal."""
+        return _pack([self.generator_id, self.incarnation, self.instance])
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> GeneratorAdmitted:
+        """The record that these bytes are."""
+        return cls(*msgpack.unpackb(payload))
+
+
+@dataclass(frozen=True, slots=True)
 class BatchSkipped:
     """The batch that should have made `version` + 1 kills the trainer: its groups are dropped, for this reason.
 
@@ -237,7 +258,15 @@ class BatchSkipped:
 
 
 Record = (
-    StoredGroup | StepTaken | MessageSeen | GroupsDropped | PromptGivenUp | GroupFiltered | RunStarted | BatchSkipped
+    StoredGroup
+    | StepTaken
+    | MessageSeen
+    | GroupsDropped
+    | PromptGivenUp
+    | GroupFiltered
+    | RunStarted
+    | BatchSkipped
+    | GeneratorAdmitted
 )
 
 _CLASSES: dict[int, type[Record]] = {record.kind: record for record in get_args(Record)}

@@ -187,6 +187,7 @@ def other_records(seq: int, ordinal: int) -> list[Any]:
         records.GroupFiltered("gen-b", 7, seq + 1, ordinal + 3, 1),
         records.RunStarted(4),
         records.BatchSkipped(6, ((ordinal + 4, 0), (ordinal + 5, 2)), "the trainer died 4 times"),
+        records.GeneratorAdmitted("gen-b", 8, "0f" * 16),
     ]
 
 

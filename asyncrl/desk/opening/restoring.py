@@ -156,6 +156,8 @@ def _restore_sessions(config: Config, run_epoch: int, saved: dict[str, SavedSess
     sessions = make_sessions(config, run_epoch)
     now = time.monotonic()
     sessions.restore(saved, now=now)
+    for (generator_id, incarnation), instance in plan.admitted.items():
+        sessions.replay_admission(generator_id, incarnation, instance, now=now)
     for (generator_id, incarnation), seqs in plan.seen.items():
         for seq in sorted(seqs):
             sessions.replay(generator_id, incarnation, seq, now=now)
