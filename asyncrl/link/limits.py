@@ -11,9 +11,9 @@ HEARTBEAT_TTL_MS = 3_000
 HANDSHAKE_MS = 5_000
 CONNECT_TIMEOUT_MS = 3_000
 TCP_MAX_RETRANSMIT_MS = 10_000
-# Between two tries to connect. A learner that restarts is found so soon after it listens: it stands still meanwhile. A
-# try at a port where nobody listens costs some 50 us, and 1,000 generators make 5,000 of them a second.
-RECONNECT_MS = RECONNECT_MAX_MS = 200
+# Between two tries to connect. A learner that restarts is found so soon after it listens. While it is away, 1,000
+# generators spend a third of a core on that, all of them together.
+RECONNECT_MS = RECONNECT_MAX_MS = 100
 BACKLOG = 4_096  # connections that wait for the desk to take them: those of a whole fleet, which come at once
 
 # Queues between application and I/O thread, in frames. Credit is the real bound, these are the backstop. Sending
