@@ -27,10 +27,11 @@ def lives_of(ledgers: Path) -> dict[str, list[Life]]:
     lives: dict[str, list[Life]] = {}
     for line in (ledgers / "kills").read_text().splitlines():
         what, name, time = line.split()
+        if lives.get(name) and lives[name][-1].ended == float("inf"):
+            # At a start as well: a generator that leaves by itself is started again, and nobody notes its end.
+            lives[name][-1] = Life(lives[name][-1].began, float(time))
         if what == "start":
             lives.setdefault(name, []).append(Life(float(time), float("inf")))
-        elif lives.get(name):
-            lives[name][-1] = Life(lives[name][-1].began, float(time))
     return lives
 
 

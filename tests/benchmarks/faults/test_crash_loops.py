@@ -197,6 +197,12 @@ def test_of_answers_those_count_whose_learner_and_generator_lived_for_longer_tha
     }
 
 
+def test_a_generator_that_left_by_itself_is_not_there_any_more_once_it_is_started_again(tmp_path):
+    kills = ["start learner 10", "start g0 10", "start g0 15", "kill g0 15.5", "kill learner 20", "start learner 20"]
+    note(tmp_path, kills, {"g0": (11,)})
+    assert found_answers(tmp_path) == []
+
+
 # -- the pace
 
 
