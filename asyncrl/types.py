@@ -245,6 +245,11 @@ class Frontier:
     def __repr__(self) -> str:
         return f"Frontier({self.watermark}, {sorted(self.above)})"
 
+    def missing(self, start: int, end: int) -> list[int]:
+        """Those of [start, end) that are no members."""
+        rest = range(max(start, self.watermark), end)
+        return [number for number in rest if number not in self.above] if self.above else list(rest)
+
     def copy(self) -> Frontier:
         """A copy, which later additions to this frontier do not change."""
         return Frontier(self.watermark, self.above)

@@ -27,6 +27,13 @@ def test_a_frontier_takes_all_below_a_number_at_once_and_what_follows_it_without
     assert frontier == Frontier(8, [9])
 
 
+def test_what_is_missing_in_a_frontier_are_the_gaps():
+    frontier = Frontier(3, [5, 6, 9])
+    assert frontier.missing(0, 11) == [3, 4, 7, 8, 10]
+    assert frontier.missing(4, 8) == [4, 7]
+    assert Frontier(3).missing(1, 6) == [3, 4, 5] and frontier.missing(0, 2) == frontier.missing(8, 7) == []
+
+
 @pytest.mark.parametrize(("group_size", "enough"), [(1, 1), (2, 2), (3, 2), (4, 2), (5, 3), (8, 4)])
 def test_half_of_a_group_is_enough_to_train_on_and_two_rollouts_at_least(group_size, enough):
     assert min_rollouts(group_size) == enough

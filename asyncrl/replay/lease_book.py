@@ -119,8 +119,7 @@ class LeaseBook:
     def upcoming(self, count: int) -> list[int]:
         """Ordinals that are leased next, the very next one among them, and up to `count` of those after all others."""
         end = min(self._next_ordinal + count, self._end)
-        fresh = [ordinal for ordinal in range(self._next_ordinal, end) if ordinal not in self._settled]
-        return self._waiting.some_due(count) + fresh
+        return self._waiting.some_due(count) + self._settled.missing(self._next_ordinal, end)
 
     def next_deadline(self, now: float) -> float:
         """When `expire` has something to do, a back-off ends or a trial is due; infinity when never."""

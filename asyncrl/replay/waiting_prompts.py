@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import heapq
+import bisect
 from collections.abc import Iterable
 
 from asyncrl.host.deadlines import Deadlines
 
 
 class WaitingPrompts:
-    """Hands out the lowest ordinal whose time has come. Every call costs O(log n), amortized."""
+    """Hands out the lowest ordinal whose time has come. No call looks at all of them; to add one moves some memory."""
 
     def __init__(self, due: Iterable[int] = ()) -> None:
-        self._due: list[int] = sorted(due)  # a heap; an ordinal in it that is not in `_is_due` was taken out
+        # Sorted; an ordinal in it that is not in `_is_due` was taken out, and so were all before `_first`.
+        self._due: list[int] = sorted(due)
+        self._first = 0
         self._is_due = set(self._due)
         self._later: Deadlines[int] = Deadlines()
 
@@ -39,15 +41,15 @@ class WaitingPrompts:
         """The lowest ordinal whose time has come; None when there is none. It goes on waiting."""
         for ordinal in self._later.take_due(now):
             self._add_due(ordinal)
-        while self._due:
-            if self._due[0] in self._is_due:
-                return self._due[0]
-            heapq.heappop(self._due)
+        while self._first < len(self._due):
+            if (ordinal := self._due[self._first]) in self._is_due:
+                return ordinal
+            self._first += 1
         return None
 
     def some_due(self, count: int) -> list[int]:
-        """Up to `count` ordinals whose time has come, ascending; the lowest of all is among them."""
-        return sorted(ordinal for ordinal in self._due[:count] if ordinal in self._is_due)
+        """The lowest ordinals whose time has come, ascending: `count` of them, or fewer where some were taken out."""
+        return [ordinal for ordinal in self._due[self._first : self._first + count] if ordinal in self._is_due]
 
     def next_time(self, now: float) -> float:
         """When the next ordinal may be leased that may not be yet; infinity when there is none."""
@@ -57,6 +59,8 @@ class WaitingPrompts:
 
     def _add_due(self, ordinal: int) -> None:
         self._is_due.add(ordinal)
-        heapq.heappush(self._due, ordinal)
+        at = bisect.bisect_left(self._due, ordinal, self._first)
+        if self._due[at : at + 1] != [ordinal]:  # it may be left from before it was taken out
+            self._due.insert(at, ordinal)
         if len(self._due) > 2 * len(self._is_due) + 64:
-            self._due = sorted(self._is_due)
+            self._due, self._first = sorted(self._is_due), 0
