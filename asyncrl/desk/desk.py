@@ -35,6 +35,7 @@ from asyncrl.desk.run_state import RunState
 from asyncrl.desk.trainer_process import TrainerProcess
 from asyncrl.desk.versions import Versions
 from asyncrl.errors import JournalError, TooManyFailures, UserError
+from asyncrl.host.garbage import rare_collections
 from asyncrl.host.processes import StopSignal
 from asyncrl.link import messages, trainer_messages
 from asyncrl.link.codec import body_of
@@ -138,16 +139,17 @@ class Desk:
             poller.add(source)
         if self.prompts.fd >= 0:
             poller.add(self.prompts.fd)
-        while True:
-            ready = poller.wait(self._timeout(time.monotonic()))
-            now = time.monotonic()
-            if self.generators.socket in ready:
-                self.boundary.from_generators(self.generators.socket, FROM_GENERATOR, self._from_generator, now)
-            if self.ranks.socket in ready:
-                self.boundary.from_ranks(self.ranks.socket, FROM_TRAINER, self._from_trainer, now)
-            if self._over(now):
-                return 0
-            self._tick(now)
+        with rare_collections():
+            while True:
+                ready = poller.wait(self._timeout(time.monotonic()))
+                now = time.monotonic()
+                if self.generators.socket in ready:
+                    self.boundary.from_generators(self.generators.socket, FROM_GENERATOR, self._from_generator, now)
+                if self.ranks.socket in ready:
+                    self.boundary.from_ranks(self.ranks.socket, FROM_TRAINER, self._from_trainer, now)
+                if self._over(now):
+                    return 0
+                self._tick(now)
 
     def _tick(self, now: float) -> None:
         """Does what time or the last messages made due. Results count before a batch is decided."""

@@ -88,12 +88,12 @@ class ServerSocket:
     def receive(self) -> list[tuple[bytes, bytes]]:
         """(peer, frame) of what has arrived, without waiting.
 
-        At most DRAIN_FRAMES, and no more once they are max_frame_bytes together.
+        At most DESK_DRAIN_FRAMES, and no more once they are max_frame_bytes together.
         """
         self._link.read()
         received: list[tuple[bytes, bytes]] = []
         size = 0
-        while len(received) < limits.DRAIN_FRAMES and size < self.max_frame_bytes:
+        while len(received) < limits.DESK_DRAIN_FRAMES and size < self.max_frame_bytes:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:

@@ -28,14 +28,20 @@ import numpy as np
 from asyncrl.config import Config
 from asyncrl.desk.boundary import Boundary
 from asyncrl.desk.desk import FROM_GENERATOR, FROM_TRAINER, Desk
+from asyncrl.host.garbage import rare_collections
 from asyncrl.link.codec import decode_body, encode_body
+from asyncrl.link.limits import MAX_BEAT_S
 from asyncrl.link.messages import Hello, LeaseGrant
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.link.sockets import SocketPoller
+from asyncrl.storage.journal_index import JournalIndex
+from asyncrl.storage.journal_reader import Location
+from asyncrl.storage.records import StepTaken, StoredGroup
 from benchmarks.common import RESULTS
 from benchmarks.faults.stub_fleet import NUM_TOKENS, make_stub_desk, stub_group
 
 LONG_S = 1e6
+CHECKPOINT_EVERY = 100
 
 
 def settings(groups: int, max_age: int = 0) -> Config:
@@ -98,8 +104,9 @@ def idle(folder: Path, generators: int, leases: int, seconds: float) -> dict[str
     fleet = start_fleet(desk, generators=generators, room=-(-leases // generators), work_s=LONG_S)
     try:
         joined_s = loop.until(lambda: desk.state.leases.num_running == leases, 120.0)
-        calm_at = time.monotonic() + 3.0
-        loop.until(lambda: time.monotonic() > calm_at, 10.0)
+        joining_tick_s = max(loop.cpu_ticks)
+        calm_at = time.monotonic() + MAX_BEAT_S + 2.0  # every lease was named in a beat once
+        loop.until(lambda: time.monotonic() > calm_at, MAX_BEAT_S + 10.0)
         loop.ticks.clear()
         loop.cpu_ticks.clear()
         cpu, started = time.thread_time(), time.monotonic()
@@ -115,6 +122,7 @@ def idle(folder: Path, generators: int, leases: int, seconds: float) -> dict[str
         "core_share": round(share, 4),
         "longest_tick_ms": round(float(ticks.max()), 2),
         "longest_tick_cpu_ms": round(max(loop.cpu_ticks) * 1e3, 2),
+        "longest_tick_cpu_while_all_join_ms": round(joining_tick_s * 1e3, 2),
         "tick_p99_ms": round(float(np.percentile(ticks, 99)), 3),
         "ticks_per_s": round(len(ticks) / seconds, 1),
         "all_proven_and_leased_s": round(joined_s, 2),
@@ -192,7 +200,7 @@ def results(folder: Path, seconds: float) -> dict[str, float]:
 
 
 def memory(num_results: int, num_versions: int) -> dict[str, float]:
-    """Growth of what Proofs and Counters and the lease book hold, from a tenth of the way to its end."""
+    """Growth of what Proofs, Counters, lease book and the journal's index hold, from a tenth of the way to its end."""
     from asyncrl.desk.counters import Counters
     from asyncrl.desk.proofs import Proofs
     from asyncrl.desk.run_state import PolicyVersions
@@ -202,6 +210,8 @@ def memory(num_results: int, num_versions: int) -> dict[str, float]:
 
     policy, counters = PolicyVersions(), Counters()
     proofs, book = Proofs(policy), LeaseBook(Pacing(num_results // num_versions, 4, num_versions + 8), 600.0)
+    index = JournalIndex()
+    index.begin_segment(1)
     per_step, rss = num_results // num_versions, []
     for version in range(num_versions):
         policy.newest = version
@@ -211,6 +221,13 @@ def memory(num_results: int, num_versions: int) -> dict[str, float]:
         granted = book.grant(f"g{version % 10}", version, per_step, version, float(version))
         for record in granted:
             book.accept(record.key, record.holder, float(version))
+            stored = StoredGroup(
+                record.holder, 1, record.key.ordinal, *record.key[1:], version, version, version, (1,) * 4, b""
+            )
+            index.add(stored, Location(1, record.key.ordinal))
+        index.add(StepTaken(version, tuple(record.key[1:] for record in granted)), Location(1, version))
+        if version % CHECKPOINT_EVERY == 0:
+            index.forget_before(version, 1)
         book.train(record.key for record in granted)
         if version in (num_versions // 10, num_versions - 1):
             rss.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
@@ -230,7 +247,7 @@ def main() -> int:
     arguments = parser.parse_args()
     generators, leases, seconds = (100, 1200, 3.0) if arguments.quick else (1000, 12_288, 10.0)
     record: dict[str, Any] = {"generators": generators, "leases": leases}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, rare_collections():  # as in a desk that serves
         for name, measure in (
             ("memory", lambda: memory(10**4 if arguments.quick else 10**6, 10**3 if arguments.quick else 10**5)),
             ("results", lambda: results(Path(folder) / "results", 0.5 if arguments.quick else 1.5)),
@@ -242,7 +259,10 @@ def main() -> int:
             print(f"{name:<10} {record[name]}", flush=True)
     record["passed"] = {
         "idle <= 5 % of a core": record["idle"]["core_share"] <= 0.05,
-        "no tick over 20 ms": record["idle"]["longest_tick_cpu_ms"] <= 20.0,
+        "no tick over 20 ms": max(
+            record["idle"]["longest_tick_cpu_ms"], record["idle"]["longest_tick_cpu_while_all_join_ms"]
+        )
+        <= 20.0,
         "restart <= 1 s": record["restart"]["cpu_seconds"] <= 1.0 and record["restart"]["longest_slice_ms"] <= 20.0,
         ">= 5,000 results/s": record["results"]["per_core_second"] >= 5000,
         "memory <= 2 %": record["memory"]["growth"] <= 0.02,

@@ -139,26 +139,26 @@ def test_no_more_bytes_are_under_way_than_the_credit_and_one_result_always_may_b
 
 def test_a_generator_beats_and_waits_as_the_desk_says():
     session, sessions = generator(), desk()
-    sessions.fleet_size = 900
+    sessions.fleet_size = 750
     known = connect(session, sessions)
     assert session.beat_s == known.beat_s == 6.0
     assert session.next_due(0.0) == limits.suspect_s(6.0) == 10.0
     assert not session.reconnect_due(9.9) and session.reconnect_due(10.0)
-    sessions.fleet_size = 300
+    sessions.fleet_size = 250
     session.receive(sessions.ack(known), 1.0)
     assert session.beat_s == 2.0 and session.next_due(1.0) == 1.0 + limits.suspect_s(2.0)
     session.reconnected(2.0)
     assert session.beat_s == limits.BEAT_S  # hellos come as often, whatever the last learner said
 
 
-@pytest.mark.parametrize("size", [1, 100, 150, 300, 1000, 1200, limits.MAX_GENERATORS])
+@pytest.mark.parametrize("size", [1, 100, 125, 126, 300, 1000, 1200, limits.MAX_GENERATORS])
 def test_silence_is_measured_by_the_beats_that_a_generator_was_asked_for(size):
     sessions = desk()
     sessions.fleet_size = size
     session = sessions.hello(b"p", hello(), version=0, now=0.0).session
     beat_s = limits.beat_s(size)
     assert size / beat_s <= limits.BEATS_PER_S or beat_s == limits.MAX_BEAT_S
-    assert (beat_s == limits.BEAT_S) == (size <= 150)
+    assert (beat_s == limits.BEAT_S) == (size <= 125)
     assert sessions.to_probe(beat_s) == []  # its next beat may be on its way
     assert sessions.tick(2 * beat_s if beat_s <= 2.0 else beat_s + 2.0) == []
     assert sessions.tick(limits.SUSPECT_S + beat_s - 1.01) == []

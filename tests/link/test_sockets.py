@@ -120,7 +120,7 @@ def test_one_poller_serves_both_links_and_a_wake_up(made, tmp_path):
 def test_one_call_returns_a_bounded_number_of_frames_and_bytes(made):
     server = made(ServerSocket, max_frame_bytes=10_000)
     client = made(ClientSocket, server.address)
-    for size, number, most in ((10, 400, limits.DRAIN_FRAMES), (4_000, 100, 3)):
+    for size, number, most in ((10, 400, limits.DESK_DRAIN_FRAMES), (4_000, 100, 3)):
         left, calls = number, []
         while sum(calls) < number:
             while left and client.send(bytes(size), timeout_s=0.0):
