@@ -1,4 +1,4 @@
-"""A task whose examples misbehave by their index, as `faults` says."""
+"""Tasks whose examples misbehave by their index, as `faults` says."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from asyncrl.tasks.base import Example
+from asyncrl.tasks.gsm8k import Gsm8k
 
 
 def _surrogate(index: int) -> Example:
@@ -99,7 +101,11 @@ FAULTS: dict[str, Any] = {
 
 
 class Unruly:
-    """Example n is the text n, unless `faults`, a dict of index (as text) or "all" → fault, says otherwise."""
+    """Example n is the text n, unless `faults`, a dict of index (as text) or "all" → fault, says otherwise.
+
+    constructor, eval_fault, reward_fault: faults of these. marks: folder where each process that is about to misbehave
+    leaves a file, named by its process id; empty = none.
+    """
 
     part_names = ("exact",)
 
@@ -110,22 +116,48 @@ class Unruly:
         constructor: str = "",
         evals: int = 2,
         eval_fault: str = "",
+        reward_fault: str = "",
+        marks: str = "",
     ):
         self.train_size = size
         self._faults = faults or {}
         self._evals = evals
         self._eval_fault = eval_fault
-        if constructor:
-            FAULTS[constructor](0)
+        self._reward_fault = reward_fault
+        self._marks = marks
+        self._misbehave(constructor)
+
+    def _misbehave(self, fault: str, index: int = 0) -> Any:
+        """What the fault returns, if it does; None without one."""
+        if fault and self._marks:
+            Path(self._marks, str(os.getpid())).touch()
+        return FAULTS[fault](index) if fault else None
 
     def train_example(self, index: int) -> Example:
-        fault = self._faults.get(str(index), self._faults.get("all"))
-        return FAULTS[fault](index) if fault else Example(f"{index}", {"index": index})
+        fault = self._faults.get(str(index), self._faults.get("all", ""))
+        return self._misbehave(fault, index) if fault else Example(f"{index}", {"index": index})
 
     def eval_examples(self, count: int) -> list[Example]:
-        if self._eval_fault:
-            FAULTS[self._eval_fault](0)
+        self._misbehave(self._eval_fault)
         return [Example(f"eval {index}", {"index": index}) for index in range(min(count, self._evals))]
 
     def reward(self, completion: str, payload: dict) -> dict[str, float]:
+        self._misbehave(self._reward_fault)
         return {"exact": 0.5 + (len(completion) % 7) / 14}
+
+
+class UnrulyFile(Gsm8k):
+    """Records of a file, of which some lines are bad by themselves, and some that are not misbehave as examples."""
+
+    part_names = ("exact",)
+
+    def __init__(self, path: str, eval_path: str, faults: dict[str, str]):
+        super().__init__(path, eval_path)
+        self._faults = faults
+
+    def train_example(self, index: int) -> Example:
+        fault = self._faults.get(str(index), "")
+        return FAULTS[fault](index) if fault else super().train_example(index)
+
+    def reward(self, completion: str, payload: dict) -> dict[str, float]:
+        return {"exact": (len(set(completion)) % 5) / 4}
