@@ -222,7 +222,7 @@ class LeaseGrant(RunMessage):
     payload: Payload
     num_rollouts: Size
     max_new_tokens: Size
-    temperature: Annotated[float, Within(0.0, 1e6)]
+    temperature: Annotated[float, Within(0.0, 2.0)]  # what engines sample at; 0 = greedy
     pinned_version: Number | None = None
     seed: Digest | None = None
     greedy_baseline: bool = False

@@ -20,12 +20,14 @@ from asyncrl.config.methods import KL_ESTIMATORS_BY_PLACE, chosen_kl_estimator
 from asyncrl.desk.evaluation import EvalResults
 from asyncrl.desk.generators import ORDINAL_SEED_STRIDE, RUN_SEED_STRIDE
 from asyncrl.errors import ConfigError, ProtocolError, RewardError
-from asyncrl.link.rollouts import group_to_result, result_to_group, validate_group
+from asyncrl.link.codec import decode, encode
+from asyncrl.link.rollouts import group_to_result, lease_to_grant, result_to_group, validate_group
 from asyncrl.report.run_records import RunRecords
 from asyncrl.report.summary import summarize
 from asyncrl.rewards.base import Sample
 from asyncrl.rewards.parts import RewardParts, check_reward_parts
-from asyncrl.rewards.pipe import Scored, decode_scored, encode
+from asyncrl.rewards.pipe import Scored, decode_scored
+from asyncrl.rewards.pipe import encode as encode_scored
 from asyncrl.rewards.pool import RewardOutcome, RewardPool
 from asyncrl.trainer.batch import MicroBatchData
 from asyncrl.trainer.canary import SnapshotScorer
@@ -36,7 +38,7 @@ from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import pack_groups
 from asyncrl.trainer.rank import outcome_metrics
 from asyncrl.trainer.step import StepRunner
-from asyncrl.types import Group, LeaseKey, LeaseKind, reward_parts_problem, weighted_sum
+from asyncrl.types import Group, Lease, LeaseKey, LeaseKind, reward_parts_problem, weighted_sum
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.trainer.tiny import make_group, make_rollout, random_groups
 
@@ -416,6 +418,14 @@ def test_W12_the_least_and_the_largest_temperature_are_taken():
         assert config_of(f"sampling.temperature={temperature}").sampling.temperature == temperature
 
 
+def test_W12_no_lease_asks_for_a_temperature_that_the_engine_refuses():
+    lease = Lease(LeaseKey(LeaseKind.TRAIN, 0, 0), 0, 1.0, np.array([1], np.int32), {}, 1, 1, temperature=2.0)
+    assert decode(encode(lease_to_grant(lease, 1), max_bytes=9999), max_bytes=9999).temperature == 2.0
+    grant = dataclasses.replace(lease_to_grant(lease, 1), temperature=2.0001)
+    with pytest.raises(ProtocolError, match="temperature"):
+        decode(encode(grant, max_bytes=9999), max_bytes=9999)
+
+
 @pytest.mark.slow
 def test_W12_the_engine_takes_every_sampling_value_that_is_allowed():
     from vllm.exceptions import VLLMValidationError
@@ -503,7 +513,7 @@ def test_D14_impossible_parts_are_refused_by_the_desk_and_where_the_worker_answe
     with pytest.raises(ProtocolError):
         send(scored(parts))
     with pytest.raises(ProtocolError):
-        decode_scored(encode(Scored(parts)))
+        decode_scored(encode_scored(Scored(parts)))
     assert reward_parts_problem(parts)
 
 
@@ -532,7 +542,7 @@ def test_D14_rewards_of_every_size_that_the_pool_makes_are_taken():
         parts = {name: float(draw.normal() * 10.0 ** draw.integers(-8, 5)) for name in names}
         weights = {name: float(draw.normal()) for name in names if draw.random() < 0.5}
         send(scored(parts, weights), weights)
-        outcome = RewardOutcome(decode_scored(encode(Scored(parts))).parts, weights=weights)
+        outcome = RewardOutcome(decode_scored(encode_scored(Scored(parts))).parts, weights=weights)
         assert outcome.reward == weighted_sum(parts, weights)
 
 
