@@ -43,6 +43,11 @@ _KNOWN: dict[tuple[int, bytes], Any] = {}
 _MAX_KNOWN = 32_768
 _MAX_KNOWN_BYTES = 48
 _MAX_KNOWN_FIELDS = 4
+# The same of whole arrays of them, and of byte strings: their items, by what those are and by the array's bytes.
+_KNOWN_ARRAYS: dict[tuple[str, bytes], tuple[Any, ...]] = {}
+_MAX_KNOWN_ARRAYS = 4_096
+_MAX_KNOWN_ARRAY_BYTES = 4_096
+_MAX_LASTING_BYTES = 64  # of a byte string
 
 
 class Mismatch(Exception):
@@ -59,10 +64,14 @@ Convert = Callable[[Any], Any]  # checks a value and returns it in its other for
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """The two directions of one annotation: Python values to plain ones, and back."""
+    """The two directions of one annotation: Python values to plain ones, and back.
+
+    lasting names values that never change, so that an array of them need not be converted twice; else it is empty.
+    """
 
     to_wire: Convert
     from_wire: Convert
+    lasting: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,7 +177,8 @@ def _ruled_form(hint: Any, marks: tuple[Any, ...]) -> Form:
     if isinstance(mark, Printed):
         return Form(_after(form.to_wire, mark.sent), _after(form.from_wire, mark.received))
     first = isinstance(mark, AtMost)  # a list is measured before its items are looked at
-    return Form(_kept(mark, form.to_wire, first), _kept(mark, form.from_wire, first))
+    lasting = f"bytes, {mark}" if hint is bytes and first and mark.most <= _MAX_LASTING_BYTES else ""
+    return Form(_kept(mark, form.to_wire, first), _kept(mark, form.from_wire, first), lasting)
 
 
 def _class_form(cls: type[Any]) -> Form:
@@ -184,7 +194,9 @@ def _class_form(cls: type[Any]) -> Form:
 
 
 def _record_form(plan: RecordPlan) -> Form:
-    return Form(functools.partial(_record_to_array, plan), functools.partial(_array_to_record, plan))
+    return Form(
+        functools.partial(_record_to_array, plan), functools.partial(_array_to_record, plan), f"plan {id(plan)}"
+    )
 
 
 def _after(convert: Convert, rule: Callable[[str], str]) -> Convert:
@@ -225,9 +237,10 @@ def _both(inner: Form, check: Callable[[Convert, Any], Any]) -> Form:
 
 def _array_form(inner: Form, cls: type[Any]) -> Form:
     """The form of a list or a tuple: both are arrays on the wire, which msgpack reads as lists."""
-    return Form(
-        functools.partial(_array, inner.to_wire, cls, list), functools.partial(_array, inner.from_wire, list, cls)
-    )
+    from_wire = functools.partial(_array, inner.from_wire, list, cls)
+    if inner.lasting:
+        from_wire = functools.partial(_known_array, inner.lasting, from_wire, cls)
+    return Form(functools.partial(_array, inner.to_wire, cls, list), from_wire)
 
 
 def _message_plan(cls: type[Message]) -> RecordPlan:
@@ -352,6 +365,30 @@ def _array(convert: Convert, given: type[Any], wanted: type[Any], value: Any) ->
         raise _must_be(f"a {given.__name__}", shown(value))
     items = _each(convert, enumerate(value), [None] * len(value))
     return items if wanted is list else wanted(items)
+
+
+def _known_array(lasting: str, convert: Convert, wanted: type[Any], value: Any) -> Any:
+    """A list or a tuple. The items of one that came before are not checked again, see `_array_to_record`."""
+    if not isinstance(value, list) or not value:
+        return convert(value)
+    key = lasting, msgpack.packb(value)
+    items = _KNOWN_ARRAYS.get(key)
+    if items is None:
+        items = tuple(convert(value))
+        if len(key[1]) <= _MAX_KNOWN_ARRAY_BYTES and _is_fixed(items):
+            if len(_KNOWN_ARRAYS) >= _MAX_KNOWN_ARRAYS:
+                _KNOWN_ARRAYS.clear()
+            _KNOWN_ARRAYS[key] = items
+    return wanted(items)
+
+
+def _is_fixed(items: tuple[Any, ...]) -> bool:
+    """Whether nothing in it can change: then it has a hash."""
+    try:
+        hash(items)
+    except TypeError:
+        return False
+    return True
 
 
 def _fixed(converts: list[Convert], given: type[Any], wanted: type[Any], value: Any) -> Any:
