@@ -127,17 +127,20 @@ class LearnerLink:
     def _check_reachable(self, now: float) -> None:
         """Says every 10 s that the learner does not answer, and gives up after the configured time."""
         silence_s, address = self.session.silence_s(now), self._socket.address
+        refusal = self.session.refusal  # one that is not final: the next learner may take this generator
         # In a large fleet beats and their answers are rare.
         if silence_s >= self._unreachable_timeout_s + self.session.beat_s - BEAT_S:
+            why = f"it refuses this generator: {refusal.reason}" if refusal else "is asyncrl-learner running there?"
             raise PeerUnreachable(
                 f"no answer from the learner at {address} for {silence_s:.0f} s "
-                f"(generator.unreachable_timeout_s={self._unreachable_timeout_s:g}); is asyncrl-learner running there?"
+                f"(generator.unreachable_timeout_s={self._unreachable_timeout_s:g}); {why}"
             )
         if silence_s >= SAY_UNREACHABLE_EVERY_S and now - self._said_at >= SAY_UNREACHABLE_EVERY_S:
             self._said_at = now
+            why = f"it refuses this generator: {refusal.reason}" if refusal else self._socket.link
             log.warning(
                 "no answer from the learner at %s for %.0f s (limit %g s): %s; the connection ended %d times",
-                address, silence_s, self._unreachable_timeout_s, self._socket.link, self._socket.disconnects,
+                address, silence_s, self._unreachable_timeout_s, why, self._socket.disconnects,
             )  # fmt: skip
 
 

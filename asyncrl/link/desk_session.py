@@ -445,8 +445,8 @@ class DeskSessions:
         if hello.max_run_epoch < max(self.run_epoch, 1) or was_here or self._has_forgotten:
             return None
         reason = (
-            f"the generator knows another learner of run epoch {self.run_epoch}: two learners run, or run.dir is an "
-            "older copy. Stop the other learner; if there is none, start this one again, and it counts on"
+            f"the generator knows another learner of run epoch {self.run_epoch}: two learners run, or run.dir is new "
+            "or an older copy. Stop the other learner; if there is none, start the generator again, or this learner"
         )
         return Refusal(RefusalCode.RUN_EPOCH, reason, f"< {self.run_epoch}", str(hello.max_run_epoch))
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import shutil
 
 import pytest
 
+from asyncrl.config import Config
 from asyncrl.desk.opening import restoring
+from asyncrl.errors import PeerUnreachable
 from asyncrl.generator.identity import claim_identity
+from asyncrl.generator.learner_link import LearnerLink
 from asyncrl.link import limits
 from asyncrl.link.codec import decode
 from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.messages import Ack, Hello, Refusal, Welcome
+from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.link.wire_types import RefusalCode
 from asyncrl.replay.recovery import replay_plan
 from asyncrl.storage.journal import Journal
@@ -123,10 +128,29 @@ def test_R13_a_generator_of_another_learner_with_an_equal_run_epoch_is_refused_w
     assert isinstance(generator.says_hello_to(live), Welcome)
     refusal = generator.says_hello_to(copy)
     assert isinstance(refusal, Refusal) and refusal.code is RefusalCode.RUN_EPOCH
-    assert "another learner of run epoch 3" in refusal.reason and "start this one again" in refusal.reason
+    assert "another learner of run epoch 3" in refusal.reason
+    assert "start the generator again, or this learner" in refusal.reason
     assert copy.superseded_by is None
     assert isinstance(generator.says_hello_to(live), Welcome), "the refusal is not final"
     assert isinstance(generator.says_hello_to(next_start), Welcome), "the learner that was started again counts on"
+
+
+def test_R13_a_generator_that_is_refused_says_why_and_not_that_nobody_answers(tmp_path, sessions_of, caplog):
+    generator = Process(tmp_path)
+    assert isinstance(generator.says_hello_to(sessions_of(3)), Welcome)
+    assert isinstance(generator.says_hello_to(sessions_of(3)), Refusal)
+
+    async def run():
+        socket = AsyncClientSocket(f"ipc://{tmp_path}/nobody.sock", max_frame_bytes=MEBIBYTE)
+        link = LearnerLink(Config(), generator.session, socket)
+        link._said_at = 0.0
+        link._check_reachable(20.0)
+        with pytest.raises(PeerUnreachable, match="refuses this generator: .* another learner of run epoch 3"):
+            link._check_reachable(1e6)
+        await link.close()
+
+    asyncio.run(run())
+    assert "it refuses this generator: the generator knows another learner of run epoch 3" in caplog.text
 
 
 def test_R13_a_generator_that_comes_back_to_its_learner_is_welcome_however_long_it_was_gone(tmp_path, sessions_of):
