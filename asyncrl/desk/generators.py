@@ -33,6 +33,8 @@ HELLOS_REFUSED_AT_ONCE = 8  # said one by one; more within a minute are counted
 # One call of `grant`: leases that it grants, and generators whose turn it is, most of which may have to wait.
 GRANTS_AT_ONCE = 64
 TURNS_AT_ONCE = 256
+# A desk that did not look for so long finds everybody silent; what they said meanwhile waits to be read.
+STOOD_STILL_S = 1.0
 # Sequences of all leases that a generator may have in hand, for each that it samples at once: what it holds itself to
 # (`generator.held_leases`). Adopted leases keep to it too.
 IN_HAND_FACTOR = 5
@@ -73,6 +75,7 @@ class Generators:
         self._repeats = Repeats(log, HELLOS_REFUSED_AT_ONCE)
         self._one_could_work = False  # held a version, ever
         self._refused = ""  # who was refused last
+        self._looked_at = 0.0  # when `expire` was called last
         self._strangers = (0, 0)  # as last said: handshakes refused, messages that are none
         self._strangers_said_at = -SAY_STRANGERS_EVERY_S
 
@@ -131,6 +134,8 @@ class Generators:
 
     def expire(self, now: float) -> None:
         """Applies the deadlines of leases and beats."""
+        stood_still = now - self._looked_at >= STOOD_STILL_S
+        self._looked_at = now
         for record in self._leases.expire(now):
             log.warning("lease %s of %s expired: leased again", record.key, record.holder)
             self.abandon(record)
@@ -141,9 +146,20 @@ class Generators:
                 self._free(name, "is dead: no beat, or beats without progress", now)
             elif session.liveness is Liveness.SUSPECT:
                 log.warning("generator %s is silent", name)
+                if not stood_still:
+                    self._relieve(name, now)
             elif session.liveness is Liveness.ALIVE and name not in self._granted and session.hello is not None:
                 # It was taken for dead and is here again: what it held is gone, so it begins with the weights.
                 self._admit(session)
+
+    def _relieve(self, name: str, now: float) -> None:
+        """Gives what a silent generator holds to others, if there are any: once max_age old, it holds the learner up.
+
+        A process that was stopped may keep its connection, so that it is not dead for long. If it comes back before,
+        its next beat is answered by what it need not finish, and what it has finished still counts where it is first.
+        """
+        if self.alive() and (released := self._leases.release(name, now)):
+            log.warning("%d leases of generator %s go to others while it is silent", len(released), name)
 
     def judge(self) -> None:
         """Says who was set aside because its leases fail, and has the weights of such a generator sent again."""

@@ -140,8 +140,8 @@ class DeskSession:
         silence_s = now - self.heard_at
         working = self.beat is not None and bool(self.beat.active)
         stuck = working and now - self.progress_at >= limits.NO_PROGRESS_S
-        # A process that was killed takes its connection along at once, one that is stopped within HEARTBEAT_TIMEOUT_MS.
-        # Its leases hold the learner up once they are max_age old, so they are not kept for the whole of dead_s.
+        # A process that was killed takes its connection along at once. One that is stopped may keep it (see
+        # HEARTBEAT_TTL_MS): its leases go to others when it is suspect, its place in the weight sync when it is dead.
         suspect_s = limits.suspect_s(self.beat_s)
         if stuck or silence_s >= (suspect_s if self.cut_off else limits.dead_s(self.beat_s)):
             return Liveness.DEAD

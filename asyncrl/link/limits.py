@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Link level: ZMTP heartbeats. The peers of the desk ask, it answers; they notice a cut cable within interval + timeout,
 # so within 3 s. It notices HEARTBEAT_TTL_MS after a question, unless a message was the last that came: then by the
-# beats that are missing, after DEAD_S. So questions are to come much more often than messages.
+# beats that are missing, after SUSPECT_S and DEAD_S.
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2_500
 HEARTBEAT_TTL_MS = 3_000

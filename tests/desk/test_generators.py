@@ -236,6 +236,48 @@ def test_a_silent_generator_is_dead_after_its_deadline_and_its_leases_go_back(wo
     assert world.generators.alive() == []
 
 
+def looks(world, until, every=0.5, start=0.0):
+    """What a desk does that does not stand still."""
+    for step in range(int(round((until - start) / every)) + 1):
+        world.generators.expire(start + step * every)
+
+
+def test_leases_of_a_silent_generator_that_keeps_its_connection_go_to_others_before_it_is_dead(world):
+    """Stopped: libzmq does not always see it, and its leases would hold the learner up until it is dead."""
+    stopped = world.join("a", wanted=4)
+    world.generators.grant(0.0)
+    assert world.grants() == [("a.1", 0)]
+    looks(world, limits.SUSPECT_S - 0.5)
+    other = world.join("b", wanted=4, now=limits.SUSPECT_S - 0.5)
+    looks(world, limits.SUSPECT_S, start=limits.SUSPECT_S)
+    world.generators.grant(limits.SUSPECT_S)
+    assert world.grants()[0] == ("b.1", 0)
+    # It comes back: it is admitted as before, and learns that it need not finish what the other one has now.
+    assert world.generators.session_of(b"a.1", limits.SUSPECT_S + 1) is stopped
+    world.generators.beat(stopped, beat(active=[train(0)], tickets=[b""]), limits.SUSPECT_S + 1)
+    ((peer, abandon),) = world.wire.take(messages.Abandon)
+    assert (peer, [tuple(key) for key in abandon.leases]) == (b"a.1", [(LeaseKind.TRAIN, 0, 0)])
+    world.generators.expire(limits.SUSPECT_S + 1)
+    assert world.generators.alive() == [stopped, other]
+
+
+def test_a_silent_generator_keeps_its_leases_where_nobody_else_could_take_them(world):
+    world.join("a", wanted=4)
+    world.generators.grant(0.0)
+    looks(world, limits.DEAD_S - 0.5)
+    assert world.parts.leases.num_running == 1
+
+
+def test_a_desk_that_stood_still_takes_nobodys_leases_for_that(world):
+    """What they said meanwhile waits to be read."""
+    world.join("a", wanted=4)
+    world.generators.grant(0.0)
+    looks(world, 1.0)
+    world.join("b", now=limits.SUSPECT_S + 3)
+    world.generators.expire(limits.SUSPECT_S + 3)
+    assert world.parts.leases.num_running == 1
+
+
 def test_a_silent_generator_without_a_connection_is_dead_long_before_that(world):
     """Killed: its leases would hold the learner up once they are max_age old."""
     session = world.join("a", wanted=4)
