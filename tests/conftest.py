@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 shorten_name_lookups()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A script that starts the tests in the background has it ignored, and the daemons would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCAB_SIZE = 100  # not a multiple of 64: vLLM pads the embedding, and padding must not matter
 END_TOKEN = 1

@@ -75,8 +75,9 @@ def test_a_signal_before_the_daemon_is_up_ends_it_at_once_and_its_helper_too(mak
     """The names of the reward's parts are asked for before anything is started."""
     run = blocked_run(make_run, tmp_path / "marks", constructor="swallow").configure(reward={"weights": {"exact": 2.0}})
     for number, code in ((signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)):
+        others = len(list((tmp_path / "marks").iterdir()))
         learner = run.learner()
-        wait_for_block(tmp_path / "marks", learner, others=len(list((tmp_path / "marks").iterdir())))
+        wait_for_block(tmp_path / "marks", learner, others)
         learner.signal(number)
         assert learner.exit_code() == code
         assert "Traceback" not in learner.stderr
