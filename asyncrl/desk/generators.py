@@ -140,26 +140,29 @@ class Generators:
             log.warning("lease %s of %s expired: leased again", record.key, record.holder)
             self.abandon(record)
         self._probe_silent(now)
+        silent = []
         for session, _ in self._sessions.tick(now):
             name = session.generator_id
             if session.liveness is Liveness.DEAD:
                 self._free(name, "is dead: no beat, or beats without progress", now)
             elif session.liveness is Liveness.SUSPECT:
                 log.warning("generator %s is silent", name)
-                if not stood_still:
-                    self._relieve(name, now)
+                silent.append(name)
             elif session.liveness is Liveness.ALIVE and name not in self._granted and session.hello is not None:
                 # It was taken for dead and is here again: what it held is gone, so it begins with the weights.
                 self._admit(session)
+        if silent and not stood_still and self.alive():
+            self._relieve(silent, now)
 
-    def _relieve(self, name: str, now: float) -> None:
-        """Gives what a silent generator holds to others, if there are any: once max_age old, it holds the learner up.
+    def _relieve(self, silent: list[str], now: float) -> None:
+        """Gives what silent generators hold to others: once max_age old, it holds the learner up.
 
-        A process that was stopped may keep its connection, so that it is not dead for long. If it comes back before,
-        its next beat is answered by what it need not finish, and what it has finished still counts where it is first.
+        A process that was stopped may keep its connection, and is taken for dead late. If it comes back before that,
+        its next beat is answered by what it need not finish; what it has finished still counts where it is first.
         """
-        if self.alive() and (released := self._leases.release(name, now)):
-            log.warning("%d leases of generator %s go to others while it is silent", len(released), name)
+        for name in silent:
+            if released := self._leases.release(name, now):
+                log.warning("%d leases of generator %s go to others while it is silent", len(released), name)
 
     def judge(self) -> None:
         """Says who was set aside because its leases fail, and has the weights of such a generator sent again."""
