@@ -172,7 +172,8 @@ class StepMetrics:
     )
     gap_engine: float | None = metric(
         "nats",
-        "The part of logprob_gap that remains with equal weights: canary_mean_abs_diff of the newest sync.",
+        "The part of logprob_gap that is there with one version at both ends, rounding on the wire included: "
+        "canary_mean_abs_diff of the newest sync.",
         None,
         shown=(SUMMARY, PICTURE),
     )
@@ -224,7 +225,9 @@ class StepMetrics:
     )
     critic_grad_norm: float | None = metric("norm", "L2 norm of the critic's gradient before clipping.", None)
     publish_blocked_ms: float | None = metric(
-        "ms", "Time for which training stood still while the publisher took its snapshot.", None
+        "ms",
+        "Time for which training stood still for a version to go out: the canary's forward pass and the snapshot.",
+        None,
     )
     alarms: list[str] = metric(
         "names", "Alarms that are on after this step, by the figure they watch.", [], shown=(LINE, SUMMARY, PICTURE)

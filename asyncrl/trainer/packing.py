@@ -114,7 +114,7 @@ def pack_groups(
     return batches
 
 
-def doubled_rows(sequences: Sequence[Sequence[int]]) -> Rows:
+def doubled_rows(sequences: Sequence[Sequence[int] | np.ndarray]) -> Rows:
     """Sequences of two tokens or more in shared rows: the first token is the prompt, what follows stands there twice.
 
     What a model makes of the second copy shows whether shared rows are the same to it as plain ones.

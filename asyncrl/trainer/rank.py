@@ -76,6 +76,8 @@ class Rank:
         if restored is not None:
             log.info("resumed from %s at version %d", restored.path, self.runner.version)
         self.desk_state = b"" if restored is None else restored.desk_state
+        length = min(CANARY_LENGTH, config.model.max_length)
+        self.canary = self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed)
         self.publisher: Publisher | None = None
         self.run_epoch = 0
 
@@ -107,19 +109,17 @@ class Rank:
     def _start_publisher(self, replay_to: int) -> Publisher:
         """Publishes the version there is, unless steps up to `replay_to` are to be made again first."""
         config = self.config
-        length = min(CANARY_LENGTH, config.model.max_length)
         publisher = Publisher(
             self.desk_address,
             self._snapshot_buffer(),
-            self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed),
-            self.actor.snapshot_scorer(),
+            self.canary,
             host=config.weights.host,
             port=config.weights.port,
             backend=weight_backend(config, gpu_here=self.actor.device.type == "cuda"),
         )
         publisher.start()
         if self.runner.version >= replay_to:
-            publisher.publish(self.runner.version)
+            publisher.publish(self.runner.version, self.actor.score(self.canary))
         return publisher
 
     def _snapshot_buffer(self) -> SnapshotBuffer:
@@ -148,7 +148,9 @@ class Rank:
         self.desk_state = batch.desk_state
         if self.publisher and batch.publish:
             self._check_publisher()
-            metrics["publish_blocked_ms"] = self.publisher.publish(result.version)
+            began = time.monotonic()
+            self.publisher.publish(result.version, self.actor.score(self.canary))
+            metrics["publish_blocked_ms"] = (time.monotonic() - began) * 1e3
         self.link.send(StepDone(result.version, metrics, step_s, idle_s))
         if batch.checkpoint:
             self._checkpoint()

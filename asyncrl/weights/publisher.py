@@ -8,9 +8,10 @@ Flat staging buffers, each as large as the policy in its wire dtype, made when t
               this would pay. A run whose weights all change at every step (float32 on the wire) has none.
     older     still on the wire in a channel that is slow or stalled
 
-The training loop pays for one memory copy: digests, the canary's forward pass over that copy, and the network are left
-to the threads. When steps are faster than syncs, a fresh snapshot that was never offered is overwritten by the next:
-the newest policy wins. With MAX_BUFFERS in use the next offer waits until a channel has ended by its deadline.
+The training loop pays for one memory copy, and for the canary's forward pass, whose result comes with each version:
+digests, deltas and the network are left to the threads. When steps are faster than syncs, a fresh snapshot that was
+never offered is overwritten by the next: the newest policy wins. With MAX_BUFFERS in use the next offer waits until a
+channel has ended by its deadline.
 
 Order matters in one place: a buffer changes its role only in `_rotate`, under the lock, only after the desk said that
 a newer snapshot is wanted, and never while a channel sends from it.
@@ -23,8 +24,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -60,6 +60,7 @@ class _Slot:
 
     buffer: SnapshotBuffer
     version: int | None = None
+    canary_logprobs: list[np.ndarray] = field(default_factory=list)
     snapshot_ms: float = 0.0
     delta: Delta | None = None  # to this version from the one sent before
     encode_ms: float = 0.0
@@ -74,7 +75,6 @@ class Publisher(threading.Thread):
         desk_address: where the desk listens for the trainer.
         buffer: takes snapshots of the policy; more like it are made when they are needed.
         canary: token sequences that every receiver scores after a swap, int32 each.
-        score: log-probs of these sequences by the weights in a buffer; called in the thread.
         host: address of this machine at which receivers meet the publisher.
         backend: of all channels: gloo, nccl or ipc.
         port: one port at which all channels meet, kept as long as the publisher lives; 0 = any, one for each channel.
@@ -86,7 +86,6 @@ class Publisher(threading.Thread):
         desk_address: str,
         buffer: SnapshotBuffer,
         canary: list[np.ndarray],
-        score: Callable[[list[list[int]], SnapshotBuffer], list[np.ndarray]],
         *,
         host: str,
         backend: str,
@@ -102,7 +101,6 @@ class Publisher(threading.Thread):
         self._last_offer: SnapshotReady | None = None
         self._heard = False  # the desk has answered an offer: from then on it asks for what it did not get
         self._canary = [tokens.astype(TOKEN_DTYPE) for tokens in canary]
-        self._score = score
         self._host = host
         self._backend = backend
         # Over ipc a closed store is what tells a channel's members of its end: each needs its own.
@@ -117,16 +115,19 @@ class Publisher(threading.Thread):
         self._stopping = threading.Event()
         self.crash: BaseException | None = None
 
-    def publish(self, version: int) -> float:
-        """Snapshots the parameters as `version`. Returns the milliseconds the training loop was held up."""
+    def publish(self, version: int, canary_logprobs: list[np.ndarray]) -> None:
+        """Snapshots the parameters as `version`; the caller waits for the copy.
+
+        `canary_logprobs` are those of the canary under the very parameters, float32, one row for each sequence.
+        """
+        assert len(canary_logprobs) == len(self._canary), "a row for each sequence of the canary"
         started = time.monotonic()
         with self._lock:
             self._fresh.buffer.snapshot()
             self._fresh.version = version
+            self._fresh.canary_logprobs = canary_logprobs
             self._fresh.snapshot_ms = (time.monotonic() - started) * 1e3
-            held_up_ms = self._fresh.snapshot_ms
         os.eventfd_write(self._wake, 1)
-        return held_up_ms
 
     def stop(self, timeout_s: float) -> None:
         """Ends the thread; broadcasts under way are aborted."""
@@ -163,11 +164,10 @@ class Publisher(threading.Thread):
         slot = self._offered
         assert slot.version is not None
         manifest = slot.buffer.manifest(slot.version)
-        logprobs = self._score([tokens.tolist() for tokens in self._canary], slot.buffer)
         self._encode()
         canary = [tokens.tobytes() for tokens in self._canary]
         delta = None if slot.delta is None else slot.delta.info
-        rows = [row.astype(LOGPROB_DTYPE).tobytes() for row in logprobs]
+        rows = [row.astype(LOGPROB_DTYPE).tobytes() for row in slot.canary_logprobs]
         self._last_offer = SnapshotReady(slot.version, manifest, canary, rows, slot.snapshot_ms, delta)
         link.send(self._last_offer)
 

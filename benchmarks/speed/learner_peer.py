@@ -137,7 +137,7 @@ class Peer:
         self.version += 1
         timeout_s, session = self.config.weights.timeout_s, self._session()
         self.weights.change()
-        blocked_ms = self.weights.publisher.publish(self.version)
+        blocked_ms = self.weights.publish(self.version)
         started = time.perf_counter()
         ready = self._from_publisher(trainer_messages.SnapshotReady)
         offered = time.perf_counter()
@@ -350,7 +350,6 @@ class Versions:
     def __init__(self, config: Config, address: str) -> None:
         import torch
 
-        from asyncrl.trainer.canary import SnapshotScorer
         from asyncrl.trainer.engines.policy import Policy
         from asyncrl.weights.bytes.snapshot import SnapshotBuffer
         from asyncrl.weights.publisher import Publisher
@@ -360,11 +359,18 @@ class Versions:
         self.parameters = policy.trainable_parameters()
         buffer = SnapshotBuffer(policy.sync_source().named, config.weights.bucket_bytes)
         self.flat = buffer.flat.clone()  # of the same size, for what is measured beside
-        canary = policy.sample_sequences(CANARY_SEQUENCES, CANARY_LENGTH, 0)
-        self.publisher = Publisher(address, buffer, canary, SnapshotScorer(policy), host="127.0.0.1", backend="gloo")
+        self.canary = policy.sample_sequences(CANARY_SEQUENCES, CANARY_LENGTH, 0)
+        self.policy = policy
+        self.publisher = Publisher(address, buffer, self.canary, host="127.0.0.1", backend="gloo")
         self.publisher.start()
         self.place: ChannelPlace | None = None  # of the generator in the weight channel
         self.noise = torch.Generator().manual_seed(0)
+
+    def publish(self, version: int) -> float:
+        """The milliseconds for which a trainer would have been held up."""
+        started = time.monotonic()
+        self.publisher.publish(version, self.policy.score(self.canary))
+        return (time.monotonic() - started) * 1e3
 
     def change(self) -> None:
         """By about as much as an optimizer step: every version has digests of its own."""

@@ -30,16 +30,14 @@ from asyncrl.rewards.pipe import Scored, decode_scored
 from asyncrl.rewards.pipe import encode as encode_scored
 from asyncrl.rewards.pool import RewardOutcome, RewardPool
 from asyncrl.trainer.batch import MicroBatchData
-from asyncrl.trainer.canary import SnapshotScorer
 from asyncrl.trainer.engines.attention import is_full_attention
 from asyncrl.trainer.engines.policy import Policy
-from asyncrl.trainer.engines.single import engines_for
+from asyncrl.trainer.engines.single import SinglePolicyEngine, engines_for
 from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import pack_groups
 from asyncrl.trainer.rank import outcome_metrics
 from asyncrl.trainer.step import StepRunner
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind, reward_parts_problem, weighted_sum
-from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from tests.trainer.tiny import make_group, make_rollout, random_groups
 
 
@@ -383,23 +381,23 @@ def test_W6_attention_of_a_kind_that_is_not_known_keeps_rows_apart(family, keys)
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(("family", "keys"), [("qwen2", {}), *WINDOWED[:2]])
-def test_W6_the_canary_goes_through_the_rows_of_training_and_sees_what_they_change(family, keys):
+def test_W6_the_canary_goes_through_the_rows_of_training_and_sees_what_they_change(family, keys, monkeypatch):
     policy = policy_of_family(family, **keys)
-    source = policy.sync_source()
-    buffer = SnapshotBuffer(source.named, 1 << 16, None, adapted=source.adapted, patch=source.patch)
-    buffer.snapshot()
     sequences = policy.sample_sequences(3, 24, seed=1)
     # What a generator computes: each sequence alone.
     alone = [policy.score([sequence])[0] for sequence in sequences]
-    canary = SnapshotScorer(policy, shared_rows=True)(sequences, buffer)
+    engine = SinglePolicyEngine(policy, Config())
+    assert engine.prefers_shared_rows == (not keys), "what attention is not known to be full takes plain rows"
+    for ours, theirs in zip(engine.score(sequences), alone, strict=True):
+        assert np.abs(ours - theirs).max() < 1e-4
+    monkeypatch.setattr(SinglePolicyEngine, "prefers_shared_rows", True)
+    canary = engine.score(sequences)
     apart = [float(np.abs(ours - theirs).max()) for ours, theirs in zip(canary, alone, strict=True)]
     assert apart[1] < 1e-4, "every second sequence has a plain row"
     if keys:
         assert min(apart[0], apart[2]) > 0.01
     else:
         assert max(apart) < 1e-4
-    for ours, theirs in zip(SnapshotScorer(policy)(sequences, buffer), alone, strict=True):
-        assert np.abs(ours - theirs).max() < 1e-4
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ def main(address: str) -> None:
         address,
         SnapshotBuffer([("weight", weight)], 4096),
         [np.arange(4)],
-        lambda *_: [np.full(3, -1.5, np.float32)],
         host="127.0.0.1",
         backend="gloo",
     )
@@ -31,7 +30,7 @@ def main(address: str) -> None:
             continue
         with torch.no_grad():
             weight[:100] += 1
-        publisher.publish(int(line))
+        publisher.publish(int(line), [np.full(3, -1.5, np.float32)])
     publisher.stop(10.0)
 
 

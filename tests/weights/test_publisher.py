@@ -12,7 +12,7 @@ from asyncrl.desk.counters import Counters
 from asyncrl.link.codec import decode, encode
 from asyncrl.link.trainer_messages import SnapshotWanted
 from asyncrl.weights.channels import rendezvous
-from tests.weights.weight_world import MAX_BYTES, TIMEOUT_S, Receiver, World
+from tests.weights.weight_world import MAX_BYTES, SCORES, TIMEOUT_S, Receiver, World
 
 
 @pytest.fixture
@@ -172,10 +172,10 @@ def test_an_offer_is_repeated_until_the_desk_answers_and_when_its_answer_shows_t
         world.socket.send(world._peer, encode(SnapshotWanted(version, []), max_bytes=MAX_BYTES))
 
     try:
-        world.publisher.publish(0)
+        world.publisher.publish(0, SCORES)
         assert [offered() for _ in range(3)] == [{0}] * 3
         answer(0)
-        world.publisher.publish(1)
+        world.publisher.publish(1, SCORES)
         while offered() == {0}:
             pass
         assert not world.socket.poll(0.5), "heard: it does not repeat by itself any more"

@@ -88,7 +88,6 @@ class World:
             self.socket.address,
             SnapshotBuffer(named, 4096),
             CANARY,
-            lambda *_: SCORES,
             host="127.0.0.1",
             backend="gloo",
             **options,
@@ -118,13 +117,13 @@ class World:
     def publish(self):
         """The next version to everybody; the encodings of its rounds."""
         self._version += 1
-        self.publisher.publish(self._version)
+        self.publisher.publish(self._version, SCORES)
         return self.settle()
 
     def publish_to(self, *names):
         """The next version, until these hold it."""
         self._version += 1
-        self.publisher.publish(self._version)
+        self.publisher.publish(self._version, SCORES)
         self.wait(lambda: self._all_hold(self._version, names))
 
     def _all_hold(self, version, names=None):
@@ -140,7 +139,7 @@ class World:
     def offer(self):
         """The next version to the planner alone."""
         self._version += 1
-        self.publisher.publish(self._version)
+        self.publisher.publish(self._version, SCORES)
         self.wait(lambda: self.planner.snapshot is not None and self.planner.snapshot.version == self._version)
 
     def settle(self):

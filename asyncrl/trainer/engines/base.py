@@ -33,7 +33,6 @@ from torch import Tensor
 from asyncrl.algorithms.losses import Sums, merge_sums
 from asyncrl.trainer.packing import Rows
 from asyncrl.weights.bytes.patch import SyncSource
-from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +55,6 @@ class Outputs:
 
 # (index of the micro-batch, its outputs) → (scalar loss with the gradient, sums without it).
 LossFunction = Callable[[int, Outputs], tuple[Tensor, Sums]]
-
-# (sequences of token ids, snapshot) → log-probs at temperature 1, float32 [L - 1] for each sequence of L tokens.
-Scorer = Callable[[Sequence[Sequence[int]], SnapshotBuffer], list[np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +184,12 @@ class PolicyEngine(ModelEngine, Protocol):
         """`count` sequences of `length` tokens, int32, which the policy finds likely: the canary."""
         ...
 
-    def snapshot_scorer(self) -> Scorer:
-        """A function that scores sequences under the weights of a snapshot, in a thread beside training."""
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probs at temperature 1 by the policy as it is now, float32 [L - 1] for each sequence of L tokens.
+
+        Computed as training computes them, in every layout of rows that it uses: where it has shared rows, every second
+        sequence, the first among them, goes through one.
+        """
         ...
 
     def export(self, folder: Path, source: Path | None) -> None:

@@ -212,7 +212,7 @@ class Policy:
         return list(tokens.numpy().astype(np.int32))
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def score(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
         """Log-probs at temperature 1 of each token after the first, float32 [L - 1] per sequence of L tokens.
 
         Raises ShapeError for a sequence of fewer than two tokens.
@@ -237,7 +237,7 @@ class Policy:
         return np.split(logprobs.cpu().numpy(), cuts)
 
     @torch.no_grad()
-    def score_in_shared_rows(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def score_in_shared_rows(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
         """`score` through the layout of shared rows: each sequence behind a copy of itself, which it does not see."""
         lengths = [len(tokens) for tokens in sequences]
         if not lengths:
@@ -275,7 +275,7 @@ class AdaptersOff:
         with adapters_off(self._policy.model):
             return self._policy.logprobs(rows, temperature)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def score(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
         """See `Policy.score`."""
         with adapters_off(self._policy.model):
             return self._policy.score(sequences)

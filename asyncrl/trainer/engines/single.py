@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from asyncrl.algorithms.losses import Sums, merge_sums
 from asyncrl.config import Config, LearnerConfig
-from asyncrl.trainer.canary import SnapshotScorer
 from asyncrl.trainer.critic import Critic, load_critic
 from asyncrl.trainer.engines.base import (
     Engines,
@@ -24,7 +23,6 @@ from asyncrl.trainer.engines.base import (
     ModelIdentity,
     Outputs,
     PartState,
-    Scorer,
     Want,
 )
 from asyncrl.trainer.engines.export import export_model, read_trained, write_model, write_trained
@@ -233,9 +231,14 @@ class SinglePolicyEngine(_SingleEngine):
         """See `PolicyEngine.sample_sequences`."""
         return self.policy.sample_sequences(count, length, seed)
 
-    def snapshot_scorer(self) -> Scorer:
-        """See `PolicyEngine.snapshot_scorer`."""
-        return SnapshotScorer(self.policy, shared_rows=self.prefers_shared_rows)
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `PolicyEngine.score`."""
+        if not self.prefers_shared_rows:
+            return self.policy.score(sequences)
+        scores: list[np.ndarray] = [np.empty(0)] * len(sequences)
+        scores[0::2] = self.policy.score_in_shared_rows(sequences[0::2])
+        scores[1::2] = self.policy.score(sequences[1::2])
+        return scores
 
     def export(self, folder: Path, source: Path | None) -> None:
         """See `PolicyEngine.export`."""
