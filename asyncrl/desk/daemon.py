@@ -232,6 +232,7 @@ def _trainer_process(config: Config, config_file: Path, desk_address: str) -> Tr
         threads=config.learner.threads,
         max_restarts=config.learner.max_trainer_restarts,
         weights_timeout_s=config.weights.timeout_s,
+        weights_host=config.weights.host,
     )
 
 

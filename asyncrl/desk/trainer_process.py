@@ -44,6 +44,7 @@ class TrainerProcess:
         threads: int,
         max_restarts: int,
         weights_timeout_s: float,
+        weights_host: str = "",
         kill_timeout_s: float = KILL_TIMEOUT_S,
         signal_group: Callable[[int, int], None] = os.killpg,
     ) -> None:
@@ -54,6 +55,7 @@ class TrainerProcess:
         self.threads = threads
         self.max_restarts = max_restarts
         self.weights_timeout_s = weights_timeout_s
+        self.weights_host = weights_host
         self.failures = 0  # crashes since the last new version
         self._kill_timeout_s = kill_timeout_s
         self._signal_group = signal_group
@@ -78,7 +80,7 @@ class TrainerProcess:
             # Idle OpenMP threads that spin would starve the desk and a generator on the same host.
             OMP_WAIT_POLICY="passive",
             KMP_BLOCKTIME="0",
-            **nccl_environment(self.weights_timeout_s),
+            **nccl_environment(self.weights_timeout_s, self.weights_host),
         )
         with self.log_file.open("ab") as output:
             # Its own session: Ctrl-C in the terminal reaches the desk alone, which tells the trainer what to do.

@@ -143,6 +143,7 @@ def _engine_options(config: Config, identity: Identity) -> EngineOptions:
         enforce_eager=generator.compile == "never" or (generator.compile == "auto" and not on_gpu),
         threads=generator.threads,
         weights_timeout_s=config.weights.timeout_s,
+        weights_host=config.weights.host,
         # Another stream for each generator and each of its lives, and for each run.seed.
         seed=zlib.crc32(f"{config.run.seed}/{identity.generator_id}/{identity.incarnation}".encode()),
         log_path=str(Path(config.run.dir) / "generators" / f"{identity.generator_id}.vllm.log"),

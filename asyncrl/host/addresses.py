@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import hashlib
 import ipaddress
 import os
 import re
 import socket
 import stat
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,10 @@ AUTO = "auto"
 FILE = "file:"
 ROLLOUT_SOCKET = "rollouts.sock"
 IPC_PATH_BYTES = 107  # sun_path on Linux, less its final NUL
+
+_SIOCGIFCONF = 0x8912
+_IFREQ_BYTES = 40  # of one entry: the interface's name in 16 bytes, then a sockaddr
+_MAX_INTERFACES = 1024
 
 _TCP = re.compile(r"tcp://(\[[^\]]*\]|[^\[\]:/?#@\s]*):([0-9]{1,5}|\*)")
 
@@ -177,6 +184,39 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         address = ipaddress.ip_address(spelled)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface through which this host reaches `host`; None for the loopback, and where none can be told.
+
+    For an address of this host it is the one that has it.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(where)  # a datagram socket: nothing is sent, the kernel only picks the route
+            own = ip_address(str(probe.getsockname()[0]).partition("%")[0])
+    except OSError:
+        return None
+    return None if own is None or own.is_loopback else _interfaces().get(own)
+
+
+def _interfaces() -> dict[ipaddress.IPv4Address | ipaddress.IPv6Address, str]:
+    """Interfaces of this host by the addresses they have."""
+    found: dict[ipaddress.IPv4Address | ipaddress.IPv6Address, str] = {}
+    room = array.array("B", bytes(_MAX_INTERFACES * _IFREQ_BYTES))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        request = struct.pack("iP", len(room), room.buffer_info()[0])
+        length = struct.unpack("iP", fcntl.ioctl(asked, _SIOCGIFCONF, request))[0]
+    entries = room.tobytes()
+    for start in range(0, length, _IFREQ_BYTES):
+        name = entries[start : start + 16].partition(b"\0")[0].decode()
+        found[ipaddress.IPv4Address(entries[start + 20 : start + 24])] = name.partition(":")[0]  # eth0:1 is on eth0
+    table = Path("/proc/net/if_inet6")
+    for line in table.read_text().splitlines() if table.exists() else ():
+        address, *_, name = line.split()
+        found[ipaddress.IPv6Address(bytes.fromhex(address))] = name
+    return found
 
 
 def _numeric_host(host: str) -> str:

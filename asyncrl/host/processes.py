@@ -13,6 +13,7 @@ import threading
 from typing import NoReturn
 
 from asyncrl.errors import ConfigError
+from asyncrl.host.addresses import interface_towards
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +52,23 @@ def shorten_name_lookups() -> None:
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
 
 
-def nccl_environment(timeout_s: float) -> dict[str, str]:
+def nccl_environment(timeout_s: float, host: str = "") -> dict[str, str]:
     """Environment variables with which a process that forms NCCL channels must start.
+
+    host is where weight channels meet: NCCL asks nobody and takes the first interface it finds, docker0 or a public one
+    as well, so it is given the one that reaches `host`, unless the user has set NCCL_SOCKET_IFNAME. It reads that once,
+    at the first communicator of a process, which may be one of training or of vLLM.
 
     timeout_s is the deadline for the forming of a weight channel. torch reads its own limit at the first collective of
     a process and never again. Its default, 30 minutes, is how long a call would hold on to a communicator whose members
     do not come, and an abort waits for that call. torch counts whole seconds and stops after the given one: with one
     second less, the forming fails by its own deadline.
     """
-    return {"TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, int(timeout_s) - 1))}
+    values = {"TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, int(timeout_s) - 1))}
+    interface = interface_towards(host) if host else None
+    if interface is not None and "NCCL_SOCKET_IFNAME" not in os.environ:
+        values["NCCL_SOCKET_IFNAME"] = f"={interface}"  # "=": this very one, not all whose names begin so
+    return values
 
 
 def die_with_parent() -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+
+import psutil
 import pytest
 
 from asyncrl.errors import BindError, ConfigError
-from asyncrl.host.addresses import Address, is_loopback, is_wildcard, parse_address, rollout_address
+from asyncrl.host.addresses import (
+    Address,
+    interface_towards,
+    is_loopback,
+    is_wildcard,
+    parse_address,
+    rollout_address,
+)
 
 NO_ADDRESS = [
     "",
@@ -51,3 +61,20 @@ def test_loopback_and_wildcard_hosts_are_told_apart():
     assert [is_wildcard(host) for host in ("*", "0.0.0.0", "::", "127.0.0.1", "node7")] == [
         True, True, True, False, False
     ]  # fmt: skip
+
+
+def test_the_interface_towards_an_address_of_this_host_is_the_one_that_has_it():
+    found = {
+        address.address: interface
+        for interface, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6) and "%" not in address.address
+    }
+    assert {address: interface_towards(address) for address in found} == {
+        address: None if is_loopback(address) else interface for address, interface in found.items()
+    }
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "no-such-host.invalid"])
+def test_there_is_no_interface_towards_the_loopback_or_nowhere(host):
+    assert interface_towards(host) is None

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from asyncrl.errors import ConfigError
-from asyncrl.host.processes import cpu_problem, pin_to
+from asyncrl.host import processes
+from asyncrl.host.processes import cpu_problem, nccl_environment, pin_to
 
 NO_SUCH_CPU = 4095
 
@@ -25,3 +26,16 @@ def test_usable_cpus_and_no_cpus_are_no_problem():
     assert cpu_problem([], "generator.cpus") is None
     pin_to([], "generator.cpus")
     assert sorted(os.sched_getaffinity(0)) == usable
+
+
+@pytest.mark.parametrize(
+    ("interface", "chosen", "expected"),
+    [("eth1", None, "=eth1"), ("eth1", "ib0", None), (None, None, None)],
+)
+def test_nccl_is_given_the_interface_of_the_weights_unless_the_user_chose(monkeypatch, interface, chosen, expected):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    if chosen:
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", chosen)
+    monkeypatch.setattr(processes, "interface_towards", {"10.0.0.1": interface}.get)
+    assert nccl_environment(30.0, "10.0.0.1").get("NCCL_SOCKET_IFNAME") == expected
+    assert "NCCL_SOCKET_IFNAME" not in nccl_environment(30.0)

@@ -41,6 +41,7 @@ _T = TypeVar("_T")
 # Workers keep the deadline themselves; this is for their answer to arrive, before the learner stops listening too.
 REPORT_SLACK_S = 0.7
 POLL_FIRST_S, POLL_MAX_S = 0.002, 0.05
+GPU_POLL_S = 0.05  # on GPUs vLLM prepares a step while the one before runs, and each question to workers stops that
 RPC_TIMEOUT_S = 5.0
 STOP_BUILDING_TIMEOUT_S = 8.0
 UNTOUCHED = "nothing is staged, the weights in use are untouched"
@@ -398,7 +399,7 @@ class VLLMEngine:
 
     async def _results(self, timeout_s: float) -> list[dict[str, Any]]:
         deadline = time.monotonic() + timeout_s + REPORT_SLACK_S
-        pause_s = POLL_FIRST_S
+        pause_s = POLL_FIRST_S if self._options.device == "cpu" else GPU_POLL_S
         jobs: list[dict[str, Any]] = []
         while True:
             remaining = deadline - time.monotonic()

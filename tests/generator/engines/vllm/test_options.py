@@ -6,7 +6,12 @@ import os
 
 import pytest
 
-from asyncrl.generator.engines.vllm.options import EngineOptions, prepare_environment, worker_cpus
+from asyncrl.generator.engines.vllm.options import (
+    EngineOptions,
+    engine_arguments,
+    prepare_environment,
+    worker_cpus,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,18 @@ def test_workers_on_gpus_start_with_the_deadline_of_weight_channels_and_survive_
     monkeypatch.setattr(os, "environ", {})
     prepare_environment(EngineOptions("model", device=device, weights_timeout_s=12.5))
     assert {name: value for name, value in os.environ.items() if "NCCL" in name} == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head", "split_prompts"),
+    [
+        ("cuda", "bfloat16", {"head_dtype": "float32"}, True),
+        ("cuda", "float32", None, True),
+        ("cpu", "bfloat16", None, False),
+        ("cpu", "float32", None, False),
+    ],
+)
+def test_gpus_give_logits_in_float32_and_may_split_prompts(device, dtype, head, split_prompts):
+    arguments = engine_arguments(EngineOptions("model", device=device, dtype=dtype), "asyncrl", "an.Extension")
+    assert arguments.get("hf_overrides") == head
+    assert arguments["enable_chunked_prefill"] is split_prompts
