@@ -28,6 +28,7 @@ from asyncrl.storage.checkpoint_files import (
     write_checkpoint,
 )
 from asyncrl.trainer.engines.base import EngineState, ModelIdentity, PartState
+from asyncrl.trainer.engines.part import by_name
 from asyncrl.trainer.step import StepRunner, StepState
 
 CRITIC_WEIGHTS = "critic.safetensors"
@@ -125,8 +126,10 @@ def _restore(manifest: Manifest, runner: StepRunner) -> None:
     if critic is not None:
         _check_weights(own / CRITIC_WEIGHTS, critic_weights, critic.weights)
     engines = EngineState(
-        policy=PartState(weights, state["optimizer"]),
-        critic=PartState(critic_weights, state["critic_optimizer"]) if critic else None,
+        policy=PartState(weights, _moments(path, state["optimizer"], policy), policy.trained),
+        critic=PartState(critic_weights, _moments(path, state["critic_optimizer"], critic), critic.trained)
+        if critic
+        else None,
     )
     runner.load_state(
         StepState(
@@ -148,8 +151,19 @@ def _restore_weights_only(manifest: Manifest, runner: StepRunner) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{manifest.path} verifies but cannot be loaded: {error}") from error
     _check_weights(manifest.path, weights, policy.weights)
-    engines = EngineState(policy=PartState(weights, policy.optimizer), critic=critic)
+    engines = EngineState(policy=PartState(weights, policy.optimizer, policy.trained), critic=critic)
     runner.load_state(dataclasses.replace(state, version=manifest.version, engines=engines))
+
+
+def _moments(path: Path, saved: dict[str, Any], own: PartState) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by name. Older releases kept it by number. Raises CheckpointError."""
+    try:
+        moments = by_name(saved, own) if saved.keys() == {"state", "param_groups"} else saved
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    if moments and moments.keys() != set(own.trained):
+        raise CheckpointError(f"{path} has the optimizer state of {len(moments)} parameters, not of {len(own.trained)}")
+    return moments
 
 
 def _parts(state: StepState) -> tuple[PartState, PartState | None]:

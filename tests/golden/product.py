@@ -38,6 +38,7 @@ from asyncrl.storage.journal import Journal
 from asyncrl.storage.run_epoch import next_run_epoch, run_epoch_of
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.critic import Critic
+from asyncrl.trainer.engines.part import names_by_number
 from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.single import SingleCriticEngine, SinglePolicyEngine, engines_for
 from asyncrl.trainer.engines.trainable import apply_update
@@ -320,7 +321,8 @@ def optimizer_values(trainer: StepRunner) -> dict[str, np.ndarray]:
     state, values = trainer.engines.state(), {}
     for which, part in (("optimizer", state.policy), ("critic_optimizer", state.critic)):
         assert part is not None
-        for number, tensors in part.optimizer["state"].items():
+        for number, parameter in enumerate(names_by_number(part)):
+            tensors = part.optimizer[parameter]
             values |= {f"{which}.{number}.{name}": tensor.numpy().copy() for name, tensor in tensors.items()}
     return values
 

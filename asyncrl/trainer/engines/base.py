@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -79,7 +79,8 @@ class PartState:
     """All that training changes of one part, by reference: copy or write it before the next update."""
 
     weights: dict[str, Tensor]  # by name, a tied tensor once
-    optimizer: dict[str, Any]  # what `torch.optim.Optimizer.state_dict` returns
+    optimizer: dict[str, dict[str, Tensor]]  # by name of the parameter: exp_avg, exp_avg_sq, step; empty before a step
+    trained: tuple[str, ...]  # names of the parameters among the weights, in the model's order
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,11 +142,15 @@ class Policy:
         """
         return tensors_of((name, value) for name, value in named_parameters(self.model) if not is_adapter(name))
 
+    def trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained by name, a tied one once, under its first name."""
+        named = [(name, value) for name, value in named_parameters(self.model) if value.requires_grad]
+        first = {id(parameter): name for name, parameter in reversed(named)}
+        return {name: parameter for name, parameter in named if first[id(parameter)] == name}
+
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the trainable parameters by name, a tied one once, under its first name."""
-        named = tensors_of((name, value) for name, value in named_parameters(self.model) if value.requires_grad)
-        first = {id(tensor): name for name, tensor in reversed(named)}
-        return {name: tensor for name, tensor in named if first[id(tensor)] == name}
+        """The tensors of `trained_parameters`."""
+        return {name: parameter.data for name, parameter in self.trained_parameters().items()}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """What training changes, by name and by reference, a shared tensor once, under its first name.

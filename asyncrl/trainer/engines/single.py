@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from asyncrl.algorithms.losses import Sums, merge_sums
-from asyncrl.config import Config, LearnerConfig
+from asyncrl.config import Config
 from asyncrl.trainer.critic import Critic, load_critic
 from asyncrl.trainer.engines.base import (
     Engines,
@@ -22,10 +22,10 @@ from asyncrl.trainer.engines.base import (
     LossFunction,
     ModelIdentity,
     Outputs,
-    PartState,
     Want,
 )
 from asyncrl.trainer.engines.export import export_model, read_trained, write_model, write_trained
+from asyncrl.trainer.engines.part import TrainedPart
 from asyncrl.trainer.engines.policy import Policy, Reference, load_policy
 from asyncrl.trainer.engines.trainable import describe_update
 from asyncrl.trainer.packing import Rows
@@ -53,48 +53,13 @@ def engines_for(
     return Engines(SinglePolicyEngine(policy, config, reference=reference), SingleCriticEngine(critic, config))
 
 
-_OPTIMIZER_KEYS = ("lr", "betas", "weight_decay")  # what the configuration sets
-
-
-class _Part:
-    """Parameters that share a gradient norm, an optimizer and a learning rate."""
-
-    def __init__(
-        self, parameters: list[nn.Parameter], weights: dict[str, Tensor], learner: LearnerConfig, lr: float
-    ) -> None:
-        """`parameters` are trained; `weights` is what a checkpoint holds of them, by reference."""
-        self.parameters = parameters
-        self.weights = weights
-        self.optimizer = make_optimizer(parameters, learner, lr)
-
-    def clip(self, max_norm: float) -> float:
-        """Scales the gradient to `max_norm` where it is larger; returns its norm before. Waits for the device."""
-        for parameter in self.parameters:
-            # A batch without gradient is a step like any other: momentum and weight decay act on it too.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
-
-    def state(self) -> PartState:
-        return PartState(self.weights, self.optimizer.state_dict())
-
-    def load(self, state: PartState) -> None:
-        for name, target in self.weights.items():
-            target.copy_(state.weights[name])
-        own = [{name: group[name] for name in _OPTIMIZER_KEYS} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state.optimizer)
-        # A checkpoint brings the settings of its time along; a run that goes on with others means these.
-        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)
-
-
 class _SingleEngine(ABC):
     """What the engines of actor and critic have in common; see `ModelEngine` for the methods."""
 
-    def __init__(self, policy: _Part | None, critic: _Part | None) -> None:
+    def __init__(self, policy: TrainedPart | None, critic: TrainedPart | None) -> None:
         self._policy = policy
         self._critic = critic
-        self._pending: list[_Part] = []  # parts whose gradients wait for `update` or `discard`
+        self._pending: list[TrainedPart] = []  # parts whose gradients wait for `update` or `discard`
 
     @abstractmethod
     def _outputs(self, rows: Rows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
@@ -170,7 +135,7 @@ class SinglePolicyEngine(_SingleEngine):
         self, policy: Policy, config: Config, *, reference: Reference | None = None, value_head: Critic | None = None
     ) -> None:
         learner = config.learner
-        part = _Part(policy.trainable_parameters(), policy.checkpoint_tensors(), learner, learner.lr)
+        part = TrainedPart(policy.trained_parameters(), policy.checkpoint_tensors(), learner, learner.lr)
         super().__init__(part, None if value_head is None else _critic_part(value_head, config))
         self.optimizer = part.optimizer
         self.policy = policy
@@ -286,18 +251,7 @@ class SingleCriticEngine(_SingleEngine):
         return Outputs(values=self.critic.values(rows))
 
 
-def make_optimizer(parameters: list[nn.Parameter], learner: LearnerConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on norms and biases."""
-    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": learner.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(learner.betas[0], learner.betas[1]),
-        fused=True,
-    )
-
-
-def _critic_part(critic: Critic, config: Config) -> _Part:
-    weights = {name: parameter.data for name, parameter in critic.named_parameters()}
-    return _Part(list(critic.parameters()), weights, config.learner, config.critic.lr)
+def _critic_part(critic: Critic, config: Config) -> TrainedPart:
+    parameters = dict(critic.named_parameters())
+    weights = {name: parameter.data for name, parameter in parameters.items()}
+    return TrainedPart(parameters, weights, config.learner, config.critic.lr)

@@ -96,7 +96,7 @@ def test_gradients_move_nothing_until_the_update_and_nothing_at_all_once_discard
     actor.discard()
     actor.update()
     assert same(before, actor.state().policy.weights)
-    assert not actor.state().policy.optimizer["state"]
+    assert not actor.state().policy.optimizer
     actor.accumulate(rows(), LOGPROBS, 1.0, sum_of_logprobs, max_norm=1.0)
     actor.update()
     assert not same(before, actor.state().policy.weights)
@@ -143,7 +143,11 @@ def test_a_state_is_loaded_into_whichever_engines_there_are(trunk):
             engine.update()
     second.load_state(first.state())
     assert same(first.state().policy.weights, second.state().policy.weights)
-    assert second.state().policy.optimizer["state"][0]["step"] == 1
+    moments = second.state().policy.optimizer
+    assert moments.keys() == set(first.state().policy.trained)
+    assert {float(moment["step"]) for moment in moments.values()} == {1.0}
+    for name, moment in first.state().policy.optimizer.items():
+        assert same(moment, moments[name])
     assert (second.state().critic is None) == (trunk is None)
     if trunk is not None:
         assert same(first.state().critic.weights, second.state().critic.weights)
