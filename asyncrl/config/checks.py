@@ -14,7 +14,15 @@ from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, shown, value_of
 from asyncrl.config.method_checks import METHOD_RULES
 from asyncrl.errors import BindError, ConfigError
-from asyncrl.host.addresses import ip_address, is_loopback, is_wildcard, rollout_addresses
+from asyncrl.host.addresses import (
+    AUTO,
+    OFF,
+    http_address,
+    ip_address,
+    is_loopback,
+    is_wildcard,
+    rollout_addresses,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -172,6 +180,20 @@ def _address_is_named(config: Config) -> str | None:
     return None
 
 
+def _pages_have_an_address(config: Config) -> str | None:
+    given = {
+        f"{role}.http": section.http for role, section in (("learner", config.learner), ("generator", config.generator))
+    }
+    fixed = {key: address for key, address in given.items() if address not in (AUTO, OFF)}
+    try:
+        places = [http_address(address, key) for key, address in fixed.items()]
+    except ConfigError as error:
+        return str(error)
+    if len(places) == 2 and places[0] == places[1]:
+        return f"{' and '.join(f'{key}={address}' for key, address in fixed.items())} are one place; give each its own"
+    return None
+
+
 def _weight_host_is_private(config: Config) -> str | None:
     host = config.weights.host
     address = ip_address(host)
@@ -249,6 +271,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _reward_ends_before_its_lease,
     _largest_group_fits,
     _address_is_named,
+    _pages_have_an_address,
     _weight_host_is_private,
     _curve_keys_come_in_pairs,
     _open_addresses_are_authenticated,

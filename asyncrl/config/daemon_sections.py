@@ -98,6 +98,13 @@ class LearnerConfig:
         choices=("stop", "skip"),
         if_changed=ACCEPTED,
     )
+    http: str = key(
+        "auto",
+        "Where the learner answers /healthz and, for Prometheus, /metrics: a free port of 127.0.0.1, which is logged "
+        "and written to run.dir/http (auto), a loopback or private HOST:PORT, or nowhere (off). Anybody who reaches it "
+        "may read it.",
+        if_changed=ACCEPTED,
+    )
 
 
 @dataclass
@@ -174,6 +181,13 @@ class GeneratorConfig:
         6.0,
         "After SIGTERM, finish what can be finished within this many seconds, and hand back the other leases.",
         above=0.0,
+        if_changed=ACCEPTED,
+    )
+    http: str = key(
+        "auto",
+        "Where the generator answers /healthz and, for Prometheus, /metrics: a free port of 127.0.0.1, which is logged "
+        "and written to run.dir/http (auto), a loopback or private HOST:PORT, or nowhere (off). Anybody who reaches it "
+        "may read it.",
         if_changed=ACCEPTED,
     )
 

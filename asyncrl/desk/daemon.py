@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from asyncrl.config import Config
@@ -39,7 +39,10 @@ from asyncrl.host.processes import StopSignal, pin_to
 from asyncrl.link.curve_keys import server_auth
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import MAX_FRAME_BYTES
-from asyncrl.metrics import METRICS_FILE, Metrics, StepMetrics, newest_version
+from asyncrl.metrics import METRICS_FILE, EvalMetrics, Metrics, StepMetrics, SyncMetrics, newest_version
+from asyncrl.metrics.exposition import Exposition
+from asyncrl.metrics.health import Pulse
+from asyncrl.metrics.http_pages import HttpPages, Vitals
 from asyncrl.storage.room import GIB
 from asyncrl.tasks.helper import TaskHelper
 from asyncrl.tasks.trial import helper_setup
@@ -53,13 +56,14 @@ CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}  # nats, where weights.ca
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the desk is connected to: the two sockets, the trainer's process, the metrics, the signals."""
+    """What the desk is connected to: the two sockets, the trainer's process, the metrics, the signals, its pulse."""
 
     rollout_socket: ServerSocket
     trainer_socket: ServerSocket
     process: TrainerProcess
     metrics: Metrics
     stop: StopSignal
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 def run_learner(config: Config, stop: StopSignal | None = None) -> int:
@@ -77,6 +81,9 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
             _say_finished(config, run_dir)
             return 0
         run_epoch = run.begin(run_dir, time.monotonic())
+        vitals = Vitals("learner", config.run.name, Pulse(), Exposition(StepMetrics, SyncMetrics, EvalMetrics))
+        if (pages := HttpPages.open(config.learner.http, "learner.http", vitals, run_dir)) is not None:
+            open_things.enter_context(closing(pages))
         # Beside all else: it imports the tokenizer's library and reads the task's data, which takes seconds.
         helper = open_things.enter_context(closing(TaskHelper(helper_setup(config))))
         helper.start(time.monotonic())
@@ -87,9 +94,10 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         process = _trainer_process(config, config_file, trainer_socket.address)
         process.start()
         open_things.callback(process.kill)  # for the case that the metrics cannot be opened
-        metrics = open_things.enter_context(closing(Metrics.open(config, canary_tolerance(config))))
+        tolerance = canary_tolerance(config)
+        metrics = open_things.enter_context(closing(Metrics.open(config, tolerance, more=[vitals.figures])))
         open_things.callback(process.kill)  # before all else: closing the metrics may wait for the network
-        surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop)
+        surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop, vitals.pulse)
         state = restore_run(config, run_epoch, run.journal, run.saved)
         code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
@@ -153,6 +161,7 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         process=surroundings.process,
         bad_batches=BadBatches(config, state=state, dealer=dealer, process=surroundings.process),
         stop=surroundings.stop,
+        pulse=surroundings.pulse,
     )
 
 

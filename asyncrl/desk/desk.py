@@ -42,6 +42,7 @@ from asyncrl.link.codec import body_of
 from asyncrl.link.desk_session import DeskSession
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import SocketPoller
+from asyncrl.metrics.health import DaemonState, Pulse
 from asyncrl.storage.room import GIB, DiskRoom
 from asyncrl.storage.run_epoch import run_epoch_of
 
@@ -100,6 +101,7 @@ class Desk:
         process: TrainerProcess,
         bad_batches: BadBatches,
         stop: StopSignal,
+        pulse: Pulse,
     ) -> None:
         self.config = config
         self.state = state
@@ -114,6 +116,7 @@ class Desk:
         self.process = process
         self.bad_batches = bad_batches
         self.stop = stop
+        self.pulse = pulse
         self.room = DiskRoom(
             state.journal,
             max_bytes=int(config.run.journal_max_gib * GIB),
@@ -174,6 +177,21 @@ class Desk:
             self.generators.grant(now)
         self.ranks.deal()
         self._say_waiting(now)
+        self._show_pulse()
+
+    def _show_pulse(self) -> None:
+        """Shows that the loop turned, and what the learner does. In few steps: this is done at each turn."""
+        version = self.ranks.waiting_version
+        if self._stopping_since is not None:
+            self.pulse.turn(DaemonState.STOPPING, ready=False)
+        elif self._missing or not self.ranks.present:
+            self.pulse.turn(DaemonState.WAITING, self._missing or "the trainer is loading", ready=False)
+        elif self._evaluating_since is not None:
+            self.pulse.turn(DaemonState.WAITING, "the last evaluation", ready=True)
+        elif version is not None:
+            self.pulse.turn(DaemonState.WAITING, f"rollouts for the step after version {version}", ready=True)
+        else:
+            self.pulse.turn(DaemonState.TRAINING, ready=True)
 
     def _timeout(self, now: float) -> float:
         deadlines = (

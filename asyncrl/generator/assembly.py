@@ -28,6 +28,7 @@ from asyncrl.link import messages
 from asyncrl.link.curve_keys import client_auth
 from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.sockets import AsyncClientSocket
+from asyncrl.metrics.http_pages import HttpPages, Vitals
 from asyncrl.rewards.parts import make_parts
 from asyncrl.rewards.pool import RewardPool
 from asyncrl.tasks.fingerprint import shared_settings
@@ -69,12 +70,16 @@ def serve_generator(
 async def _serve(config: Config, identity: Identity, parts: GeneratorParts, stop: StopSignal) -> int:
     """Builds the parts, runs the daemon, takes the parts down again."""
     daemon = build_generator(config, identity, parts)
+    vitals = Vitals(f"generator-{identity.generator_id}", config.run.name, daemon.pulse, daemon.figures)
+    pages = HttpPages.open(config.generator.http, "generator.http", vitals, Path(config.run.dir))
     asyncio.get_running_loop().add_reader(stop.fd, daemon.stop, "signal")
     logs = asyncio.create_task(_limit_logs(Path(config.run.dir) / "generators", f"{identity.generator_id}."))
     try:
         return await daemon.run()
     finally:
         logs.cancel()
+        if pages is not None:
+            pages.close()
         asyncio.get_running_loop().remove_reader(stop.fd)
         await daemon.rewards.close()
         await daemon.engine.close()

@@ -44,6 +44,9 @@ from asyncrl.link.limits import BEAT_S
 from asyncrl.link.rollouts import grant_to_lease, group_to_result
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import AsyncClientSocket
+from asyncrl.metrics.exposition import Exposition
+from asyncrl.metrics.generator_metrics import GeneratorMetrics
+from asyncrl.metrics.health import DaemonState, Pulse
 from asyncrl.rewards.pool import RewardPool
 from asyncrl.types import Group, Lease
 
@@ -82,6 +85,8 @@ class GeneratorDaemon:
         parts: GeneratorParts,
     ) -> None:
         self.config = config
+        self.pulse = Pulse()
+        self.figures = Exposition(GeneratorMetrics)
         self.session = session
         self.engine = engine
         self.rewards = rewards
@@ -209,12 +214,43 @@ class GeneratorDaemon:
                 # Also without leases, when no probe is due: a learner must not go on offering weights to a dead engine.
                 self.engine.check_alive()
             self.leases.tick()
+            self._show_pulse()
             now = time.monotonic()
             if self._beat_soon.is_set() or now >= self._beat_at + self.session.beat_s:
                 self._beat_at = now
                 self._beat_soon.clear()
                 if self.session.welcomed:
                     self.link.send(self._beat())
+
+    def _show_pulse(self) -> None:
+        """Shows that the loop turned, what the generator does, and its figures."""
+        held = self.sync.held_version
+        if self._stopping.is_set():
+            self.pulse.turn(DaemonState.STOPPING, ready=False)
+        elif not self._welcomed.is_set():
+            self.pulse.turn(DaemonState.CONNECTING, f"the learner at {self.config.transport.address}", ready=False)
+        elif not self._ready:
+            self.pulse.turn(DaemonState.STARTING, "the engine", ready=False)
+        elif self.sync.swapping:
+            self.pulse.turn(DaemonState.SWAPPING, ready=True)
+        elif held is None:
+            self.pulse.turn(DaemonState.WAITING, "weights", ready=False)
+        elif self.leases:
+            self.pulse.turn(DaemonState.GENERATING, ready=True)
+        else:
+            self.pulse.turn(DaemonState.WAITING, "leases", ready=True)
+        figures = GeneratorMetrics(
+            tokens_generated=self.engine.tokens_generated,
+            rollouts_completed=self.runner.rollouts_completed,
+            generations_failed=self.runner.generations_failed,
+            rewards_failed=self.runner.rewards_failed,
+            busy_s=self.leases.clock.busy_s,
+            idle_s=self.leases.clock.idle_s,
+            leases=len(self.leases),
+            outbox_bytes=self.session.outbox_bytes,
+            held_version=held,
+        )
+        self.figures.replace(figures)
 
     def _beat(self) -> messages.Beat:
         self.leases.tick()

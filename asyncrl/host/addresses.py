@@ -18,6 +18,7 @@ from pathlib import Path
 from asyncrl.errors import BindError, ConfigError
 
 AUTO = "auto"
+OFF = "off"
 FILE = "file:"
 ROLLOUT_SOCKET = "rollouts.sock"
 IPC_PATH_BYTES = 107  # sun_path on Linux, less its final NUL
@@ -115,6 +116,26 @@ def rollout_addresses(text: str, run_dir: str | Path) -> list[Address]:
             raise ConfigError(f"transport.address=file:{path} cannot be read: {error}") from error
     parts = [part for part in text.replace("\n", ",").split(",") if part.strip()]
     return [rollout_address(part.strip()) for part in parts or [text]]
+
+
+def http_address(text: str, key: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, the value of the configuration key `key`. A host in brackets is IPv6.
+
+    Raises ConfigError for any other form, a wildcard, and a public address: nothing asks a reader who it is.
+    """
+    try:
+        address = parse_address(f"tcp://{text}")
+    except BindError as error:
+        why = str(error).replace("tcp://", "")
+    else:
+        where = ip_address(address.host)
+        why = f"{address.host} is a public address" if where is not None and where.is_global else ""
+        if address.port and not why:
+            return address.host, address.port
+    raise ConfigError(
+        f"{key}={text} must be {AUTO}, {OFF} or HOST:PORT with a loopback or private address of this host, for example "
+        f"127.0.0.1:9100{f' ({why})' if why else ''}"
+    )
 
 
 def first_of_this_host(addresses: list[Address]) -> Address:

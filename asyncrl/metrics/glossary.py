@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from asyncrl.metrics.alarms import RULES, AlarmRule
+from asyncrl.metrics.exposition import Record, families_of
+from asyncrl.metrics.generator_metrics import GeneratorMetrics
 from asyncrl.metrics.types import DERIVED, EvalMetrics, StepMetrics, SyncMetrics
 
 README = Path(__file__).with_name("README.md")
@@ -31,7 +33,7 @@ class GlossaryEntry:
     shown: tuple[str, ...]
 
 
-def entries(kind: type[StepMetrics] | type[SyncMetrics] | type[EvalMetrics]) -> Iterator[GlossaryEntry]:
+def entries(kind: type[Record]) -> Iterator[GlossaryEntry]:
     """Every field of one class of metrics, in the order of its declaration."""
     for entry in fields(kind):
         shown = (*entry.metadata["shown"], *_alarm_on(entry.name, kind))
@@ -56,6 +58,11 @@ def glossary() -> str:
         blocks.append(_metrics_table(entries(kind)))
     blocks.append('### Derived figures, written into the lines with `"kind": "step"`')
     blocks.append(_metrics_table(derived_entries()))
+    blocks.append("### Of a generator, at its `/metrics` alone")
+    blocks.append(_metrics_table(entries(GeneratorMetrics)))
+    blocks.append("### Counters at `/metrics`")
+    blocks.append("All other figures are gauges.")
+    blocks.append(_counters_table())
     blocks.append("### Alarms")
     blocks.append(_alarms_table(RULES))
     return "\n\n".join(blocks)
@@ -98,6 +105,17 @@ def _paragraphs(docstring: str) -> list[str]:
 def _metrics_table(metrics: Iterator[GlossaryEntry]) -> str:
     rows = [[f"`{entry.name}`", entry.unit, entry.sentence, ", ".join(entry.shown)] for entry in metrics]
     return _table(["metric", "unit", "what it is", "shown in"], rows)
+
+
+def _counters_table() -> str:
+    kinds: tuple[type[Record], ...] = (StepMetrics, SyncMetrics, EvalMetrics, GeneratorMetrics)
+    found = ((family, name, kind) for kind in kinds for name, (family, _) in families_of(kind).items())
+    rows = [
+        [f"`{family.name}`", f"`{name}` of {kind.kind}", ", ".join(f"`{label}`" for label in family.labels)]
+        for family, name, kind in found
+        if family.kind == "counter"
+    ]
+    return _table(["counter", "adds up", "labels"], rows)
 
 
 def _alarms_table(rules: Sequence[AlarmRule]) -> str:

@@ -45,18 +45,21 @@ class Metrics:
         self._started_at = clock()
 
     @classmethod
-    def open(cls, config: Config, canary_tolerance: float, stream: IO[str] | None = None) -> Metrics:
+    def open(
+        cls, config: Config, canary_tolerance: float, stream: IO[str] | None = None, more: Sequence[Sink] = ()
+    ) -> Metrics:
         """Opens the sinks that `config` asks for; wall time goes on where an earlier start of the run stopped.
 
         canary_tolerance  nats, what one alarm is measured against: not the key weights.canary_tolerance, whose 0 stands
                           for a default, but the tolerance that the weight sync uses
         stream            where the progress lines go; standard output if None
+        more              further sinks
 
         Raises OSError when run.dir cannot be written.
         """
         folder = Path(config.run.dir)
         file = JsonlSink(folder / METRICS_FILE)
-        sinks: list[Sink] = [file, ConsoleSink(config.run.steps, stream)]
+        sinks: list[Sink] = [file, ConsoleSink(config.run.steps, stream), *more]
         if config.log.wandb != "off":
             online = config.log.wandb == "online"
             run = WandbRun(config.log.wandb_project, config.run.name, kept_id(folder), folder, asdict(config))

@@ -22,12 +22,15 @@ SUMMARY = "summary"  # summary.json, as it is or summed up over the run
 PICTURE = "picture"  # report.png
 
 
-def metric(unit: str, sentence: str, default: Any = MISSING, *, shown: tuple[str, ...] = ()) -> Any:
+def metric(
+    unit: str, sentence: str, default: Any = MISSING, *, shown: tuple[str, ...] = (), adds_up: bool = False
+) -> Any:
     """Declares one figure: its unit, the sentence that defines it, and where it is shown.
 
-    A list or dict default is a new, empty one for each instance.
+    adds_up says that the figures of several records make a total: Prometheus gets a counter. A list or dict default is
+    a new, empty one for each instance.
     """
-    metadata = {"unit": unit, "sentence": sentence, "shown": shown}
+    metadata = {"unit": unit, "sentence": sentence, "shown": shown, "adds_up": adds_up}
     if isinstance(default, (dict, list)):
         return field(default_factory=type(default), metadata=metadata)
     if default is MISSING:
@@ -67,12 +70,17 @@ class StepMetrics:
 
     version: int = metric("steps", "Policy version that this step made.", shown=(LINE, SUMMARY, PICTURE))
     interval_s: float = metric(
-        "s", "Time since the previous step ended; for the first step, since the trainer was ready.", shown=(SUMMARY,)
+        "s",
+        "Time since the previous step ended; for the first step, since the trainer was ready.",
+        shown=(SUMMARY,),
+        adds_up=True,
     )
     wall_s: float | None = metric(
         "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, PICTURE)
     )
-    step_s: float | None = metric("s", "Time of this step's forward passes, backward passes and optimizer.", None)
+    step_s: float | None = metric(
+        "s", "Time of this step's forward passes, backward passes and optimizer.", None, adds_up=True
+    )
 
     reward_mean: float = metric("reward", "Mean reward of the rollouts in this batch.", shown=(LINE, SUMMARY, PICTURE))
     reward_std: float = metric("reward", "Standard deviation of the reward over all rollouts in this batch.")
@@ -80,7 +88,10 @@ class StepMetrics:
         "reward", "Mean of each named part of the reward over the rollouts that have it, before its weight.", {}
     )
     groups_zero_variance: int = metric(
-        "groups", "Groups in this batch whose rewards are all equal, so that group-relative advantages are 0.", 0
+        "groups",
+        "Groups in this batch whose rewards are all equal, so that group-relative advantages are 0.",
+        0,
+        adds_up=True,
     )
     zero_variance_share: float | None = metric(
         "share",
@@ -96,30 +107,44 @@ class StepMetrics:
     policy_age_max: int = metric("steps", "Largest age of a token in this batch.", shown=(LINE, SUMMARY, PICTURE))
 
     tokens_generated: int = metric(
-        "tokens", "Completion tokens that the engines sampled, those of evaluations included.", 0, shown=(SUMMARY,)
+        "tokens",
+        "Completion tokens that the engines sampled, those of evaluations included.",
+        0,
+        shown=(SUMMARY,),
+        adds_up=True,
     )
-    tokens_trained: int = metric("tokens", "Completion tokens in this batch.", 0, shown=(SUMMARY,))
+    tokens_trained: int = metric("tokens", "Completion tokens in this batch.", 0, shown=(SUMMARY,), adds_up=True)
     rollouts_acked: int = metric(
-        "rollouts", "Rollouts that were written to the journal and acknowledged.", 0, shown=(SUMMARY,)
+        "rollouts", "Rollouts that were written to the journal and acknowledged.", 0, shown=(SUMMARY,), adds_up=True
     )
-    rollouts_trained: int = metric("rollouts", "Rollouts in this batch.", 0, shown=(SUMMARY,))
+    rollouts_trained: int = metric("rollouts", "Rollouts in this batch.", 0, shown=(SUMMARY,), adds_up=True)
     rollouts_dropped: int = metric(
-        "rollouts", "Acknowledged rollouts that were thrown away because they were over age.", 0, shown=(SUMMARY,)
+        "rollouts",
+        "Acknowledged rollouts that were thrown away because they were over age.",
+        0,
+        shown=(SUMMARY,),
+        adds_up=True,
     )
     groups_filtered: int = metric(
         "groups",
         "Groups with equal rewards that algorithm.dynamic_sampling left out and replaced.",
         0,
         shown=(SUMMARY,),
+        adds_up=True,
     )
     tokens_filtered: int = metric(
-        "tokens", "Completion tokens of the groups that algorithm.dynamic_sampling left out.", 0, shown=(SUMMARY,)
+        "tokens",
+        "Completion tokens of the groups that algorithm.dynamic_sampling left out.",
+        0,
+        shown=(SUMMARY,),
+        adds_up=True,
     )
     prompts_left_out: int = metric(
         "prompts",
         "Examples that no prompt could be made of: at fault (the log names each) or longer than "
         "model.max_length - sampling.max_new_tokens.",
         0,
+        adds_up=True,
     )
     dropped_by_length_decile: list[int] = metric(
         "rollouts",
@@ -129,7 +154,7 @@ class StepMetrics:
         shown=(SUMMARY,),
     )
     rollouts_failed: dict[str, int] = metric(
-        "rollouts", "By reason, the rollouts of leases that ended without a group.", {}, shown=(SUMMARY,)
+        "rollouts", "By reason, the rollouts of leases that ended without a group.", {}, shown=(SUMMARY,), adds_up=True
     )
     buffer_groups: int | None = metric("groups", "Groups that wait in the replay buffer at the end of the step.", None)
     buffer_bytes: int | None = metric("bytes", "Size of the groups that wait in the replay buffer.", None)
@@ -138,13 +163,17 @@ class StepMetrics:
     )
 
     learner_idle_s: float = metric(
-        "s", "Time within interval_s in which the trainer waited for a batch.", 0.0, shown=(SUMMARY,)
+        "s", "Time within interval_s in which the trainer waited for a batch.", 0.0, shown=(SUMMARY,), adds_up=True
     )
     generator_busy_s: float = metric(
-        "s", "Time with at least one sequence in the engine, summed over generators.", 0.0, shown=(SUMMARY,)
+        "s",
+        "Time with at least one sequence in the engine, summed over generators.",
+        0.0,
+        shown=(SUMMARY,),
+        adds_up=True,
     )
     generator_idle_s: float = metric(
-        "s", "Time without any sequence in the engine, summed over generators.", 0.0, shown=(SUMMARY,)
+        "s", "Time without any sequence in the engine, summed over generators.", 0.0, shown=(SUMMARY,), adds_up=True
     )
 
     loss: float | None = metric(
@@ -297,7 +326,7 @@ class SyncMetrics:
         "Generators that hold the version now, which digests and canary proved.",
         shown=(SUMMARY,),
     )
-    generators_failed: int = metric("generators", "Generators that the round had to leave out.", 0)
+    generators_failed: int = metric("generators", "Generators that the round had to leave out.", 0, adds_up=True)
     members: list[str] = metric("names", "Generators that were offered the version.", [])
     retries: int = metric(
         "rounds",
@@ -349,8 +378,8 @@ class SyncMetrics:
         None,
     )
     encoding: str | None = metric("name", "What was sent: dense (all of the weights) or delta (what changed).", None)
-    num_bytes: int | None = metric("bytes", "Size of what was sent to each generator.", None)
-    dense_bytes: int | None = metric("bytes", "Size that all of the weights would have had.", None)
+    num_bytes: int | None = metric("bytes", "Size of what was sent to each generator.", None, adds_up=True)
+    dense_bytes: int | None = metric("bytes", "Size that all of the weights would have had.", None, adds_up=True)
     canary_max_abs_diff: float | None = metric(
         "nats", "Largest |generator - learner log-prob| of a token of the canary.", None, shown=(SUMMARY,)
     )

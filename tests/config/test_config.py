@@ -300,6 +300,11 @@ def test_a_value_left_open_is_asked_for(write):
         (["weights.host=0.0.0.0"], ["weights.host='0.0.0.0'", "private address"]),
         (["weights.host=8.8.8.8"], ["weights.host=8.8.8.8", "no authentication"]),
         (["transport.address=tcp://10.0.0.1:5770"], ["weights.host=127.0.0.1 is loopback"]),
+        (["learner.http=9100"], ["learner.http=9100", "HOST:PORT", "off"]),
+        (["learner.http=127.0.0.1:0"], ["learner.http=127.0.0.1:0"]),
+        (["generator.http=0.0.0.0:9100"], ["generator.http=0.0.0.0:9100", "wildcard"]),
+        (["generator.http=8.8.8.8:9100"], ["generator.http=8.8.8.8:9100", "public address"]),
+        (["learner.http=127.0.0.1:9", "generator.http=localhost:9"], ["are one place"]),
         (
             ["transport.server_key_file=k"],
             ["transport.server_key_file is set", "transport.allowed_keys_file"],
@@ -328,6 +333,8 @@ def test_keys_that_do_not_fit_together_are_refused(overrides, names):
         ["weights.backend=ipc", "learner.device=cuda", "generator.device=auto"],
         ["transport.address='tcp://[::1]:5770'"],
         ["transport.address=tcp://localhost:5770"],
+        ["learner.http=off", "generator.http=[::1]:9100"],
+        ["learner.http=10.0.0.1:9100", "generator.http=10.0.0.1:9101"],
         ["eval.prompts=0"],
     ],
 )

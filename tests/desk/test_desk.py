@@ -110,6 +110,30 @@ def test_the_run_ends_when_the_trainer_that_lives_has_made_the_last_step(world):
     assert world.desk._stopping_since is not None
 
 
+def test_each_turn_shows_what_the_learner_does_and_what_it_waits_for(world):
+    seen = []
+    world.trainer()
+
+    def turn():
+        world.desk._over(0.0)
+        world.desk._tick(0.0)
+        seen.append(world.desk.pulse.look())
+        return seen[-1].state, seen[-1].ready
+
+    assert turn() == ("waiting", False)
+    assert "no generator has connected" in seen[-1].waits_for
+    world.desk._missing = ""
+    world.desk._look_who_is_missing_at = 1.0
+    world.desk._show_pulse()
+    assert world.desk.pulse.look().waits_for == "the trainer is loading"
+    world.asks_from(0)
+    assert turn() == ("waiting", True)
+    assert seen[-1].waits_for == "rollouts for the step after version 0"
+    world.stop.received = signal.SIGTERM
+    assert turn() == ("stopping", False)
+    assert all(look.turns for look in seen)
+
+
 def test_a_trainer_that_ends_well_ends_the_run(world):
     world.trainer("pass")
     assert world.end()

@@ -143,6 +143,7 @@ class Run:
         self.config = base_config(model_dir, self.run_dir)
         self.config_file = folder / "run.yaml"
         self.daemons: list[Daemon] = []
+        self.pages: dict[str, str] = {}  # answers of the daemons over HTTP that a test keeps
         self.mark = uuid.uuid4().hex
         self._started = 0
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import urllib.request
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records
 from asyncrl.metrics.types import DERIVED
@@ -24,11 +27,23 @@ SUMMARY_KEYS = [
 ]
 
 
+def read_pages(run_dir: Path) -> dict[str, str]:
+    """What both daemons answer now, where they wrote that they listen."""
+    answers = {}
+    for told in (run_dir / "http").glob("*.json"):
+        (entry,) = json.loads(told.read_text())
+        for page in ("healthz", "metrics"):
+            with urllib.request.urlopen(f"http://{entry['targets'][0]}/{page}", timeout=10) as answer:
+                answers[f"{told.stem.split('-')[0]} {page}"] = answer.read().decode()
+    return answers
+
+
 @pytest.fixture(scope="module")
 def run(module_run: Run) -> Run:
     """Learner and generator from start to end."""
     learner, generator = module_run.learner(), module_run.generator()
     module_run.wait_for_version(1, learner, generator, timeout_s=START_S)
+    module_run.pages.update(read_pages(module_run.run_dir))
     learner.exit_code(STEP_S)
     generator.exit_code()
     return module_run
@@ -47,6 +62,18 @@ def test_neither_prints_a_traceback_or_an_error(run):
     for daemon in run.daemons:
         assert not re.search(r"Traceback|Error\b|ERROR|CRITICAL", daemon.stderr), daemon.last_words()
     assert "Traceback" not in (run.run_dir / "trainer.log").read_text()
+
+
+@pytest.mark.parametrize("daemon", ["learner", "generator"])
+def test_its_pages_say_that_the_loop_turns_and_what_it_did(run, daemon):
+    health = json.loads(run.pages[f"{daemon} healthz"])
+    assert health["loop_turns"] and health["ready"], health
+    assert health["state"] in ("training", "waiting", "generating", "swapping"), health
+    families = {family.name: family for family in text_string_to_metric_families(run.pages[f"{daemon} metrics"])}
+    counted = {"learner": "asyncrl_step_tokens_trained", "generator": "asyncrl_generator_tokens_generated"}[daemon]
+    assert families[counted].type == "counter"
+    assert families[counted].samples[0].value > 0
+    assert not list((run.run_dir / "http").iterdir()), "what says where it listens goes with the daemon"
 
 
 def test_no_process_is_left_behind(run):

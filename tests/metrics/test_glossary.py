@@ -8,9 +8,11 @@ import pytest
 
 from asyncrl.metrics import glossary
 from asyncrl.metrics.alarms import RULES
+from asyncrl.metrics.exposition import families_of
+from asyncrl.metrics.generator_metrics import GeneratorMetrics
 from asyncrl.metrics.types import DERIVED, LINE, PICTURE, SUMMARY, EvalMetrics, StepMetrics, SyncMetrics
 
-KINDS = [StepMetrics, SyncMetrics, EvalMetrics]
+KINDS = [StepMetrics, SyncMetrics, EvalMetrics, GeneratorMetrics]
 
 
 def all_entries():
@@ -25,6 +27,7 @@ def test_the_page_shows_what_the_types_declare():
 def test_every_metric_and_alarm_has_a_row():
     rows = glossary.glossary().splitlines()
     names = [entry.name for kind in KINDS for entry in fields(kind)] + list(DERIVED) + [rule.figure for rule in RULES]
+    names += [family.name for kind in KINDS for family, _ in families_of(kind).values() if family.kind == "counter"]
     assert len([row for row in rows if row.startswith("| `")]) == len(names)
     for name in names:
         assert any(row.startswith(f"| `{name}` |") for row in rows), name
@@ -40,7 +43,11 @@ def test_every_metric_has_a_unit_one_sentence_and_known_places():
 def test_bars_do_not_cut_a_row_of_the_table():
     header, *rows = [line for line in glossary.glossary().splitlines() if line.startswith("|")]
     assert len(header.replace("\\|", "").split("|")) == 6
-    assert {len(row.replace("\\|", "").split("|")) for row in rows} == {6, 8}  # metrics have 4 columns, alarms 6
+    assert {len(row.replace("\\|", "").split("|")) for row in rows} == {
+        5,
+        6,
+        8,
+    }  # counters have 3 columns, metrics 4, alarms 6
 
 
 def test_text_around_the_tables_is_kept_and_missing_markers_are_named():

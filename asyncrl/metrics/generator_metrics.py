@@ -1,0 +1,25 @@
+"""What a generator tells of itself at `/metrics`. The run's own figures are the learner's, see `metrics.types`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from asyncrl.metrics.types import metric
+
+
+@dataclass(slots=True, kw_only=True)
+class GeneratorMetrics:
+    """One generator, as it stands. Counts and times are totals since its start; nothing of it is in metrics.jsonl."""
+
+    kind: ClassVar[str] = "generator"
+
+    tokens_generated: int = metric("tokens", "Completion tokens that the engine sampled.", 0, adds_up=True)
+    rollouts_completed: int = metric("rollouts", "Rollouts that were generated and rewarded.", 0, adds_up=True)
+    generations_failed: int = metric("leases", "Leases whose generation the engine failed.", 0, adds_up=True)
+    rewards_failed: int = metric("rollouts", "Rollouts whose reward could not be had.", 0, adds_up=True)
+    busy_s: float = metric("s", "Time with at least one sequence in the engine.", 0.0, adds_up=True)
+    idle_s: float = metric("s", "Time without any sequence in the engine.", 0.0, adds_up=True)
+    leases: int = metric("leases", "Leases in hand.", 0)
+    outbox_bytes: int = metric("bytes", "Size of the groups that the learner has not acknowledged yet.", 0)
+    held_version: int | None = metric("steps", "Policy version that the engine holds.", None)
