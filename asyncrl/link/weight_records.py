@@ -7,6 +7,7 @@ as they are. Their constructors check what the types leave open, so that nothing
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
@@ -29,9 +30,16 @@ DTYPE_BYTES = {  # size of one element; the names are those of torch
 }
 
 
+def aligned(num_bytes: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True, slots=True)
 class ChannelSpec:
-    """Where a channel meets. Rank 0 is the learner; a generator's tensor-parallel workers take consecutive ranks.
+    """Where a channel meets. The first ranks are the learner's senders, mostly one; then come the generators.
+
+    A generator's tensor-parallel workers take consecutive ranks.
 
     `prefix` names the channel in the store and must never be used twice, also not after a failure.
     `timeout_s` bounds the forming of the channel.
@@ -47,6 +55,7 @@ class ChannelSpec:
     world_size: Rank
     backend: Tag
     timeout_s: Seconds
+    num_senders: Rank | None = None  # None = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size or not self.timeout_s > 0:
@@ -54,6 +63,13 @@ class ChannelSpec:
                 f"weight channel spec is out of range: rank {self.rank} must be in [0, {self.world_size}), "
                 f"timeout_s {self.timeout_s} above 0"
             )
+        if not 1 <= self.senders <= self.world_size:
+            raise ProtocolError(f"weight channel of {self.world_size} ranks cannot have {self.senders} senders")
+
+    @property
+    def senders(self) -> int:
+        """The ranks below this send, all others receive."""
+        return 1 if self.num_senders is None else self.num_senders
 
     def for_rank(self, rank: int) -> ChannelSpec:
         """The same channel seen from another rank."""
@@ -71,6 +87,7 @@ class ChannelPlace:
     rank: Rank
     world_size: Rank
     backend: Tag
+    num_senders: Rank | None = None  # None = 1
 
     def spec(self, timeout_s: float) -> ChannelSpec:
         """What to join, within `timeout_s`. Raises ProtocolError."""
@@ -82,6 +99,7 @@ class ChannelPlace:
             world_size=self.world_size,
             backend=self.backend,
             timeout_s=timeout_s,
+            num_senders=self.num_senders,
         )
 
 
@@ -104,9 +122,38 @@ class TensorEntry(NamedTuple):
         return math.prod(self.shape) * self.word_bytes
 
 
+Ranges = Annotated[tuple[tuple[Count, Count], ...], AtMost(MAX_TENSORS)]  # [start, stop) in bytes of the flat buffer
+
+
+class Bucket(NamedTuple):
+    """What one sender broadcasts at once: byte ranges of the flat buffer, its pieces.
+
+    On the way its pieces follow each other, each from the next multiple of ALIGNMENT on; the bytes between are zero.
+    """
+
+    sender: Rank
+    pieces: Ranges
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the way: what is broadcast and digested."""
+        *_, (place, start, stop) = self.places()
+        return place + stop - start
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(place in the bucket, start, stop) of each piece."""
+        place = 0
+        for start, stop in self.pieces:
+            yield place, start, stop
+            place += aligned(stop - start)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
-    """Where every tensor lies in the flat buffer, and the byte ranges [start, stop) it is sent in.
+    """Where every tensor lies in the flat buffer, and the buckets it is sent in; see `buckets`.
+
+    ranges: the buckets of a single sender, one piece each, in order; empty where there are several senders.
+    shards: the buckets of several senders, in the order in which they are sent; the bytes of each are its own alone.
 
     Raises:
         ProtocolError: a tensor lies outside the buffer, or the buckets do not cover it.
@@ -114,13 +161,17 @@ class WeightLayout:
 
     total_bytes: Count
     tensors: Annotated[tuple[TensorEntry, ...], AtMost(MAX_TENSORS)]
-    buckets: Annotated[tuple[tuple[Count, Count], ...], AtMost(MAX_TENSORS)]
+    ranges: Ranges = field(metadata={KEY: "buckets"})
+    shards: Annotated[tuple[Bucket, ...], AtMost(MAX_TENSORS)] | None = None
 
     def __post_init__(self) -> None:
         for entry in self.tensors:
             self._check_entry(entry)
+        if self.shards is not None and (self.ranges or not all(bucket.pieces for bucket in self.shards)):
+            raise ProtocolError("a layout of several senders has buckets without a sender or without bytes")
+        pieces = self.ranges if self.shards is None else sorted(p for bucket in self.shards for p in bucket.pieces)
         position = 0
-        for start, stop in self.buckets:
+        for start, stop in pieces:
             if start != position or stop <= start:
                 raise ProtocolError(f"bucket [{start}, {stop}) does not continue at byte {position}")
             position = stop
@@ -128,9 +179,21 @@ class WeightLayout:
             raise ProtocolError(f"buckets cover {position} of {self.total_bytes} bytes")
 
     @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The buckets in the order in which they are sent, whoever sends them. Digests are in this order."""
+        if self.shards is not None:
+            return self.shards
+        return tuple(Bucket(0, (piece,)) for piece in self.ranges)
+
+    @property
+    def num_senders(self) -> int:
+        """The senders are ranks 0 to this, of which the last has a bucket."""
+        return 1 if self.shards is None else 1 + max(bucket.sender for bucket in self.shards)
+
+    @property
     def bucket_bytes(self) -> int:
         """Size of the largest bucket: what one broadcast may carry."""
-        return max(stop - start for start, stop in self.buckets)
+        return max(bucket.num_bytes for bucket in self.buckets)
 
     def _check_entry(self, entry: TensorEntry) -> None:
         if entry.dtype not in DTYPE_BYTES:
@@ -142,22 +205,39 @@ class WeightLayout:
             raise ProtocolError(f"tensor {entry.name} ends at byte {stop}, the buffer has {self.total_bytes}")
 
 
+class DeltaPayload(NamedTuple):
+    """The bytes of one sender's delta."""
+
+    num_bytes: Count
+    digest: Digest
+
+
 @dataclass(frozen=True, slots=True)
 class DeltaInfo:
     """What a receiver must know of a delta before it comes: see `weights.bytes.delta`.
+
+    Each sender encodes what it sends: there is one payload for each, and they are sent in the order of ranks.
 
     Raises:
         ProtocolError: no delta can have this size or these pieces.
     """
 
     base_version: Number  # the policy version it starts from
-    num_bytes: Count
-    digest: Digest  # of the delta's own bytes
+    num_bytes: Count  # of all payloads
+    digest: Digest  # of the payload of a single sender, else 0
     piece_words: Count
+    shards: Annotated[tuple[DeltaPayload, ...], AtMost(MAX_TENSORS)] | None = None  # of several senders, by rank
 
     def __post_init__(self) -> None:
         if self.num_bytes < 0 or self.piece_words < 1:
             raise ProtocolError(f"weight delta of {self.num_bytes} bytes in pieces of {self.piece_words} is not valid")
+        if self.shards is not None and sum(payload.num_bytes for payload in self.shards) != self.num_bytes:
+            raise ProtocolError(f"weight delta of {self.num_bytes} bytes has payloads of another size together")
+
+    @property
+    def payloads(self) -> tuple[DeltaPayload, ...]:
+        """One for each sender, in the order of ranks."""
+        return (DeltaPayload(self.num_bytes, self.digest),) if self.shards is None else self.shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +277,10 @@ class WeightManifest:
         if len(self.digests) != len(self.layout.buckets):
             raise ProtocolError(
                 f"weight manifest has {len(self.digests)} digests for {len(self.layout.buckets)} buckets"
+            )
+        if self.delta is not None and len(self.delta.payloads) != self.layout.num_senders:
+            raise ProtocolError(
+                f"weight delta has {len(self.delta.payloads)} payloads, {self.layout.num_senders} senders have buckets"
             )
 
 

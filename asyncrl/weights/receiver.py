@@ -19,7 +19,7 @@ from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import BitsInUse, ChannelSpec, WeightManifest
 from asyncrl.weights.base_weights import BaseWeights
 from asyncrl.weights.bytes.digest import digest
-from asyncrl.weights.bytes.layout import tensor_views
+from asyncrl.weights.bytes.layout import bucket_bytes, tensor_views
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.staging import Staged, receive
 
@@ -128,8 +128,8 @@ class WeightReceiver(Generic[PreparedT]):
             places = zip(manifest.layout.buckets, manifest.digests, strict=True)
             changed = [
                 f"staged bucket {index} (changed since it was verified)"
-                for index, ((start, stop), expected) in enumerate(places)
-                if self._measure(buffer[start:stop]) != expected
+                for index, (bucket, expected) in enumerate(places)
+                if self._measure(bucket_bytes(buffer, bucket)) != expected
             ]
             job.in_use = replace(found, differing=[*found.differing, *changed[:NAMED]])
             job.timings_ms = {"check_ms": (time.monotonic() - started) * 1e3}

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 
 from asyncrl.errors import ChannelError
-from asyncrl.link.weight_records import WeightLayout, WeightManifest
-from asyncrl.weights.bytes.delta import apply_delta
+from asyncrl.link.weight_records import Bucket, WeightLayout, WeightManifest
+from asyncrl.weights.bytes.delta import apply_delta, delta_parts
 from asyncrl.weights.bytes.digest import digest
-from asyncrl.weights.bytes.layout import new_buffer
+from asyncrl.weights.bytes.layout import bucket_bytes, new_buffer, scatter_bucket
 from asyncrl.weights.channels.channel import WeightChannel
 
 
@@ -67,19 +67,24 @@ def receive(
     layout, delta = manifest.layout, manifest.delta
     if delta is not None:
         buffer = _base_of(manifest, held)
-        payload = torch.empty(delta.num_bytes, dtype=torch.uint8, device=device)
+        payloads = [torch.empty(each.num_bytes, dtype=torch.uint8, device=device) for each in delta.payloads]
         with _timed(timings_ms, "receive_ms"):
-            channel.broadcast(payload.split(layout.bucket_bytes), deadline - time.monotonic(), on_received)
+            parts, senders = delta_parts(payloads, layout.bucket_bytes)
+            channel.broadcast(parts, deadline - time.monotonic(), on_received, senders)
         with _timed(timings_ms, "decode_ms"):
-            apply_delta(layout, buffer, delta, payload)
+            apply_delta(layout, buffer, delta, payloads)
     else:
         if held is not None and held.buffer.numel() == layout.total_bytes:
             buffer = held.buffer
         else:
             buffer = new_buffer(layout, device)
         with _timed(timings_ms, "receive_ms"):
-            parts = [buffer[start:stop] for start, stop in layout.buckets]
-            channel.broadcast(parts, deadline - time.monotonic(), on_received)
+            parts = [_room_for(bucket, buffer) for bucket in layout.buckets]
+            senders = [bucket.sender for bucket in layout.buckets]
+            channel.broadcast(parts, deadline - time.monotonic(), on_received, senders)
+            for bucket, part in zip(layout.buckets, parts, strict=True):
+                if len(bucket.pieces) > 1:
+                    scatter_bucket(buffer, bucket, part)
     # Not bucket by bucket on the way: the sender and all other members would wait for it.
     with _timed(timings_ms, "verify_ms"):
         _verify(manifest, buffer, digests, measure)
@@ -91,6 +96,13 @@ def _timed(timings_ms: dict[str, float], name: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     timings_ms[name] = (time.monotonic() - started) * 1e3
+
+
+def _room_for(bucket: Bucket, buffer: torch.Tensor) -> torch.Tensor:
+    """Where a bucket arrives: at its place in the buffer where it has one, else beside it."""
+    if len(bucket.pieces) == 1:
+        return bucket_bytes(buffer, bucket)
+    return torch.empty(bucket.num_bytes, dtype=torch.uint8, device=buffer.device)
 
 
 def _base_of(manifest: WeightManifest, held: Staged | None) -> torch.Tensor:
@@ -109,8 +121,8 @@ def _base_of(manifest: WeightManifest, held: Staged | None) -> torch.Tensor:
 def _verify(
     manifest: WeightManifest, buffer: torch.Tensor, digests: list[int], measure: Callable[[torch.Tensor], int]
 ) -> None:
-    for index, ((start, stop), expected) in enumerate(zip(manifest.layout.buckets, manifest.digests, strict=True)):
-        measured = measure(buffer[start:stop])
+    for index, (bucket, expected) in enumerate(zip(manifest.layout.buckets, manifest.digests, strict=True)):
+        measured = measure(bucket_bytes(buffer, bucket))
         digests.append(measured)
         if measured != expected:
             raise ChannelError(

@@ -41,17 +41,22 @@ class FaultyChannel(WeightChannel):
     """Between the buckets before the one in the middle and the others is where STAGE happens."""
 
     def broadcast(
-        self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None] = lambda num_bytes: None
+        self,
+        parts: Sequence[torch.Tensor],
+        timeout_s: float,
+        on_part: Callable[[int], None] = lambda num_bytes: None,
+        senders: Sequence[int] | None = None,
     ) -> None:
         """Receives the buckets, but for what is ordered."""
         deadline, index = time.monotonic() + timeout_s, len(parts) // 2
-        super().broadcast(parts[:index], timeout_s, on_part)
+        origins = [0] * len(parts) if senders is None else senders
+        super().broadcast(parts[:index], timeout_s, on_part, origins[:index])
         _saboteur.signal("STAGE", _arrival.version)
-        rest = parts[index:]
+        rest = index
         if order := _saboteur.take("STAGE", "drop"):
             _saboteur.carried_out(order, _arrival.version, f"bucket {index} is not received")
-            rest = parts[index + 1 :]
-        super().broadcast(rest, deadline - time.monotonic(), on_part)
+            rest = index + 1
+        super().broadcast(parts[rest:], deadline - time.monotonic(), on_part, origins[rest:])
         if order := _saboteur.take("STAGE", "corrupt"):
             parts[index][parts[index].numel() // 2] ^= 1
             _saboteur.carried_out(order, _arrival.version, f"a bit of bucket {index} changed on the way")
@@ -116,7 +121,7 @@ def _leave_out(receiver: Any) -> str:
     assert receiver.prepared is not None, "the cell waits for a sync that was applied in place"
     layout, prepared = receiver.staged.layout, receiver.prepared
     index = len(layout.buckets) // 2
-    start, stop = (receiver._held.buffer.data_ptr() + place for place in layout.buckets[index])
+    start, stop = (receiver._held.buffer.data_ptr() + place for place in layout.buckets[index].pieces[0])
     names = {name for name, tensor in receiver.tensors() if _overlaps(tensor, start, stop)}
     before = len(prepared.copies) + len(prepared.packs)
     prepared.copies[:] = [pair for pair in prepared.copies if not _overlaps(pair[1], start, stop)]

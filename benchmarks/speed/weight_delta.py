@@ -111,7 +111,7 @@ def sync(old: SnapshotBuffer, new: SnapshotBuffer, received: torch.Tensor, versi
         delta = encode_delta(layout, old.flat, new.flat, version, max_share=2.0)
     assert delta is not None
     with _Timed(figures.apply_ms):
-        apply_delta(layout, received, delta.info, delta.payload)
+        apply_delta(layout, received, delta.info, [delta.payload])
     exact = torch.equal(received.view(torch.int64), new.flat.view(torch.int64))
     figures.wrong.append(float(not exact))
     figures.delta_mb.append(delta.info.num_bytes / 1e6)

@@ -452,7 +452,7 @@ def _example_manifest(delta: DeltaInfo) -> WeightManifest:
             TensorEntry("model.embed_tokens.weight", "bfloat16", (40, 32), 64),
             TensorEntry("lm_head.weight", "bfloat16", (40, 32), 64),
         ),
-        buckets=((0, 2048), (2048, 2624)),
+        ranges=((0, 2048), (2048, 2624)),
     )
     patch = Patch((("model.norm.weight", -5), ("model.other", 2**62)), (("model.tied", "model.other"),), 2.0)
     return WeightManifest(7, layout, (123, -456), patch, delta)

@@ -12,9 +12,11 @@ from asyncrl.link import codec
 from asyncrl.link.messages import SyncOffer
 from asyncrl.link.trainer_messages import SnapshotReady
 from asyncrl.link.weight_records import (
+    Bucket,
     ChannelPlace,
     ChannelSpec,
     DeltaInfo,
+    DeltaPayload,
     Patch,
     TensorEntry,
     WeightLayout,
@@ -36,6 +38,7 @@ MANIFEST_MAP = {
 }
 DELTA = DeltaInfo(base_version=3, num_bytes=100, digest=9, piece_words=1 << 18)
 DELTA_MAP = {"base_version": 3, "num_bytes": 100, "digest": 9, "piece_words": 1 << 18}
+SHARDS = (Bucket(0, ((0, 20), (64, 100))), Bucket(1, ((20, 64),)), Bucket(1, ((100, 192),)))
 PATCH = Patch(base=(("c", 5),), tied=(("d", "c"),), scale=2.0)
 PATCH_MAP = {"base": [["c", 5]], "tied": [["d", "c"]], "scale": 2.0}
 PLACE = ChannelPlace(2, "127.0.0.1", 5, "run/1/2", rank=1, world_size=3, backend="gloo")
@@ -72,6 +75,53 @@ def test_a_snapshot_has_the_bytes_it_always_had(delta, plain):
     body = msgpack.packb([4, MANIFEST_MAP, [b"1234"], [b"5678"], 1.5, plain])
     assert codec.encode_body(ready) == body
     assert codec.decode_body(SnapshotReady, body) == ready
+
+
+def test_a_layout_of_several_senders_travels_with_their_pieces_and_the_delta_of_each():
+    manifest = WeightManifest(4, dataclasses.replace(LAYOUT, ranges=(), shards=SHARDS), (1, 2, 3))
+    assert manifest.layout.num_senders == 2 and manifest.layout.buckets == SHARDS
+    assert list(SHARDS[0].places()) == [(0, 0, 20), (64, 64, 100)] and SHARDS[0].num_bytes == 100
+    assert manifest.layout.bucket_bytes == 100
+    delta = DeltaInfo(3, 108, 0, 1 << 18, (DeltaPayload(100, 9), DeltaPayload(8, -1)))
+    offer = SyncOffer(
+        1, 4, 0, dataclasses.replace(PLACE, num_senders=2), dataclasses.replace(manifest, delta=delta), 9.0
+    )
+    shards = [[0, [[0, 20], [64, 100]]], [1, [[20, 64]]], [1, [[100, 192]]]]
+    layout = MANIFEST_MAP["layout"] | {"buckets": [], "shards": shards}
+    plain = MANIFEST_MAP | {
+        "layout": layout,
+        "digests": [1, 2, 3],
+        "delta": DELTA_MAP | {"num_bytes": 108, "digest": 0, "shards": [[100, 9], [8, -1]]},
+    }
+    body = msgpack.packb([1, 4, 0, PLACE_MAP | {"num_senders": 2}, plain, 9.0])
+    assert codec.encode_body(offer) == body
+    assert codec.decode_body(SyncOffer, body) == offer
+    assert offer.channel.spec(1.0).senders == 2 and LAYOUT.num_senders == PLACE.spec(1.0).senders == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shards": SHARDS}, "buckets without a sender"),
+        ({"ranges": (), "shards": (*SHARDS, Bucket(1, ()))}, "buckets without a sender or without bytes"),
+        ({"ranges": (), "shards": SHARDS[:2]}, "buckets cover 100 of 192 bytes"),
+        ({"ranges": (), "shards": (*SHARDS, SHARDS[1])}, r"bucket \[20, 64\) does not continue at byte 64"),
+        ({"ranges": (), "shards": ()}, "buckets cover 0 of 192 bytes"),
+    ],
+)
+def test_every_byte_is_sent_by_one_sender(change, says):
+    with pytest.raises(ProtocolError, match=says):
+        dataclasses.replace(LAYOUT, **change)
+
+
+def test_a_delta_has_a_payload_for_each_sender():
+    layout = dataclasses.replace(LAYOUT, ranges=(), shards=SHARDS)
+    with pytest.raises(ProtocolError, match="1 payloads, 2 senders"):
+        WeightManifest(4, layout, (1, 2, 3), None, DELTA)
+    with pytest.raises(ProtocolError, match="of another size together"):
+        dataclasses.replace(DELTA, shards=(DeltaPayload(1, 1),))
+    with pytest.raises(ProtocolError, match="cannot have 4 senders"):
+        dataclasses.replace(PLACE, num_senders=4).spec(5.0)
 
 
 @pytest.mark.parametrize(

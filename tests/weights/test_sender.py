@@ -24,7 +24,7 @@ class Channel:
     def join(self, timeout_s):
         pass
 
-    def broadcast(self, parts, timeout_s, on_part):
+    def broadcast(self, parts, timeout_s, on_part, senders=None):
         on_part(parts[0].nbytes)
         if self.failure is not None:
             raise self.failure

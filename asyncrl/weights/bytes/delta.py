@@ -14,12 +14,15 @@ whole, into a list of escapes.
     table     int32 [pieces, 4]: places, entries, escapes, whether changes take half a word
     streams   places, changes, escapes (or the new words alone)
 
+Where several senders hold the policy, each encodes the words in its own buffer. A receiver, which has the flat buffer,
+applies all payloads, each to its sender's words.
+
 Applying costs O(changed). That the result is the version is proven elsewhere, by digests of the whole buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -27,8 +30,9 @@ import numpy as np
 import torch
 
 from asyncrl.errors import ChannelError, ProtocolError, ShapeError
-from asyncrl.link.weight_records import DeltaInfo, WeightLayout
+from asyncrl.link.weight_records import DeltaInfo, DeltaPayload, WeightLayout
 from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.bytes.layout import local_bytes, runs_of
 
 MAX_SHARE = 0.5  # of the dense bytes; a delta that saves less is not worth the work at both ends
 # Words of one piece. On a CPU old and new words and what compares them stay in a core's cache; on a GPU each piece
@@ -63,7 +67,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A run of words of one tensor in the flat buffer."""
+    """A run of words of one tensor in a buffer."""
 
     start: int  # bytes
     stop: int
@@ -82,6 +86,7 @@ def encode_delta(
     *,
     max_share: float = MAX_SHARE,
     piece_words: int | None = None,
+    sender: int = 0,
 ) -> Delta | None:
     """The difference from `old` to `new`; None when it takes more than `max_share` of the dense bytes.
 
@@ -89,18 +94,20 @@ def encode_delta(
 
     Args:
         layout: of both buffers.
-        old: uint8 [layout.total_bytes]; the padding between tensors is zero.
+        old: uint8 [local_bytes(layout, sender)]; the padding between tensors is zero.
         new: the same for the version to encode, on the same device.
         base_version: the policy version in `old`.
         max_share: of the dense bytes, above which there is no delta.
         piece_words: None = what suits the device.
+        sender: whose buffers these are; a single sender's are the flat buffer.
     """
-    _check_buffers(layout, old, new)
+    dense_bytes = local_bytes(layout, sender)
+    _check_buffers(dense_bytes, old, new)
     piece_words = piece_words or PIECE_WORDS.get(new.device.type, 1 << 18)
-    pieces = list(_pieces(layout, piece_words))
+    pieces = list(_pieces(layout, sender, piece_words, local=True))
     rows: list[tuple[int, int, int, int]] = []
     streams: list[torch.Tensor] = []
-    budget = int(max_share * layout.total_bytes) - 16 * len(pieces)
+    budget = int(max_share * dense_bytes) - 16 * len(pieces)
     for piece in pieces:
         row, parts = _encode_piece(piece.words(old), piece.words(new))
         budget -= sum(map(_padded_bytes, parts))
@@ -108,27 +115,53 @@ def encode_delta(
             return None
         rows.append(row)
         streams += parts
-    table = torch.tensor(rows, dtype=torch.int32, device=new.device)
+    table = torch.tensor(rows, dtype=torch.int32, device=new.device).view(-1, 4)  # also of a sender without tensors
     payload = _join([table, *streams])
     return Delta(DeltaInfo(base_version, payload.numel(), digest(payload), piece_words), payload)
 
 
+def join_deltas(deltas: Sequence[DeltaInfo]) -> DeltaInfo:
+    """What a receiver must know of the deltas of all senders, given in the order of ranks."""
+    first = deltas[0]
+    if len(deltas) == 1:
+        return first
+    payloads = tuple(DeltaPayload(delta.num_bytes, delta.digest) for delta in deltas)
+    return DeltaInfo(first.base_version, sum(each.num_bytes for each in payloads), 0, first.piece_words, payloads)
+
+
+def delta_parts(payloads: Sequence[torch.Tensor], most_bytes: int) -> tuple[list[torch.Tensor], list[int]]:
+    """(parts, sender of each): how the payloads of all senders are sent, in parts of `most_bytes` at most."""
+    parts: list[torch.Tensor] = []
+    senders: list[int] = []
+    for sender, payload in enumerate(payloads):
+        own = payload.split(most_bytes) if payload.numel() else ()
+        parts += own
+        senders += [sender] * len(own)
+    return parts, senders
+
+
 @torch.no_grad()
-def apply_delta(layout: WeightLayout, flat: torch.Tensor, info: DeltaInfo, payload: torch.Tensor) -> None:
-    """Makes of the base version in `flat`, in place, the version that `payload` leads to.
+def apply_delta(layout: WeightLayout, flat: torch.Tensor, info: DeltaInfo, payloads: Sequence[torch.Tensor]) -> None:
+    """Makes of the base version in `flat`, in place, the version that the payloads of all senders lead to.
 
     Raises:
-        ChannelError: the payload was damaged on the way; `flat` is as it was.
-        ProtocolError: the payload does not fit the layout; `flat` holds neither version now.
+        ChannelError: a payload was damaged on the way; `flat` is as it was.
+        ProtocolError: a payload does not fit the layout; `flat` holds neither version now.
     """
-    _check_buffers(layout, flat, flat)
-    measured = digest(payload)
-    if payload.numel() != info.num_bytes or measured != info.digest:
-        raise ChannelError(
-            f"delta from version {info.base_version}: {payload.numel()} bytes with digest {measured}, announced were "
-            f"{info.num_bytes} with {info.digest}; the bytes were damaged on the way"
-        )
-    pieces = list(_pieces(layout, info.piece_words))
+    _check_buffers(layout.total_bytes, flat, flat)
+    for sender, (payload, announced) in enumerate(zip(payloads, info.payloads, strict=True)):
+        measured = digest(payload)
+        if (payload.numel(), measured) != announced:
+            raise ChannelError(
+                f"delta from version {info.base_version}: {payload.numel()} bytes of sender {sender} with digest "
+                f"{measured}, announced were {announced.num_bytes} with {announced.digest}; the bytes were damaged on "
+                "the way"
+            )
+    for sender, payload in enumerate(payloads):
+        _apply_payload(list(_pieces(layout, sender, info.piece_words, local=False)), flat, payload)
+
+
+def _apply_payload(pieces: list[_Piece], flat: torch.Tensor, payload: torch.Tensor) -> None:
     reader = _Reader(payload)
     rows = reader.take(4 * len(pieces), torch.int32).view(-1, 4).tolist()
     for piece, (places, entries, escapes, halved) in zip(pieces, rows, strict=True):
@@ -138,14 +171,14 @@ def apply_delta(layout: WeightLayout, flat: torch.Tensor, info: DeltaInfo, paylo
 
 
 @torch.no_grad()
-def delta_pays(layout: WeightLayout, old: torch.Tensor, new: torch.Tensor) -> bool:
+def delta_pays(layout: WeightLayout, old: torch.Tensor, new: torch.Tensor, sender: int = 0) -> bool:
     """Whether a delta will probably save enough, from 64 k words of each buffer. Takes well under a millisecond.
 
     A layout of several element sizes is judged by the one that has the most bytes.
     """
-    _check_buffers(layout, old, new)
+    _check_buffers(local_bytes(layout, sender), old, new)
     bytes_of: dict[int, int] = {}
-    for piece in _pieces(layout, layout.total_bytes):
+    for piece in _pieces(layout, sender, layout.total_bytes, local=True):
         bytes_of[piece.word_bytes] = bytes_of.get(piece.word_bytes, 0) + piece.stop - piece.start
     if not bytes_of:
         return False
@@ -163,17 +196,17 @@ def _sample(words: torch.Tensor) -> torch.Tensor:
     return words[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN_WORDS].reshape(-1)
 
 
-def _pieces(layout: WeightLayout, piece_words: int) -> Iterator[_Piece]:
-    """The tensors in layout order, tied ones once, cut into runs of at most `piece_words` words."""
-    seen: set[int] = set()
-    for entry in layout.tensors:
-        if not entry.num_bytes or entry.offset in seen:
-            continue
-        seen.add(entry.offset)
-        word_bytes = entry.word_bytes
-        stop = entry.offset + entry.num_bytes
-        for start in range(entry.offset, stop, piece_words * word_bytes):
-            yield _Piece(start, min(start + piece_words * word_bytes, stop), word_bytes)
+def _pieces(layout: WeightLayout, sender: int, piece_words: int, *, local: bool) -> Iterator[_Piece]:
+    """The tensors of `sender` in layout order, tied ones once, cut into runs of at most `piece_words` words.
+
+    `local`: where they are in the sender's own buffer, else in the flat one.
+    """
+    for run in runs_of(layout, sender):
+        word_bytes = run.entry.word_bytes
+        first = run.local if local else run.start
+        end = first + run.stop - run.start
+        for start in range(first, end, piece_words * word_bytes):
+            yield _Piece(start, min(start + piece_words * word_bytes, end), word_bytes)
 
 
 # -- one piece ---------------------------------------------------------------------------------------------------------
@@ -337,10 +370,9 @@ class _Reader:
             raise ProtocolError(f"delta: {self._payload.numel()} bytes came, {self._position} were described")
 
 
-def _check_buffers(layout: WeightLayout, old: torch.Tensor, new: torch.Tensor) -> None:
+def _check_buffers(num_bytes: int, old: torch.Tensor, new: torch.Tensor) -> None:
     for flat in (old, new):
-        if flat.dtype != torch.uint8 or flat.numel() != layout.total_bytes:
+        if flat.dtype != torch.uint8 or flat.numel() != num_bytes:
             raise ShapeError(
-                f"delta: a buffer of {flat.numel()} elements of {flat.dtype}, the layout needs "
-                f"uint8 of {layout.total_bytes}"
+                f"delta: a buffer of {flat.numel()} elements of {flat.dtype}, the layout needs uint8 of {num_bytes}"
             )

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from asyncrl.link.weight_records import WeightLayout
-from asyncrl.weights.bytes.layout import check_buffer
+from asyncrl.weights.bytes.layout import bucket_bytes, check_buffer
 
 
 def digest_buckets(layout: WeightLayout, buffer: torch.Tensor) -> tuple[int, ...]:
     """`digest` of every bucket of a staging buffer, uint8 [layout.total_bytes]; ShapeError for another tensor."""
     check_buffer(layout, buffer)
-    return tuple(digest(buffer[start:stop]) for start, stop in layout.buckets)
+    return tuple(digest(bucket_bytes(buffer, bucket)) for bucket in layout.buckets)
 
 
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd; 2**64 / golden ratio

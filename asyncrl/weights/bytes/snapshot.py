@@ -1,4 +1,4 @@
-"""The learner's copy of its parameters in one flat buffer, from which they are sent while training goes on."""
+"""A rank's copy of the parameters that it holds in one buffer, from which they are sent while training goes on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from copy import copy
 
 import torch
 
-from asyncrl.link.weight_records import Patch, WeightLayout, WeightManifest
-from asyncrl.weights.bytes.digest import digest_buckets
-from asyncrl.weights.bytes.layout import new_buffer, plan_buckets, tensor_views
+from asyncrl.link.weight_records import Patch, WeightManifest, aligned
+from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.bytes.layout import Run, new_buffer, runs_of, tensor_views, torch_dtype
 from asyncrl.weights.bytes.patch import AdaptedWeight
+from asyncrl.weights.bytes.shards import local_of, plan_shards
 
 
 class _Copies:
@@ -19,7 +20,7 @@ class _Copies:
     def __init__(
         self,
         named: Sequence[tuple[str, torch.Tensor]],
-        layout: WeightLayout,
+        runs: Sequence[Run],
         buffer: torch.Tensor,
         adapted: Mapping[str, AdaptedWeight],
     ) -> None:
@@ -28,11 +29,11 @@ class _Copies:
         self._merged: list[tuple[torch.Tensor, AdaptedWeight]] = []
         # A GPU at either end returns before its copies are done.
         self._gpu = next((tensor.device for tensor in (buffer, named[0][1]) if tensor.is_cuda), None)
-        placed: set[int] = set()
-        for (name, tensor), (_, view), entry in zip(named, tensor_views(layout, buffer), layout.tensors, strict=True):
-            if not entry.num_bytes or entry.offset in placed:
-                continue
-            placed.add(entry.offset)
+        tensors = dict(named)
+        for run in runs:
+            name, tensor = run.entry.name, tensors[run.entry.name]
+            raw = buffer[run.local : run.local + run.stop - run.start]
+            view = raw.view(torch_dtype(run.entry)).view(local_of(tensor).shape)
             if name in adapted:
                 self._merged.append((view, adapted[name]))
             else:
@@ -42,7 +43,7 @@ class _Copies:
     @torch.no_grad()
     def run(self) -> None:
         if self._views:
-            torch._foreach_copy_(self._views, self._sources, non_blocking=True)
+            torch._foreach_copy_(self._views, [local_of(tensor) for tensor in self._sources], non_blocking=True)
         for view, weight in self._merged:
             view.copy_(weight.merged(), non_blocking=True)
         if self._gpu is not None:
@@ -52,14 +53,17 @@ class _Copies:
 
 
 class SnapshotBuffer:
-    """The learner's staging buffer: a copy of its parameters that stays as it is while training goes on.
+    """A sender's staging buffer: a copy of the parameters that it holds, which stays while training goes on.
 
     Args:
-        named: (name, tensor) pairs, read again at every snapshot; see `plan_buckets` on tied parameters.
+        named: (name, tensor) pairs, read again at every snapshot; see `plan_buckets` on tied parameters. The same names
+            on every sender; of a DTensor the buffer takes the rows that are here.
         bucket_bytes: upper bound of one broadcast.
         wire_dtype: floating-point tensors travel in this dtype; None keeps each tensor's own.
         adapted, patch: see `SyncSource`.
         shared: in memory that the ipc backend sends from without a copy.
+        sender, senders: which of how many ranks this is that hold the policy together.
+        device: of the buffer; None = that of the first tensor.
     """
 
     def __init__(
@@ -71,13 +75,20 @@ class SnapshotBuffer:
         adapted: Mapping[str, AdaptedWeight] | None = None,
         patch: Patch | None = None,
         shared: bool = False,
+        sender: int = 0,
+        senders: int = 1,
+        device: torch.device | None = None,
     ) -> None:
+        assert senders == 1 or not adapted, "adapters are merged from whole weights"
         self._named = list(named)
         self._shared = shared
         self._adapted = adapted
         self._patch = patch
-        self.layout = plan_buckets(self._named, bucket_bytes, wire_dtype)
-        self._allocate(self._named[0][1].device)
+        self.sender = sender
+        self.layout = plan_shards(self._named, bucket_bytes, wire_dtype, senders)
+        self._own = [bucket for bucket in self.layout.buckets if bucket.sender == sender]
+        self._runs = list(runs_of(self.layout, sender))
+        self._allocate(device or self._named[0][1].device)
 
     def twin(self) -> SnapshotBuffer:
         """Another buffer for snapshots of the same parameters."""
@@ -86,22 +97,33 @@ class SnapshotBuffer:
         return twin
 
     def _allocate(self, device: torch.device) -> None:
-        self.flat = new_buffer(self.layout, device, shared=self._shared)
-        self._copies = _Copies(self._named, self.layout, self.flat, self._adapted or {})
+        self.flat = new_buffer(self.layout, device, shared=self._shared, sender=self.sender)
+        self._copies = _Copies(self._named, self._runs, self.flat, self._adapted or {})
 
     def snapshot(self) -> None:
         """Copy the parameters as they are now. Not while the buffer is being sent."""
         self._copies.run()
 
     def views(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of the snapshot without a copy, in the layout's dtypes."""
+        """(name, tensor) of a single sender's snapshot without a copy, in the layout's dtypes."""
         return tensor_views(self.layout, self.flat)
 
-    def manifest(self, version: int) -> WeightManifest:
-        """What the receivers of this snapshot are told of it, digests included: reads the whole buffer."""
-        return WeightManifest(version, self.layout, digest_buckets(self.layout, self.flat), self._patch)
+    def digests(self) -> list[int]:
+        """Those of the buckets that are sent from here, in order: reads the whole buffer."""
+        return [digest(bucket) for bucket in self.buckets()]
+
+    def manifest(self, version: int, digests: Sequence[Sequence[int]] | None = None) -> WeightManifest:
+        """What the receivers of this snapshot are told of it.
+
+        `digests` are those of each sender, by rank; a single sender's are measured here where they are not given.
+        """
+        of_sender = [iter(own) for own in digests or [self.digests()]]
+        in_order = tuple(next(of_sender[bucket.sender]) for bucket in self.layout.buckets)
+        return WeightManifest(version, self.layout, in_order, self._patch)
 
     def buckets(self) -> Iterator[torch.Tensor]:
-        """The buffer in the pieces that are broadcast, uint8 each, in order, without a copy."""
-        for start, stop in self.layout.buckets:
-            yield self.flat[start:stop]
+        """The buffer in the pieces that are broadcast from here, uint8 each, in order, without a copy."""
+        place = 0
+        for bucket in self._own:
+            yield self.flat[place : place + bucket.num_bytes]
+            place += aligned(bucket.num_bytes)

@@ -10,6 +10,10 @@ import torch
 
 from asyncrl.link.weight_records import ChannelSpec
 
+# Parts in a transport's hands at once: while Python takes note of one, the next ones move. No more than that takes: a
+# process group that failed is let go of only when each of them has failed.
+AHEAD = 3
+
 
 class Transport(Protocol):
     """One member's end of one weight channel, for one life: form, broadcast any number of times, close.
@@ -37,11 +41,20 @@ class Transport(Protocol):
         """Connect to all other members."""
         ...
 
-    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
-        """Send `parts` from rank 0 in this order, or receive into them elsewhere; return when all bytes are in place.
+    def broadcast(
+        self,
+        parts: Sequence[torch.Tensor],
+        timeout_s: float,
+        on_part: Callable[[int], None],
+        senders: Sequence[int],
+    ) -> None:
+        """Send or receive `parts` in this order; return when all bytes are in place.
 
+        `senders` has the rank that each part comes from; all members give the same. A rank that sends some parts gives
+        memory for the others, too, and what is in it afterwards is of no use to it: it may be one memory for many, if
+        no two of them are within AHEAD parts of each other.
         `on_part` is told the bytes of each part when that part is done.
-        On rank 0 `parts` may change again once this has returned.
+        At its sender a part may change again once this has returned.
         """
         ...
 

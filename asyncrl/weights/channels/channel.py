@@ -24,7 +24,7 @@ TRANSPORTS: Mapping[str, type[Transport]] = {"gloo": GlooTransport, "nccl": Nccl
 
 
 class WeightChannel:
-    """One member of a weight channel. Rank 0 sends, all others receive.
+    """One member of a weight channel. The ranks below `spec.senders` send, all others receive.
 
     Life: `WeightChannel.host(spec)` on rank 0, `WeightChannel(spec)` elsewhere; `join`; `broadcast` any number of
     times; `close`. Calls come from one thread at a time, `abort` from any thread. After the first failure the
@@ -125,12 +125,16 @@ class WeightChannel:
         self._joined = True
 
     def broadcast(
-        self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None] = lambda num_bytes: None
+        self,
+        parts: Sequence[torch.Tensor],
+        timeout_s: float,
+        on_part: Callable[[int], None] = lambda num_bytes: None,
+        senders: Sequence[int] | None = None,
     ) -> None:
-        """Send `parts` from rank 0, or receive into them elsewhere; returns when all their bytes are in place.
+        """Send or receive `parts`; returns when all their bytes are in place.
 
         After a failure the transport may write to `parts` until `close` has returned without an error: throw the buffer
-        away. On rank 0 the buffer may change again once this has returned; a receiver that is still reading it then
+        away. At a sender the buffer may change again once this has returned; a receiver that is still reading it then
         finds other bytes than the digests promise.
 
         Args:
@@ -138,6 +142,8 @@ class WeightChannel:
             timeout_s: bounds the whole broadcast.
             on_part: is told the bytes of each part when it is done, in another thread; so a failure can say how far
                 the broadcast was.
+            senders: the rank that each part comes from; None = rank 0. See `Transport.broadcast` on what a sender gives
+                for the parts of other senders.
 
         Raises:
             ChannelError: a member vanished, the deadline passed, or `abort` was called.
@@ -150,11 +156,15 @@ class WeightChannel:
             if part.device.type != self.device.type or not part.is_contiguous():
                 raise ChannelError(f"{what}: the buffer must be contiguous on {self.device}, is on {part.device}")
 
+        origins = [0] * len(parts) if senders is None else senders
+        if len(origins) != len(parts) or not all(0 <= sender < self.spec.senders for sender in origins):
+            raise ChannelError(f"{what}: {len(parts)} parts come from ranks {sorted(set(origins))}; see spec.senders")
+
         def done(num_bytes: int) -> None:
             if self._broken is None:  # a call that was abandoned says nothing any more
                 on_part(num_bytes)
 
-        self._carry_out(what, timeout_s, lambda transport: transport.broadcast(parts, timeout_s, done))
+        self._carry_out(what, timeout_s, lambda transport: transport.broadcast(parts, timeout_s, done, origins))
 
     def abort(self) -> None:
         """Make a `join` or `broadcast` under way in another thread fail. The channel is dead; call `close` too.

@@ -21,15 +21,13 @@ from torch.distributed.distributed_c10d import Work
 
 from asyncrl.errors import ChannelError
 from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.weights.channels.base import AHEAD
 from asyncrl.weights.channels.rendezvous import POLL_S, connect_store, local_address_towards
 
 NCCL_POLL_S = 0.001
 # What torch takes for the timeout of every NCCL work and of an abort. Our deadlines come first and know what to do; at
 # torch's own it would give up an abort under way, and a watchdog, if a later torch starts one, would end the process.
 NCCL_NEVER = timedelta(days=1)
-# Parts in the backend's hands at once: while Python takes note of one, the next ones move. No more than that takes: a
-# process group that failed is let go of only when each of them has failed.
-AHEAD = 3
 
 
 class _ProcessGroup(Protocol):
@@ -57,22 +55,28 @@ class _Collective:
             self._release(process_group)
         del process_group  # the destructor closes the connections; it waits for operations under way
 
-    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+    def broadcast(
+        self,
+        parts: Sequence[torch.Tensor],
+        timeout_s: float,
+        on_part: Callable[[int], None],
+        senders: Sequence[int],
+    ) -> None:
         """See `Transport.broadcast`."""
         deadline = time.monotonic() + timeout_s
         under_way: deque[tuple[Work, int]] = deque()
-        for part in parts:
-            under_way.append((self._begin(part, deadline), part.nbytes))
+        for part, sender in zip(parts, senders, strict=True):
+            under_way.append((self._begin(part, sender, deadline), part.nbytes))
             if len(under_way) == AHEAD:
                 self._finish(*under_way.popleft(), deadline, on_part)
         while under_way:
             self._finish(*under_way.popleft(), deadline, on_part)
 
-    def _begin(self, part: torch.Tensor, deadline: float) -> Work:
+    def _begin(self, part: torch.Tensor, sender: int, deadline: float) -> Work:
         # Asked for each time and held by no frame that waits: a call that was abandoned must not keep it from closing.
         if self._process_group is None:
             raise ChannelError("closed")
-        return self._process_group.broadcast([part], _options(deadline))
+        return self._process_group.broadcast([part], _options(sender, deadline))
 
     def _finish(self, work: Work, num_bytes: int, deadline: float, on_part: Callable[[int], None]) -> None:
         self._wait(work, deadline)
@@ -154,12 +158,18 @@ class NcclTransport(_Collective):
             raise ChannelError("aborted")
         # The communicator connects in its first broadcast: that must count as forming, and end by this deadline.
         first = torch.zeros(1, dtype=torch.uint8, device=self._device)
-        self.broadcast([first], deadline - time.monotonic(), lambda num_bytes: None)
+        self.broadcast([first], deadline - time.monotonic(), lambda num_bytes: None, [0])
 
-    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+    def broadcast(
+        self,
+        parts: Sequence[torch.Tensor],
+        timeout_s: float,
+        on_part: Callable[[int], None],
+        senders: Sequence[int],
+    ) -> None:
         """See `Transport.broadcast`."""
         self._parts = parts  # after a failure kernels use them until `close` has aborted the communicator
-        super().broadcast(parts, timeout_s, on_part)
+        super().broadcast(parts, timeout_s, on_part, senders)
         self._parts = ()
 
     def _wait(self, work: Work, deadline: float) -> None:
@@ -188,9 +198,9 @@ class NcclTransport(_Collective):
         return torch.cuda.stream(torch.cuda.Stream(self._device))
 
 
-def _options(deadline: float) -> dist.BroadcastOptions:
+def _options(sender: int, deadline: float) -> dist.BroadcastOptions:
     options = dist.BroadcastOptions()
-    options.rootRank = 0
+    options.rootRank = sender
     # For gloo alone: NCCL's works take the timeout of their process group.
     options.timeout = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
     return options

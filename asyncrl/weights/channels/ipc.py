@@ -1,9 +1,9 @@
 """Weights between processes that share a GPU, or on CPUs a machine: receivers copy out of the learner's own buffer.
 
-Rank 0 says through the channel's store where the bytes are (`ready/k`); each receiver maps that memory once, copies the
-bytes and says so (`taken/k/RANK`). Rank 0 goes on when all have. The death of a member is noticed by its process; a
-member that stands still costs one deadline. Bytes that lie elsewhere (deltas) go through a
-shared buffer that belongs to the channel.
+A sender says through the channel's store where the bytes are (`ready/k`); each receiver maps that memory once, copies
+the bytes and says so (`taken/k/RANK`). The sender goes on when all have; other senders pay no heed to it. The death of
+a member is noticed by its process; a member that stands still costs one deadline. Bytes that lie elsewhere (deltas) go
+through a shared buffer that belongs to the channel.
 
 The same code serves CPUs and GPUs; `weights.bytes.memory` knows where the two differ. The store holds JSON alone.
 """
@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -69,7 +69,7 @@ class IpcTransport:
         self._device = device
         self._aborted = aborted
         self._store: Store | None = None
-        self._peers: dict[int, _Process] = {}  # by rank: the receivers, or the learner
+        self._peers: dict[int, _Process] = {}  # by rank: the receivers, or the senders
         self._rounds = 0
         self._opened: dict[str, Opened] = {}  # by handle: mapped once in the life of the channel
         self._own: torch.Tensor | None = None
@@ -82,31 +82,41 @@ class IpcTransport:
         deadline = time.monotonic() + timeout_s
         self.waiting_for = "the store"
         self._store = connect_store(self._spec, timeout_s)
-        mine = self._place()
-        if self._spec.rank == 0:
-            self._put("learner", _Joined(pid=os.getpid(), place=asdict(mine)))
-            for rank in range(1, self._spec.world_size):
-                self._peers[rank] = _Process(self._take(f"member/{rank}", rank, deadline, _Joined).pid)
-            self._put("formed", _Record())
-        else:
-            learner = self._take("learner", 0, deadline, _Joined)
-            refusal = _differences(learner.place, mine)
-            self._put(f"member/{self._spec.rank}", _Joined(pid=os.getpid(), place=asdict(mine), error=refusal))
-            if refusal:
-                raise ChannelError(refusal)
-            self._peers[0] = _Process(learner.pid)  # not before: elsewhere the number means another process
-            self._take("formed", 0, deadline, _Record)
+        mine, rank = self._place(), self._spec.rank
+        joined = _Joined(pid=os.getpid(), place=asdict(mine))
+        if rank < self._spec.senders:
+            self._put(f"sender/{rank}", joined)
+            for member in self._receivers():
+                self._peers[member] = _Process(self._take(f"member/{member}/{rank}", member, deadline, _Joined).pid)
+            self._put(f"formed/{rank}", _Record())
+            return
+        senders = [self._take(f"sender/{s}", s, deadline, _Joined) for s in range(self._spec.senders)]
+        refusal = next(filter(None, (_differences(sender.place, mine) for sender in senders)), "")
+        for sender in range(self._spec.senders):
+            self._put(f"member/{rank}/{sender}", replace(joined, error=refusal))
+        if refusal:
+            raise ChannelError(refusal)
+        for sender, there in enumerate(senders):
+            self._peers[sender] = _Process(there.pid)  # not before: elsewhere the number means another process
+            self._take(f"formed/{sender}", sender, deadline, _Record)
 
-    def broadcast(self, parts: Sequence[torch.Tensor], timeout_s: float, on_part: Callable[[int], None]) -> None:
+    def broadcast(
+        self,
+        parts: Sequence[torch.Tensor],
+        timeout_s: float,
+        on_part: Callable[[int], None],
+        senders: Sequence[int],
+    ) -> None:
         """See `Transport.broadcast`."""
         deadline = time.monotonic() + timeout_s
-        for part in parts:
+        rank = self._spec.rank
+        for part, sender in zip(parts, senders, strict=True):
             flat = part.view(-1).view(torch.uint8)
             number, self._rounds = self._rounds, self._rounds + 1
-            if self._spec.rank == 0:
+            if rank == sender:
                 self._send(flat, number, deadline)
-            else:
-                self._receive(flat, number, deadline)
+            elif rank >= self._spec.senders:
+                self._receive(flat, number, sender, deadline)
             on_part(part.nbytes)
 
     def abort(self) -> None:
@@ -133,25 +143,28 @@ class IpcTransport:
         wait_written(flat, deadline)
         handle, offset = shared
         self._put(f"ready/{number}", _Ready(handle=handle, offset=offset, num_bytes=flat.numel()))
-        for rank in range(1, self._spec.world_size):
+        for rank in self._receivers():
             self._take(f"taken/{number}/{rank}", rank, deadline, _Record)
         assert self._store is not None
         self._store.delete_key(f"ready/{number}")  # the last receiver has read it
 
-    def _receive(self, flat: torch.Tensor, number: int, deadline: float) -> None:
+    def _receivers(self) -> range:
+        return range(self._spec.senders, self._spec.world_size)
+
+    def _receive(self, flat: torch.Tensor, number: int, sender: int, deadline: float) -> None:
         key = f"taken/{number}/{self._spec.rank}"
-        ready = self._take(f"ready/{number}", 0, deadline, _Ready)
+        ready = self._take(f"ready/{number}", sender, deadline, _Ready)
         try:
-            self._copy(ready, flat, deadline)
+            self._copy(ready, flat, sender, deadline)
         except Exception as error:
-            # Whatever it is, rank 0 must not wait in vain.
+            # Whatever it is, the sender must not wait in vain.
             self._put(key, _Record(error=str(error) or type(error).__name__))
             raise
         self._put(key, _Record())
 
-    def _copy(self, ready: _Ready, flat: torch.Tensor, deadline: float) -> None:
+    def _copy(self, ready: _Ready, flat: torch.Tensor, sender: int, deadline: float) -> None:
         if ready.num_bytes != flat.numel():
-            raise ChannelError(f"rank 0 sends {ready.num_bytes} bytes, {flat.numel()} are expected")
+            raise ChannelError(f"rank {sender} sends {ready.num_bytes} bytes, {flat.numel()} are expected")
         self._open(ready.handle).copy(ready.offset, flat, deadline)
         self._check(deadline, "the copy")
 
@@ -193,7 +206,7 @@ class IpcTransport:
             self._aborted.wait(pause_s)
             pause_s = min(1.5 * pause_s, POLL_MAX_S)
         text = store.get(key)
-        if self._spec.rank == 0:
+        if self._spec.rank < self._spec.senders:
             store.delete_key(key)  # nobody else reads it, and the store would only ever grow
         self._check(deadline, what)  # the store may have stood still: what follows must not come late
         try:

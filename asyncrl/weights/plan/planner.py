@@ -280,7 +280,9 @@ class SyncPlanner:
     def _new_round(
         self, channel_epoch: int, members: list[Receiver], now: float, *, catch_up: bool = False
     ) -> SyncRound:
-        current = SyncRound(self.rules, channel_epoch, members, self._emit, catch_up=catch_up, now=now)
+        assert self.snapshot is not None
+        senders = self.snapshot.manifest.layout.num_senders
+        current = SyncRound(self.rules, channel_epoch, members, self._emit, catch_up=catch_up, now=now, senders=senders)
         self.rounds[channel_epoch] = current
         self._round_of.update(dict.fromkeys(current.members, current))
         return current

@@ -75,14 +75,16 @@ class SyncRound:
         *,
         catch_up: bool,
         now: float,
+        senders: int = 1,
     ) -> None:
+        """`senders`: the learner's ranks that send; they have the first places in the channel."""
         self.channel_epoch = channel_epoch
         self.catch_up = catch_up
         self.channel: OpenedChannel | None = None
         self.snapshot: SnapshotReady | None = None  # chosen when the channel is open
         self.attempt = 0
         self.members: dict[str, Member] = {}
-        self.world_size = 1
+        self.senders = self.world_size = senders
         for receiver in members:
             deadline = now + rules.timeout_s
             self.members[receiver.name] = Member(receiver, self.world_size, Phase.STAGING, deadline)
@@ -124,6 +126,7 @@ class SyncRound:
                 rank=member.rank,
                 world_size=self.world_size,
                 backend=channel.backend,
+                num_senders=self.senders if self.senders > 1 else None,
             )
             offer = SyncOffer(rules.run_epoch, snapshot.version, attempt, place, manifest, rules.timeout_s)
             self._emit(ToGenerator(member.name, offer))

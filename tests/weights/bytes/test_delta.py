@@ -50,7 +50,7 @@ def assert_round_trip(layout, old, new, **options):
     assert torch.equal(old, before[0]) and torch.equal(new, before[1])
     assert delta.info.num_bytes == delta.payload.numel() and delta.info.base_version == 4
     flat = old.clone()
-    apply_delta(layout, flat, delta.info, delta.payload)
+    apply_delta(layout, flat, delta.info, [delta.payload])
     assert torch.equal(flat, new)
     return delta
 
@@ -229,7 +229,7 @@ def test_a_damaged_delta_leaves_the_base_as_it_was(data):
     delta.payload[position // 8] ^= 1 << position % 8
     before = old.clone()
     with pytest.raises(ChannelError, match="damaged on the way"):
-        apply_delta(layout, old, delta.info, delta.payload)
+        apply_delta(layout, old, delta.info, [delta.payload])
     assert torch.equal(old, before)
 
 
@@ -247,7 +247,7 @@ def test_nonsense_with_a_fitting_digest_is_refused_or_stays_within_the_tensors(d
     info = dataclasses.replace(delta.info, num_bytes=payload.numel(), digest=digest(payload))
     before = old.clone()
     with contextlib.suppress(ProtocolError):
-        apply_delta(layout, old, info, payload)
+        apply_delta(layout, old, info, [payload])
     changed = torch.nonzero(old != before).view(-1)
     inside = torch.zeros(layout.total_bytes, dtype=torch.bool)
     for entry in layout.tensors:
@@ -261,7 +261,7 @@ def test_a_delta_applied_to_another_base_is_found_by_the_digests():
     delta = encode_delta(layout, old, new, 1)
     wrong = old.clone()
     words(layout, wrong)["t0"][17] ^= 4
-    apply_delta(layout, wrong, delta.info, delta.payload)
+    apply_delta(layout, wrong, delta.info, [delta.payload])
     assert digest_buckets(layout, wrong) != digest_buckets(layout, new)
 
 

@@ -53,11 +53,11 @@ def hanging_transport(hangs: Hangs) -> type[GlooTransport]:
             self._hang("form")
             super().form(timeout_s)
 
-        def broadcast(self, parts, timeout_s, on_part) -> None:
+        def broadcast(self, parts, timeout_s, on_part, senders) -> None:
             if self._hang("broadcast"):
                 for part in parts:
                     part.fill_(GARBAGE)  # as late as can be
-            super().broadcast(parts, timeout_s, on_part)
+            super().broadcast(parts, timeout_s, on_part, senders)
 
         def abort(self) -> None:
             self._hang("abort")

@@ -43,7 +43,7 @@ class ProcessGroup:
 def broadcast(work, timeout_s=5.0):
     transport = GlooTransport(SPEC, torch.device("cpu"), threading.Event())
     transport._process_group = ProcessGroup(work)
-    transport.broadcast([torch.zeros(4)], timeout_s, lambda num_bytes: None)
+    transport.broadcast([torch.zeros(4)], timeout_s, lambda num_bytes: None, [0])
 
 
 @pytest.mark.parametrize("slices", [0, 1, 3])

@@ -278,7 +278,7 @@ def test_who_is_missing_is_named():
         with pytest.raises(ChannelError, match=f"{missing} did not come in time"):
             channel.join(2.0)
 
-    in_threads(lambda: failing(root, "member/2 of rank 2"), lambda: failing(member, "formed of rank 0"))
+    in_threads(lambda: failing(root, "member/2/0 of rank 2"), lambda: failing(member, "formed/0 of rank 0"))
     root.close()
     member.close()
 
