@@ -71,7 +71,7 @@ class LearnerConfig:
     )
     micro_batch_tokens: int = key(
         16384,
-        "Tokens, padding included, in one forward and backward pass; gradients add up over the passes of an update.",
+        "Tokens in one forward and backward pass; gradients add up over the passes of an update.",
         minimum=1,
         if_changed=ACCEPTED,
     )

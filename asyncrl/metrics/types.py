@@ -263,8 +263,8 @@ class StepMetrics:
     )
     extra: dict[str, float] = metric(
         "mixed",
-        "What else the trainer counted in this step: groups_trained, micro_batches, padded_tokens (tokens of those, "
-        "padding included) and tokens_without_gradient (tokens of groups that have no gradient).",
+        "What else the trainer counted in this step: groups_trained, micro_batches, model_inputs (tokens that a "
+        "forward pass over those computes) and tokens_without_gradient (tokens of groups that have no gradient).",
         {},
     )
 

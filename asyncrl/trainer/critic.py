@@ -11,7 +11,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from asyncrl.config import Config
 from asyncrl.host.model_folder import find_model
-from asyncrl.trainer.engines.policy import Policy, completion_hidden, compute_dtype, load_float32
+from asyncrl.trainer.engines.device_rows import DeviceRows
+from asyncrl.trainer.engines.policy import Policy, load_float32
+from asyncrl.trainer.engines.trunk import completion_hidden, compute_dtype, use_packed_rows
 from asyncrl.trainer.packing import Rows
 
 
@@ -44,13 +46,15 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.dtype_name = dtype
         self.to(device)
+        if trunk is not None:
+            use_packed_rows(trunk, dtype)
 
     @property
     def is_shared(self) -> bool:
         """Whether the trunk is the actor's."""
         return self.trunk is None
 
-    def values(self, rows: Rows, actor_hidden: Tensor | None = None) -> Tensor:
+    def values(self, rows: Rows | DeviceRows, actor_hidden: Tensor | None = None) -> Tensor:
         """Value of the state before each completion token, [N], float32 as the head is; carries the gradient.
 
         actor_hidden  [N, H] from `Policy.hidden`; needed by a shared trunk only

@@ -7,8 +7,8 @@ is never an input: nothing is predicted from it.
     plain row     p0 p1 p2 a0 a1 a2                   positions 0 1 2 3 4 5
     shared row    p0 p1 p2 a0 a1 a2 b0 b1             positions 0 1 2 3 4 5 3 4     segments 0 0 0 1 1 1 2 2
 
-Rows are right-padded and sorted by length, so that a micro-batch wastes little. Completion tokens lie flat, one after
-the other, without padding.
+Rows lie flat, one after the other, without padding, and so do completion tokens. Rows are sorted by length, so that
+those of one length are neighbours: an engine may attend to them at once.
 """
 
 from __future__ import annotations
@@ -21,20 +21,16 @@ import numpy as np
 from asyncrl.errors import NonFiniteError, ProtocolError, ShapeError
 from asyncrl.types import FinishReason, Group, Rollout, VersionSpan
 
-PADDING_SEGMENT = -1
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a model is given: B rows of L inputs, padded, and the N completion tokens it is asked about, flat.
+    """What a model is given: T inputs in B rows, one row after the other, and the N completion tokens asked for."""
 
-    `predictor` says where each completion token is predicted: an index into the flattened [B * L] inputs.
-    """
-
-    input_ids: np.ndarray  # int64 [B, L], right-padded with 0
-    position_ids: np.ndarray | None  # int64 [B, L]; None in plain rows: 0, 1, 2, ...
-    segment_ids: np.ndarray | None  # int64 [B, L]; None in plain rows; 0 prompt, 1.. completions, -1 padding
-    predictor: np.ndarray  # int64 [N]
+    input_ids: np.ndarray  # int64 [T]
+    position_ids: np.ndarray  # int64 [T], from 0 in each row
+    lengths: np.ndarray  # int64 [B], inputs of each row; they add up to T
+    segment_ids: np.ndarray | None  # int64 [T] in shared rows: 0 prompt, 1.. completions; None in plain rows
+    predictor: np.ndarray  # int64 [N], the input that each completion token is predicted from
     token_ids: np.ndarray  # int64 [N]
 
     @property
@@ -43,9 +39,9 @@ class Rows:
         return len(self.token_ids)
 
     @property
-    def padded_tokens(self) -> int:
-        """What the forward pass costs: the number of rows times the length of the longest."""
-        return self.input_ids.size
+    def num_inputs(self) -> int:
+        """Tokens that the model computes."""
+        return len(self.input_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +82,12 @@ def pack_groups(
     *,
     shared_row_tokens: int = 0,
 ) -> list[MicroBatch]:
-    """Lays out groups as micro-batches of at most `token_budget` padded inputs.
+    """Lays out groups as micro-batches of at most `token_budget` inputs.
 
     version            the trainer's policy version, from which ages are counted
     token_budget       a row that is longer than this gets a micro-batch of its own
     shared_row_tokens  completions share their prompt in rows of up to this many inputs, where that saves a quarter
-                       or more; 0 = never. Shared rows need a full attention mask, so only short rows are worth it
+                       or more; 0 = never
 
     `rollout_index` of the micro-batches counts over `groups`.
 
@@ -114,6 +110,11 @@ def pack_groups(
     return batches
 
 
+def plain_rows(sequences: Sequence[Sequence[int] | np.ndarray]) -> Rows:
+    """Sequences of two tokens or more as rows, in their order; every token but the first is asked for."""
+    return _sequence_rows(sequences, copies=1)
+
+
 def doubled_rows(sequences: Sequence[Sequence[int] | np.ndarray]) -> Rows:
     """Sequences of two tokens or more in shared rows: the first token is the prompt, what follows stands there twice.
 
@@ -121,14 +122,22 @@ def doubled_rows(sequences: Sequence[Sequence[int] | np.ndarray]) -> Rows:
 
     Example: (7, 1, 2) -> inputs 7 1 1, segments 0 1 2, and the tokens 1 2 1 2 are asked for.
     """
+    return _sequence_rows(sequences, copies=2)
+
+
+def _sequence_rows(sequences: Sequence[Sequence[int] | np.ndarray], *, copies: int) -> Rows:
+    lengths = [len(tokens) for tokens in sequences]
+    if not lengths or min(lengths) < 2:
+        raise ShapeError(f"sequences to score need at least 2 tokens; got lengths {lengths}")
     rows = []
     for index, sequence in enumerate(sequences):
         tokens = np.asarray(sequence, dtype=np.int32)
         spans = (VersionSpan(0, len(tokens) - 1, 0),)
         logprobs = np.zeros(len(tokens) - 1, dtype=np.float32)
         rollout = Rollout(tokens[1:], logprobs, spans, FinishReason.LENGTH, reward=0.0)
-        rows.append(_Row((0, 0, index), tokens[:1], [rollout, rollout], [2 * index, 2 * index + 1]))
-    return _micro_batch(rows, 0, True).rows
+        rollouts = [copies * index + copy for copy in range(copies)]
+        rows.append(_Row((0, 0, index), tokens[:1], [rollout] * copies, rollouts))
+    return _micro_batch(rows, 0, copies > 1).rows
 
 
 def check_group(group: Group, version: int) -> None:
@@ -194,42 +203,44 @@ def _rows(group: Group, first: int, shared_row_tokens: int) -> list[_Row]:
 
 
 def _chunks(rows: list[_Row], token_budget: int) -> Iterable[list[_Row]]:
-    """Cuts rows, longest first, so that count times longest stays within the budget."""
-    start = 0
-    while start < len(rows):
-        count = max(1, token_budget // rows[start].length)
-        yield rows[start : start + count]
-        start += count
+    """Cuts rows so that the inputs of each part stay within the budget."""
+    chunk: list[_Row] = []
+    inputs = 0
+    for row in rows:
+        if chunk and inputs + row.length > token_budget:
+            yield chunk
+            chunk, inputs = [], 0
+        chunk.append(row)
+        inputs += row.length
+    if chunk:
+        yield chunk
 
 
 def _micro_batch(rows: list[_Row], version: int, is_shared: bool) -> MicroBatch:
-    width = max(row.length for row in rows)
     pieces: list[np.ndarray] = []  # prompts and completions without their last token, in row order
-    layout: list[tuple[int, int, int, int]] = []  # of each piece: length, place in [B * L], first position, segment
+    layout: list[tuple[int, int, int]] = []  # of each piece: length, first position, segment
     reads: list[tuple[int, int, int]] = []  # of each completion: length, predictor of its first token, of its second
-    for row_number, row in enumerate(rows):
+    place = 0
+    for row in rows:
         prompt_length = len(row.prompt)
-        place = row_number * width
         pieces.append(row.prompt)
-        layout.append((prompt_length, place, 0, 0))
-        last_of_prompt = place + prompt_length - 1
+        layout.append((prompt_length, 0, 0))
         place += prompt_length
+        last_of_prompt = place - 1
         for segment, rollout in enumerate(row.rollouts, start=1):
             pieces.append(rollout.token_ids[:-1])
-            layout.append((rollout.num_tokens - 1, place, prompt_length, segment))
+            layout.append((rollout.num_tokens - 1, prompt_length, segment))
             reads.append((rollout.num_tokens, last_of_prompt, place))
             place += rollout.num_tokens - 1
-    lengths, places, positions, segments = np.array(layout, dtype=np.int64).T
-    inside = _ramps(lengths)
-    flat = np.repeat(places, lengths) + inside
-    shape = (len(rows), width)
+    lengths, positions, segments = np.array(layout, dtype=np.int64).T
     rollouts = [rollout for row in rows for rollout in row.rollouts]
     token_counts = np.array([rollout.num_tokens for rollout in rollouts], dtype=np.int64)
     return MicroBatch(
         rows=Rows(
-            input_ids=_scatter(shape, flat, np.concatenate(pieces), 0),
-            position_ids=_scatter(shape, flat, np.repeat(positions, lengths) + inside, 0) if is_shared else None,
-            segment_ids=_scatter(shape, flat, np.repeat(segments, lengths), PADDING_SEGMENT) if is_shared else None,
+            input_ids=np.concatenate(pieces).astype(np.int64),
+            position_ids=np.repeat(positions, lengths) + _ramps(lengths),
+            lengths=np.array([row.length for row in rows], dtype=np.int64),
+            segment_ids=np.repeat(segments, lengths) if is_shared else None,
             predictor=_predictors(np.array(reads, dtype=np.int64)),
             token_ids=np.concatenate([rollout.token_ids for rollout in rollouts]).astype(np.int64),
         ),
@@ -256,10 +267,3 @@ def _ramps(lengths: np.ndarray) -> np.ndarray:
     starts = np.cumsum(lengths) - lengths
     ramps: np.ndarray = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)
     return ramps
-
-
-def _scatter(shape: tuple[int, int], places: np.ndarray, values: np.ndarray, padding: int) -> np.ndarray:
-    """int64 of `shape` with `values` at `places` of the flattened array, and `padding` elsewhere."""
-    flat = np.full(shape[0] * shape[1], padding, dtype=np.int64)
-    flat[places] = values
-    return flat.reshape(shape)

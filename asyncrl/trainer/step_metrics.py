@@ -45,11 +45,11 @@ def batch_metrics(groups: Sequence[Group], is_flat: np.ndarray, version: int) ->
 
 
 def layout_metrics(plan: BatchPlan) -> dict[str, float]:
-    """What the forward passes of one epoch cost: micro_batches, padded_tokens, tokens_without_gradient."""
+    """What the forward passes of one epoch cost: micro_batches, model_inputs, tokens_without_gradient."""
     rows = [micro_batch.rows for mini_batch in plan.mini_batches for micro_batch in mini_batch.micro_batches]
     return {
         "micro_batches": float(len(rows)),
-        "padded_tokens": float(sum(batch.padded_tokens for batch in rows)),
+        "model_inputs": float(sum(batch.num_inputs for batch in rows)),
         "tokens_without_gradient": float(plan.num_tokens - sum(batch.num_tokens for batch in rows)),
     }
 

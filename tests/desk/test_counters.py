@@ -86,9 +86,9 @@ def test_idle_time_is_never_longer_than_the_step():
 
 
 def test_reward_parts_are_split_from_the_trainers_figures():
-    figures = step(Counters(), **{"reward_part/exact": 0.25, "reward_part/format": 0.5, "padded_tokens": 64.0})
+    figures = step(Counters(), **{"reward_part/exact": 0.25, "reward_part/format": 0.5, "model_inputs": 64.0})
     assert figures.reward_parts == {"exact": 0.25, "format": 0.5}
-    assert figures.extra == {"padded_tokens": 64.0}
+    assert figures.extra == {"model_inputs": 64.0}
 
 
 def committed(name="g", version=3, *, mean=1e-7, largest=1e-6, **timings_ms):

@@ -30,13 +30,13 @@ from asyncrl.rewards.pipe import Scored, decode_scored
 from asyncrl.rewards.pipe import encode as encode_scored
 from asyncrl.rewards.pool import RewardOutcome, RewardPool
 from asyncrl.trainer.batch import MicroBatchData
-from asyncrl.trainer.engines.attention import is_full_attention
+from asyncrl.trainer.engines.device_rows import RowLayout
 from asyncrl.trainer.engines.policy import Policy
-from asyncrl.trainer.engines.single import SinglePolicyEngine, engines_for
+from asyncrl.trainer.engines.single import SinglePolicyEngine
+from asyncrl.trainer.engines.trunk import has_known_attention
 from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import pack_groups
 from asyncrl.trainer.rank import outcome_metrics
-from asyncrl.trainer.step import StepRunner
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind, reward_parts_problem, weighted_sum
 from tests.trainer.tiny import make_group, make_rollout, random_groups
 
@@ -325,18 +325,9 @@ def far_apart(policy):
     return max(float(np.abs(plain - shared).max()) for plain, shared in zip(*layouts, strict=True))
 
 
-FULL = ("llama", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma", "olmo2", "gpt_neox", "smollm3")
-
-
-@pytest.mark.numeric
-@pytest.mark.parametrize(("family", "keys"), [(name, {}) for name in FULL] + [("mistral", {"sliding_window": None})])
-def test_W6_rows_are_shared_where_attention_is_full_and_change_nothing(family, keys):
-    policy = policy_of_family(family, **keys)
-    assert policy.allows_shared_rows
-    assert far_apart(policy) < 1e-4
-
-
-WINDOWED = [
+FAMILIES = [
+    *[(name, {}) for name in ("llama", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma", "olmo2", "gpt_neox", "smollm3")],
+    ("mistral", {"sliding_window": None}),
     ("mistral", {"sliding_window": 8}),
     ("phi3", {"sliding_window": 8}),
     ("mixtral", {"sliding_window": 8}),
@@ -347,57 +338,48 @@ WINDOWED = [
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize(("family", "keys"), WINDOWED)
-def test_W6_rows_are_not_shared_behind_a_window_whether_its_layers_are_listed_or_not(family, keys):
+@pytest.mark.parametrize(("family", "keys"), FAMILIES)
+def test_W6_rows_are_shared_where_the_model_was_seen_to_compute_them_and_change_nothing(family, keys):
     policy = policy_of_family(family, **keys)
-    assert not policy.allows_shared_rows
-    runner = StepRunner(engines_for(policy, Config()), Config())
-    assert runner.preparation.planner.shared_row_tokens == 0
-    assert far_apart(policy) > 0.01, "shared rows would be wrong here"
+    assert policy.allows_shared_rows
+    assert far_apart(policy) < 1e-4
 
 
 @pytest.mark.parametrize(
     ("family", "keys"),
     [
-        ("mistral", {"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]}),
         ("llama", {"attention_chunk_size": 64}),
         ("llama", {"alibi": True}),
         ("llama", {"layer_types": ["full_attention", "linear_attention"]}),
         ("llama", {"attention_window": [16]}),
-        ("falcon", {"head_dim": None}),
-        ("bloom", {}),
-        ("mamba", {}),
-        ("opt", {}),
     ],
 )
 def test_W6_attention_of_a_kind_that_is_not_known_keeps_rows_apart(family, keys):
-    config = AutoConfig.for_model("mistral" if family == "mistral" else "llama")
+    config = AutoConfig.for_model(family)
     for name, value in keys.items():
         setattr(config, name, value)
-    if family not in ("llama", "mistral"):
-        config.model_type = family
-    assert not is_full_attention(config)
+    assert not has_known_attention(config)
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize(("family", "keys"), [("qwen2", {}), *WINDOWED[:2]])
+@pytest.mark.parametrize(("family", "keys"), [("qwen2", {}), ("mistral", {"sliding_window": 8})])
 def test_W6_the_canary_goes_through_the_rows_of_training_and_sees_what_they_change(family, keys, monkeypatch):
     policy = policy_of_family(family, **keys)
     sequences = policy.sample_sequences(3, 24, seed=1)
     # What a generator computes: each sequence alone.
     alone = [policy.score([sequence])[0] for sequence in sequences]
     engine = SinglePolicyEngine(policy, Config())
-    assert engine.prefers_shared_rows == (not keys), "what attention is not known to be full takes plain rows"
     for ours, theirs in zip(engine.score(sequences), alone, strict=True):
         assert np.abs(ours - theirs).max() < 1e-4
-    monkeypatch.setattr(SinglePolicyEngine, "prefers_shared_rows", True)
+    # Completions that see each other, as in plain rows.
+    right = RowLayout.mask
+    monkeypatch.setattr(
+        RowLayout, "mask", lambda self, *args: right(dataclasses.replace(self, segment_ids=None, _masks={}), *args)
+    )
     canary = engine.score(sequences)
     apart = [float(np.abs(ours - theirs).max()) for ours, theirs in zip(canary, alone, strict=True)]
     assert apart[1] < 1e-4, "every second sequence has a plain row"
-    if keys:
-        assert min(apart[0], apart[2]) > 0.01
-    else:
-        assert max(apart) < 1e-4
+    assert min(apart[0], apart[2]) > 0.01
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

@@ -102,12 +102,12 @@ def test_trainer_figures_find_their_fields_and_the_rest_is_kept():
         "reward_std": 0.1,
         "policy_age_mean": 1.0,
         "policy_age_max": 2.0,
-        "padded_tokens": 9.0,
+        "model_inputs": 9.0,
     }
     joined = StepMetrics.of_step(trainer, version=3, interval_s=1.0, rollouts_acked=16)
     assert (joined.loss, joined.tokens_trained, joined.policy_age_max, joined.rollouts_acked) == (0.25, 512, 2, 16)
     assert isinstance(joined.tokens_trained, int) and isinstance(joined.policy_age_max, int)
-    assert joined.extra == {"padded_tokens": 9.0}
+    assert joined.extra == {"model_inputs": 9.0}
 
 
 def test_what_the_desk_measured_wins_over_the_trainer():

@@ -30,20 +30,19 @@ def readings(batches):
     """One tuple per completion token: its context as the model sees it, and its numbers."""
     out = []
     for batch in batches:
-        inputs = batch.rows.input_ids.ravel()
-        width = batch.rows.input_ids.shape[1]
-        for n in range(batch.rows.num_tokens):
-            place = int(batch.rows.predictor[n])
-            row, column = divmod(place, width)
-            if batch.rows.segment_ids is None:
-                context = batch.rows.input_ids[row, : column + 1]
-                positions = np.arange(column + 1)
-            else:
-                segments = batch.rows.segment_ids[row, : column + 1]
+        rows = batch.rows
+        assert rows.lengths.sum() == rows.num_inputs
+        starts = np.cumsum([0, *rows.lengths])
+        for n in range(rows.num_tokens):
+            place = int(rows.predictor[n])
+            row = int(np.searchsorted(starts, place, side="right")) - 1
+            seen = slice(starts[row], place + 1)
+            context, positions = rows.input_ids[seen], rows.position_ids[seen]
+            if rows.segment_ids is not None:
+                segments = rows.segment_ids[seen]
                 visible = (segments == 0) | (segments == segments[-1])
-                context = batch.rows.input_ids[row, : column + 1][visible]
-                positions = batch.rows.position_ids[row, : column + 1][visible]
-            assert inputs[place] == context[-1]
+                context, positions = context[visible], positions[visible]
+            assert rows.input_ids[place] == context[-1]
             assert positions.tolist() == list(range(len(context)))
             out.append(
                 (
@@ -96,13 +95,14 @@ def random_case(seed, num_groups=4, group_size=3, prompt=5, completion=6):
 def test_three_tokens_by_hand():
     group = make_group(7, [10, 11], [make_rollout([12, 13, 14], [-0.1, -0.2, -0.3], [(0, 1, 4), (1, 3, 5)])])
     (batch,) = pack_groups([group], version=6, token_budget=100)
-    assert batch.rows.input_ids.tolist() == [[10, 11, 12, 13]]  # 14 is never an input
+    assert batch.rows.input_ids.tolist() == [10, 11, 12, 13]  # 14 is never an input
     assert batch.rows.predictor.tolist() == [1, 2, 3]
     assert batch.rows.token_ids.tolist() == [12, 13, 14]
     np.testing.assert_allclose(batch.behaviour_logprobs, [-0.1, -0.2, -0.3], rtol=1e-6)
     assert batch.rollout_index.tolist() == [0]
     assert batch.policy_ages.tolist() == [2, 1, 1]
-    assert batch.rows.position_ids is None
+    assert batch.rows.position_ids.tolist() == [0, 1, 2, 3]
+    assert batch.rows.lengths.tolist() == [4]
     assert batch.rows.segment_ids is None
 
 
@@ -110,9 +110,9 @@ def test_a_shared_row_by_hand():
     group = make_group(0, [1, 2, 3], [make_rollout([4, 5, 6]), make_rollout([7, 8])])
     (batch,) = pack_groups([group], version=0, token_budget=100, shared_row_tokens=8)
     # Shorter completion first.
-    assert batch.rows.input_ids.tolist() == [[1, 2, 3, 7, 4, 5]]
-    assert batch.rows.segment_ids.tolist() == [[0, 0, 0, 1, 2, 2]]
-    assert batch.rows.position_ids.tolist() == [[0, 1, 2, 3, 3, 4]]
+    assert batch.rows.input_ids.tolist() == [1, 2, 3, 7, 4, 5]
+    assert batch.rows.segment_ids.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.rows.position_ids.tolist() == [0, 1, 2, 3, 3, 4]
     assert batch.rows.predictor.tolist() == [2, 3, 2, 4, 5]
     assert batch.rows.token_ids.tolist() == [7, 8, 4, 5, 6]
     assert batch.sequence_index.tolist() == [0, 0, 1, 1, 1]
@@ -132,14 +132,19 @@ def test_every_token_keeps_its_context_and_its_numbers(seed, budget, shared):
 def test_no_micro_batch_exceeds_the_budget_but_a_single_longer_row(seed, budget, shared):
     groups = random_case(seed)
     for batch in pack_groups(groups, 5, budget, shared_row_tokens=shared):
-        assert batch.rows.padded_tokens <= budget or len(batch.rows.input_ids) == 1
+        assert batch.rows.num_inputs <= budget or len(batch.rows.lengths) == 1
 
 
-def test_rows_are_sorted_by_length_so_that_little_is_padded():
+def test_nothing_is_padded_and_rows_are_sorted_by_length():
     groups = random_case(0, num_groups=40, completion=60)
     batches = pack_groups(groups, 5, 200)
     real = sum(len(g.prompt_token_ids) + r.num_tokens - 1 for g in groups for r in g.rollouts)
-    assert sum(batch.rows.padded_tokens for batch in batches) < 1.1 * real
+    assert sum(batch.rows.num_inputs for batch in batches) == real
+    lengths = np.concatenate([batch.rows.lengths for batch in batches])
+    assert (np.diff(lengths) <= 0).all()
+    # A micro-batch is full: the first row of the next one would not have fitted.
+    for batch, after in zip(batches, batches[1:], strict=False):
+        assert batch.rows.num_inputs + after.rows.lengths[0] > 200
 
 
 @settings(max_examples=20, deadline=None)
@@ -153,7 +158,7 @@ def test_the_order_of_arrival_does_not_matter(seed, shuffle, shared):
     as_arrived = pack_groups(arrived, 5, 30, shared_row_tokens=shared)
     assert len(in_order) == len(as_arrived)
     for left, right in zip(in_order, as_arrived, strict=True):
-        for name in ("input_ids", "predictor", "token_ids"):
+        for name in ("input_ids", "position_ids", "lengths", "predictor", "token_ids"):
             np.testing.assert_array_equal(getattr(left.rows, name), getattr(right.rows, name))
         for name in ("sequence_index", "behaviour_logprobs", "policy_ages"):
             np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
@@ -165,12 +170,12 @@ def test_prompts_are_shared_only_where_that_saves_a_quarter():
     (plain, shared) = pack_groups([long_prompt, short_prompt], 0, 100, shared_row_tokens=50)
     assert plain.rows.segment_ids is None
     assert shared.rows.segment_ids is not None
-    assert shared.rows.input_ids.shape == (1, 22)
+    assert shared.rows.lengths.tolist() == [22]
 
 
 def test_one_token_after_one_token_is_the_smallest_rollout():
     (batch,) = pack_groups([make_group(0, [9], [make_rollout([4])])], 0, 1)
-    assert batch.rows.input_ids.tolist() == [[9]]
+    assert batch.rows.input_ids.tolist() == [9]
     assert batch.rows.predictor.tolist() == [0]
 
 

@@ -97,7 +97,7 @@ def test_any_cut_into_micro_batches_makes_the_same_step(budget, shared_row_token
         weights.append(weights_of(trainer))
     whole, parts = results
     assert parts["micro_batches"] > whole["micro_batches"] == 1
-    for name in whole.keys() - {"micro_batches", "padded_tokens"}:
+    for name in whole.keys() - {"micro_batches", "model_inputs"}:
         assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=slack(1.0)), name
     for whole_weight, parts_weight in zip(*weights, strict=True):
         torch.testing.assert_close(parts_weight, whole_weight, rtol=1e-4, atol=1e-4)
@@ -174,7 +174,7 @@ def test_flat_groups_cost_no_forward_pass_but_count_in_the_mean():
     flat = make_group(1, [1, 2], [make_rollout([3] * mixed[0].num_tokens, reward=1.0)])
     alone = make_trainer().step(mixed).metrics
     both = make_trainer().step([*mixed, flat]).metrics
-    assert both["padded_tokens"] == alone["padded_tokens"]
+    assert both["model_inputs"] == alone["model_inputs"]
     assert both["loss"] == pytest.approx(alone["loss"] / 2)
     assert both["grad_norm"] == pytest.approx(alone["grad_norm"] / 2, rel=1e-5)
 

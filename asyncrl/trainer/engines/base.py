@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algorithms.losses import Sums, merge_sums
+from asyncrl.trainer.engines.device_rows import DeviceRows
 from asyncrl.trainer.packing import Rows
 from asyncrl.weights.bytes.patch import SyncSource
 
@@ -113,13 +114,13 @@ class ModelEngine(Protocol):
         """Whether `Want.values` can be answered."""
         ...
 
-    def forward(self, rows: Sequence[Rows], want: Want, temperature: float) -> list[Outputs]:
+    def forward(self, rows: Sequence[Rows | DeviceRows], want: Want, temperature: float) -> list[Outputs]:
         """Outputs of each micro-batch, without gradient."""
         ...
 
     def accumulate(
         self,
-        rows: Sequence[Rows],
+        rows: Sequence[Rows | DeviceRows],
         want: Want,
         temperature: float,
         loss: LossFunction,
@@ -166,7 +167,7 @@ class PolicyEngine(ModelEngine, Protocol):
 
     @property
     def prefers_shared_rows(self) -> bool:
-        """Whether short rows that share a prompt are computed correctly, and faster than plain rows."""
+        """Whether rows that share a prompt are computed correctly, and faster than plain rows."""
         ...
 
     def set_lr(self, lr: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyncrl.algorithms.logprobs import chunked_logprobs
 from asyncrl.config import ModelConfig, UpdateConfig
-from asyncrl.errors import ModelError, ShapeError
+from asyncrl.errors import ModelError
 from asyncrl.host.fingerprints import model_fingerprint
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.model_head import check_head
-from asyncrl.trainer.engines.attention import is_full_attention
+from asyncrl.trainer.engines.device_rows import DeviceRows, on_device
 from asyncrl.trainer.engines.lora import adapters_off, is_adapter
 from asyncrl.trainer.engines.trainable import (
     apply_update,
@@ -30,7 +29,8 @@ from asyncrl.trainer.engines.trainable import (
     patched_source,
     tensors_of,
 )
-from asyncrl.trainer.packing import Rows, doubled_rows
+from asyncrl.trainer.engines.trunk import completion_hidden, compute_dtype, is_packed, use_packed_rows
+from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
 from asyncrl.weights.bytes.patch import SyncSource
 
 HEAD_TOLERANCE = 1e-3
@@ -59,7 +59,7 @@ def load_policy(
 class Reference(Protocol):
     """A frozen policy that the KL term compares the trained one with."""
 
-    def logprobs(self, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, rows: Rows | DeviceRows, temperature: float) -> tuple[Tensor, Tensor]:
         """See `Policy.logprobs`."""
         ...
 
@@ -89,6 +89,7 @@ class Policy:
             # The float32 head would run without tensor cores; TF32 keeps 10 bits of mantissa, bfloat16 has 7.
             torch.set_float32_matmul_precision("high")
         self._check_head()
+        use_packed_rows(model, dtype)
 
     @classmethod
     def load(cls, path: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
@@ -121,7 +122,7 @@ class Policy:
     @property
     def allows_shared_rows(self) -> bool:
         """Whether several completions may share a prompt in one row."""
-        return is_full_attention(self.model.config)
+        return is_packed(self.model)
 
     def freeze(self) -> Policy:
         """Makes this a reference policy, which takes no gradient from now on. Returns itself."""
@@ -184,18 +185,18 @@ class Policy:
             return AdaptersOff(self)
         return Policy(frozen_copy(self.model), dtype=self.dtype, source=self.source)
 
-    def logprobs(self, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, rows: Rows | DeviceRows, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy (nats) of each completion token, both float32 [N]; they carry the gradient."""
         return self.logprobs_from(self.hidden(rows), rows, temperature)
 
-    def hidden(self, rows: Rows) -> Tensor:
+    def hidden(self, rows: Rows | DeviceRows) -> Tensor:
         """Final hidden state that each completion token is predicted from, [N, H]; carries the gradient."""
         with compute_dtype(self.dtype, self.device):
             return completion_hidden(self.model.base_model, rows, self.device)
 
-    def logprobs_from(self, hidden: Tensor, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs_from(self, hidden: Tensor, rows: Rows | DeviceRows, temperature: float) -> tuple[Tensor, Tensor]:
         """`logprobs` of `rows` from their hidden states [N, H], for callers that use those twice."""
-        token_ids = to_device(rows.token_ids, self.device)
+        token_ids = on_device(rows, self.device).token_ids
         return chunked_logprobs(hidden, self.head_weight, token_ids, temperature=temperature)
 
     @torch.no_grad()
@@ -221,35 +222,19 @@ class Policy:
 
         Raises ShapeError for a sequence of fewer than two tokens.
         """
-        lengths = [len(tokens) for tokens in sequences]
-        if not lengths:
+        if not sequences:
             return []
-        if min(lengths) < 2:
-            raise ShapeError(f"sequences to score need at least 2 tokens; got lengths {lengths}")
-        width = max(lengths)
-        tokens = np.zeros((len(sequences), width), dtype=np.int64)
-        for row, sequence in zip(tokens, sequences, strict=True):
-            row[: len(sequence)] = sequence
-        inside = np.arange(1, width)[None, :] < np.array(lengths)[:, None]
-        with compute_dtype(self.dtype, self.device):
-            inputs = to_device(tokens[:, :-1], self.device)
-            hidden = self.model.base_model(inputs, use_cache=False).last_hidden_state
-        hidden = hidden.reshape(-1, hidden.shape[-1])[to_device(inside.ravel(), self.device)]
-        token_ids = to_device(tokens[:, 1:][inside], self.device)
-        logprobs, _ = chunked_logprobs(hidden, self.head_weight, token_ids)
-        cuts = np.cumsum(np.array(lengths) - 1)[:-1]
+        logprobs, _ = self.logprobs(plain_rows(sequences), 1.0)
+        cuts = np.cumsum([len(tokens) - 1 for tokens in sequences])[:-1]
         return np.split(logprobs.cpu().numpy(), cuts)
 
     @torch.no_grad()
     def score_in_shared_rows(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
         """`score` through the layout of shared rows: each sequence behind a copy of itself, which it does not see."""
-        lengths = [len(tokens) for tokens in sequences]
-        if not lengths:
+        if not sequences:
             return []
-        if min(lengths) < 2:
-            raise ShapeError(f"sequences to score need at least 2 tokens; got lengths {lengths}")
         logprobs, _ = self.logprobs(doubled_rows(sequences), 1.0)
-        cuts = np.cumsum(np.repeat(np.array(lengths) - 1, 2))[:-1]
+        cuts = np.cumsum(np.repeat([len(tokens) - 1 for tokens in sequences], 2))[:-1]
         return np.split(logprobs.cpu().numpy(), cuts)[1::2]
 
     @torch.no_grad()
@@ -274,7 +259,7 @@ class AdaptersOff:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def logprobs(self, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, rows: Rows | DeviceRows, temperature: float) -> tuple[Tensor, Tensor]:
         """See `Policy.logprobs`."""
         with adapters_off(self._policy.model):
             return self._policy.logprobs(rows, temperature)
@@ -302,41 +287,3 @@ def load_float32(auto_class: Any, folder: Path, key: str) -> PreTrainedModel:
         # transformers would fill them with random numbers and only warn.
         raise ModelError(f"{key} lacks {len(missing)} weights, {missing[0]} first; copy the model again")
     return model
-
-
-def completion_hidden(trunk: torch.nn.Module, rows: Rows, device: torch.device) -> Tensor:
-    """Final hidden states of a transformer at the places completion tokens are predicted from, [N, H]."""
-    # Rows are padded on the right, where causal attention never looks: without a mask and with the
-    # default positions transformers takes SDPA's is_causal path.
-    inputs: dict[str, Any] = {"input_ids": to_device(rows.input_ids, device)}
-    if rows.segment_ids is not None:
-        assert rows.position_ids is not None
-        inputs["position_ids"] = to_device(rows.position_ids, device)
-        inputs["attention_mask"] = shared_prompt_mask(to_device(rows.segment_ids, device))
-    hidden: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, to_device(rows.predictor, device))
-
-
-def compute_dtype(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What a forward pass runs in: autocast for bfloat16, nothing for float32."""
-    if dtype == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on `device`."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-
-def shared_prompt_mask(segment_ids: Tensor) -> Tensor:
-    """Who sees whom in shared rows: bool [B, 1, L, L], True where the query (third axis) may look at the key (last).
-
-    A token sees the prompt (segment 0) and its own segment, never the future. segment_ids [B, L], -1 on padding.
-
-    Example: segments (0, 1, 2) -> ((1, 0, 0), (1, 1, 0), (1, 0, 1)).
-    """
-    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]

@@ -24,6 +24,7 @@ from asyncrl.trainer.engines.base import (
     Outputs,
     Want,
 )
+from asyncrl.trainer.engines.device_rows import DeviceRows
 from asyncrl.trainer.engines.export import export_model, read_trained, write_model, write_trained
 from asyncrl.trainer.engines.part import TrainedPart
 from asyncrl.trainer.engines.policy import Policy, Reference, load_policy
@@ -62,17 +63,17 @@ class _SingleEngine(ABC):
         self._pending: list[TrainedPart] = []  # parts whose gradients wait for `update` or `discard`
 
     @abstractmethod
-    def _outputs(self, rows: Rows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+    def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
         """One forward pass; without `train_policy` the policy's part of it leaves no graph."""
 
-    def forward(self, rows: Sequence[Rows], want: Want, temperature: float) -> list[Outputs]:
+    def forward(self, rows: Sequence[Rows | DeviceRows], want: Want, temperature: float) -> list[Outputs]:
         """See `ModelEngine.forward`."""
         with torch.no_grad():
             return [self._outputs(batch, want, temperature, train_policy=False) for batch in rows]
 
     def accumulate(
         self,
-        rows: Sequence[Rows],
+        rows: Sequence[Rows | DeviceRows],
         want: Want,
         temperature: float,
         loss: LossFunction,
@@ -85,7 +86,7 @@ class _SingleEngine(ABC):
         policy, critic = self._policy if train_policy else None, self._critic
         self._pending = [part for part in (policy, critic) if part is not None]
 
-        def backward(index: int, batch: Rows) -> Sums:
+        def backward(index: int, batch: Rows | DeviceRows) -> Sums:
             total, sums = loss(index, self._outputs(batch, want, temperature, train_policy=train_policy))
             if self._pending:
                 torch.autograd.backward(total)
@@ -160,10 +161,10 @@ class SinglePolicyEngine(_SingleEngine):
     @property
     def prefers_shared_rows(self) -> bool:
         """See `PolicyEngine.prefers_shared_rows`."""
-        # On a GPU the attention mask that shared rows need would switch off flash attention.
+        # On a GPU the kernel for packed rows knows no shared ones.
         return self.device.type == "cpu" and self.policy.allows_shared_rows
 
-    def _outputs(self, rows: Rows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+    def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
         if want.frozen:
             assert self.reference is not None, "there is no reference policy"
             return Outputs(*self.reference.logprobs(rows, temperature))
@@ -246,7 +247,7 @@ class SingleCriticEngine(_SingleEngine):
         """See `ModelEngine.has_values`."""
         return True
 
-    def _outputs(self, rows: Rows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+    def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
         assert want.values and not want.logprobs, "a critic gives values alone"
         return Outputs(values=self.critic.values(rows))
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from asyncrl.errors import ModelError, ShapeError
-from asyncrl.trainer.engines.policy import Policy, shared_prompt_mask
+from asyncrl.trainer.engines.device_rows import on_device
+from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.packing import pack_groups
 from tests.tolerances import assert_near, near
 from tests.trainer.tiny import VOCAB, make_group, make_rollout, random_groups, save_tiny_model, tiny_model, tiny_policy
@@ -30,12 +31,12 @@ def packed_logprobs(policy, groups, temperature=1.0, **kwargs):
         with torch.no_grad():
             logprobs, entropies = policy.logprobs(batch.rows, temperature)
         assert (entropies >= 0).all()
-        width = batch.rows.input_ids.shape[1]
+        starts = np.cumsum([0, *batch.rows.lengths])
         for place, token, value in zip(batch.rows.predictor, batch.rows.token_ids, logprobs.tolist(), strict=True):
-            row, column = divmod(int(place), width)
-            context = batch.rows.input_ids[row, : column + 1]
+            seen = slice(starts[np.searchsorted(starts, place, side="right") - 1], place + 1)
+            context = batch.rows.input_ids[seen]
             if batch.rows.segment_ids is not None:
-                segments = batch.rows.segment_ids[row, : column + 1]
+                segments = batch.rows.segment_ids[seen]
                 context = context[(segments == 0) | (segments == segments[-1])]
             out[(*context.tolist(), int(token))] = value
     return out
@@ -70,21 +71,6 @@ def test_gradients_do_not_depend_on_the_layout():
         gradients.append([parameter.grad for parameter in policy.trainable_parameters()])
     for plain, shared in zip(*gradients, strict=True):
         assert_near(plain, shared)
-
-
-def test_plain_rows_take_the_causal_path_of_sdpa(monkeypatch):
-    calls = []
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(*args, attn_mask=None, is_causal=False, **kwargs):
-        calls.append((attn_mask is None, is_causal))
-        return real(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
-
-    policy = tiny_policy()
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    packed_logprobs(policy, random_groups(2, 2))
-    assert calls
-    assert set(calls) == {(True, True)}
 
 
 def test_score_gives_each_sequence_its_own_log_probs():
@@ -197,9 +183,13 @@ def test_the_architecture_digest_ignores_weights_and_notices_sizes():
     assert tiny_policy().architecture != tiny_policy(layers=1).architecture
 
 
-def test_shared_prompt_mask_by_hand():
-    mask = shared_prompt_mask(torch.tensor([[0, 1, 2, -1]]))
-    assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]]]
+def test_the_mask_of_a_shared_row_by_hand():
+    group = make_group(0, [1], [make_rollout([2, 3]), make_rollout([4, 5])])
+    (batch,) = pack_groups([group], 0, 8, shared_row_tokens=8)
+    layout = on_device(batch.rows, torch.device("cpu")).layout
+    (block,) = layout.rows
+    assert layout.mask(block, None).int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert layout.mask(block, 1).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
 def test_one_token_prompts_and_completions_work():
