@@ -16,7 +16,8 @@ from asyncrl.cli.forecast import DISK, GPU, HOST, Need, generator_needs, kv_cach
 from asyncrl.cli.hardware import EXAMPLE, Hardware
 from asyncrl.config import Config
 from asyncrl.config.checks import on_loopback
-from asyncrl.config.host_checks import is_on_gpu, weight_backend
+from asyncrl.config.gpus import visible_gpus
+from asyncrl.config.host_checks import is_on_gpu, weight_backends
 from asyncrl.config.loading import to_yaml
 from asyncrl.host.addresses import AUTO, ROLLOUT_SOCKET, first_of_this_host, rollout_addresses
 from asyncrl.host.model_config import vocab_size
@@ -58,7 +59,7 @@ def dry_run(config: Config, role: str, hardware: Hardware) -> DryRun:
         "network": _table(
             _learner_network(config, hardware) if role == "learner" else _generator_network(config, hardware)
         ),
-        "model": _table(_model(config, model)),
+        "model": _table([*_model(config, model), ("computed on", _device(config, role, hardware, on_gpu=on_gpu))]),
         "task": _table(_task(config, role, model, problems)),
         "memory and disk": _table(_needs(config, role, model, needs, hardware, problems, on_gpu=on_gpu)),
     }
@@ -184,8 +185,7 @@ def _security(config: Config) -> str:
 
 
 def _backend(config: Config, hardware: Hardware) -> str:
-    backend = weight_backend(config, gpu_here=hardware.gpus > 0)
-    return f"{backend} (auto)" if config.weights.backend == "auto" else backend
+    return weight_backends(config, gpu_here=hardware.gpus > 0)
 
 
 def _probe(host: str, port: int) -> str:
@@ -211,6 +211,17 @@ def _model(config: Config, model: ModelFiles) -> Rows:
         ("files", f"{names}{more} ({_size(model.num_bytes)})"),
         ("parameters", f"{model.num_parameters():,}, computed in {config.model.dtype}"),
     ]
+
+
+def _device(config: Config, role: str, hardware: Hardware, *, on_gpu: bool) -> str:
+    """Where `role` computes, as the keys and the machine have it."""
+    key = f"{role}.device={getattr(config, role).device}"
+    if not on_gpu:
+        return f"the CPU ({key})"
+    count = config.generator.tensor_parallel_size if role == "generator" else 1
+    if not hardware.is_here:
+        return f"{count} of its {hardware.gpus} GPUs ({key})"
+    return f"GPU {', '.join(visible_gpus()[:count])} ({key})"
 
 
 # -- memory and disk -------------------------------------------------------------------------------------------

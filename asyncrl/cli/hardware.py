@@ -8,12 +8,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncrl.config.host_checks import has_gpu
+from asyncrl.config.gpus import ASK_TIMEOUT_S, plain_uuid, visible_gpus
 from asyncrl.errors import ConfigError
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 EXAMPLE = 'for example --for "gpu=80GiB,gpus=8,host=512GiB,disk=2TiB"'
-ASK_TIMEOUT_S = 20.0
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
@@ -57,8 +56,9 @@ def hardware_here(run_dir: str) -> Hardware:
     """The machine here: its GPUs, the memory that is available now, and what is free where the run would write."""
     folder = Path(run_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    gpus, gpu_bytes = _gpus() if has_gpu() else (0, None)
-    return Hardware(gpus, gpu_bytes, available_bytes(), shutil.disk_usage(existing).free, is_here=True)
+    visible = visible_gpus()
+    gpu_bytes = _gpu_bytes(visible) if visible else None
+    return Hardware(len(visible), gpu_bytes, available_bytes(), shutil.disk_usage(existing).free, is_here=True)
 
 
 def available_bytes() -> int | None:
@@ -85,12 +85,13 @@ def _group_limit() -> int | None:
     return max(0, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else None
 
 
-def _gpus() -> tuple[int, int | None]:
-    """(number of GPUs, memory of the smallest in bytes), asked of the driver's tool: torch takes seconds to import."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def _gpu_bytes(visible: list[str]) -> int | None:
+    """Memory of the smallest of these GPUs, asked of the driver's tool: torch takes seconds to import."""
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return 1, None
-    sizes = [int(line) * 2**20 for line in done.stdout.splitlines() if line.strip().isdecimal()]
-    return (len(sizes), min(sizes)) if sizes else (1, None)
+        return None
+    rows = [line.split(",") for line in done.stdout.splitlines()]
+    sizes = {plain_uuid(row[0]): int(row[1]) * 2**20 for row in rows if len(row) == 2 and row[1].strip().isdecimal()}
+    return min((size for uuid, size in sizes.items() if uuid in visible), default=min(sizes.values(), default=None))

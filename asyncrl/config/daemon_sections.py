@@ -256,7 +256,8 @@ class WeightsConfig:
     )
     backend: str = key(
         "auto",
-        "How weights travel; auto = nccl if learner and generators have GPUs, else gloo. ipc is for one machine: "
+        "How weights travel; auto = for each generator what suits: nccl between GPUs, ipc on the learner's own GPU, "
+        "else gloo. ipc is for one machine: "
         "generators copy out of the learner's own buffer, on one GPU (where nccl does not work) or on the CPU; all run "
         "as one user in one PID namespace.",
         choices=("auto", "gloo", "nccl", "ipc"),
@@ -282,7 +283,7 @@ class WeightsConfig:
     canary_tolerance: float = key(
         0.0,
         "Largest difference of a log-prob on the probe sequences, in nats; the mean of all may be a quarter of it. "
-        "0 = 1e-4 in float32, 0.35 in bfloat16.",
+        "0 = 1e-4 in float32 (0.02 where one of both computes on a GPU), 0.35 in bfloat16.",
         minimum=0.0,
         if_changed=ACCEPTED,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from asyncrl.config import Config
 from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
+from asyncrl.config.gpus import has_gpu, visible_gpus
 from asyncrl.config.keys import value_of
 from asyncrl.host.model_config import check_generation_config, known_context, vocab_size
 from asyncrl.host.model_folder import ModelFiles, find_model
@@ -99,7 +100,17 @@ def _device_problems(config: Config, role: str) -> Iterator[str]:
     if problem := cpu_problem(section.cpus, f"{role}.cpus"):
         yield problem
     if section.device == "cuda" and not has_gpu():
-        yield f"{role}.device=cuda but this host shows no NVIDIA device; set {role}.device=cpu or auto"
+        yield (
+            f"{role}.device=cuda but there is no NVIDIA device that it could use: this host shows none, "
+            f"CUDA_VISIBLE_DEVICES hides them, or torch is built for CPUs; set {role}.device=cpu or auto"
+        )
+    elif role == "generator" and is_on_gpu(section.device, gpu_here=has_gpu()):
+        found, wanted = len(visible_gpus()), config.generator.tensor_parallel_size
+        if found < wanted:
+            yield (
+                f"generator.tensor_parallel_size={wanted} needs as many GPUs, {found} are visible; lower it, or name "
+                "more in CUDA_VISIBLE_DEVICES"
+            )
 
 
 def _ipc_problems(config: Config) -> Iterator[str]:
@@ -122,24 +133,19 @@ def _is_this_host(host: str) -> bool:
     return True
 
 
-def weight_backend(config: Config, *, gpu_here: bool) -> str:
-    """`weights.backend`, with auto decided: nccl where learner and generators have GPUs, else gloo.
+def weight_backends(config: Config, *, gpu_here: bool) -> str:
+    """`weights.backend` in words, with auto decided as far as devices tell; gpu_here decides what a device of auto is.
 
-    gpu_here decides what a device of auto stands for.
+    The learner decides it for each generator, by the cards in use: `weights.plan.backends`.
     """
     if config.weights.backend != "auto":
         return config.weights.backend
     both_on_gpu = all(
         is_on_gpu(device, gpu_here=gpu_here) for device in (config.learner.device, config.generator.device)
     )
-    return "nccl" if both_on_gpu else "gloo"
+    return "nccl, or ipc on the learner's own GPU (auto)" if both_on_gpu else "gloo (auto)"
 
 
 def is_on_gpu(device: str, *, gpu_here: bool) -> bool:
     """Whether the key `learner.device` or `generator.device` stands for a GPU on a host that has one or has none."""
     return device == "cuda" or (device == "auto" and gpu_here)
-
-
-def has_gpu() -> bool:
-    """Whether the host shows an NVIDIA device, asked of the file system: torch takes seconds to import."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from asyncrl.config import Config
 from asyncrl.config.checks import largest_group_bytes
+from asyncrl.config.gpus import has_gpu
+from asyncrl.config.host_checks import is_on_gpu
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.bad_batches import BadBatches
 from asyncrl.desk.batches import BatchDealer
@@ -51,7 +53,9 @@ from asyncrl.weights.plan.planner import SyncPlanner
 log = logging.getLogger(__name__)
 
 MIN_RECEIVED_BYTES = 4 * 2**20  # a beat with its leases and their tickets, the digests of a large model
-CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}  # nats, where weights.canary_tolerance is 0
+# Nats, where weights.canary_tolerance is 0. On GPUs vLLM multiplies in TF32 inside of its attention also in float32.
+CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}
+GPU_CANARY_TOLERANCE = {"float32": 0.02, "bfloat16": 0.35}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         process = _trainer_process(config, config_file, trainer_socket.address)
         process.start()
         open_things.callback(process.kill)  # for the case that the metrics cannot be opened
-        tolerance = canary_tolerance(config)
+        tolerance = _alarmed_tolerance(config)
         metrics = open_things.enter_context(closing(Metrics.open(config, tolerance, more=[vitals.figures])))
         open_things.callback(process.kill)  # before all else: closing the metrics may wait for the network
         surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop, vitals.pulse)
@@ -180,8 +184,10 @@ def _sync_planner(config: Config, state: RunState) -> SyncPlanner:
         run_epoch=state.run_epoch,
         run_name=config.run.name,
         timeout_s=config.weights.timeout_s,
-        tolerance=canary_tolerance(config),
+        tolerance=canary_tolerance(config, on_gpu=False),
+        gpu_tolerance=canary_tolerance(config, on_gpu=True),
         cell_size=config.weights.cell_size,
+        backend=config.weights.backend,
     )
 
 
@@ -203,9 +209,20 @@ def _ranks(
     )
 
 
-def canary_tolerance(config: Config) -> float:
-    """Largest log-prob difference on the canary with which a generator's weights count as the learner's, in nats."""
-    return config.weights.canary_tolerance or CANARY_TOLERANCE[config.model.dtype]
+def canary_tolerance(config: Config, *, on_gpu: bool) -> float:
+    """Largest log-prob difference on the canary with which a generator's weights count as the learner's, in nats.
+
+    on_gpu: the learner or the generator computes on a GPU.
+    """
+    defaults = GPU_CANARY_TOLERANCE if on_gpu else CANARY_TOLERANCE
+    return config.weights.canary_tolerance or defaults[config.model.dtype]
+
+
+def _alarmed_tolerance(config: Config) -> float:
+    """The tolerance that alarms are measured against, before anybody has told where it computes."""
+    gpu_here = has_gpu()
+    devices = (config.learner.device, config.generator.device)
+    return canary_tolerance(config, on_gpu=any(is_on_gpu(device, gpu_here=gpu_here) for device in devices))
 
 
 def largest_received_bytes(config: Config) -> int:

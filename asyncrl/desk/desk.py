@@ -233,6 +233,7 @@ class Desk:
         match message:
             case trainer_messages.TrainerHello():
                 self.ranks.hello(peer, message)
+                self.versions.trainer_joined(message.placement)
             case trainer_messages.BatchRequest():
                 self.ranks.request(peer, message)
             case trainer_messages.StepDone():

@@ -286,7 +286,10 @@ class Generators:
                 self._wanting.setdefault(session.generator_id)
             if beat.ready and session.hello is not None:
                 # Not at the hello: the engine starts only then, and weights can be sent to a started one alone.
-                self._versions.joined(session.generator_id, session.incarnation, session.hello.num_workers, now)
+                hello = session.hello
+                self._versions.joined(
+                    session.generator_id, session.incarnation, hello.num_workers, now, hello.placement
+                )
             self._versions.holds(session.generator_id, beat.held_version, now)
         # The answer to a beat is the state of acknowledgements: it repairs lost ones and shows that the desk lives.
         self._send(session, self._sessions.ack(session))

@@ -16,10 +16,11 @@ from asyncrl.desk.run_state import RunState
 from asyncrl.link import messages, trainer_messages
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
+from asyncrl.link.weight_records import Placement
 from asyncrl.link.wire_types import RefusalCode
 from asyncrl.metrics import Metrics
 from asyncrl.weights.plan.planner import SyncPlanner
-from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,16 @@ class Versions:
         self._changed = True
         self._planner.broadcast_done(message, now)
 
-    def joined(self, name: str, incarnation: int, num_workers: int, now: float) -> None:
+    def trainer_joined(self, placement: Placement) -> None:
+        """A trainer said hello, and where it will send weights from."""
+        self._changed = True
+        self._planner.trainer_joined(placement)
+
+    def joined(
+        self, name: str, incarnation: int, num_workers: int, now: float, placement: Placement | None = None
+    ) -> None:
         """The engine of a generator is up, with this many workers: it can take weights."""
-        self._changed |= self._planner.joined(name, incarnation, num_workers, now)
+        self._changed |= self._planner.joined(name, incarnation, num_workers, now, placement)
 
     def left(self, name: str, why: str, now: float) -> None:
         """A generator is gone, and whatever it held with it."""
@@ -160,6 +168,10 @@ class Versions:
                         self._on_first_proof(now)
                 case SyncFailed():
                     self._failed(output, now, generators)
+                case Unreachable(name, reason):
+                    log.warning("generator %s is refused: %s", name, reason)
+                    generators.send(name, messages.Refusal(RefusalCode.CONFIG, reason, "", ""))
+                    generators.gone(name, "cannot be reached by weights", now)
                 case RoundEnded():
                     if output.version >= 0:  # else it ended before there was anything to sync
                         self._metrics.log_sync(self._counters.sync_metrics(output))

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from asyncrl.config import Config
-from asyncrl.config.host_checks import has_gpu, is_on_gpu
+from asyncrl.config.gpus import has_gpu, visible_gpus
+from asyncrl.config.host_checks import is_on_gpu
 from asyncrl.generator.daemon import GeneratorDaemon, GeneratorParts
 from asyncrl.generator.engines.vllm.options import EngineOptions
 from asyncrl.generator.identity import Identity, claim_identity
@@ -28,6 +29,7 @@ from asyncrl.link import messages
 from asyncrl.link.curve_keys import client_auth
 from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.sockets import AsyncClientSocket
+from asyncrl.link.weight_records import Placement
 from asyncrl.metrics.http_pages import HttpPages, Vitals
 from asyncrl.rewards.parts import make_parts
 from asyncrl.rewards.pool import RewardPool
@@ -161,6 +163,16 @@ def _fits_context(config: Config) -> bool:
     return context is not None and config.model.max_length <= context
 
 
+def _placement(config: Config) -> Placement:
+    """On which GPUs the engine will compute: vLLM gives its workers the first ones that are visible."""
+    if not is_on_gpu(config.generator.device, gpu_here=has_gpu()):
+        log.info("the engine computes on the CPU")
+        return Placement.here()
+    gpus = visible_gpus()[: config.generator.tensor_parallel_size]
+    log.info("the engine computes on GPU %s", ", ".join(gpus))
+    return Placement.here(gpus)
+
+
 def _connect(config: Config) -> AsyncClientSocket:
     transport = config.transport
     address = rollout_addresses(transport.address, config.run.dir)[0].text
@@ -179,6 +191,7 @@ def _session(config: Config, identity: Identity) -> GeneratorSession:
         num_workers=config.generator.tensor_parallel_size,
         first_unacked_seq=1,
         settings=shared_settings(config),
+        placement=_placement(config),
     )
     return GeneratorSession(
         hello,

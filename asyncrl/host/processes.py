@@ -42,6 +42,17 @@ def pin_to(cpus: list[int], key: str) -> None:
     os.sched_setaffinity(0, cpus)
 
 
+def boot_id() -> str:
+    """What names this machine from one start to the next, in all of its containers."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def pid_namespace() -> int:
+    """The inode of this process's PID namespace."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
 def shorten_name_lookups() -> None:
     """Makes this process and its children wait 1 s for a name server that does not answer, instead of 5.
 
@@ -64,7 +75,9 @@ def nccl_environment(timeout_s: float, host: str = "") -> dict[str, str]:
     do not come, and an abort waits for that call. torch counts whole seconds and stops after the given one: with one
     second less, the forming fails by its own deadline.
     """
-    values = {"TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, int(timeout_s) - 1))}
+    # Numbers of GPUs follow the bus, in CUDA as in the driver's tools: by CUDA's own order the fastest would be first.
+    values = {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
+    values |= {"TORCH_NCCL_NONBLOCKING_TIMEOUT": str(max(1, int(timeout_s) - 1))}
     interface = interface_towards(host) if host else None
     if interface is not None and "NCCL_SOCKET_IFNAME" not in os.environ:
         values["NCCL_SOCKET_IFNAME"] = f"={interface}"  # "=": this very one, not all whose names begin so

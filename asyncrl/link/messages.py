@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 
 from asyncrl.link.schema.field_rules import AtMost, Line, Within
 from asyncrl.link.schema.message_base import Message, RunMessage, message
-from asyncrl.link.weight_records import BitsInUse, ChannelPlace, WeightManifest
+from asyncrl.link.weight_records import BitsInUse, ChannelPlace, Placement, WeightManifest
 from asyncrl.link.wire_types import (
     MAX_LEASES,
     MAX_ROLLOUTS,
@@ -99,6 +99,7 @@ class Hello(Message):
     held_version: Number | None = None  # the version it last proved in this incarnation, if any
     instance: Tag = ""  # random per process: two processes under one id and incarnation are told apart
     settings: Settings = field(default_factory=list)  # what decides prompts and rewards on its side
+    placement: Placement = field(default_factory=Placement)  # decides how weights can reach it
 
 
 @message(2)

@@ -5,11 +5,12 @@ Frames and rules are those of `link.messages`. Both ends are processes of one le
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated
 
 from asyncrl.link.schema.field_rules import AtMost
 from asyncrl.link.schema.message_base import Message, message
-from asyncrl.link.weight_records import DeltaInfo, WeightManifest
+from asyncrl.link.weight_records import DeltaInfo, Placement, WeightManifest
 from asyncrl.link.wire_types import (
     Canary,
     Count,
@@ -39,6 +40,7 @@ class TrainerHello(Message):
     world_size: Rank
     version: Number
     pid: Size
+    placement: Placement = field(default_factory=Placement)  # of what sends weights
 
 
 @message(41)
@@ -141,6 +143,7 @@ class OpenChannel(Message):
     prefix: Label
     world_size: Rank
     timeout_s: Seconds
+    backend: Tag = "gloo"
 
 
 @message(63)

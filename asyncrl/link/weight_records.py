@@ -7,13 +7,15 @@ as they are. Their constructors check what the types leave open, so that nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
 from asyncrl.errors import ProtocolError
+from asyncrl.host.processes import boot_id, pid_namespace
 from asyncrl.link.schema.field_rules import AtMost, Within
-from asyncrl.link.wire_types import KEY, Count, Digest, Label, Number, Port, Rank, Reason, Seconds, Tag
+from asyncrl.link.wire_types import KEY, MAX_WORKERS, Count, Digest, Label, Number, Port, Rank, Reason, Seconds, Tag
 
 MAX_TENSORS = 2**20  # names or buckets of one policy
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size and of the digest's word
@@ -101,6 +103,25 @@ class ChannelPlace:
             timeout_s=timeout_s,
             num_senders=self.num_senders,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a process computes, as far as it decides how weights can reach it.
+
+    machine: the boot id of its kernel; empty = not told.
+    memory: its user and PID namespace: where both agree, processes can open each other's memory.
+    gpus: UUIDs of its GPUs in the order of its workers; none = it computes on the CPU.
+    """
+
+    machine: Tag = ""
+    memory: Tag = ""
+    gpus: Annotated[tuple[Tag, ...], AtMost(MAX_WORKERS)] = ()
+
+    @classmethod
+    def here(cls, gpus: Sequence[str] = ()) -> Placement:
+        """That of this process."""
+        return cls(boot_id(), f"{os.geteuid()}@{pid_namespace()}", tuple(gpus))
 
 
 class TensorEntry(NamedTuple):

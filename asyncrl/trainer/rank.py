@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from asyncrl.config import Config
-from asyncrl.config.host_checks import weight_backend
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, CheckpointError, UserError
 from asyncrl.host.processes import die_with_parent, leave, pin_to
@@ -36,12 +35,14 @@ from asyncrl.link.trainer_messages import (
     TrainerStop,
     TrainerWelcome,
 )
+from asyncrl.link.weight_records import Placement
 from asyncrl.metrics.types import REWARD_PART
 from asyncrl.storage.checkpoint_files import is_empty, unreadable
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.step import StepRunner
 from asyncrl.types import FinishReason, Group, means_of_parts
+from asyncrl.weights.bytes.memory import placement
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.publisher import Publisher
 
@@ -100,11 +101,19 @@ class Rank:
     # -- start -----------------------------------------------------------------------------------------------------
 
     def _greet(self) -> TrainerWelcome:
-        hello = TrainerHello(self.rank, self.world_size, self.runner.version, os.getpid())
+        hello = TrainerHello(self.rank, self.world_size, self.runner.version, os.getpid(), self._placement())
         answer, _ = self._ask(hello)
         if not isinstance(answer, TrainerWelcome):
             raise AsyncRLError(f"the desk answered a trainer's hello with {type(answer).__name__}")
         return answer
+
+    def _placement(self) -> Placement:
+        """Where this host's ranks compute: each on a GPU of its own, or all on the CPU."""
+        device = self.actor.device
+        if device.type != "cuda":
+            return placement([device])
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return placement([torch.device("cuda", index) for index in range(count)])
 
     def _start_publisher(self, replay_to: int) -> Publisher:
         """Publishes the version there is, unless steps up to `replay_to` are to be made again first."""
@@ -115,7 +124,6 @@ class Rank:
             self.canary,
             host=config.weights.host,
             port=config.weights.port,
-            backend=weight_backend(config, gpu_here=self.actor.device.type == "cuda"),
         )
         publisher.start()
         if self.runner.version >= replay_to:
@@ -131,7 +139,9 @@ class Rank:
             torch.bfloat16 if self.config.model.dtype == "bfloat16" else None,
             adapted=source.adapted,
             patch=source.patch,
-            shared=self.config.weights.backend == "ipc",
+            # On a GPU a generator may compute on the same one, and then takes the bytes from here.
+            shared=self.config.weights.backend == "ipc"
+            or (self.config.weights.backend == "auto" and self.actor.device.type == "cuda"),
         )
 
     # -- a step ----------------------------------------------------------------------------------------------------

@@ -76,7 +76,6 @@ class Publisher(threading.Thread):
         buffer: takes snapshots of the policy; more like it are made when they are needed.
         canary: token sequences that every receiver scores after a swap, int32 each.
         host: address of this machine at which receivers meet the publisher.
-        backend: of all channels: gloo, nccl or ipc.
         port: one port at which all channels meet, kept as long as the publisher lives; 0 = any, one for each channel.
         idle_wait_s: the first offer is repeated at this interval until the desk has answered one.
     """
@@ -88,7 +87,6 @@ class Publisher(threading.Thread):
         canary: list[np.ndarray],
         *,
         host: str,
-        backend: str,
         port: int = 0,
         idle_wait_s: float = IDLE_WAIT_S,
     ) -> None:
@@ -102,9 +100,7 @@ class Publisher(threading.Thread):
         self._heard = False  # the desk has answered an offer: from then on it asks for what it did not get
         self._canary = [tokens.astype(TOKEN_DTYPE) for tokens in canary]
         self._host = host
-        self._backend = backend
-        # Over ipc a closed store is what tells a channel's members of its end: each needs its own.
-        self._port = 0 if backend == "ipc" else port
+        self._port = port
         self._store: WeightStore | None = None  # of all channels, where the port is given
         self._idle_wait_s = idle_wait_s
         self._senders: dict[int, ChannelSender] = {}  # by channel epoch
@@ -251,20 +247,23 @@ class Publisher(threading.Thread):
             prefix=request.prefix,
             rank=0,
             world_size=request.world_size,
-            backend=self._backend,
+            backend=request.backend,
             timeout_s=request.timeout_s,
         )
+        # Over ipc a closed store is what tells a channel's members of its end: each needs its own.
+        shared = self._port if request.backend != "ipc" else 0
         try:
-            if self._port and self._store is None:
-                self._store = WeightStore(self._host, self._port)
-            channel = WeightChannel.host(spec, self._offered.buffer.flat.device, shared_store=self._store)
+            if shared and self._store is None:
+                self._store = WeightStore(self._host, shared)
+            store = self._store if shared else None
+            channel = WeightChannel.host(spec, self._offered.buffer.flat.device, shared_store=store)
         except (AsyncRLError, OSError) as error:
-            return ChannelReady(request.channel_epoch, self._host, 0, str(error), self._backend)
+            return ChannelReady(request.channel_epoch, self._host, 0, str(error), request.backend)
         self._keep(request.channel_epoch)
         sender = self._senders[request.channel_epoch] = ChannelSender(channel, request.channel_epoch, self._report)
         sender.start()
         version = self._offered.version
-        return ChannelReady(request.channel_epoch, self._host, channel.store_port, "", self._backend, version)
+        return ChannelReady(request.channel_epoch, self._host, channel.store_port, "", request.backend, version)
 
     def _send(self, request: Broadcast) -> str:
         """Hands the broadcast to its channel's thread. Returns why that is impossible, if it is."""

@@ -361,7 +361,7 @@ class Versions:
         self.flat = buffer.flat.clone()  # of the same size, for what is measured beside
         self.canary = policy.sample_sequences(CANARY_SEQUENCES, CANARY_LENGTH, 0)
         self.policy = policy
-        self.publisher = Publisher(address, buffer, self.canary, host="127.0.0.1", backend="gloo")
+        self.publisher = Publisher(address, buffer, self.canary, host="127.0.0.1")
         self.publisher.start()
         self.place: ChannelPlace | None = None  # of the generator in the weight channel
         self.noise = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig
 
-from asyncrl.config import Config
+from asyncrl.config import Config, host_checks
 from asyncrl.config.checks import RULES, check, check_values, largest_group_bytes
-from asyncrl.config.host_checks import check_host, weight_backend
+from asyncrl.config.host_checks import check_host, weight_backends
 from asyncrl.config.keys import keys, sections, value_of
 from asyncrl.config.loading import load_config, nearest_key, to_yaml
 from asyncrl.config.schema import RENAMED_KEYS
@@ -452,6 +453,16 @@ def test_cpus_that_the_host_does_not_have_are_refused(model_folder):
         check_host(config, "learner")
 
 
+def test_an_engine_spread_over_more_gpus_than_are_visible_is_refused(model_folder, monkeypatch):
+    monkeypatch.setattr(host_checks, "visible_gpus", lambda: ["a", "b"])
+    monkeypatch.setattr(host_checks, "has_gpu", lambda: True)
+    for size, problem in ((2, False), (3, True)):
+        config = load(f"generator.tensor_parallel_size={size}", f"model.path={model_folder}")
+        check_host(config, "learner")
+        with pytest.raises(ConfigError, match="=3 needs as many GPUs, 2 are visible") if problem else nullcontext():
+            check_host(config, "generator")
+
+
 def test_memory_is_shared_with_daemons_of_the_learners_host_only(model_folder):
     check_host(load("weights.backend=ipc", f"model.path={model_folder}"), "generator")
     elsewhere = ["weights.host=10.254.253.252", f"model.path={model_folder}"]  # not on loopback, nobody's address here
@@ -464,21 +475,21 @@ def test_memory_is_shared_with_daemons_of_the_learners_host_only(model_folder):
 @pytest.mark.parametrize(
     ("backend", "learner", "generator", "gpu_here", "expected"),
     [
-        ("auto", "auto", "auto", True, "nccl"),
-        ("auto", "auto", "auto", False, "gloo"),
-        ("auto", "cuda", "cuda", False, "nccl"),
-        ("auto", "cuda", "auto", True, "nccl"),
-        ("auto", "cuda", "cpu", True, "gloo"),
-        ("auto", "auto", "cpu", True, "gloo"),
-        ("auto", "cpu", "cuda", True, "gloo"),
-        ("auto", "cpu", "auto", True, "gloo"),
+        ("auto", "auto", "auto", True, "nccl, or ipc on the learner's own GPU (auto)"),
+        ("auto", "auto", "auto", False, "gloo (auto)"),
+        ("auto", "cuda", "cuda", False, "nccl, or ipc on the learner's own GPU (auto)"),
+        ("auto", "cuda", "auto", True, "nccl, or ipc on the learner's own GPU (auto)"),
+        ("auto", "cuda", "cpu", True, "gloo (auto)"),
+        ("auto", "auto", "cpu", True, "gloo (auto)"),
+        ("auto", "cpu", "cuda", True, "gloo (auto)"),
+        ("auto", "cpu", "auto", True, "gloo (auto)"),
         ("ipc", "cuda", "cuda", True, "ipc"),
         ("gloo", "cuda", "cuda", True, "gloo"),
     ],
 )
-def test_weights_move_by_nccl_only_where_both_ends_have_a_gpu(backend, learner, generator, gpu_here, expected):
+def test_words_for_the_backend_follow_the_devices(backend, learner, generator, gpu_here, expected):
     config = load(f"weights.backend={backend}", f"learner.device={learner}", f"generator.device={generator}")
-    assert weight_backend(config, gpu_here=gpu_here) == expected
+    assert weight_backends(config, gpu_here=gpu_here) == expected
 
 
 # -- the catalogue

@@ -11,6 +11,7 @@ from asyncrl.desk.versions import Versions
 from asyncrl.link import limits, messages
 from asyncrl.link.codec import decode, encode
 from asyncrl.link.messages import ActiveLease
+from asyncrl.link.weight_records import Placement
 from asyncrl.types import LeaseKey, LeaseKind
 from asyncrl.weights.plan.planner import SyncPlanner
 from tests.desk.desk_parts import MEBIBYTE, beat, hello, make_parts, small_config
@@ -407,3 +408,17 @@ def test_all_generators_are_told_when_the_learner_stops(world):
     world.join("b")
     world.generators.stop(True, "the run is finished")
     assert [(peer, stop.finished) for peer, stop in world.wire.take(messages.Stop)] == [(b"a.1", True), (b"b.1", True)]
+
+
+def test_a_generator_that_weights_cannot_reach_is_refused_with_the_reason(world):
+    shared = Placement("host", "1@1", ("gpu-0",))
+    world.generators._versions.trainer_joined(shared)
+    for name, placement in {"a": dataclasses.replace(shared, memory="1@2"), "b": shared}.items():
+        peer = name.encode()
+        world.generators.hello(peer, dataclasses.replace(hello(name), placement=placement), 0.0)
+        world.generators.beat(world.generators.session_of(peer, 0.0), beat(), 0.0)
+    world.generators._versions.advance(0.0, world.generators)
+    ((peer, refusal),) = world.wire.take(messages.Refusal)
+    assert (peer, refusal.code) == (b"a", "config") and "one PID namespace" in refusal.reason
+    assert [session.generator_id for session in world.generators.alive()] == ["b"]
+    assert {name: receiver.backend for name, receiver in world.planner.receivers.items()} == {"b": "ipc"}

@@ -427,8 +427,8 @@ def test_U5_the_publisher_opens_its_channels_at_the_port(backend):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     buffer = SnapshotBuffer([("w", torch.zeros(4))], 1024, shared=backend == "ipc")
-    publisher = Publisher("inproc://x", buffer, [], host="127.0.0.1", backend=backend, port=port)
-    opened = [publisher._open(OpenChannel(epoch, f"run/{epoch}", 2, 5.0)) for epoch in (1, 2)]
+    publisher = Publisher("inproc://x", buffer, [], host="127.0.0.1", port=port)
+    opened = [publisher._open(OpenChannel(epoch, f"run/{epoch}", 2, 5.0, backend)) for epoch in (1, 2)]
     assert not any(ready.error for ready in opened)
     ports = {ready.port for ready in opened}
     assert ports == {port} if backend == "gloo" else port not in ports

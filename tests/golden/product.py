@@ -27,6 +27,7 @@ from asyncrl.link.weight_records import (
     ChannelPlace,
     DeltaInfo,
     Patch,
+    Placement,
     TensorEntry,
     WeightLayout,
     WeightManifest,
@@ -399,6 +400,7 @@ def example_messages() -> list[Any]:
         m.Hello(
             4, "gen-a", 2, 3, "0123456789abcdef", "fedcba9876543210", "own.module:Task", 2, 17, 6, "7f3a",
             [Setting("reward.weights", '{"exact": 2.0}'), Setting("file own.module (source)", "00112233aabbccdd")],
+            Placement("boot-of-a-host", "1000@4026531836", ("c0ffee00-0000-4000-8000-000000000001",)),
         ),
         m.Beat(
             3, 640, [m.ActiveLease(train, 11, 1, 5), m.ActiveLease(evaluate, 2, 0, 6), m.ActiveLease(train, 12, 0)],
@@ -427,7 +429,7 @@ def example_messages() -> list[Any]:
         m.SyncAbort(3, 7, 2, "canary differs", True),
         m.Stop(3, True, "all steps are trained"),
         m.Abandon(3, [LeaseKey(train, 11, 1), LeaseKey(evaluate, 2, 0)]),
-        trainer_messages.TrainerHello(1, 2, 6, 4321),
+        trainer_messages.TrainerHello(1, 2, 6, 4321, Placement("boot-of-a-host", "1000@4026531836", ("c0ffee00",))),
         trainer_messages.BatchRequest(1, 6),
         trainer_messages.StepDone(7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, 0.25),
         trainer_messages.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta),
@@ -436,7 +438,7 @@ def example_messages() -> list[Any]:
         trainer_messages.CheckpointDone(7, "runs/quickstart/checkpoints/step_7", "disk full", 1.5),
         trainer_messages.TrainerWelcome(3, 6),
         trainer_messages.Batch(6, 1, [codec.encode_body(result)], b"\x81\xa4next\x0d", True, True),
-        trainer_messages.OpenChannel(4, "run/3/cell/2", 3, 30.0),
+        trainer_messages.OpenChannel(4, "run/3/cell/2", 3, 30.0, "nccl"),
         trainer_messages.Broadcast(7, 2, 4, 30.0, 6),
         trainer_messages.TrainerStop(True, True, "all steps are trained"),
         trainer_messages.SnapshotWanted(6, [3, 4]),

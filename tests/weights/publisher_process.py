@@ -21,7 +21,6 @@ def main(address: str) -> None:
         SnapshotBuffer([("weight", weight)], 4096),
         [np.arange(4)],
         host="127.0.0.1",
-        backend="gloo",
     )
     publisher.start()
     for line in sys.stdin:

@@ -89,7 +89,6 @@ class World:
             SnapshotBuffer(named, 4096),
             CANARY,
             host="127.0.0.1",
-            backend="gloo",
             **options,
         )
         self.publisher.start()

@@ -20,6 +20,7 @@ import secrets
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,11 +28,12 @@ import numpy as np
 import torch
 
 from asyncrl.errors import ChannelError
+from asyncrl.host.processes import boot_id, pid_namespace
+from asyncrl.link.weight_records import Placement
 
 EVENT_POLL_S = 0.0005
 _MEMFD_NAME = "asyncrl-weights-"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # a mapping stays as large as it was
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 Handle: TypeAlias = dict[str, int | str | bool]  # leads to one buffer; only this module knows what is in it
@@ -82,14 +84,17 @@ def handle_of(flat: torch.Tensor) -> tuple[Handle, int] | None:
 
 def place(device: torch.device) -> Place:
     """Where this process is, for memory on `device`."""
-    with open(_BOOT_ID) as file:
-        boot = file.read().strip()
     return Place(
-        machine=boot,
-        pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
+        machine=boot_id(),
+        pid_namespace=pid_namespace(),
         user=os.geteuid(),
         device=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu",
     )
+
+
+def placement(devices: Sequence[torch.device]) -> Placement:
+    """Where this process is, for those who decide how its weights travel; `devices` are those that it uses."""
+    return Placement.here([place(device).device for device in devices if device.type == "cuda"])
 
 
 class Opened:

@@ -20,10 +20,12 @@ again; when it stays so, the generator counts as holding nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from asyncrl.link.messages import SyncCommit, SyncReply
 from asyncrl.link.trainer_messages import BroadcastDone, ChannelReady, CloseChannel, SnapshotReady, SnapshotWanted
+from asyncrl.link.weight_records import Placement
+from asyncrl.weights.plan.backends import BackendRefused, backend_for, fit_together
 from asyncrl.weights.plan.cells import plan_cells
 from asyncrl.weights.plan.records import (
     Cell,
@@ -34,6 +36,7 @@ from asyncrl.weights.plan.records import (
     SyncRules,
     ToGenerator,
     ToPublisher,
+    Unreachable,
 )
 from asyncrl.weights.plan.round import SyncRound
 
@@ -57,11 +60,26 @@ class SyncPlanner:
         timeout_s: bounds each phase of a round.
         tolerance: largest difference of a canary's log-probs, in nats.
         cell_size: most generators of one cell.
+        gpu_tolerance: that of a canary where one of both ends computes on a GPU; None = the same.
+        backend: of channels; auto = what suits each generator, see `weights.plan.backends`.
     """
 
-    def __init__(self, *, run_epoch: int, run_name: str, timeout_s: float, tolerance: float, cell_size: int) -> None:
-        self.rules = SyncRules(run_epoch, run_name, timeout_s, tolerance)
+    def __init__(
+        self,
+        *,
+        run_epoch: int,
+        run_name: str,
+        timeout_s: float,
+        tolerance: float,
+        cell_size: int,
+        gpu_tolerance: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        on_gpu = tolerance if gpu_tolerance is None else gpu_tolerance
+        self.rules = SyncRules(run_epoch, run_name, timeout_s, tolerance, on_gpu)
         self.cell_size = cell_size
+        self._backend = backend
+        self._learner: Placement | None = None  # not known before the trainer says hello
         self.receivers: dict[str, Receiver] = {}
         self.snapshot: SnapshotReady | None = None
         self.rounds: dict[int, SyncRound] = {}  # by channel epoch
@@ -77,13 +95,26 @@ class SyncPlanner:
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
-    def joined(self, name: str, incarnation: int, num_workers: int, now: float) -> bool:
+    def trainer_joined(self, placement: Placement) -> None:
+        """A trainer said hello: from there it will send weights. It has no channel yet."""
+        if placement == self._learner:
+            return
+        self._learner = placement
+        self.cells = []  # their members may not fit together any more
+        for receiver in self.receivers.values():
+            self._choose_backend(receiver)
+
+    def joined(
+        self, name: str, incarnation: int, num_workers: int, now: float, placement: Placement | None = None
+    ) -> bool:
         """A generator said hello. A new incarnation holds nothing, whatever it says. True if that is news."""
         known = self.receivers.get(name)
         if known is not None and known.incarnation == incarnation:
             return False
         self.left(name, now, "restarted")
-        self.receivers[name] = Receiver(name, incarnation, num_workers)
+        receiver = Receiver(name, incarnation, num_workers, placement=placement or Placement())
+        self.receivers[name] = receiver
+        self._choose_backend(receiver)
         return True
 
     def left(self, name: str, now: float, reason: str) -> None:
@@ -210,6 +241,27 @@ class SyncPlanner:
     def _is_unknown(self, offered_version: int | None) -> bool:
         return offered_version is not None and (self.snapshot is None or offered_version != self.snapshot.version)
 
+    def _choose_backend(self, receiver: Receiver) -> None:
+        """By where both compute; a generator that weights cannot reach is sent away."""
+        if self._learner is None:
+            return
+        receiver.on_gpu = bool(self._learner.gpus or receiver.placement.gpus)
+        try:
+            receiver.backend = backend_for(self._backend, self._learner, receiver.placement)
+        except BackendRefused as refusal:
+            self._emit(Unreachable(receiver.name, str(refusal)))
+            return
+        log.info("weights travel to %s over %s", receiver.name, receiver.backend)
+
+    def _fits(self, names: Sequence[str], name: str) -> bool:
+        """Whether a generator can share a channel with these."""
+        one = self.receivers[name]
+        others = [self.receivers[other] for other in names]
+        return all(
+            other.backend == one.backend and fit_together(one.backend, other.placement, one.placement)
+            for other in others
+        )
+
     # -- which rounds start ----------------------------------------------------------------------------------------
 
     def _behind(self) -> list[Receiver]:
@@ -239,7 +291,7 @@ class SyncPlanner:
         if self.cells:
             loose = [receiver for receiver in loose if receiver.held_version is not None]
         kept = [[name for name in cell.names if name in behind] for cell in starting]
-        planned = plan_cells(kept, [receiver.name for receiver in loose], self.cell_size)
+        planned = plan_cells(kept, [receiver.name for receiver in loose], self.cell_size, self._fits)
         before = [cell for cell, names in zip(starting, kept, strict=True) if names]
         new = [Cell([]) for _ in planned[len(before) :]]
         self.cells.extend(new)
@@ -272,9 +324,10 @@ class SyncPlanner:
             needs_it = receiver.held_version is None or receiver.failed or cells_wait
             if receiver.name not in placed and needs_it and receiver.excluded_until <= now:
                 (alone if receiver.failed else together).append(receiver)
-        parts = [together[start : start + self.cell_size] for start in range(0, len(together), self.cell_size)]
-        for members in [*parts, *([receiver] for receiver in alone)][: max(room, 0)]:
+        parts = plan_cells([], [receiver.name for receiver in together], self.cell_size, self._fits)
+        for names in [*parts, *([receiver.name] for receiver in alone)][: max(room, 0)]:
             self.channel_epoch += 1
+            members = [self.receivers[name] for name in names]
             self._new_round(self.channel_epoch, members, now, catch_up=True).open()
 
     def _new_round(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from asyncrl.link.schema.message_base import Message
+from asyncrl.link.weight_records import Placement
 
 MEAN_SHARE = 0.25  # of the canary's tolerance, for the mean over its tokens
 
@@ -28,6 +29,9 @@ class Receiver:
     taints: int = 0
     excluded_until: float = 0.0
     left_to_canary: tuple[str, ...] = ()  # what of its engine cannot be compared with the staged bits
+    placement: Placement = field(default_factory=Placement)
+    backend: str = "gloo"  # of its channels
+    on_gpu: bool = False  # it or the learner computes on one: the limit of its canary
 
     @property
     def failed(self) -> bool:
@@ -95,11 +99,12 @@ class SyncRules:
     run_name: str
     timeout_s: float
     tolerance: float  # largest log-prob difference on the canary, in nats
+    gpu_tolerance: float  # the same where one of both ends computes on a GPU
 
-    @property
-    def mean_tolerance(self) -> float:
-        """Largest mean of the differences, in nats. Of differences that are rounding, few come near the largest."""
-        return self.tolerance * MEAN_SHARE
+    def tolerances(self, on_gpu: bool) -> tuple[float, float]:
+        """Largest difference and largest mean of them. Of differences that are rounding, few come near the largest."""
+        largest = self.gpu_tolerance if on_gpu else self.tolerance
+        return largest, largest * MEAN_SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,14 @@ class SyncFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreachable:
+    """Weights cannot reach `name` as things are placed: it is sent away, with the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RoundEnded:
     """Every member of the round committed or failed, and the publisher is through with it."""
 
@@ -161,4 +174,4 @@ class RoundEnded:
     catch_up: bool = False  # of newcomers or of who failed, beside the cells
 
 
-Output = ToPublisher | ToGenerator | Committed | SyncFailed | RoundEnded
+Output = ToPublisher | ToGenerator | Committed | SyncFailed | Unreachable | RoundEnded

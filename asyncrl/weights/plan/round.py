@@ -89,6 +89,7 @@ class SyncRound:
             deadline = now + rules.timeout_s
             self.members[receiver.name] = Member(receiver, self.world_size, Phase.STAGING, deadline)
             self.world_size += receiver.num_workers
+        self.backend = members[0].backend if members else "gloo"  # all have one
         self.broken = False  # something failed in the collective; its channel is not used again
         self._rules = rules
         self._emit = emit
@@ -106,7 +107,9 @@ class SyncRound:
 
     def open(self) -> None:
         """Asks the publisher for a channel of its own."""
-        self._emit(ToPublisher(OpenChannel(self.channel_epoch, self._prefix(), self.world_size, self._rules.timeout_s)))
+        timeout_s = self._rules.timeout_s
+        opening = OpenChannel(self.channel_epoch, self._prefix(), self.world_size, timeout_s, self.backend)
+        self._emit(ToPublisher(opening))
 
     def offer(self, channel: OpenedChannel, snapshot: SnapshotReady, attempt: int, now: float) -> None:
         """The channel is open: members and publisher are told to transfer `snapshot`."""
@@ -269,9 +272,9 @@ class SyncRound:
         if wrong := _wrong_bits(member, message.in_use, self.snapshot.version):
             self._fail(member, now, wrong, at_fault=True)
             return
-        rules = self._rules
+        most, most_in_mean = self._rules.tolerances(member.receiver.on_gpu)
         largest, mean = canary_differences(self.snapshot.canary_logprobs, message.canary_logprobs)
-        for what, difference, allowed in (("", largest, rules.tolerance), (" in the mean", mean, rules.mean_tolerance)):
+        for what, difference, allowed in (("", largest, most), (" in the mean", mean, most_in_mean)):
             if not difference <= allowed:  # also true for NaN
                 limit = f"allowed {allowed:.3g} (weights.canary_tolerance)"
                 self._fail(member, now, f"canary log-probs differ by {difference:.3g}{what}, {limit}", at_fault=True)

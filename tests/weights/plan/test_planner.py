@@ -13,7 +13,7 @@ from asyncrl.link.trainer_messages import (
     SnapshotReady,
     SnapshotWanted,
 )
-from asyncrl.link.weight_records import BitsInUse, DeltaInfo
+from asyncrl.link.weight_records import BitsInUse, DeltaInfo, Placement
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.plan.planner import (
     CELL_GRACE_S,
@@ -23,7 +23,14 @@ from asyncrl.weights.plan.planner import (
     WANTED_REPEAT_S,
     SyncPlanner,
 )
-from asyncrl.weights.plan.records import Committed, RoundEnded, SyncFailed, ToGenerator, ToPublisher
+from asyncrl.weights.plan.records import (
+    Committed,
+    RoundEnded,
+    SyncFailed,
+    ToGenerator,
+    ToPublisher,
+    Unreachable,
+)
 from asyncrl.weights.plan.round import GRACE_S, MAX_ERRORS, MAX_TAINTS, PENALTY_S
 from tests.weights.manifests import manifest_of
 
@@ -35,9 +42,9 @@ CANARY = [np.array([-1.0, -2.0], np.float32).tobytes()]
 class Bench:
     """A planner, and the answers its peers would give."""
 
-    def __init__(self, *names, cell_size=8, tolerance=1e-4):
+    def __init__(self, *names, cell_size=8, tolerance=1e-4, **options):
         self.planner = SyncPlanner(
-            run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=tolerance, cell_size=cell_size
+            run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=tolerance, cell_size=cell_size, **options
         )
         self.now = 100.0
         for name in names:
@@ -814,3 +821,56 @@ def test_every_worker_of_a_generator_has_to_show_its_digests(digests):
     current = bench.round
     bench.planner.reply("a", SyncReply(1, 0, current.attempt, SyncPhase.STAGE, "", digests), bench.now)
     assert kinds(bench.take(), SyncFailed)
+
+
+def at(*gpus, machine="host", memory="1@1"):
+    return Placement(machine, memory, gpus)
+
+
+def test_cells_hold_generators_of_one_backend_and_a_card_once():
+    bench = Bench()
+    bench.planner.trainer_joined(at("gpu-0"))
+    placed = {"a": at("gpu-1"), "b": at("gpu-2"), "c": at("gpu-1"), "d": at("gpu-0"), "e": at(), "f": at(machine="x")}
+    for name, placement in placed.items():
+        bench.planner.joined(name, 1, 1, bench.now, placement)
+    opened = {(order.backend, order.world_size) for order in messages(bench.snapshot(0), OpenChannel)}
+    members = {frozenset(current.members) for current in bench.planner.rounds.values()}
+    assert members == {frozenset("ab"), frozenset("c"), frozenset("d"), frozenset("ef")}
+    assert opened == {("nccl", 3), ("nccl", 2), ("ipc", 2), ("gloo", 3)}
+
+
+def test_a_generator_that_weights_cannot_reach_is_sent_away_when_the_trainer_says_where_it_is():
+    bench = Bench()
+    bench.planner.joined("a", 1, 1, bench.now, at("gpu-0", memory="2@2"))
+    bench.planner.joined("b", 1, 1, bench.now, at("gpu-1"))
+    assert bench.take() == []
+    bench.planner.trainer_joined(at("gpu-0"))
+    (refused,) = kinds(bench.take(), Unreachable)
+    assert refused.name == "a" and "one user in one PID namespace" in refused.reason
+    bench.planner.trainer_joined(at("gpu-0"))  # the same trainer place again is no news
+    assert bench.take() == []
+
+
+def test_a_trainer_in_another_place_finds_no_cells():
+    bench = Bench()
+    bench.planner.trainer_joined(at())
+    for name, placement in {"a": at("gpu-1"), "b": at()}.items():
+        bench.planner.joined(name, 1, 1, bench.now, placement)
+    bench.sync_all(0, ["a", "b"])
+    bench.planner.publisher_lost(bench.now)
+    bench.planner.trainer_joined(at("gpu-0"))
+    opened = messages(bench.snapshot(1), OpenChannel)
+    assert {(order.backend, order.world_size) for order in opened} == {("nccl", 2), ("gloo", 2)}
+
+
+@pytest.mark.parametrize(("gpus", "passes"), [((), False), (("gpu-1",), True)])
+def test_the_canary_of_a_gpu_has_a_limit_of_its_own(gpus, passes):
+    bench = Bench(gpu_tolerance=0.02)
+    bench.planner.trainer_joined(at())
+    bench.planner.joined("a", 1, 1, bench.now, at(*gpus))
+    bench.offered(bench.snapshot(0))
+    bench.reply("a", "stage")
+    bench.broadcast_done()
+    near = [np.array([-1.0, -2.001], np.float32).tobytes()]
+    bench.reply("a", "swap", canary=near)
+    assert (bench.planner.held_version("a") == 0) is passes

@@ -17,10 +17,10 @@ from asyncrl.link.trainer_messages import (
     SnapshotReady,
     SnapshotWanted,
 )
-from asyncrl.link.weight_records import BitsInUse
+from asyncrl.link.weight_records import BitsInUse, Placement
 from asyncrl.link.wire_types import SyncPhase
 from asyncrl.weights.plan.planner import SyncPlanner
-from asyncrl.weights.plan.records import Committed, RoundEnded, ToGenerator, ToPublisher
+from asyncrl.weights.plan.records import Committed, RoundEnded, ToGenerator, ToPublisher, Unreachable
 from asyncrl.weights.plan.round import GRACE_S, MAX_PENALTY_S
 from tests.weights.manifests import manifest_of
 
@@ -28,6 +28,9 @@ NAMES = tuple("abcde")
 TIMEOUT_S = 10.0
 CELL_SIZE = 2
 CANARY = [np.array([-1.0, -2.0], np.float32).tobytes()]
+LEARNER = Placement("host", "1@1", ("gpu-0",))
+# CPUs; the learner's own card; others, of which two generators may want the same; one that has the learner's besides
+CARDS = [(), ("gpu-0",), ("gpu-1",), ("gpu-2",), ("gpu-1", "gpu-2"), ("gpu-0", "gpu-1")]
 WRONG_CANARY = [np.array([-1.0, -2.5], np.float32).tobytes()]
 
 
@@ -37,6 +40,7 @@ class Planner(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.planner = SyncPlanner(run_epoch=1, run_name="r", timeout_s=TIMEOUT_S, tolerance=1e-4, cell_size=CELL_SIZE)
+        self.planner.trainer_joined(LEARNER)
         self.now = 100.0
         self.incarnations = dict.fromkeys(NAMES, 0)
         self.version = -1
@@ -54,11 +58,12 @@ class Planner(RuleBasedStateMachine):
 
     # -- what happens --------------------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(NAMES), num_workers=st.integers(1, 2))
-    def join(self, name, num_workers):
+    @rule(name=st.sampled_from(NAMES), num_workers=st.integers(1, 2), gpus=st.sampled_from(CARDS))
+    def join(self, name, num_workers, gpus):
         self.incarnations[name] += 1
-        self.planner.joined(name, self.incarnations[name], num_workers, self.now)
+        self.planner.joined(name, self.incarnations[name], num_workers, self.now, Placement("host", "1@1", gpus))
         self.settle()
+        assert (name in self.planner.receivers) == (len(set(gpus) & set(LEARNER.gpus)) in (0, len(gpus)))
 
     @rule(mishap=st.sampled_from(["death", "death", "evaluation", "trainer"]), names=st.sets(st.sampled_from(NAMES)))
     def something_comes_between(self, mishap, names):
@@ -169,6 +174,8 @@ class Planner(RuleBasedStateMachine):
                 case Committed(name, _, version):
                     for phase in ("stage", "swap"):
                         assert (name, self.incarnations[name], version, phase) in self.honest, "committed unproven"
+                case Unreachable(name):
+                    self.planner.left(name, self.now, "is sent away")
                 case RoundEnded():
                     pass
 
@@ -219,6 +226,14 @@ class Planner(RuleBasedStateMachine):
         assert len(names) == len(set(names)) and set(names) <= set(self.planner.receivers)
         assert all(1 <= len(cell.names) <= CELL_SIZE for cell in self.planner.cells)
         assert all(len(current.members) <= CELL_SIZE for current in self.planner.rounds.values())
+
+    @invariant()
+    def a_channel_has_one_backend_and_nccl_no_card_twice(self):
+        for current in self.planner.rounds.values():
+            members = [member.receiver for member in current.members.values()]
+            assert {receiver.backend for receiver in members} <= {current.backend}
+            cards = [gpu for receiver in members for gpu in receiver.placement.gpus]
+            assert current.backend != "nccl" or len(set(cards)) == len(cards)
 
     @invariant()
     def every_wait_has_a_deadline(self):
