@@ -3,7 +3,8 @@
     <root>/step_120/              a complete checkpoint of version 120: renamed into place, never written into
         MANIFEST.json             sizes and sha256 of every other file, written last
         desk_state.bin            the desk's own state, opaque to everybody else
-        config.json, model.safetensors, tokenizer.json, ...    the policy as a Hugging Face model
+        config.json, model.safetensors, tokenizer.json, ...    the policy as a Hugging Face model; without its weights
+                                  where several ranks train it: they are below trainer/ then, in shards
         adapter/                  with update.what=lora: the adapters alone, in PEFT's format
         trainer/                  the rest of the trainer's state
     <root>/step_140.tmp-3f.../    under construction, or left by a crash; never read, removed by the next save
@@ -25,17 +26,19 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import CheckpointError
 from asyncrl.storage.disk import make_folder
+from asyncrl.storage.tensor_files import FileProof
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1: the optimizer's state by number, written by torch.save
 MANIFEST = "MANIFEST.json"
 DESK_STATE = "desk_state.bin"
 WEIGHTS_ONLY = "weights_only"  # in `Manifest.extra`: a new run begins with these weights, and with nothing else of it
@@ -56,7 +59,7 @@ class Manifest:
     version: int
     run_epoch: int
     created: float  # Unix time
-    files: dict[str, tuple[int, str]]  # relative path -> (bytes, sha256)
+    files: dict[str, FileProof]  # by relative path
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,7 +71,7 @@ class Manifest:
 def write_checkpoint(
     root: Path,
     version: int,
-    write_files: Callable[[Path], None],
+    write_files: Callable[[Path], Mapping[str, FileProof] | None],
     *,
     run_epoch: int,
     desk_state: bytes = b"",
@@ -78,7 +81,8 @@ def write_checkpoint(
 ) -> Manifest:
     """Saves version `version` under `root` and keeps the newest `keep` checkpoints.
 
-    write_files     puts the trainer's files into the folder it is given
+    write_files     puts the trainer's files into the folder it is given; returns size and digest of those that it knows
+                    by their paths below it, the others are read back
     expected_bytes  size to check free space against when there is no earlier checkpoint to go by
 
     Raises CheckpointError whatever went wrong, disk full included; checkpoints that were there before are
@@ -91,12 +95,12 @@ def write_checkpoint(
         _remove_leftovers(root)
         _check_free_space(root, expected_bytes)
         tmp.mkdir()
-        write_files(tmp)
+        proofs = write_files(tmp) or {}
         (tmp / DESK_STATE).write_bytes(desk_state)
-        _write_manifest(tmp, version, run_epoch, extra or {})
+        _write_manifest(tmp, version, run_epoch, extra or {}, proofs)
         _fsync_tree(tmp)
         final = _move_into_place(tmp, root / f"step_{version}")
-        manifest = read_manifest(final)
+        manifest = read_manifest(final, max_bytes=0)  # sizes: the bytes were hashed on their way to the disk
         _point_latest(root, final.name)
     except Exception as error:
         # Not OSError alone: torch.save on a full disk raises RuntimeError, other writers their own classes.
@@ -111,10 +115,13 @@ def write_checkpoint(
     return manifest
 
 
-def read_manifest(path: Path, *, verify: bool = True, max_bytes: int | None = None) -> Manifest:
+def read_manifest(
+    path: Path, *, verify: bool = True, max_bytes: int | None = None, share: tuple[int, int] = (0, 1)
+) -> Manifest:
     """The manifest of the checkpoint folder `path`. With `verify`, every file is read and compared with its digest.
 
-    Of files over max_bytes the size alone is compared; None: all are read.
+    max_bytes  of larger files the size alone is compared; None: all are read
+    share      (number, count) of those who divide the reading among them; sizes are compared by each
 
     Raises CheckpointError when the manifest is missing or damaged, or a file is missing, short or changed.
     """
@@ -123,8 +130,8 @@ def read_manifest(path: Path, *, verify: bool = True, max_bytes: int | None = No
         digest = fields.pop("manifest_sha256")
         if digest != _digest_of(fields):
             raise CheckpointError(f"{path / MANIFEST} does not match its own digest")
-        if fields["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {fields['format']}, this version reads {FORMAT}")
+        if fields["format"] not in READABLE:
+            raise CheckpointError(f"{path} has format {fields['format']}, this version reads up to {FORMAT}")
         manifest = Manifest(
             path=path,
             version=int(fields["version"]),
@@ -136,8 +143,10 @@ def read_manifest(path: Path, *, verify: bool = True, max_bytes: int | None = No
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the manifest cannot be read ({type(error).__name__}: {error})") from error
     if verify:
-        for name, (size, sha) in manifest.files.items():
-            _verify_file(path, name, size, sha if max_bytes is None or size <= max_bytes else "")
+        number, count = share
+        for position, (name, (size, sha)) in enumerate(sorted(manifest.files.items())):
+            is_read = (max_bytes is None or size <= max_bytes) and position % count == number
+            _verify_file(path, name, size, sha if is_read else "")
     return manifest
 
 
@@ -146,7 +155,7 @@ def find_latest(root: Path, *, max_bytes: int | None = None) -> Manifest | None:
 
     Of files over max_bytes the size alone is looked at; None: every file is read.
     """
-    for path in _complete_folders(root):
+    for path in complete_folders(root):
         try:
             return read_manifest(path, max_bytes=max_bytes)
         except CheckpointError as error:
@@ -156,12 +165,12 @@ def find_latest(root: Path, *, max_bytes: int | None = None) -> Manifest | None:
 
 def is_empty(root: Path) -> bool:
     """Whether there is no checkpoint under `root`, not even a damaged one."""
-    return not _complete_folders(root)
+    return not complete_folders(root)
 
 
 def unreadable(root: Path) -> str:
     """What to say when checkpoints are there and none of them verifies."""
-    names = ", ".join(path.name for path in _complete_folders(root))
+    names = ", ".join(path.name for path in complete_folders(root))
     return (
         f"none of the checkpoints in {root} can be read ({names}; the warnings above say why). Each is complete by "
         "itself: restore one of them. To begin the run anew from model.path, set checkpoint.resume=fresh; what is in "
@@ -172,7 +181,7 @@ def unreadable(root: Path) -> str:
 def newest_run_epoch(root: Path) -> int:
     """The highest run epoch that a readable manifest under `root` names; 0 if there is none."""
     epochs = [0]
-    for path in _complete_folders(root):
+    for path in complete_folders(root):
         with contextlib.suppress(CheckpointError):
             epochs.append(read_manifest(path, verify=False).run_epoch)
     return max(epochs)
@@ -180,7 +189,7 @@ def newest_run_epoch(root: Path) -> int:
 
 def oldest_version(root: Path) -> int | None:
     """The oldest version under `root` that a recovery might fall back to; None if there is none."""
-    return min((_version_of(path) for path in _complete_folders(root)), default=None)
+    return min((_version_of(path) for path in complete_folders(root)), default=None)
 
 
 def load_desk_state(manifest: Manifest) -> bytes:
@@ -212,13 +221,21 @@ def write_folder_atomically(folder: Path, write_files: Callable[[Path], None]) -
         raise CheckpointError(f"writing {folder} failed: {type(error).__name__}: {error}") from error
 
 
-def _write_manifest(folder: Path, version: int, run_epoch: int, extra: dict[str, Any]) -> None:
+def _write_manifest(
+    folder: Path, version: int, run_epoch: int, extra: dict[str, Any], proofs: Mapping[str, FileProof]
+) -> None:
+    found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    if missing := sorted(proofs.keys() - found.keys()):
+        raise CheckpointError(f"{folder}: {missing[0]} was written and is not there; do all ranks share this folder?")
     fields: dict[str, Any] = {
         "format": FORMAT,
         "version": version,
         "run_epoch": run_epoch,
         "created": time.time(),
-        "files": {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in _files(folder)},
+        "files": {
+            name: list(proofs[name]) if name in proofs else [path.stat().st_size, _sha256(path)]
+            for name, path in found.items()
+        },
         "extra": extra,
     }
     fields["manifest_sha256"] = _digest_of(fields)
@@ -253,7 +270,7 @@ def _delete_older(root: Path, newest: Manifest, keep: int) -> None:
     and people may want to look at them.
     """
     _note_verified(newest.path)
-    folders = [path for path in _complete_folders(root) if path != newest.path]
+    folders = [path for path in complete_folders(root) if path != newest.path]
     # Versions above the newest did not verify when the run resumed; they stay for people to look at.
     older = [path for path in folders if ".old-" not in path.name and _version_of(path) < newest.version]
     kept: list[Path] = []
@@ -322,7 +339,7 @@ def _check_free_space(root: Path, expected_bytes: int) -> None:
 
 
 def _last_size(root: Path) -> int | None:
-    for path in _complete_folders(root):
+    for path in complete_folders(root):
         try:
             return read_manifest(path, verify=False).num_bytes
         except CheckpointError:
@@ -330,8 +347,8 @@ def _last_size(root: Path) -> int | None:
     return None
 
 
-def _complete_folders(root: Path) -> list[Path]:
-    """Folders that were renamed into place, highest version first; a replaced one behind what replaced it."""
+def complete_folders(root: Path) -> list[Path]:
+    """Folders that were renamed into place, highest version first; one that was replaced is behind what replaced it."""
     if not root.is_dir():
         return []
     paths = [path for path in root.iterdir() if _COMPLETE.fullmatch(path.name) and path.is_dir()]

@@ -38,7 +38,8 @@ from asyncrl.link.trainer_messages import (
 from asyncrl.link.weight_records import Placement
 from asyncrl.metrics.types import REWARD_PART
 from asyncrl.storage.checkpoint_files import is_empty, unreadable
-from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
+from asyncrl.trainer.checkpoint import SAVE_TIMEOUT_S, load_checkpoint
+from asyncrl.trainer.checkpoint_writer import CheckpointWriter
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.step import StepRunner
 from asyncrl.types import FinishReason, Group, means_of_parts
@@ -79,6 +80,8 @@ class Rank:
         self.desk_state = b"" if restored is None else restored.desk_state
         length = min(CANARY_LENGTH, config.model.max_length)
         self.canary = self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed)
+        self.checkpoints = CheckpointWriter(checkpoints, self.runner, keep=config.checkpoint.keep)
+        self._checkpoint_due = False
         self.publisher: Publisher | None = None
         self.run_epoch = 0
 
@@ -162,37 +165,43 @@ class Rank:
             self.publisher.publish(result.version, self.actor.score(self.canary))
             metrics["publish_blocked_ms"] = (time.monotonic() - began) * 1e3
         self.link.send(StepDone(result.version, metrics, step_s, idle_s))
-        if batch.checkpoint:
-            self._checkpoint()
+        self._checkpoint(batch.checkpoint)
 
     def _check_publisher(self) -> None:
         """Raises AsyncRLError when the publisher's thread has died: without it no generator gets a new policy."""
         if self.publisher and self.publisher.crash is not None:
             raise AsyncRLError(f"the publisher thread died: {self.publisher.crash!r}") from self.publisher.crash
 
-    def _checkpoint(self) -> str:
-        """Saves. Returns what failed: it is reported, and training goes on with the older checkpoints intact."""
-        if self.rank != 0:
-            return ""
-        started = time.monotonic()
-        path = ""
-        error = ""
-        try:
-            path = str(
-                save_checkpoint(
-                    self.run_dir / "checkpoints",
-                    self.runner,
-                    run_epoch=self.run_epoch,
-                    desk_state=self.desk_state,
-                    keep=self.config.checkpoint.keep,
-                )
-            )
-        except CheckpointError as failure:
-            error = str(failure)
-        if error:
-            log.error("%s", error)
-        self.link.send(CheckpointDone(self.runner.version, path, error, time.monotonic() - started))
-        return error
+    def _checkpoint(self, due: bool) -> None:
+        """Begins a checkpoint that is due, or was; it is written beside training. One at a time: the next one waits."""
+        self._report_checkpoint()
+        self._checkpoint_due |= due
+        # Steps that are made again come without the desk's state, which a checkpoint must have.
+        if not (self._checkpoint_due and self.desk_state):
+            return
+        if self.checkpoints.is_busy:
+            log.info("version %d is not saved yet: the checkpoint before is still being written", self.runner.version)
+            return
+        self._checkpoint_due = False
+        self.checkpoints.begin(run_epoch=self.run_epoch, desk_state=self.desk_state)
+
+    def _report_checkpoint(self, timeout_s: float = 0.0) -> str:
+        """Tells the desk of a checkpoint that is durable, or failed: training then goes on with the older ones intact.
+
+        Returns what failed. With timeout_s, waits that long for one that is being written.
+        """
+        saved = self.checkpoints.finished(timeout_s)
+        if saved is None:
+            return f"a checkpoint is not written after {timeout_s:.0f} s" if self.checkpoints.is_busy else ""
+        if saved.error:
+            log.error("%s", saved.error)
+        else:
+            log.info(
+                "version %d is saved after %.1f s, training stood still for %.2f s",
+                saved.version, saved.seconds, saved.blocked_s,
+            )  # fmt: skip
+        self.link.send(CheckpointDone(saved.version, saved.path, saved.error, saved.seconds))
+        return saved.error
 
     # -- end -------------------------------------------------------------------------------------------------------
 
@@ -204,7 +213,10 @@ class Rank:
         if self.publisher:
             self.publisher.stop(timeout_s=10.0)
         try:
-            problem = self._checkpoint() if stop.checkpoint and self.desk_state else ""
+            problem = self._report_checkpoint(SAVE_TIMEOUT_S)
+            if stop.checkpoint and self.desk_state and not self.checkpoints.is_busy:
+                self.checkpoints.begin(run_epoch=self.run_epoch, desk_state=self.desk_state)
+                problem = self._report_checkpoint(SAVE_TIMEOUT_S)
             if stop.export and self.rank == 0:
                 self.actor.export(self.run_dir / "export", Path(self.config.model.path))
         finally:
@@ -225,6 +237,7 @@ class Rank:
             if (message := self.link.receive(ASK_AGAIN_S)) is not None:
                 return message, time.monotonic() - started
             self._check_publisher()
+            self._report_checkpoint()
 
 
 def outcome_metrics(groups: Sequence[Group]) -> dict[str, float]:

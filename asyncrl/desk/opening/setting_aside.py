@@ -25,6 +25,7 @@ from asyncrl.storage.checkpoint_files import (
     write_checkpoint,
 )
 from asyncrl.storage.disk import fsync_folder, make_folder
+from asyncrl.storage.tensor_files import FileProof
 from asyncrl.types import Frontier
 
 EARLIER = "earlier"
@@ -78,10 +79,12 @@ def complete_fork(run_dir: Path) -> None:
 
 
 def _write_fork(root: Path, manifest: Manifest) -> None:
-    def link_files(folder: Path) -> None:
-        for name in manifest.files.keys() - {DESK_STATE}:
+    def link_files(folder: Path) -> dict[str, FileProof]:
+        proofs = {name: proof for name, proof in manifest.files.items() if name != DESK_STATE}
+        for name in proofs:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(manifest.path / name, folder / name)
+        return proofs
 
     write_checkpoint(
         root,

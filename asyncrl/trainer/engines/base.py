@@ -21,7 +21,7 @@ the caller looks at the gradients of both in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algorithms.losses import Sums, merge_sums
+from asyncrl.storage.tensor_files import FileProof
 from asyncrl.trainer.engines.device_rows import DeviceRows
 from asyncrl.trainer.packing import Rows
 from asyncrl.weights.bytes.patch import SyncSource
@@ -198,14 +199,20 @@ class PolicyEngine(ModelEngine, Protocol):
         """Writes the policy in Hugging Face format; `source` is the model it began as. Raises CheckpointError."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Puts the policy into a checkpoint's folder: a Hugging Face model, and what `load_saved` needs besides."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None) -> dict[str, FileProof]:
+        """Puts the policy into a checkpoint's folder: a Hugging Face model, and what `load_saved` needs besides.
+
+        weights  CPU copies of those of `state`, which are written instead; None: all files but the weights
+
+        Runs in a thread beside training. Returns size and digest of files it knows, by their paths below `folder`.
+        """
         ...
 
     def load_saved(self, folder: Path) -> dict[str, Tensor]:
-        """The weights that training changes, by the names of `state`, from a folder that `save` filled.
+        """What this rank holds of the weights that training changes, by the names of `state`, from a checkpoint.
 
-        Raises OSError, ValueError, RuntimeError or SafetensorError when they cannot be read.
+        Raises CheckpointError when others are there, and OSError, ValueError, RuntimeError or SafetensorError when
+        they cannot be read.
         """
         ...
 

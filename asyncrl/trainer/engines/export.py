@@ -1,8 +1,10 @@
 """The policy as a Hugging Face model folder, for use outside of asyncrl and as model.path of another run.
 
-Weights are float32 where all of them are trained: these are the masters, and a checkpoint needs no second copy. Where
-adapters or a part are trained, the whole model is written as the generators compute with it: merged, in model.dtype.
-What was trained is beside it then, exactly: adapters in PEFT's format, a part by its names.
+An export is in model.dtype, as the generators compute with it, adapters merged. So is the model in a checkpoint where
+adapters or a part are trained; what was trained is beside it then, exactly: adapters in PEFT's format, a part by its
+names. Where all weights are trained, a checkpoint's are float32: these are the masters, and it needs no second copy.
+
+Tensors are put together, converted and written one at a time.
 
 config.json, generation_config.json and the tokenizer are copied from the folder that the model was loaded from.
 transformers' own save_pretrained would check them, and refuse to save what it had loaded.
@@ -12,19 +14,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from asyncrl.storage.checkpoint_files import ADAPTER_FOLDER, STATE_FOLDER, write_folder_atomically
-from asyncrl.trainer.engines.lora import merged_state
+from asyncrl.storage.tensor_files import ITEM_BYTES, SUFFIX, Buffer, Content, FileProof, write_tensors
+from asyncrl.trainer.engines.lora import adapted_weights, is_adapter, plain_name
+from asyncrl.trainer.engines.part import local
 from asyncrl.trainer.engines.policy import Policy
-from asyncrl.weights.bytes.patch import LORA_A
+from asyncrl.trainer.engines.shards import DTYPES, TensorFiles, bytes_of, check_shapes, cut, extent_of, read_blocks
+from asyncrl.weights.bytes.patch import LORA_A, fold_adapter
 
 # Beside weights and config.json, what AutoTokenizer and `vllm serve` look for.
 TOKENIZER_PATTERNS = (
@@ -38,78 +46,88 @@ TOKENIZER_PATTERNS = (
     "spiece.model",
 )
 GENERATION_CONFIG = "generation_config.json"
+WEIGHT_SHARDS = "weights"  # folder of the same, where several ranks train
 MAX_SHARD_BYTES = 5 * 10**9
 PEFT_PREFIX = "base_model.model."
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_WEIGHTS = "weights.safetensors"  # of a partial update; older checkpoints have it of every update
 
 
-def export_model(policy: Policy, source: Path | None, folder: Path) -> None:
-    """Writes the policy in Hugging Face format, with tokenizer, for AutoModelForCausalLM and `vllm serve`.
+def export_model(policy: Policy, source: Path | None, folder: Path, *, rank: int = 0) -> None:
+    """Writes the policy in Hugging Face format and in its dtype, for AutoModelForCausalLM and `vllm serve`.
 
     Adapters are merged into their weights. Files besides the weights come from `source`, a model folder; where that is
-    None or no folder, from where the policy was loaded. An existing folder is replaced as a whole.
+    None or no folder, from where the policy was loaded. An existing folder is replaced as a whole. Of a model in shards
+    one tensor at a time is put together: all ranks call this, rank 0 writes.
 
     Raises CheckpointError when the folder cannot be written.
     """
-    write_folder_atomically(folder, lambda target: write_model(policy, source, target))
+    contents = InTurn(_model_contents(policy, getattr(torch, policy.dtype), {}))
+    try:
+        if rank == 0:
+
+            def write_files(target: Path) -> None:
+                _write_model(policy, source, target, contents.listed)
+
+            write_folder_atomically(folder, write_files)
+    finally:
+        contents.read_rest()  # other ranks wait in their part of it, whatever became of the file
 
 
-def write_model(policy: Policy, source: Path | None, folder: Path) -> None:
-    """Puts the policy as a Hugging Face model into an existing folder; see `export_model`."""
-    source = source if source is not None and source.is_dir() else policy.source
+def write_model(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None) -> dict[str, FileProof]:
+    """Puts the policy as a Hugging Face model into a checkpoint's folder, and what is trained of it beside that.
+
+    weights  copies on the CPU of `Policy.checkpoint_tensors`, which are written instead of those; None: no weights
+
+    May run beside training: of the policy itself only what is frozen is read. Returns size and digest of the weights'
+    files by name. Raises OSError.
+    """
+    if weights is None:
+        _write_rest(policy, None, torch.float32, folder)
+        return {}
+    # Masters where all of them are trained, so that a checkpoint needs no second copy.
     dtype = torch.float32 if policy.update.what == "full" else getattr(torch, policy.dtype)
-    _write_weights(_model_state(policy.model, dtype), folder)
-    _write_config(policy.model, source, dtype, folder)
-    if source is None:
-        return
-    for pattern in TOKENIZER_PATTERNS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-
-
-def write_trained(policy: Policy, folder: Path) -> None:
-    """Puts what is trained into a checkpoint's folder that `write_model` was given before, unless that is all of it."""
+    proofs = _write_model(policy, None, folder, _model_contents(policy, dtype, weights), dtype)
     if policy.update.what == "lora":
         (folder / ADAPTER_FOLDER).mkdir()
-        write_adapter(policy, folder / ADAPTER_FOLDER)
+        proofs[f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"] = write_adapter(policy, folder / ADAPTER_FOLDER, weights)
     elif policy.update.what == "partial":
         (folder / STATE_FOLDER).mkdir(exist_ok=True)
-        save_file(policy.checkpoint_tensors(), folder / STATE_FOLDER / TRAINED_WEIGHTS)
+        file = f"{STATE_FOLDER}/{TRAINED_WEIGHTS}"
+        proofs[file] = write_tensors(folder / file, [_content(name, value) for name, value in weights.items()])
+    return proofs
 
 
 def read_trained(policy: Policy, folder: Path) -> dict[str, Tensor]:
-    """What training had changed of the policy, by the names of `Policy.checkpoint_tensors`, from a checkpoint's folder.
+    """What training had changed of the policy, by the names of `Policy.checkpoint_tensors`: this rank's blocks of it.
 
-    Raises OSError, ValueError, RuntimeError or SafetensorError when a file cannot be read.
+    Raises CheckpointError when it does not fit, and OSError, ValueError, RuntimeError or SafetensorError when a file
+    cannot be read.
     """
+    own = policy.checkpoint_tensors()
+    if shards := sorted((folder / STATE_FOLDER / WEIGHT_SHARDS).glob(f"*{SUFFIX}")):
+        return read_blocks(TensorFiles(shards), own, folder)
     for file in (folder / STATE_FOLDER / TRAINED_WEIGHTS, folder / TRAINED_WEIGHTS):
         if file.is_file():
-            return load_file(file)
+            return read_blocks(TensorFiles([file]), own, file)
     if (adapter := folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS).is_file():
-        return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(adapter).items()}
-    weights: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        weights |= load_file(file)
-    own = policy.checkpoint_tensors()
-    if weights.keys() == own.keys():
-        return weights
+        return read_blocks(TensorFiles([adapter], PEFT_PREFIX), own, adapter)
+    files = TensorFiles(sorted(folder.glob(f"model*{SUFFIX}")))
+    if files.shapes.keys() == own.keys():
+        return read_blocks(files, own, folder)
     # In memory this kind of model has other tensors than in files (experts are stacked): transformers converts them.
     model = type(policy.model).from_pretrained(folder, dtype=torch.float32)
-    state: dict[str, Tensor] = model.state_dict()
-    return {name: state[name] for name in own if name in state}
+    state: dict[str, Tensor] = {name: tensor for name, tensor in model.state_dict().items() if name in own}
+    check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, own)
+    return {name: cut(state[name], extent_of(tensor)) for name, tensor in own.items()}
 
 
-def write_adapter(policy: Policy, folder: Path) -> None:
-    """Puts the adapters alone into an existing folder, as PEFT writes and loads them."""
-    tensors = policy.trained_tensors()
-    layers = sorted({name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)})
-    assert len(tensors) == 2 * len(layers), "an adapter is A and B of a layer, and nothing else is trained"
-    save_file(
-        {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()},
-        folder / ADAPTER_WEIGHTS,
-        metadata={"format": "pt"},
+def write_adapter(policy: Policy, folder: Path, weights: Mapping[str, Tensor]) -> FileProof:
+    """Puts the adapters alone into an existing folder, as PEFT writes and loads them; returns what was written."""
+    layers = sorted({name.removesuffix(LORA_A) for name in weights if name.endswith(LORA_A)})
+    assert len(weights) == 2 * len(layers), "an adapter is A and B of a layer, and nothing else is trained"
+    proof = write_tensors(
+        folder / ADAPTER_WEIGHTS, [_content(f"{PEFT_PREFIX}{name}", tensor) for name, tensor in weights.items()]
     )
     alpha = policy.update.lora_alpha
     settings = {
@@ -125,43 +143,131 @@ def write_adapter(policy: Policy, folder: Path) -> None:
         "inference_mode": True,
     }
     _write_json(folder / "adapter_config.json", settings)
+    return proof
 
 
-def _model_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights under their names in a Hugging Face checkpoint, a tied one once, with adapters merged."""
+class InTurn:
+    """Contents whose reading is a collective of all ranks, in the order in which they are listed."""
+
+    def __init__(self, contents: Sequence[Content]) -> None:
+        self._waiting = list(contents)
+        self.listed = [replace(content, read=partial(self._read, content)) for content in contents]
+
+    def read_rest(self) -> None:
+        """Takes part in the reading of what was not read yet."""
+        while self._waiting:
+            self._waiting.pop(0).read()
+
+    def _read(self, content: Content) -> Buffer:
+        assert self._waiting[0] is content, f"{content.name} is read out of turn"
+        self._waiting.pop(0)
+        return content.read()
+
+
+def _model_contents(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> list[Content]:
+    """The weights under their names in a Hugging Face checkpoint, a tied one once, with adapters merged.
+
+    Each is put together when it is read, on the CPU: neither a second model nor one in float32 is ever in memory.
+    `weights` are copies that stand for tensors of the policy, by the names of `Policy.checkpoint_tensors`.
+    """
+    model = policy.model
+    # By where they are, not by name: a tensor that two places share has one name there and may have another one here.
+    copies = {
+        local(own).data_ptr(): weights[name] for name, own in policy.checkpoint_tensors().items() if name in weights
+    }
+    adapted = adapted_weights(model)
     tied = model.all_tied_weights_keys or {}
-    state = {name: tensor for name, tensor in merged_state(model, dtype).items() if name not in tied}
+    state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in state.items() if name not in tied and not is_adapter(name)}
     # Tensors that are one by another way than a tie (safetensors takes no tensor twice).
     state = remove_tied_weights_from_state_dict(state, model)
-    return dict(revert_weight_conversion(model, state))
+
+    def current(tensor: Tensor) -> Tensor:
+        return copies[place] if (place := local(tensor).data_ptr()) in copies else whole_on_cpu(tensor)
+
+    def value(name: str) -> Tensor:
+        tensor = current(state[name])
+        if name in adapted:
+            halves = adapted[name]
+            tensor = fold_adapter(tensor, current(halves.lora_a), current(halves.lora_b), halves.scale)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
+    shapes = {name: torch.empty(tensor.shape, dtype=kinds[name], device="meta") for name, tensor in state.items()}
+    stored = dict(revert_weight_conversion(model, shapes))
+    if {name: tensor.shape for name, tensor in stored.items()} != {name: value.shape for name, value in shapes.items()}:
+        # In files this kind of model has other tensors than in memory (experts one by one): transformers divides them.
+        whole = revert_weight_conversion(model, {name: value(name) for name in state})
+        return _in_order(_content(name, tensor) for name, tensor in whole.items())
+    return _in_order(
+        Content(name, DTYPES[kinds[name]], tuple(tensor.shape), partial(_bytes_of_value, value, name))
+        for name, tensor in state.items()
+    )
 
 
-def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
+def _bytes_of_value(value: Callable[[str], Tensor], name: str) -> Buffer:
+    return bytes_of(value(name))()
+
+
+def _in_order(contents: Iterable[Content]) -> list[Content]:
+    """As `write_tensors` takes them, wide elements first, so that they are read in the order of this list."""
+    return sorted(contents, key=lambda content: -ITEM_BYTES[content.dtype])
+
+
+def whole_on_cpu(tensor: Tensor) -> Tensor:
+    """All of a tensor on the CPU. Of a DTensor this is a collective of its ranks."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def _content(name: str, tensor: Tensor) -> Content:
+    return Content(name, DTYPES[tensor.dtype], tuple(tensor.shape), bytes_of(tensor))
+
+
+def _write_model(
+    policy: Policy, source: Path | None, folder: Path, contents: Sequence[Content], dtype: torch.dtype | None = None
+) -> dict[str, FileProof]:
+    _write_rest(policy, source, dtype or getattr(torch, policy.dtype), folder)
+    return _write_weights(contents, folder)
+
+
+def _write_rest(policy: Policy, source: Path | None, dtype: torch.dtype, folder: Path) -> None:
+    """All files of a model but the weights."""
+    source = source if source is not None and source.is_dir() else policy.source
+    _write_config(policy.model, source, dtype, folder)
+    if source is None:
+        return
+    for pattern in TOKENIZER_PATTERNS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _write_weights(contents: Sequence[Content], folder: Path) -> dict[str, FileProof]:
     """One file, or several with an index that says which tensor is in which, as transformers names them."""
-    shards = _shards(state)
+    shards = _shards(contents)
     if len(shards) == 1:
         files = ["model.safetensors"]
     else:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    proofs = {file: write_tensors(folder / file, shard) for file, shard in zip(files, shards, strict=True)}
     if len(shards) > 1:
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(tensor.nbytes for tensor in state.values())
+        places = {content.name: file for file, shard in zip(files, shards, strict=True) for content in shard}
+        total = sum(content.num_bytes for content in contents)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _write_json(folder / "model.safetensors.index.json", index)
+    return proofs
 
 
-def _shards(state: dict[str, Tensor]) -> list[list[str]]:
-    """The names in their order, cut before MAX_SHARD_BYTES would be exceeded; a larger tensor is alone."""
-    shards: list[list[str]] = [[]]
+def _shards(contents: Sequence[Content]) -> list[list[Content]]:
+    """The contents in their order, cut before MAX_SHARD_BYTES would be exceeded; a larger tensor is alone."""
+    shards: list[list[Content]] = [[]]
     filled = 0
-    for name, tensor in state.items():
-        if shards[-1] and filled + tensor.nbytes > MAX_SHARD_BYTES:
+    for content in contents:
+        if shards[-1] and filled + content.num_bytes > MAX_SHARD_BYTES:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
+        shards[-1].append(content)
+        filled += content.num_bytes
     return shards
 
 

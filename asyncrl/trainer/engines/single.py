@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asyncrl.algorithms.losses import Sums, merge_sums
 from asyncrl.config import Config
+from asyncrl.storage.tensor_files import FileProof
 from asyncrl.trainer.critic import Critic, load_critic
 from asyncrl.trainer.engines.base import (
     Engines,
@@ -25,7 +26,7 @@ from asyncrl.trainer.engines.base import (
     Want,
 )
 from asyncrl.trainer.engines.device_rows import DeviceRows
-from asyncrl.trainer.engines.export import export_model, read_trained, write_model, write_trained
+from asyncrl.trainer.engines.export import export_model, read_trained, write_model
 from asyncrl.trainer.engines.part import TrainedPart
 from asyncrl.trainer.engines.policy import Policy, Reference, load_policy
 from asyncrl.trainer.engines.trainable import describe_update
@@ -210,10 +211,9 @@ class SinglePolicyEngine(_SingleEngine):
         """See `PolicyEngine.export`."""
         export_model(self.policy, source, folder)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None) -> dict[str, FileProof]:
         """See `PolicyEngine.save`."""
-        write_model(self.policy, None, folder)
-        write_trained(self.policy, folder)
+        return write_model(self.policy, folder, weights)
 
     def load_saved(self, folder: Path) -> dict[str, Tensor]:
         """See `PolicyEngine.load_saved`."""

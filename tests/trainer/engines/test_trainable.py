@@ -283,16 +283,23 @@ def test_a_checkpoint_from_before_there_was_a_choice_is_one_of_a_full_update(tmp
 
     trainer = trainer_with(UpdateConfig(), steps=1)
     path = save_checkpoint(tmp_path, trainer, run_epoch=1)
-    places = {"weights.safetensors": "model.safetensors", "trainer.pt": "trainer/trainer.pt"}
-    files = {file: (path / place).read_bytes() for file, place in places.items()}
+    weights, state = (path / "model.safetensors").read_bytes(), trainer.state()
+    old = {
+        "version": state.version,
+        "optimizer": trainer.engines.actor.optimizer.state_dict(),  # by number
+        "kl_coef": state.kl_coef,
+        "cpu_rng": state.cpu_rng,
+    }
     extra = {name: value for name, value in read_manifest(path).extra.items() if name in ("architecture", "torch")}
 
     def write(folder):
-        for file, content in files.items():
-            (folder / file).write_bytes(content)
+        (folder / "weights.safetensors").write_bytes(weights)
+        torch.save(old, folder / "trainer.pt")
 
     write_checkpoint(tmp_path, 1, write, run_epoch=1, extra=extra)
-    assert load_checkpoint(tmp_path, trainer_with(UpdateConfig())).version == 1
+    second = trainer_with(UpdateConfig(), seed=5)
+    assert load_checkpoint(tmp_path, second).version == 1
+    assert second.step(random_groups(3, 4, seed=9)).metrics == trainer.step(random_groups(3, 4, seed=9)).metrics
     with pytest.raises(CheckpointError, match="of update full"):
         load_checkpoint(tmp_path, trainer_with(lora()))
 
