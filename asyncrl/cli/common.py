@@ -66,13 +66,18 @@ def command(role: str, argv: Sequence[str] | None, start: Callable[[Config], int
     `start` gets the checked configuration; it imports what is heavy. An AsyncRLError that has an exit code is printed
     to stderr without a traceback. Every other exception passes through, and ends the interpreter with code 1.
     """
+    return exit_code_of(f"asyncrl-{role}", lambda: _run(role, argv, start))
+
+
+def exit_code_of(program: str, act: Callable[[], int]) -> int:
+    """What `act` returns, or the exit code of the error that it ended with, which is printed as said above."""
     try:
-        return _run(role, argv, start)
+        return act()
     except AsyncRLError as error:
         code: int | None = getattr(error, "exit_code", None)
         if code is None:
             raise
-        _complain(role, error)
+        complain(program, error)
         return code
     except KeyboardInterrupt:
         return 130  # the daemons handle the signal themselves once they are up
@@ -92,12 +97,12 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
     if arguments.version:
         print(f"asyncrl-{role} {__version__}")
         return 0
-    if not _is_configuration(arguments.config):
-        _complain(role, f"give a configuration file, for example: {EXAMPLES[role]}")
+    if not is_configuration(arguments.config):
+        complain(f"asyncrl-{role}", f"give a configuration file, for example: {EXAMPLES[role]}")
         return 2
     if role == "learner" and arguments.export is not None:
         return _export(arguments.config, arguments.overrides, arguments.export, adapters=arguments.adapters)
-    hardware = _named_hardware(arguments.hardware, dry_run=arguments.dry_run)
+    hardware = named_hardware(arguments.hardware, dry_run=arguments.dry_run)
     config, model = _load_checked(role, arguments.config, arguments.overrides, hardware)
     if arguments.dry_run:
         return _print_dry_run(config, role, hardware)
@@ -108,7 +113,7 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
     return start(config)
 
 
-def _is_configuration(argument: str | None) -> bool:
+def is_configuration(argument: str | None) -> bool:
     """False where the file was forgotten, so that an override stands in its place."""
     return argument is not None and ("=" not in argument or os.path.exists(argument))
 
@@ -118,11 +123,11 @@ def _export(path: str, overrides: Sequence[str], step: str, *, adapters: bool) -
     from asyncrl.cli.export import export_checkpoint
     from asyncrl.config.loading import load_config
 
-    print(export_checkpoint(load_config(_shipped_or_given(path), overrides), step, adapters=adapters), flush=True)
+    print(export_checkpoint(load_config(shipped_or_given(path), overrides), step, adapters=adapters), flush=True)
     return 0
 
 
-def _named_hardware(text: str | None, *, dry_run: bool) -> Hardware | None:
+def named_hardware(text: str | None, *, dry_run: bool) -> Hardware | None:
     """The machine of `--for`; None where it was not given. Raises ConfigError."""
     if text is None:
         return None
@@ -144,11 +149,11 @@ def _load_checked(
     from asyncrl.cli.run import checked
     from asyncrl.config.loading import load_config
 
-    config = load_config(_shipped_or_given(path), overrides)
+    config = load_config(shipped_or_given(path), overrides)
     return config, checked(config, role, is_here=hardware is None)
 
 
-def _shipped_or_given(path: str) -> str:
+def shipped_or_given(path: str) -> str:
     """`quickstart` and `configs/quickstart.yaml` name the file that comes with asyncrl, unless there is one here."""
     given = Path(path)
     shipped = Path(__file__).parents[1] / "configs" / f"{given.stem}.yaml"
@@ -171,13 +176,14 @@ def _log_from(level: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 
-def _complain(role: str, message: object) -> None:
+def complain(program: str, message: object) -> None:
+    """Prints a message to stderr, each line with the name of the program."""
     lines = str(message).splitlines() or [type(message).__name__]
     for line in lines:
-        print(f"asyncrl-{role}: {line}", file=sys.stderr)
+        print(f"{program}: {line}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argparse parser without help of its own, whose errors say what to do."""
 
     def error(self, message: str) -> NoReturn:
@@ -186,8 +192,8 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _parser(role: str) -> _Parser:
-    parser = _Parser(prog=f"asyncrl-{role}", add_help=False, allow_abbrev=False)
+def _parser(role: str) -> Parser:
+    parser = Parser(prog=f"asyncrl-{role}", add_help=False, allow_abbrev=False)
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")

@@ -64,6 +64,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return config
 
 
+def written_keys(path: str | Path, overrides: Sequence[str] = ()) -> set[str]:
+    """The keys that the file and the overrides set; raises ConfigError as `load_config` does."""
+    written = [*_from_file(Path(path)), *(entry for override in overrides for entry in _from_override(override))]
+    return {assignment.key.name for assignment in _with_their_keys(written)}
+
+
 def to_yaml(config: Config) -> str:
     """The configuration as YAML with nothing left to resolve; `load_config` reads it back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

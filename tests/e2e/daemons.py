@@ -154,12 +154,20 @@ class Run:
 
     def start(self, role: str, *overrides: str, inside: tuple[str, ...] = ()) -> Daemon:
         """Starts one daemon by its console command; `inside` is a command that executes another, such as `ip netns`."""
+        return self.start_command(role, [*inside, str(COMMANDS / f"asyncrl-{role}")], *overrides)
+
+    def one_host(self, *overrides: str) -> Daemon:
+        """Starts learner and generators as one, by `asyncrl run`."""
+        return self.start_command("run", [sys.executable, "-m", "asyncrl.cli.main", "run"], *overrides)
+
+    def start_command(self, name: str, command: list[str], *overrides: str) -> Daemon:
         self.config_file.write_text(yaml.safe_dump(self.config))
         self._started += 1
         environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
-        command = [*inside, str(COMMANDS / f"asyncrl-{role}"), str(self.config_file), *overrides]
-        daemon = Daemon(command, self.folder, f"{role}-{self._started}", environment)
+        daemon = Daemon(
+            [*command, str(self.config_file), *overrides], self.folder, f"{name}-{self._started}", environment
+        )
         self.daemons.append(daemon)
         return daemon
 
