@@ -75,6 +75,12 @@ class ChannelError(AsyncRLError):
     """A collective of the weight plane failed, or a member vanished in it."""
 
 
+class RankLost(AsyncRLError):
+    """Another trainer rank died or does not answer, so that this one cannot go on."""
+
+    exit_code = 9
+
+
 class RewardError(AsyncRLError):
     """A reward could not be computed: it raised, hung or was not finite. Never becomes a number."""
 

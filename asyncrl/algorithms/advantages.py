@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from asyncrl.algorithms.logprobs import require_finite
-from asyncrl.errors import ShapeError
+from asyncrl.algorithms.reducer import OneRank, Reducer
+from asyncrl.errors import NonFiniteError, ShapeError
 
 
 def group_relative_advantages(
@@ -147,7 +148,9 @@ def remax_advantages(rewards: Tensor, baselines: Tensor) -> Tensor:
     return rewards - baselines
 
 
-def whiten(values: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-6) -> Tensor:
+def whiten(
+    values: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-6, ranks: Reducer | None = None
+) -> Tensor:
     """Values shifted and scaled to mean 0 and standard deviation 1 over all tokens: for the advantages of a critic.
 
     Advantage normalisation; Andrychowicz et al. 2021, "What matters for on-policy deep actor-critic methods?".
@@ -156,6 +159,7 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-6)
 
     values  [N] or [B, T]: all tokens of the whole batch
     mask    bool, shape of values: only tokens inside count, the others become 0.0. None: all count
+    ranks   who holds the other tokens of the batch. None: nobody
 
     The standard deviation is the unbiased one (divisor N - 1), as in `group_relative_advantages` and verl;
     OpenRLHF divides by N. Where all values are equal, and where there is only one, the result is exactly 0.0.
@@ -169,12 +173,21 @@ def whiten(values: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-6)
         mask = torch.ones_like(values, dtype=torch.bool)
     if values.shape != mask.shape:
         raise ShapeError(f"values and mask must share one shape; got {tuple(values.shape)} and {tuple(mask.shape)}")
-    inside = values[mask]
-    require_finite(inside, "values to whiten")
-    if not inside.numel() or bool(inside.min() == inside.max()):
+    ranks = ranks or OneRank()
+    inside = values[mask].double()
+    # Of all ranks before anything is refused: a rank that raised alone would leave the others waiting.
+    bad = (~torch.isfinite(inside)).sum(dtype=torch.float64)
+    count, total, bad = ranks.sum(torch.stack([inside.new_tensor(inside.numel()), inside.sum(), bad])).unbind()
+    if bad:
+        raise NonFiniteError(f"{int(bad)} of {int(count)} values of the values to whiten are NaN or infinite")
+    nothing = inside.new_full((1,), -torch.inf)
+    extremes = torch.stack([torch.cat([inside, nothing]).max(), torch.cat([-inside, nothing]).max()])
+    largest, smallest = ranks.largest(extremes).unbind()
+    if largest <= -smallest:
         return torch.zeros_like(values)
-    std, mean = torch.std_mean(inside)
-    return torch.where(mask, (values - mean) / (std + epsilon), 0.0)
+    mean = total / count
+    variance = ranks.sum((inside - mean).square().sum().reshape(1))[0] / (count - 1)
+    return torch.where(mask, ((values - mean) / (variance.sqrt() + epsilon)).to(values.dtype), 0.0)
 
 
 def _centred(rewards: Tensor, group_index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from asyncrl.algorithms.reducer import OneRank, Reducer
 from asyncrl.algorithms.sequences import require_same_shape, sequence_means
 
 
@@ -59,13 +60,14 @@ def opsm_mask(log_ratios: Tensor, sequence_index: Tensor, advantages: Tensor, de
     return ((advantages >= 0) | (-mean_log_ratios <= delta)) & torch.isfinite(mean_log_ratios)
 
 
-def second_moment_mask(log_ratios: Tensor, threshold: float) -> Tensor:
+def second_moment_mask(log_ratios: Tensor, threshold: float, *, ranks: Reducer | None = None) -> Tensor:
     """M2PO (Zheng et al. 2025, 2510.01161): the largest log-ratios go, until the second moment of the rest is small.
 
         stays:  the most tokens, smallest (log r)^2 first, whose mean of (log r)^2 is <= threshold
 
     log_ratios  [N] of ALL tokens of the batch, not of one micro-batch: which tokens go depends on the others
     threshold   nats squared; 0.04 in the paper
+    ranks       who holds the other tokens of the batch. None: nobody
 
     Tokens of equal (log r)^2 stay or go together, so that the order of tokens does not matter: where the bound falls
     among equals, all of them go. Where every (log r)^2 is above the threshold nothing stays; AReaL keeps one token
@@ -76,7 +78,7 @@ def second_moment_mask(log_ratios: Tensor, threshold: float) -> Tensor:
     """
     squares = log_ratios.double().square()
     squares = torch.where(torch.isfinite(squares), squares, torch.inf)
-    ascending = squares.sort().values
+    ascending = (ranks or OneRank()).gather(squares)[0].sort().values
     means = ascending.cumsum(0) / torch.arange(1, len(ascending) + 1, device=squares.device)
     # Means of ever larger values rise: those within the budget are a prefix, and the first value behind it
     # is the smallest that goes.

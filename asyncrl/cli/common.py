@@ -35,6 +35,7 @@ EXIT_CODES = {
     6: "disk: the journal or a checkpoint cannot be written or read",
     7: "the trainer died more often than learner.max_trainer_restarts allows, or while it saved at the end",
     8: "too many prompts got no group, however often they were tried: a reward that always fails, for example",
+    9: "another trainer rank was lost (asyncrl-trainer-node)",
     130: "SIGINT came before the daemon was up, or a second signal while it was ending",
     143: "SIGTERM in the same cases",
 }

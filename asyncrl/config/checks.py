@@ -145,6 +145,50 @@ def _cpus_fit_threads(config: Config) -> str | None:
     return None
 
 
+def _nodes_can_meet(config: Config) -> str | None:
+    learner = config.learner
+    if learner.nodes == 1:
+        return None
+    if not learner.port:
+        return (
+            f"learner.nodes={learner.nodes} with learner.port=0: ranks of other hosts cannot know the port at which "
+            "they meet; set learner.port, for example to 29500"
+        )
+    if is_loopback(config.weights.host):
+        return (
+            f"learner.nodes={learner.nodes} but weights.host={config.weights.host} is loopback, where other hosts "
+            "cannot meet; set weights.host to the learner's private address"
+        )
+    return None
+
+
+def _engine_can_do_it(config: Config) -> str | None:
+    learner = config.learner
+    count = learner.ranks * learner.nodes
+    if count > 1 and learner.engine == "single":
+        return (
+            f"learner.engine=single is one process, but learner.ranks={learner.ranks} x learner.nodes={learner.nodes} "
+            f"are {count}; set learner.engine=auto or fsdp"
+        )
+    if count > 1 and config.update.what == "lora" and config.update.lora_sync == "merged":
+        return (
+            f"update.lora_sync=merged with {count} trainer processes: none of them holds a whole weight to merge into; "
+            "set update.lora_sync=adapter"
+        )
+    only_fsdp = {
+        f"learner.activation_checkpointing={learner.activation_checkpointing}": learner.activation_checkpointing
+        != "none",
+        "learner.offload_optimizer=true": learner.offload_optimizer,
+    }
+    asked = [text for text, is_asked in only_fsdp.items() if is_asked]
+    single = learner.engine == "single" or (learner.engine == "auto" and count == 1 and learner.device == "cpu")
+    if single and asked:
+        return (
+            f"{asked[0]} needs learner.engine=fsdp, here it is {learner.engine} (one process); set learner.engine=fsdp"
+        )
+    return None
+
+
 def _reward_ends_before_its_lease(config: Config) -> str | None:
     reward, lease = config.generator.reward_timeout_s, config.generator.lease_timeout_s
     if reward < lease:
@@ -268,6 +312,8 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _sequence_fits_micro_batch,
     _betas_are_a_pair,
     _cpus_fit_threads,
+    _nodes_can_meet,
+    _engine_can_do_it,
     _reward_ends_before_its_lease,
     _largest_group_fits,
     _address_is_named,

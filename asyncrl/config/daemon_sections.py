@@ -85,6 +85,55 @@ class LearnerConfig:
     cpus: list[int] = key(
         [], "CPUs that desk and trainer are pinned to; empty = they are not pinned.", if_changed=ACCEPTED
     )
+    ranks: int = key(
+        1,
+        "Trainer processes on each host; they share every batch, and under learner.engine=fsdp the model too. On GPUs "
+        "one for each.",
+        minimum=1,
+        maximum=1024,
+        if_changed=ACCEPTED,
+    )
+    nodes: int = key(
+        1,
+        "Hosts with trainer processes. On the learner's own host they are started by it, on each further one by "
+        "`asyncrl-trainer-node CONFIG --node N` with N = 1, 2, ...",
+        minimum=1,
+        maximum=1024,
+        if_changed=ACCEPTED,
+    )
+    port: int = key(
+        0,
+        "TCP port of weights.host at which trainer processes meet; 0 = any free one, which is for one host only.",
+        minimum=0,
+        maximum=65535,
+        if_changed=ACCEPTED,
+    )
+    engine: str = key(
+        "auto",
+        "How the model is held: whole in one process (single), or in shards by torch's FSDP2 (fsdp); auto = fsdp with "
+        "several trainer processes and on GPUs.",
+        choices=("auto", "single", "fsdp"),
+        if_changed=ACCEPTED,
+    )
+    activation_checkpointing: str = key(
+        "none",
+        "What the backward pass computes again instead of keeping it: nothing (none), all but matrix products and "
+        "attention (selective), or each layer from its input (full). Only learner.engine=fsdp does this.",
+        choices=("none", "selective", "full"),
+        if_changed=ACCEPTED,
+    )
+    offload_optimizer: bool = key(
+        False,
+        "Keep master weights, gradients and optimizer state in the memory of the host and update them on its CPU. Only "
+        "learner.engine=fsdp does this.",
+        if_changed=ACCEPTED,
+    )
+    deterministic: bool = key(
+        False,
+        "Use only kernels that give the same bits for the same input, which GPUs pay for in speed. On CPUs it changes "
+        "nothing: there all of them do.",
+        if_changed=ACCEPTED,
+    )
     max_trainer_restarts: int = key(
         3,
         "How often in a row a trainer that died without making a new version is started again.",

@@ -33,7 +33,7 @@ from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.proofs import Proofs
 from asyncrl.desk.ranks import Ranks
 from asyncrl.desk.run_state import RunState
-from asyncrl.desk.trainer_process import TrainerProcess
+from asyncrl.desk.trainer_process import TrainerProcess, rank_layout
 from asyncrl.desk.versions import Versions
 from asyncrl.host.addresses import first_of_this_host, ipc_address, rollout_addresses
 from asyncrl.host.model_config import read_model_config, vocab_size
@@ -254,7 +254,7 @@ def _trainer_process(config: Config, config_file: Path, desk_address: str) -> Tr
         config_file,
         desk_address,
         Path(config.run.dir) / "trainer.log",
-        num_ranks=1,
+        layout=rank_layout(config),
         threads=config.learner.threads,
         max_restarts=config.learner.max_trainer_restarts,
         weights_timeout_s=config.weights.timeout_s,

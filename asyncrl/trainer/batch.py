@@ -26,6 +26,7 @@ from asyncrl.algorithms.advantages import (
 from asyncrl.algorithms.kl import kl_estimate
 from asyncrl.algorithms.layout import pad_sequences, unpad_sequences
 from asyncrl.algorithms.masks import second_moment_mask
+from asyncrl.algorithms.reducer import Reducer
 from asyncrl.algorithms.value_targets import gae, importance_weighted_gae, token_rewards, vtrace
 from asyncrl.config import Config
 from asyncrl.config.methods import chosen_kl_estimator
@@ -55,6 +56,7 @@ class MicroBatchData:
     values: Tensor | None = None  # [N], of the critic at the start of the step
     targets: Tensor | None = None  # [N]
     keep_mask: Tensor | None = None  # bool [N], False where a mask over the whole batch leaves a token out
+    is_dummy: bool = False  # takes part in the passes and counts nowhere
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +76,9 @@ class MiniBatchData:
 class Preparation:
     """Prepares batches for the engines of one step: `plan`, then `forward`, then `finish`."""
 
-    def __init__(self, config: Config, engines: Engines) -> None:
+    def __init__(self, config: Config, engines: Engines, ranks: Reducer) -> None:
+        """`ranks` reduces over those that have the other micro-batches of a plan."""
+        self._ranks = ranks
         self._algorithm = config.algorithm
         self._temperature = config.sampling.temperature
         self._engines = engines
@@ -187,26 +191,30 @@ class Preparation:
             behaviour_logprobs=behaviour_logprobs,
             policy_ages=to_device(micro_batch.policy_ages, device),
             advantages=torch.zeros_like(behaviour_logprobs),
+            is_dummy=micro_batch.is_dummy,
         )
 
     # -- after the forward passes ----------------------------------------------------------------------------------
 
     def finish(self, plan: BatchPlan, mini_batches: Sequence[MiniBatchData], kl_coef: float) -> None:
         """Fills in advantages, targets and the mask over the whole batch; `mini_batches` are `forward`'s."""
-        data = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches]
+        every = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches]
+        data = [micro_batch for micro_batch in every if not micro_batch.is_dummy]
+        for micro_batch in every:
+            micro_batch.targets = torch.zeros_like(micro_batch.advantages) if micro_batch.is_dummy else None
         if self._engines.has_critic:
             self._set_value_advantages(plan, data, kl_coef)
         else:
             self._set_sequence_advantages(plan, data, kl_coef)
         if "second_moment" in self._algorithm.masks:
-            _mask_second_moment(data, self._algorithm.second_moment)
+            _mask_second_moment(data, self._algorithm.second_moment, self._ranks)
 
     def _set_sequence_advantages(self, plan: BatchPlan, data: list[MicroBatchData], kl_coef: float) -> None:
         """Gives every token the advantage of its rollout."""
         if plan.advantages is not None:
             advantages = torch.from_numpy(plan.advantages)
         else:
-            kl = _sums_of_kl(data, plan.num_rollouts, self._kl_estimator)
+            kl = self._ranks.sum(_sums_of_kl(data, plan.num_rollouts, self._kl_estimator))
             advantages = self._sequence_advantages(plan.rewards, torch.from_numpy(plan.rewards.rewards) - kl_coef * kl)
         for micro_batch in data:
             own = advantages.to(micro_batch.advantages)[micro_batch.rollout_index]
@@ -222,7 +230,8 @@ class Preparation:
             own = rewards.to(micro_batch.advantages)[micro_batch.rollout_index]
             steps = token_rewards(own, micro_batch.sequence_index, penalties)
             micro_batch.advantages, micro_batch.targets = self._from_values(micro_batch, steps)
-        whitened = whiten(torch.cat([micro_batch.advantages for micro_batch in data]))
+        unwhitened = [micro_batch.advantages for micro_batch in data]
+        whitened = whiten(torch.cat(unwhitened) if data else torch.zeros(0), ranks=self._ranks)
         parts = whitened.split([micro_batch.num_tokens for micro_batch in data])
         for micro_batch, advantages in zip(data, parts, strict=True):
             micro_batch.advantages = advantages
@@ -286,12 +295,11 @@ def _sums_of_kl(data: list[MicroBatchData], num_rollouts: int, estimator: str) -
     return sums
 
 
-def _mask_second_moment(data: list[MicroBatchData], threshold: float) -> None:
+def _mask_second_moment(data: list[MicroBatchData], threshold: float, ranks: Reducer) -> None:
     """Sets the keep masks of M2PO. Its threshold bounds a mean over the whole batch, so all are judged together."""
     log_ratios = [batch.start_logprobs - batch.behaviour_logprobs for batch in data if batch.start_logprobs is not None]
     assert len(log_ratios) == len(data)
-    if not data:
-        return
-    keep_mask = second_moment_mask(torch.cat(log_ratios), threshold)
+    own = torch.cat(log_ratios) if log_ratios else torch.zeros(0)
+    keep_mask = second_moment_mask(own, threshold, ranks=ranks)
     for micro_batch, part in zip(data, keep_mask.split([len(ratios) for ratios in log_ratios]), strict=True):
         micro_batch.keep_mask = part

@@ -44,7 +44,8 @@ class Critic(nn.Module):
         self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.dtype_name = dtype
+        self.autocast = dtype  # as in `Policy`, and so is the next one
+        self.in_one_call = False
         self.to(device)
         if trunk is not None:
             use_packed_rows(trunk, dtype)
@@ -64,7 +65,7 @@ class Critic(nn.Module):
             hidden = actor_hidden
         else:
             device = self.head.weight.device
-            with compute_dtype(self.dtype_name, device):
-                hidden = completion_hidden(self.trunk, rows, device)
+            with compute_dtype(self.autocast, device):
+                hidden = completion_hidden(self.trunk, rows, device, in_one_call=self.in_one_call)
         values: Tensor = self.head(hidden.to(self.head.weight.dtype))
         return values.squeeze(-1)

@@ -56,6 +56,7 @@ class MicroBatch:
     rollout_index: np.ndarray  # int64 [S], which rollout each completion is, counted over all groups
     behaviour_logprobs: np.ndarray  # float32 [N]
     policy_ages: np.ndarray  # int64 [N]
+    is_dummy: bool = False  # takes part in the passes, so that all ranks make as many, and counts nowhere
 
 
 @dataclass(frozen=True, slots=True)

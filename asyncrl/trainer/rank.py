@@ -2,24 +2,28 @@
 
     asks for the batch of version v → step → version v+1 → snapshot for the publisher → checkpoint if told → asks again
 
+Where there are several, rank 0 is the one that does so, and the others follow it: see `trainer.world`.
+
 Started by the desk (`desk.trainer_process`) as ``python -m asyncrl.trainer.rank CONFIG DESK_ADDRESS``. The desk
 may restart it at any time: it comes back with the newest checkpoint and is given the steps after it from the journal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
-from asyncrl.errors import AsyncRLError, CheckpointError, UserError
+from asyncrl.errors import AsyncRLError, CheckpointError, ConfigError, RankLost, UserError
 from asyncrl.host.processes import die_with_parent, leave, pin_to
 from asyncrl.link.codec import decode_body
 from asyncrl.link.messages import GroupResult
@@ -38,41 +42,46 @@ from asyncrl.link.trainer_messages import (
 from asyncrl.link.weight_records import Placement
 from asyncrl.metrics.types import REWARD_PART
 from asyncrl.storage.checkpoint_files import is_empty, unreadable
+from asyncrl.trainer.agreement import CHECK_EVERY, check_agreement, check_start
 from asyncrl.trainer.checkpoint import SAVE_TIMEOUT_S, load_checkpoint
-from asyncrl.trainer.checkpoint_writer import CheckpointWriter
+from asyncrl.trainer.checkpoint_writer import CheckpointPeers, CheckpointWriter
+from asyncrl.trainer.engines.base import Engines
+from asyncrl.trainer.engines.fsdp import load_fsdp_engines
 from asyncrl.trainer.engines.single import load_engines
 from asyncrl.trainer.step import StepRunner
+from asyncrl.trainer.world import Order, RankPlace, World, is_loss
 from asyncrl.types import FinishReason, Group, means_of_parts
 from asyncrl.weights.bytes.memory import placement
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from asyncrl.weights.channels.rendezvous import first_line
 from asyncrl.weights.publisher import Publisher
 
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # a request that was lost is repeated after this long
 CANARY_LENGTH = 32
+CHECKPOINT_DEADLINE_S = 1800.0  # how long a rank may write its part of a checkpoint while the others wait for it
 
 
 class Rank:
-    """One rank: the steps, and the link to the desk. Rank 0 also publishes and checkpoints."""
+    """One rank: the steps and its part of checkpoints; on rank 0 the link to the desk and the publisher as well."""
 
-    def __init__(self, config: Config, desk_address: str, rank: int, world_size: int) -> None:
+    def __init__(self, config: Config, desk_address: str, device: torch.device, world: World) -> None:
         """Loads the initial model, or the newest checkpoint of this run.
 
         Raises ModelError, ConfigError and CheckpointError for what the user must put right.
         """
         self.config = config
         self.desk_address = desk_address
-        self.rank = rank
-        self.world_size = world_size
+        self.world = world
         self.run_dir = Path(config.run.dir)
-        self.link = TrainerLink(desk_address)
         torch.manual_seed(config.run.seed)
-        engines = load_engines(config, _device(config.learner.device))
+        engines = _load_engines(config, device, world)
         self.actor = engines.actor
-        self.runner = StepRunner(engines, config)
+        self.runner = StepRunner(engines, config, world=world)
         checkpoints = self.run_dir / "checkpoints"
-        restored = load_checkpoint(checkpoints, self.runner)
+        peers = CheckpointPeers(world.new_group(CHECKPOINT_DEADLINE_S))
+        restored = load_checkpoint(checkpoints, self.runner, peers=peers)
         if restored is None and not is_empty(checkpoints):
             raise CheckpointError(unreadable(checkpoints))
         if restored is not None:
@@ -80,19 +89,24 @@ class Rank:
         self.desk_state = b"" if restored is None else restored.desk_state
         length = min(CANARY_LENGTH, config.model.max_length)
         self.canary = self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed)
-        self.checkpoints = CheckpointWriter(checkpoints, self.runner, keep=config.checkpoint.keep)
+        self.checkpoints = CheckpointWriter(checkpoints, self.runner, keep=config.checkpoint.keep, peers=peers)
         self._checkpoint_due = False
         self.publisher: Publisher | None = None
         self.run_epoch = 0
+        check_agreement(world, self.runner)
+        world.hurry()
 
     def run(self) -> int:
         """Trains until the desk says stop. Returns the exit code."""
+        return self._lead() if self.world.rank == 0 else self._follow()
+
+    def _lead(self) -> int:
+        self.link = TrainerLink(self.desk_address)
         welcome = self._greet()
         self.run_epoch = welcome.run_epoch
-        if self.rank == 0:
-            self.publisher = self._start_publisher(welcome.replay_to)
+        self.publisher = self._start_publisher(welcome.replay_to)
         while True:
-            answer, idle_s = self._ask(BatchRequest(self.rank, self.runner.version))
+            answer, idle_s = self._ask(BatchRequest(0, self.runner.version))
             match answer:
                 case Batch():
                     self._train(answer, idle_s)
@@ -101,10 +115,47 @@ class Rank:
                 case _:
                     log.warning("unexpected %s from the desk", type(answer).__name__)
 
+    # -- all ranks -------------------------------------------------------------------------------------------------
+
+    def _follow(self) -> int:
+        """Does what rank 0 does, as far as it takes all ranks."""
+        while True:
+            order, number = self.world.listen()
+            if order is Order.STEP:
+                assert number == self.runner.version, (number, self.runner.version)
+                self.runner.follow()
+            elif order is Order.STOP:
+                self.checkpoints.finished(SAVE_TIMEOUT_S)
+                self.world.close()
+                return 0
+            else:
+                self._take_part(order)
+
+    def _all(self, order: Order) -> None:
+        """Rank 0: tells the others to take part in something, and does so itself."""
+        self.world.tell(order)
+        self._take_part(order)
+
+    def _take_part(self, order: Order) -> None:
+        match order:
+            case Order.SCORE:
+                self._canary_logprobs = self.actor.score(self.canary)
+            case Order.GATHER:
+                self.actor.gather()
+            case Order.CHECKPOINT:
+                self.checkpoints.begin(run_epoch=self.run_epoch, desk_state=self.desk_state)
+            case Order.EXPORT:
+                self.actor.export(self.run_dir / "export", Path(self.config.model.path))
+            case Order.CHECK:
+                check_agreement(self.world, self.runner)
+            case _:
+                raise AssertionError(f"{order!r} is no order to take part in")
+
     # -- start -----------------------------------------------------------------------------------------------------
 
     def _greet(self) -> TrainerWelcome:
-        hello = TrainerHello(self.rank, self.world_size, self.runner.version, os.getpid(), self._placement())
+        # One to the desk, however many there are: it deals whole batches.
+        hello = TrainerHello(0, 1, self.runner.version, os.getpid(), self._placement())
         answer, _ = self._ask(hello)
         if not isinstance(answer, TrainerWelcome):
             raise AsyncRLError(f"the desk answered a trainer's hello with {type(answer).__name__}")
@@ -121,6 +172,7 @@ class Rank:
     def _start_publisher(self, replay_to: int) -> Publisher:
         """Publishes the version there is, unless steps up to `replay_to` are to be made again first."""
         config = self.config
+        self._all(Order.GATHER)
         publisher = Publisher(
             self.desk_address,
             self._snapshot_buffer(),
@@ -130,7 +182,8 @@ class Rank:
         )
         publisher.start()
         if self.runner.version >= replay_to:
-            publisher.publish(self.runner.version, self.actor.score(self.canary))
+            self._all(Order.SCORE)
+            publisher.publish(self.runner.version, self._canary_logprobs)
         return publisher
 
     def _snapshot_buffer(self) -> SnapshotBuffer:
@@ -155,6 +208,7 @@ class Rank:
             return
         started = time.monotonic()
         groups = [result_to_group(decode_body(GroupResult, body)) for body in batch.groups]
+        self.world.tell(Order.STEP, self.runner.version)
         result = self.runner.step(groups)
         step_s = time.monotonic() - started
         metrics = result.metrics | outcome_metrics(groups)
@@ -162,9 +216,13 @@ class Rank:
         if self.publisher and batch.publish:
             self._check_publisher()
             began = time.monotonic()
-            self.publisher.publish(result.version, self.actor.score(self.canary))
+            self._all(Order.SCORE)
+            self._all(Order.GATHER)
+            self.publisher.publish(result.version, self._canary_logprobs)
             metrics["publish_blocked_ms"] = (time.monotonic() - began) * 1e3
         self.link.send(StepDone(result.version, metrics, step_s, idle_s))
+        if result.version % CHECK_EVERY == 0:
+            self._all(Order.CHECK)
         self._checkpoint(batch.checkpoint)
 
     def _check_publisher(self) -> None:
@@ -183,14 +241,15 @@ class Rank:
             log.info("version %d is not saved yet: the checkpoint before is still being written", self.runner.version)
             return
         self._checkpoint_due = False
-        self.checkpoints.begin(run_epoch=self.run_epoch, desk_state=self.desk_state)
+        self._all(Order.CHECKPOINT)
 
     def _report_checkpoint(self, timeout_s: float = 0.0) -> str:
         """Tells the desk of a checkpoint that is durable, or failed: training then goes on with the older ones intact.
 
         Returns what failed. With timeout_s, waits that long for one that is being written.
         """
-        saved = self.checkpoints.finished(timeout_s)
+        with self.world.others_wait() if timeout_s else contextlib.nullcontext():
+            saved = self.checkpoints.finished(timeout_s)
         if saved is None:
             return f"a checkpoint is not written after {timeout_s:.0f} s" if self.checkpoints.is_busy else ""
         if saved.error:
@@ -215,10 +274,12 @@ class Rank:
         try:
             problem = self._report_checkpoint(SAVE_TIMEOUT_S)
             if stop.checkpoint and self.desk_state and not self.checkpoints.is_busy:
-                self.checkpoints.begin(run_epoch=self.run_epoch, desk_state=self.desk_state)
+                self._all(Order.CHECKPOINT)
                 problem = self._report_checkpoint(SAVE_TIMEOUT_S)
-            if stop.export and self.rank == 0:
-                self.actor.export(self.run_dir / "export", Path(self.config.model.path))
+            if stop.export:
+                self._all(Order.EXPORT)
+            self.world.tell(Order.STOP)
+            self.world.close()
         finally:
             self.link.close(flush_s=5.0)
         if problem:
@@ -233,6 +294,7 @@ class Rank:
         """
         started = time.monotonic()
         while True:
+            self.world.tell(Order.WAIT)
             self.link.send(request)
             if (message := self.link.receive(ASK_AGAIN_S)) is not None:
                 return message, time.monotonic() - started
@@ -249,12 +311,39 @@ def outcome_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return figures | {"truncated_share": truncated / len(rollouts)}
 
 
-def _device(name: str) -> torch.device:
+def _load_engines(config: Config, device: torch.device, world: World) -> Engines:
+    learner = config.learner
+    if learner.engine == "fsdp" or (learner.engine == "auto" and (world.size > 1 or device.type == "cuda")):
+        return load_fsdp_engines(config, device, world)
+    if learner.activation_checkpointing != "none" or learner.offload_optimizer:
+        raise ConfigError(
+            "learner.activation_checkpointing and learner.offload_optimizer need learner.engine=fsdp; with one process "
+            "on a CPU learner.engine=auto is single"
+        )
+    return load_engines(config, device)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    """The device of this rank; on a GPU also torch's own choice of it, for streams, events and libraries."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"learner.ranks: rank {local_rank} of this host has no GPU of its own, there are "
+            f"{torch.cuda.device_count()}; lower learner.ranks, or show more by CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _be_deterministic() -> None:
+    """Before the first call of CUDA. Kernels that have no deterministic form raise from now on."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # it would write every buffer once more
 
 
 def main() -> int:
@@ -262,18 +351,31 @@ def main() -> int:
     die_with_parent()
     config_file, desk_address = sys.argv[1:3]
     config = load_config(config_file, [])
-    logging.basicConfig(
-        level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    place = RankPlace.from_environment()
+    who = f"rank {place.rank} " if place.size > 1 else ""
+    form = f"%(asctime)s {who}%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=config.log.level.upper(), format=form, stream=sys.stderr)
     pin_to(config.learner.cpus, "learner.cpus")
     torch.set_num_threads(config.learner.threads)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if config.learner.deterministic:
+        _be_deterministic()
+    world = World.alone()
     try:
-        return Rank(config, desk_address, rank, world_size).run()
+        device = _device(config.learner.device, place.local_rank)
+        world = World.form(place, device)
+        check_start(world, config)
+        return Rank(config, desk_address, device, world).run()
     except (UserError, CheckpointError) as error:
         # Starting again would end the same way: the desk tells the user instead.
         print(f"{LAST_WORDS}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except (RankLost, RuntimeError) as error:
+        if not is_loss(error):
+            raise
+        silent = world.silent_ranks()
+        no_sign = f"; no sign of life of rank {', '.join(map(str, silent))}" if silent else ""
+        log.error("another trainer rank is lost%s: %s", no_sign, first_line(error))
+        return RankLost.exit_code
 
 
 if __name__ == "__main__":

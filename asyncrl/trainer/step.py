@@ -25,7 +25,10 @@ from asyncrl.trainer.batch import MicroBatchData, MiniBatchData, Preparation
 from asyncrl.trainer.engines.base import Engines, EngineState, Gradients, Outputs, Want
 from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import sorted_groups
+from asyncrl.trainer.plan import BatchPlan
+from asyncrl.trainer.shares import deal, pack_share, unpack_share
 from asyncrl.trainer.step_metrics import batch_metrics, layout_metrics, update_metrics
+from asyncrl.trainer.world import World
 from asyncrl.types import Group
 
 
@@ -51,8 +54,11 @@ class StepState:
 class StepRunner:
     """Makes steps with the engines of actor and critic: it knows the method, they know the models."""
 
-    def __init__(self, engines: Engines, config: Config, *, version: int = 0) -> None:
-        """`engines` hold the models of `version`. Log-probs are taken at the temperature of sampling."""
+    def __init__(self, engines: Engines, config: Config, *, version: int = 0, world: World | None = None) -> None:
+        """`engines` hold the models of `version`. Log-probs are taken at the temperature of sampling.
+
+        world  the ranks that make each step together; None: this one alone
+        """
         algorithm = config.algorithm
         assert engines.actor.has_reference or algorithm.kl_coef == 0.0, "kl_coef > 0 needs a reference policy"
         assert engines.has_critic == (algorithm.advantage == "gae"), "a critic, and only for algorithm.advantage=gae"
@@ -60,11 +66,12 @@ class StepRunner:
         self.engines = engines
         self.version = version
         self.kl_coef = algorithm.kl_coef
-        self.preparation = Preparation(config, engines)
+        self.world = world or World.alone()
+        self.preparation = Preparation(config, engines, self.world)
         self._objective = ActorObjective(config)
 
     def step(self, groups: Sequence[Group]) -> StepResult:
-        """Trains on one batch: weights and optimizer state move to version + 1.
+        """Trains on one batch: weights and optimizer state move to version + 1. Rank 0 has the batch; others `follow`.
 
         Raises NonFiniteError when a log-prob, a loss or a gradient is NaN or infinite, and ShapeError or
         ProtocolError when a group does not fit (see `pack_groups`). If that happens before the first update, and
@@ -73,18 +80,29 @@ class StepRunner:
         groups, version = sorted_groups(groups), self.version
         plan = self.preparation.plan(groups, version)
         assert plan.num_tokens > 0, "a step needs at least one group"
-        mini_batches = self.preparation.forward(plan)
-        self.preparation.finish(plan, mini_batches, self.kl_coef)
-        lr = warmed_up_lr(self.config.learner.lr, self.config.learner.lr_warmup_steps, version)
-        self.engines.actor.set_lr(lr)
-        updates = [self._update(mini_batch) for _ in range(self.config.learner.epochs) for mini_batch in mini_batches]
-        metrics = batch_metrics(groups, plan.is_flat, version) | update_metrics(updates)
-        metrics |= layout_metrics(plan) | {"lr": lr}
+        own = plan
+        if self.world.size > 1:
+            own = unpack_share(self.world.scatter([pack_share(share) for share in deal(plan, self.world.size)]))
+        metrics = batch_metrics(groups, plan.is_flat, version) | layout_metrics(plan)
         if self.config.algorithm.advantage in COMPARING:
             metrics["zero_variance_share"] = float(plan.is_flat.mean())
+        return StepResult(self.version + 1, metrics | self._train(own))
+
+    def follow(self) -> None:
+        """Takes this rank's part in the step that rank 0 makes; raises as `step` does, NonFiniteError on all ranks."""
+        self._train(unpack_share(self.world.scatter(None)))
+
+    def _train(self, plan: BatchPlan) -> dict[str, float]:
+        """All updates of a step, from this rank's share of its plan. The figures are those of all ranks."""
+        mini_batches = self.preparation.forward(plan)
+        self.preparation.finish(plan, mini_batches, self.kl_coef)
+        lr = warmed_up_lr(self.config.learner.lr, self.config.learner.lr_warmup_steps, self.version)
+        self.engines.actor.set_lr(lr)
+        updates = [self._update(mini_batch) for _ in range(self.config.learner.epochs) for mini_batch in mini_batches]
+        metrics = update_metrics(updates) | {"lr": lr}
         metrics |= self._adapt_kl(metrics)
-        self.version = version + 1
-        return StepResult(self.version, metrics)
+        self.version += 1
+        return metrics
 
     def state(self) -> StepState:
         """Version, weights, optimizer and random state."""
@@ -134,10 +152,12 @@ class StepRunner:
         temperature, max_norm = self.config.sampling.temperature, self.config.learner.grad_clip
 
         def actor_loss(index: int, outputs: Outputs) -> tuple[Tensor, Sums]:
-            return self._actor_loss(mini_batch, index, outputs)
+            loss, sums = self._actor_loss(mini_batch, index, outputs)
+            return _without_weight(outputs, sums) if mini_batch.micro_batches[index].is_dummy else (loss, sums)
 
         def critic_loss(index: int, outputs: Outputs) -> tuple[Tensor, Sums]:
-            return self._critic_loss(mini_batch, index, outputs)
+            loss, sums = self._critic_loss(mini_batch, index, outputs)
+            return _without_weight(outputs, sums) if mini_batch.micro_batches[index].is_dummy else (loss, sums)
 
         want = Want(logprobs=True, values=actor.has_values)
         gradients = actor.accumulate(
@@ -191,6 +211,13 @@ class StepRunner:
 def warmed_up_lr(lr: float, warmup_steps: int, version: int) -> float:
     """Learning rate of the step from `version`: linear up to `lr` at the last warm-up step, then constant."""
     return lr * min(1.0, (version + 1) / (warmup_steps + 1))
+
+
+def _without_weight(outputs: Outputs, sums: Sums) -> tuple[Tensor, Sums]:
+    """Loss and sums of a dummy: nothing, but with a backward pass of its own, and the names that all ranks have."""
+    present = (outputs.logprobs, outputs.entropies, outputs.values)
+    loss = sum((values.sum() for values in present if values is not None), torch.zeros(()))
+    return 0.0 * loss, {name: torch.zeros_like(value) for name, value in sums.items()}
 
 
 def _require_finite(gradients: Gradients) -> None:

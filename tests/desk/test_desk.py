@@ -46,7 +46,6 @@ class World:
             folder / "c",
             "ipc:///n",
             folder / "log",
-            num_ranks=1,
             threads=1,
             max_restarts=1,
             weights_timeout_s=5.0,
@@ -61,7 +60,8 @@ class World:
     def trainer(self, code=""):
         """The trainer's process is at work, or about to end as `code` says."""
         code = code or "import signal; signal.pause()"
-        self.process._process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        self.process.ranks._children = [subprocess.Popen([sys.executable, "-c", code], start_new_session=True)]
+        self.process._watched = True
 
     def asks_from(self, version, peer=b"trainer"):
         """A trainer that said hello asks for the batch of `version`."""
@@ -72,7 +72,7 @@ class World:
         """The run is over, and the trainer ends by itself."""
         self.asks_from(STEPS)
         assert not self.desk._over(0.0), "it still saves"
-        self.process._process.wait()
+        self.process.ranks.wait(60.0)
         return self.desk._over(1.0)
 
     def close(self):
@@ -161,7 +161,7 @@ def test_a_last_checkpoint_that_failed_on_a_signal_is_an_error(world):
     (world.folder / "log").write_text(f"{LAST_WORDS}no space left on device")
     world.trainer("raise SystemExit(6)")
     world.stop.received = signal.SIGTERM
-    world.process._process.wait()
+    world.process.ranks.wait(60.0)
     with pytest.raises(CheckpointError, match="^no space left on device"):
         world.desk._over(0.0)
 

@@ -27,7 +27,7 @@ import signal, sys
 from pathlib import Path
 from asyncrl.desk.trainer_process import TrainerProcess
 folder = Path(sys.argv[1])
-counts = {"num_ranks": 1, "threads": 1, "max_restarts": 0}
+counts = {"threads": 1, "max_restarts": 0}
 trainer = TrainerProcess(folder / "missing", "ipc:///nowhere", folder / "log", weights_timeout_s=5.0, **counts)
 trainer.start()
 print(trainer.pid, flush=True)
@@ -60,7 +60,6 @@ def make(folder: Path, max_restarts: int, **seams: Any) -> TrainerProcess:
         folder / "missing.yaml",
         "ipc:///nowhere",
         folder / "trainer.log",
-        num_ranks=1,
         threads=1,
         max_restarts=max_restarts,
         weights_timeout_s=7.0,

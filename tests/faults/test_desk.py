@@ -424,7 +424,7 @@ def die_of(world, version, now):
     world.desk.ranks.decide(now)
     world.desk.ranks.deal()
     world.trainer("raise SystemExit(1)")
-    world.process._process.wait()
+    world.process.ranks.wait(60.0)
     world.desk._watch_trainer(now)
     world.process._restart_at = None  # the next one is started by hand
 
@@ -461,7 +461,7 @@ def test_R2_a_new_version_sets_the_count_back(desk):
 def test_R2_a_trainer_that_dies_while_it_loads_blames_no_batch(desk):
     for now in (1.0, 2.0):
         desk.trainer("raise SystemExit(1)")
-        desk.process._process.wait()
+        desk.process.ranks.wait(60.0)
         if now == 1.0:
             desk.desk._watch_trainer(now)
             desk.process._restart_at = None

@@ -304,7 +304,6 @@ class SimulatedProcess(TrainerProcess):
             place.run_dir / "config.yaml",
             "ipc",
             place.run_dir / "trainer.log",
-            num_ranks=1,
             threads=1,
             max_restarts=max_restarts,
             weights_timeout_s=5.0,
@@ -315,13 +314,15 @@ class SimulatedProcess(TrainerProcess):
 
     def start(self) -> None:
         self.trainer = Trainer(self._place)
-        self._process: Any = _TaskAsProcess(self.trainer)
-        self._restart_at = None
+        child: Any = _TaskAsProcess(self.trainer)
+        self.ranks._children = [child]
+        self._watched, self._restart_at = True, None
 
     def die(self, code: int) -> None:
         """The trainer's process ends at once."""
-        if self._process is not None:
-            self._process.die(code)
+        child: Any
+        for child in self.ranks._children:
+            child.die(code)
 
 
 class _TaskAsProcess:

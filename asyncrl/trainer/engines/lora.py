@@ -59,13 +59,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes as if it had no adapters. Not while a backward pass runs."""
     layers = [layer for _, layer in adapter_layers(model)]
     assert layers, "the model has no adapters"
+    # Not by PEFT's `enable_adapters`, which also changes what requires a gradient: a sharded model takes note of that.
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def adapted_weights(model: nn.Module) -> dict[str, AdaptedWeight]:

@@ -40,7 +40,11 @@ class TrainedPart:
             # A batch without gradient is a step like any other: momentum and weight decay act on it too.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return float(nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # of all ranks
+        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        return float(norm)
 
     def state(self) -> PartState:
         """All that training changes, by reference."""

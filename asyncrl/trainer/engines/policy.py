@@ -80,11 +80,12 @@ class Policy:
         self.model = model.eval()
         self.dtype = dtype
         self.source = source
+        self.in_one_call = False  # see `completion_hidden`
         self.update = UpdateConfig()  # what of the model is trained
         head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise ModelError(f"{type(model).__name__}: a head without bias is needed to compute log-probs from it")
-        self.head_weight: torch.nn.Parameter = head.weight
+        self.autocast = dtype  # what passes take float32 weights as; float32 where these are what they compute with
         if self.device.type == "cuda" and dtype == "bfloat16":
             # The float32 head would run without tensor cores; TF32 keeps 10 bits of mantissa, bfloat16 has 7.
             torch.set_float32_matmul_precision("high")
@@ -103,6 +104,12 @@ class Policy:
         module: torch.nn.Module = model  # transformers decorates its own `to` so that its types are lost
         module.to(torch.device(device))
         return cls(model, dtype=dtype, source=files.folder)
+
+    @property
+    def head_weight(self) -> torch.nn.Parameter:
+        """The head [V, H]. Asked for each time: in a sharded model it is whole only during a forward pass."""
+        weight: torch.nn.Parameter = self.model.get_output_embeddings().weight
+        return weight
 
     @property
     def device(self) -> torch.device:
@@ -191,8 +198,8 @@ class Policy:
 
     def hidden(self, rows: Rows | DeviceRows) -> Tensor:
         """Final hidden state that each completion token is predicted from, [N, H]; carries the gradient."""
-        with compute_dtype(self.dtype, self.device):
-            return completion_hidden(self.model.base_model, rows, self.device)
+        with compute_dtype(self.autocast, self.device):
+            return completion_hidden(self.model.base_model, rows, self.device, in_one_call=self.in_one_call)
 
     def logprobs_from(self, hidden: Tensor, rows: Rows | DeviceRows, temperature: float) -> tuple[Tensor, Tensor]:
         """`logprobs` of `rows` from their hidden states [N, H], for callers that use those twice."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -12,21 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncrl.algorithms.losses import Sums, merge_sums
 from asyncrl.config import Config
 from asyncrl.storage.tensor_files import FileProof
 from asyncrl.trainer.critic import Critic, load_critic
 from asyncrl.trainer.engines.base import (
     Engines,
-    EngineState,
-    Gradients,
-    LossFunction,
     ModelIdentity,
     Outputs,
     Want,
 )
 from asyncrl.trainer.engines.device_rows import DeviceRows
 from asyncrl.trainer.engines.export import export_model, read_trained, write_model
+from asyncrl.trainer.engines.gradient_loop import GradientLoop
 from asyncrl.trainer.engines.part import TrainedPart
 from asyncrl.trainer.engines.policy import Policy, Reference, load_policy
 from asyncrl.trainer.engines.trainable import describe_update
@@ -55,82 +51,7 @@ def engines_for(
     return Engines(SinglePolicyEngine(policy, config, reference=reference), SingleCriticEngine(critic, config))
 
 
-class _SingleEngine(ABC):
-    """What the engines of actor and critic have in common; see `ModelEngine` for the methods."""
-
-    def __init__(self, policy: TrainedPart | None, critic: TrainedPart | None) -> None:
-        self._policy = policy
-        self._critic = critic
-        self._pending: list[TrainedPart] = []  # parts whose gradients wait for `update` or `discard`
-
-    @abstractmethod
-    def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
-        """One forward pass; without `train_policy` the policy's part of it leaves no graph."""
-
-    def forward(self, rows: Sequence[Rows | DeviceRows], want: Want, temperature: float) -> list[Outputs]:
-        """See `ModelEngine.forward`."""
-        with torch.no_grad():
-            return [self._outputs(batch, want, temperature, train_policy=False) for batch in rows]
-
-    def accumulate(
-        self,
-        rows: Sequence[Rows | DeviceRows],
-        want: Want,
-        temperature: float,
-        loss: LossFunction,
-        *,
-        max_norm: float,
-        train_policy: bool = True,
-    ) -> Gradients:
-        """See `ModelEngine.accumulate`."""
-        self.discard()
-        policy, critic = self._policy if train_policy else None, self._critic
-        self._pending = [part for part in (policy, critic) if part is not None]
-
-        def backward(index: int, batch: Rows | DeviceRows) -> Sums:
-            total, sums = loss(index, self._outputs(batch, want, temperature, train_policy=train_policy))
-            if self._pending:
-                torch.autograd.backward(total)
-            return sums
-
-        sums: Sums = {}
-        for index, batch in enumerate(rows):
-            sums = merge_sums(sums, backward(index, batch))
-        return Gradients(
-            sums,
-            policy_norm=None if policy is None else policy.clip(max_norm),
-            critic_norm=None if critic is None else critic.clip(max_norm),
-        )
-
-    def update(self) -> None:
-        """See `ModelEngine.update`."""
-        for part in self._pending:
-            part.optimizer.step()
-        self.discard()
-
-    def discard(self) -> None:
-        """See `ModelEngine.discard`."""
-        for part in (self._policy, self._critic):
-            if part is not None:
-                part.optimizer.zero_grad(set_to_none=True)
-        self._pending = []
-
-    def state(self) -> EngineState:
-        """See `ModelEngine.state`."""
-        return EngineState(
-            policy=None if self._policy is None else self._policy.state(),
-            critic=None if self._critic is None else self._critic.state(),
-        )
-
-    def load_state(self, state: EngineState) -> None:
-        """See `ModelEngine.load_state`."""
-        for part, part_state in ((self._policy, state.policy), (self._critic, state.critic)):
-            if part is not None:
-                assert part_state is not None, "the state lacks a part of this engine"
-                part.load(part_state)
-
-
-class SinglePolicyEngine(_SingleEngine):
+class SinglePolicyEngine(GradientLoop):
     """A policy, the reference it is compared with, and a value head on its hidden states; see `PolicyEngine`."""
 
     def __init__(
@@ -138,7 +59,7 @@ class SinglePolicyEngine(_SingleEngine):
     ) -> None:
         learner = config.learner
         part = TrainedPart(policy.trained_parameters(), policy.checkpoint_tensors(), learner, learner.lr)
-        super().__init__(part, None if value_head is None else _critic_part(value_head, config))
+        super().__init__(part, None if value_head is None else critic_part(value_head, config))
         self.optimizer = part.optimizer
         self.policy = policy
         self.reference = reference
@@ -207,6 +128,9 @@ class SinglePolicyEngine(_SingleEngine):
         scores[1::2] = self.policy.score(sequences[1::2])
         return scores
 
+    def gather(self) -> None:
+        """See `PolicyEngine.gather`."""
+
     def export(self, folder: Path, source: Path | None) -> None:
         """See `PolicyEngine.export`."""
         export_model(self.policy, source, folder)
@@ -221,20 +145,15 @@ class SinglePolicyEngine(_SingleEngine):
 
     def saved_bytes(self) -> int:
         """See `PolicyEngine.saved_bytes`."""
-        trained: int = sum(tensor.nbytes for tensor in self.policy.checkpoint_tensors().values())
-        if self.policy.update.what == "full":
-            return trained
-        count: int = sum(parameter.numel() for parameter in self.policy.model.parameters())
-        element_bytes = 2 if self.policy.dtype == "bfloat16" else 4
-        return trained + count * element_bytes
+        return saved_bytes(self.policy)
 
 
-class SingleCriticEngine(_SingleEngine):
+class SingleCriticEngine(GradientLoop):
     """A critic with a trunk of its own; see `ModelEngine`."""
 
     def __init__(self, critic: Critic, config: Config) -> None:
         assert not critic.is_shared, "a critic on the actor's hidden states is part of the actor's engine"
-        super().__init__(None, _critic_part(critic, config))
+        super().__init__(None, critic_part(critic, config))
         self.critic = critic
 
     @property
@@ -252,7 +171,18 @@ class SingleCriticEngine(_SingleEngine):
         return Outputs(values=self.critic.values(rows))
 
 
-def _critic_part(critic: Critic, config: Config) -> TrainedPart:
+def saved_bytes(policy: Policy) -> int:
+    """See `PolicyEngine.saved_bytes`."""
+    trained: int = sum(tensor.nbytes for tensor in policy.checkpoint_tensors().values())
+    if policy.update.what == "full":
+        return trained
+    count: int = sum(parameter.numel() for parameter in policy.model.parameters())
+    element_bytes = 2 if policy.dtype == "bfloat16" else 4
+    return trained + count * element_bytes
+
+
+def critic_part(critic: Critic, config: Config) -> TrainedPart:
+    """What is trained of a critic."""
     parameters = dict(critic.named_parameters())
     weights = {name: parameter.data for name, parameter in parameters.items()}
     return TrainedPart(parameters, weights, config.learner, config.critic.lr)

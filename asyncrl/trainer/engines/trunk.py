@@ -68,10 +68,14 @@ def is_packed(trunk: nn.Module) -> bool:
     return bool(config._attn_implementation == PACKED)
 
 
-def completion_hidden(trunk: nn.Module, rows: Rows | DeviceRows, device: torch.device) -> Tensor:
+def completion_hidden(
+    trunk: nn.Module, rows: Rows | DeviceRows, device: torch.device, *, in_one_call: bool = False
+) -> Tensor:
     """Final hidden states of a transformer at the places completion tokens are predicted from, [N, H].
 
-    `rows` are plain ones where the trunk is not packed.
+    rows         plain ones where the trunk is not packed
+    in_one_call  call the trunk once, whatever the rows are: for ranks that must all make as many calls. One that is not
+                 packed computes padding then
     """
     rows = on_device(rows, device)
     if is_packed(trunk):
@@ -86,12 +90,24 @@ def completion_hidden(trunk: nn.Module, rows: Rows | DeviceRows, device: torch.d
         ).last_hidden_state[0]
     else:
         assert rows.layout.segment_ids is None, "a model that is not packed has no shared rows"
+        if in_one_call:
+            return _padded_hidden(trunk, rows).index_select(0, rows.predictor)
         parts = []
         for run in rows.layout.runs:
             inputs = rows.input_ids[run.start : run.start + run.count * run.length].view(run.count, run.length)
             parts.append(trunk(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1))
         hidden = torch.cat(parts)
     return hidden.index_select(0, rows.predictor)
+
+
+def _padded_hidden(trunk: nn.Module, rows: DeviceRows) -> Tensor:
+    """Hidden states of all inputs [T, H] by one call: rows padded on the right, where causal attention never looks."""
+    lengths = torch.tensor(rows.layout.lengths, device=rows.input_ids.device)
+    inside = torch.arange(rows.layout.longest, device=lengths.device) < lengths[:, None]
+    inputs = rows.input_ids.new_zeros(inside.shape)
+    inputs[inside] = rows.input_ids
+    hidden: Tensor = trunk(input_ids=inputs, use_cache=False).last_hidden_state
+    return hidden[inside]
 
 
 def compute_dtype(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -70,7 +70,6 @@ def serve(folder: Path) -> int:
             folder,  # which a stub trainer takes in the place of a configuration file
             trainer.address,
             run_dir / "trainer.log",
-            num_ranks=1,
             threads=1,
             max_restarts=config.learner.max_trainer_restarts,
             weights_timeout_s=config.weights.timeout_s,

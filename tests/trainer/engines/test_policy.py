@@ -116,7 +116,7 @@ def test_weights_stored_in_bfloat16_become_float32_masters(tmp_path):
 
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_log_probs():
     exact, half = tiny_policy(), tiny_policy()
-    half.dtype = "bfloat16"
+    half.autocast = "bfloat16"
     tokens = [list(range(12))]
     assert_near(half.score(tokens)[0], exact.score(tokens)[0], torch.bfloat16, steps=4)
     assert half.score(tokens)[0].dtype == np.float32

@@ -1,0 +1,88 @@
+"""What all ranks must have alike, compared now and then: a rank that differs is named where it begins to.
+
+Weights and optimizer state are in one place each, and cannot differ. What every rank keeps for itself can: the version,
+coefficients, random state, buffers of the model, and at the start the configuration and the libraries.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import asyncrl
+from asyncrl.config import Config
+from asyncrl.errors import AsyncRLError, ConfigError
+from asyncrl.trainer.step import StepRunner
+from asyncrl.trainer.world import World
+
+CHECK_EVERY = 10  # steps
+
+
+def check_start(world: World, config: Config) -> None:
+    """Raises ConfigError unless all ranks have what decides the steps alike: keys and versions of libraries."""
+    # Of these each host has its own.
+    learner = replace(config.learner, cpus=[], threads=1, device="")
+    sections = {
+        "learner": asdict(learner),
+        "algorithm": asdict(config.algorithm),
+        "critic": asdict(config.critic),
+        "update": asdict(config.update),
+        "sampling": asdict(config.sampling),
+        "model": asdict(config.model),
+        "run.seed": config.run.seed,
+        "weights.canary_sequences": config.weights.canary_sequences,
+    }
+    own = {f"the section {name} of the configuration": _digest(repr(value)) for name, value in sections.items()}
+    own |= {"the version of torch": _digest(torch.__version__), "that of asyncrl": _digest(asyncrl.__version__)}
+    if problem := _difference(world, own):
+        raise ConfigError(f"{problem}; start all ranks with one configuration and one installation")
+
+
+def check_agreement(world: World, runner: StepRunner) -> None:
+    """Raises AsyncRLError when a rank's state is not that of rank 0. All ranks call it after the same step."""
+    if problem := _difference(world, shared_state(runner)):
+        raise AsyncRLError(
+            f"{problem}, after the step to version {runner.version}: they would train different policies"
+        )
+
+
+def shared_state(runner: StepRunner) -> dict[str, int]:
+    """What the next step depends on and every rank has for itself, as one number each, by what it is."""
+    state = runner.state()
+    numbers = {
+        "the version": state.version,
+        "kl_coef": _bits(state.kl_coef),
+        "the random state of the CPU": _digest(state.cpu_rng.numpy().tobytes()),
+    }
+    for name, part in (("policy", state.engines.policy), ("critic", state.engines.critic)):
+        if part is None:
+            continue
+        whole = {key: value for key, value in part.weights.items() if not isinstance(value, DTensor)}
+        numbers |= {f"{key} of the {name}": _digest(value.cpu().numpy().tobytes()) for key, value in whole.items()}
+        steps = sum(float(moments["step"]) for moments in part.optimizer.values() if "step" in moments)
+        numbers[f"the count of updates of the {name}"] = int(steps)
+    return numbers
+
+
+def _difference(world: World, own: Mapping[str, int]) -> str | None:
+    """The first thing in which a rank differs from rank 0, in words."""
+    rows = world.gather_row([_digest(repr(sorted(own))), *(own[name] for name in sorted(own))])
+    for rank, row in enumerate(rows):
+        for name, theirs, first in zip(("what there is to compare", *sorted(own)), row, rows[0], strict=True):
+            if theirs != first:
+                return f"trainer rank {rank} and rank 0 differ in {name} ({theirs:#x} and {first:#x})"
+    return None
+
+
+def _digest(content: str | bytes) -> int:
+    return zlib.crc32(content.encode() if isinstance(content, str) else content)
+
+
+def _bits(value: float) -> int:
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
