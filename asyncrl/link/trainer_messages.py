@@ -1,5 +1,7 @@
 """The trainer link's messages, grouped by direction: trainer ranks and the publisher to the desk, on one host.
 
+And those of the publisher of rank 0 to the publishers of other ranks, where several ranks hold the policy together.
+
 Frames and rules are those of `link.messages`. Both ends are processes of one learner: fields may change at any time.
 """
 
@@ -10,10 +12,11 @@ from typing import Annotated
 
 from asyncrl.link.schema.field_rules import AtMost
 from asyncrl.link.schema.message_base import Message, message
-from asyncrl.link.weight_records import DeltaInfo, Placement, WeightManifest
+from asyncrl.link.weight_records import ChannelPlace, DeltaInfo, Placement, WeightManifest
 from asyncrl.link.wire_types import (
     Canary,
     Count,
+    Digest,
     Figures,
     Label,
     Milliseconds,
@@ -24,6 +27,7 @@ from asyncrl.link.wire_types import (
     Seconds,
     Size,
     Tag,
+    Ticket,
 )
 
 Epochs = Annotated[list[Number], AtMost(65_536)]
@@ -185,3 +189,69 @@ class CloseChannel(Message):
     """Nobody uses this channel any more: leave it, and break off what is sent in it."""
 
     channel_epoch: Number
+
+
+# -- publishers of other ranks -> publisher of rank 0 -----------------------------------------------------------------
+
+
+@message(80)
+class SenderHello(Message):
+    """The publisher of `rank` is up; `token` shows that it was invited."""
+
+    rank: Rank
+    token: Ticket
+
+
+@message(81)
+class ShardReady(Message):
+    """What this rank holds of `version`: the digests of its buckets in order, and the difference to the base."""
+
+    version: Number
+    digests: Annotated[list[Digest], AtMost(2**20)]
+    delta: DeltaInfo | None  # None: there is no base, or the difference would not pay
+    encode_ms: Milliseconds
+
+
+@message(82)
+class ShardSent(Message):
+    """The rank is through with a broadcast; `error` is empty when all members have every bucket."""
+
+    version: Number
+    attempt: Number
+    channel_epoch: Number
+    error: Reason
+    transfer_ms: Milliseconds
+    num_bytes: Count  # sent by this rank
+
+
+# -- publisher of rank 0 -> publishers of other ranks -----------------------------------------------------------------
+
+
+@message(90)
+class PrepareShard(Message):
+    """Answer ShardReady for `version`, which is or will be in slot `slot`."""
+
+    version: Number
+    slot: Size
+    base_slot: Size | None  # to which the difference is made
+    unread: Annotated[list[Size], AtMost(64)]  # slots whose differences nobody asks for any more
+
+
+@message(91)
+class JoinChannel(Message):
+    """Join this channel as a sender when the first broadcast in it is ordered. CloseChannel ends it."""
+
+    place: ChannelPlace
+    timeout_s: Seconds
+
+
+@message(92)
+class SendShard(Message):
+    """Take part in the broadcast of `version` from `slot`, and answer ShardSent; with a `delta` as the difference."""
+
+    version: Number
+    attempt: Number
+    channel_epoch: Number
+    slot: Size
+    timeout_s: Seconds
+    delta: DeltaInfo | None  # of all senders

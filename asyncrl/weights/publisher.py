@@ -13,6 +13,11 @@ digests, deltas and the network are left to the threads. When steps are faster t
 never offered is overwritten by the next: the newest policy wins. With MAX_BUFFERS in use the next offer waits until a
 channel has ended by its deadline.
 
+Where several ranks hold the policy, each has buffers for what it holds and sends it itself (`shard_publisher`). Rank 0
+decides for all of them which buffer is for what, and tells them by the `relay`; it puts their digests together and
+takes their reports. Nothing here is a collective: no sender can hold up a step. A rank that falls silent ends the
+publisher, and with it the trainer: the desk starts all ranks again.
+
 Order matters in one place: a buffer changes its role only in `_rotate`, under the lock, only after the desk said that
 a newer snapshot is wanted, and never while a channel sends from it.
 """
@@ -24,11 +29,10 @@ import os
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncrl.errors import AsyncRLError
+from asyncrl.errors import AsyncRLError, ChannelError
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.trainer_link import TrainerLink
 from asyncrl.link.trainer_messages import (
@@ -36,36 +40,32 @@ from asyncrl.link.trainer_messages import (
     BroadcastDone,
     ChannelReady,
     CloseChannel,
+    JoinChannel,
     OpenChannel,
+    PrepareShard,
+    SendShard,
+    ShardReady,
+    ShardSent,
     SnapshotReady,
     SnapshotWanted,
 )
-from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.link.weight_records import ChannelPlace, ChannelSpec
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
-from asyncrl.weights.bytes.delta import Delta, delta_pays, encode_delta
+from asyncrl.weights.bytes.delta import delta_pays, encode_delta, join_deltas
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.rendezvous import WeightStore
-from asyncrl.weights.sender import ChannelSender, Sent
+from asyncrl.weights.relay import Relay
+from asyncrl.weights.sender import ChannelSender, Sending, Sent, parts_of
+from asyncrl.weights.slots import Slot
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 5.0
 MAX_BUFFERS = 5  # fresh, offered, base, and two that stalled channels hold on to
-
-
-@dataclass(slots=True)
-class _Slot:
-    """One staging buffer and what it holds."""
-
-    buffer: SnapshotBuffer
-    version: int | None = None
-    canary_logprobs: list[np.ndarray] = field(default_factory=list)
-    snapshot_ms: float = 0.0
-    delta: Delta | None = None  # to this version from the one sent before
-    encode_ms: float = 0.0
-    sent: bool = False  # whole or as a delta, to at least one channel
-    readers: int = 0  # channels that send from it, or will
+JOIN_TIMEOUT_S = 60.0  # for the other senders to come
+ANSWER_TIMEOUT_S = 60.0  # for what another sender is asked: it reads its buffers once or twice for that
+REPORT_SLACK_S = 5.0  # after a broadcast's deadline, by which every sender has given it up
 
 
 class Publisher(threading.Thread):
@@ -78,6 +78,7 @@ class Publisher(threading.Thread):
         host: address of this machine at which receivers meet the publisher.
         port: one port at which all channels meet, kept as long as the publisher lives; 0 = any, one for each channel.
         idle_wait_s: the first offer is repeated at this interval until the desk has answered one.
+        relay: to the other senders, where there are some; it is closed with the publisher.
     """
 
     def __init__(
@@ -89,11 +90,15 @@ class Publisher(threading.Thread):
         host: str,
         port: int = 0,
         idle_wait_s: float = IDLE_WAIT_S,
+        relay: Relay | None = None,
     ) -> None:
         super().__init__(name="publisher", daemon=True)
         self._desk_address = desk_address
-        self._fresh, self._offered = _Slot(buffer), _Slot(buffer.twin())
-        self._base: _Slot | None = None  # what `_offered` was compared with, or will be if it is not sent
+        self._relay = relay
+        self._num_senders = 1 if relay is None else relay.senders
+        assert buffer.layout.num_senders <= self._num_senders, "every sender is told what to do"
+        self._fresh, self._offered = Slot(0, buffer), Slot(1, buffer.twin())
+        self._base: Slot | None = None  # what `_offered` was compared with, or will be if it is not sent
         self._slots = [self._fresh, self._offered]
         self._wanted = True  # the desk takes a newer snapshot
         self._last_offer: SnapshotReady | None = None
@@ -104,12 +109,20 @@ class Publisher(threading.Thread):
         self._store: WeightStore | None = None  # of all channels, where the port is given
         self._idle_wait_s = idle_wait_s
         self._senders: dict[int, ChannelSender] = {}  # by channel epoch
-        self._kept: dict[int, _Slot] = {}  # what a channel sends or will send, by channel epoch
+        self._kept: dict[int, Slot] = {}  # what a channel sends or will send, by channel epoch
+        self._sending: dict[int, Sending] = {}  # by channel epoch
+        self._ready: dict[int, ShardReady] = {}  # by rank: what the other senders hold of the version to be offered
         self._sent: deque[Sent] = deque()  # reports of the senders' threads
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopping = threading.Event()
         self.crash: BaseException | None = None
+
+    def begin(self) -> int:
+        """The slot that the next snapshot goes to: the other senders must be told. Its content is given up."""
+        with self._lock:
+            self._fresh.version = None
+            return self._fresh.number
 
     def publish(self, version: int, canary_logprobs: list[np.ndarray]) -> None:
         """Snapshots the parameters as `version`; the caller waits for the copy.
@@ -123,18 +136,23 @@ class Publisher(threading.Thread):
             self._fresh.version = version
             self._fresh.canary_logprobs = canary_logprobs
             self._fresh.snapshot_ms = (time.monotonic() - started) * 1e3
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
 
     def stop(self, timeout_s: float) -> None:
         """Ends the thread; broadcasts under way are aborted."""
         self._stopping.set()
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
         self.join(timeout_s)
+
+    def _wake_up(self) -> None:
+        os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
         """The thread. What ends it before `stop` is left in `crash`, which the training loop looks at."""
         try:
             link = TrainerLink(self._desk_address, wake_fd=self._wake)  # here: a socket belongs to one thread
+            if self._relay is not None:
+                self._relay.accept(JOIN_TIMEOUT_S, self._wake_up)
             while not self._stopping.is_set():
                 self._offer_fresh(link)
                 if (message := link.receive(self._idle_wait_s)) is not None:
@@ -142,8 +160,7 @@ class Publisher(threading.Thread):
                     self._handle(link, message)
                 elif not self._heard:
                     self._offer_again(link)
-                while self._sent:
-                    self._take_report(link, self._sent.popleft())
+                self._take_reports(link)
             for channel_epoch in list(self._senders):
                 self._close(channel_epoch)
             if self._store is not None:
@@ -152,6 +169,9 @@ class Publisher(threading.Thread):
         except BaseException as error:  # whatever it is, the training loop must end with it
             self.crash = error
             log.exception("publisher thread died")
+        finally:
+            if self._relay is not None:
+                self._relay.close()
 
     def _offer_fresh(self, link: TrainerLink) -> None:
         if not self._rotate():
@@ -159,13 +179,70 @@ class Publisher(threading.Thread):
         # Outside the lock: digests take as long as reading the buffer, and the training loop may want to snapshot.
         slot = self._offered
         assert slot.version is not None
-        manifest = slot.buffer.manifest(slot.version)
+        self._tell_to_prepare(slot)
+        digests = slot.buffer.digests()
         self._encode()
+        others = self._hear_of_shards(slot.version)
+        manifest = slot.buffer.manifest(slot.version, [digests, *(shard.digests for shard in others)])
+        slot.encode_ms = max([slot.encode_ms, *(shard.encode_ms for shard in others)])
+        deltas = [None if slot.delta is None else slot.delta.info, *(shard.delta for shard in others)]
+        deltas = deltas[: manifest.layout.num_senders]  # the last ranks may hold nothing of what is trained
+        present = [delta for delta in deltas if delta is not None]
+        slot.delta_info = join_deltas(present) if len(present) == len(deltas) else None
         canary = [tokens.tobytes() for tokens in self._canary]
-        delta = None if slot.delta is None else slot.delta.info
         rows = [row.astype(LOGPROB_DTYPE).tobytes() for row in slot.canary_logprobs]
-        self._last_offer = SnapshotReady(slot.version, manifest, canary, rows, slot.snapshot_ms, delta)
+        self._last_offer = SnapshotReady(slot.version, manifest, canary, rows, slot.snapshot_ms, slot.delta_info)
         link.send(self._last_offer)
+
+    def _tell_to_prepare(self, slot: Slot) -> None:
+        """The other senders measure and encode at the same time as this one."""
+        if self._relay is not None:
+            assert slot.version is not None
+            base = None if self._base is None else self._base.number
+            unread = [each.number for each in self._slots if not each.readers]
+            order = PrepareShard(slot.version, slot.number, base, unread)
+            self._ready.clear()
+            self._relay.tell(lambda rank: order)  # also those that hold nothing: all go in step
+
+    def _hear_of_shards(self, version: int) -> list[ShardReady]:
+        """What the other senders hold of `version`, by rank. Raises ChannelError, which names who is late."""
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while missing := sorted(set(range(1, self._num_senders)) - self._ready.keys()):
+            if time.monotonic() > deadline:
+                raise ChannelError(
+                    f"publisher of rank {', '.join(map(str, missing))} did not prepare version {version} within "
+                    f"{ANSWER_TIMEOUT_S:g} s"
+                )
+            self._hear(deadline - time.monotonic())
+        return [self._ready[rank] for rank in range(1, self._num_senders)]
+
+    def _hear(self, timeout_s: float = 0.0) -> bool:
+        """Takes a message of another sender. False when there is none. Raises ChannelError when one of them is gone."""
+        if self._relay is None or (heard := self._relay.take(timeout_s)) is None:
+            return False
+        rank, message = heard
+        match message:
+            case ShardReady():
+                self._ready[rank] = message
+            case ShardSent():
+                sending = self._sending.get(message.channel_epoch)
+                if sending is not None and (message.version, message.attempt) == (
+                    sending.order.version,
+                    sending.order.attempt,
+                ):
+                    self._sent.append(
+                        Sent(
+                            message.channel_epoch,
+                            sending.order,
+                            message.error,
+                            message.transfer_ms,
+                            message.num_bytes,
+                            rank,
+                        )
+                    )
+            case _:
+                log.warning("publisher got an unexpected %s of rank %d", type(message).__name__, rank)
+        return True
 
     def _offer_again(self, link: TrainerLink) -> None:
         if self._last_offer is not None:
@@ -173,7 +250,7 @@ class Publisher(threading.Thread):
 
     def _rotate(self) -> bool:
         """Makes the fresh snapshot the offered one, if it is wanted and a buffer is left for the next."""
-        if not self._wanted or self._fresh.version is None:
+        if not self._wanted or not self._has_fresh():
             return False
         sent = self._offered if self._offered.sent else self._base
         with self._lock:
@@ -183,6 +260,8 @@ class Publisher(threading.Thread):
         if following is None:
             return False
         with self._lock:
+            if not self._has_fresh():
+                return False  # `begin` has given it up meanwhile
             self._base = base
             self._offered = self._fresh
             self._fresh = following
@@ -191,10 +270,13 @@ class Publisher(threading.Thread):
         self._wanted = False
         for slot in self._slots:
             if not slot.readers:
-                slot.delta = None  # up to half a model, and nobody asks for it any more
+                slot.forget_delta()
         return True
 
-    def _free_slot(self, base: _Slot | None) -> _Slot | None:
+    def _has_fresh(self) -> bool:
+        return self._fresh.version is not None
+
+    def _free_slot(self, base: Slot | None) -> Slot | None:
         """A buffer that nothing needs once the fresh snapshot is offered; a new buffer if there is none."""
         for slot in self._slots:
             if slot is not self._fresh and slot is not base and not slot.readers:
@@ -202,14 +284,15 @@ class Publisher(threading.Thread):
         if len(self._slots) >= MAX_BUFFERS:
             return None
         # Not under the lock: filling it with zeros takes as long as a snapshot, which may have to go on.
-        slot = _Slot(self._fresh.buffer.twin())
+        slot = Slot(len(self._slots), self._fresh.buffer.twin())
         self._slots.append(slot)
         return slot
 
     def _encode(self) -> None:
         """Encodes the difference from base to offered, where there is a base and it takes at most half of all bytes."""
         old, new = self._base, self._offered
-        new.delta, new.encode_ms = None, 0.0
+        new.encode_ms = 0.0
+        new.forget_delta()
         if old is None:
             return
         assert old.version is not None
@@ -225,7 +308,9 @@ class Publisher(threading.Thread):
                 link.send(self._open(message))
             case Broadcast():
                 if failure := self._send(message):
-                    self._take_report(link, Sent(message.channel_epoch, message, failure, 0.0, 0))
+                    if message.channel_epoch not in self._sending:
+                        self._release(message.channel_epoch)
+                    self._tell(link, Sent(message.channel_epoch, message, failure), 0.0)
             case CloseChannel():
                 self._close(message.channel_epoch)
             case _:
@@ -249,6 +334,7 @@ class Publisher(threading.Thread):
             world_size=request.world_size,
             backend=request.backend,
             timeout_s=request.timeout_s,
+            num_senders=self._offered.buffer.layout.num_senders,
         )
         # Over ipc a closed store is what tells a channel's members of its end: each needs its own.
         shared = self._port if request.backend != "ipc" else 0
@@ -262,6 +348,8 @@ class Publisher(threading.Thread):
         self._keep(request.channel_epoch)
         sender = self._senders[request.channel_epoch] = ChannelSender(channel, request.channel_epoch, self._report)
         sender.start()
+        if self._relay is not None:
+            self._relay.tell(lambda rank: _invitation(request, channel.spec, rank))
         version = self._offered.version
         return ChannelReady(request.channel_epoch, self._host, channel.store_port, "", request.backend, version)
 
@@ -270,35 +358,76 @@ class Publisher(threading.Thread):
         sender = self._senders.get(request.channel_epoch)
         if sender is None:
             return f"channel {request.channel_epoch} is not open"
+        if request.channel_epoch in self._sending:
+            return f"channel {request.channel_epoch} still sends version {self._kept[request.channel_epoch].version}"
         if request.channel_epoch not in self._kept:
             self._keep(request.channel_epoch)
         slot = self._kept[request.channel_epoch]
         if slot.version != request.version:
             return f"version {request.version} was replaced by {slot.version}"
-        if request.base_version is None:
-            parts = list(slot.buffer.buckets())
-        elif slot.delta is None or slot.delta.info.base_version != request.base_version:
+        delta = None if request.base_version is None else slot.delta_info
+        if delta is None and request.base_version is None:
+            parts = parts_of(slot.buffer)
+        elif delta is None or slot.delta is None or delta.base_version != request.base_version:
             return f"there is no delta from version {request.base_version} to {request.version}"
         else:
-            parts = list(slot.delta.payload.split(slot.buffer.layout.bucket_bytes))
+            parts = parts_of(slot.buffer, delta, slot.delta.payload)
+        ranks = set(range(slot.buffer.layout.num_senders))
+        overdue_at = time.monotonic() + request.timeout_s + REPORT_SLACK_S
+        self._sending[request.channel_epoch] = Sending(request, ranks, overdue_at)
         sender.send(request, parts)
+        if self._relay is not None:
+            epoch, timeout_s = request.channel_epoch, request.timeout_s
+            order = SendShard(request.version, request.attempt, epoch, slot.number, timeout_s, delta)
+            self._relay.tell(lambda rank: order if rank in ranks else None)
         return ""
 
     def _report(self, sent: Sent) -> None:
         """Takes a report; runs in the thread of its sender."""
         self._sent.append(sent)
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
+
+    def _take_reports(self, link: TrainerLink) -> None:
+        """Of this sender and the others. Raises ChannelError when one of them is gone, or silent for too long."""
+        while self._hear():
+            pass
+        while self._sent:
+            self._take_report(link, self._sent.popleft())
+        now = time.monotonic()
+        for sending in self._sending.values():
+            if now > sending.overdue_at and sending.waiting - {0}:
+                names = ", ".join(map(str, sorted(sending.waiting)))
+                raise ChannelError(
+                    f"sender {names} did not say how its part of version {sending.order.version} ended, "
+                    f"{REPORT_SLACK_S:g} s after the deadline"
+                )
 
     def _take_report(self, link: TrainerLink, sent: Sent) -> None:
-        """A broadcast ended, or a channel was closed: its memory is free."""
-        slot = self._kept.pop(sent.channel_epoch, None)
-        if slot is not None:
-            slot.readers -= 1
-        order = sent.order
-        if order is None:
+        """A broadcast ended at a sender, or a channel was closed here."""
+        sending = self._sending.get(sent.channel_epoch)
+        if sent.order is None:
+            if sending is None:
+                self._release(sent.channel_epoch)
             return
-        if slot is not None and not sent.error:
-            slot.sent = True
+        if sending is None or sent.order is not sending.order:
+            return
+        sending.waiting.discard(sent.rank)
+        sending.reports.append(sent)
+        slot = self._kept[sent.channel_epoch]
+        result = sending.result()
+        if result is not None and not sending.told:
+            sending.told = True
+            slot.sent |= not result.error
+            self._tell(link, result, slot.encode_ms)
+        if not sending.waiting:  # nobody reads its memory any more
+            del self._sending[sent.channel_epoch]
+            self._release(sent.channel_epoch)
+            by_rank = {report.rank: report.num_bytes for report in sending.reports}
+            log.debug("version %d: bytes sent by each rank: %s", sent.order.version, dict(sorted(by_rank.items())))
+
+    def _tell(self, link: TrainerLink, sent: Sent, encode_ms: float) -> None:
+        order = sent.order
+        assert order is not None
         done = BroadcastDone(
             order.version,
             order.attempt,
@@ -307,15 +436,38 @@ class Publisher(threading.Thread):
             sent.transfer_ms,
             sent.num_bytes,
             self._offered.buffer.layout.total_bytes,
-            slot.encode_ms if slot else 0.0,
+            encode_ms,
         )
         link.send(done)
+
+    def _release(self, channel_epoch: int) -> None:
+        if (slot := self._kept.pop(channel_epoch, None)) is not None:
+            slot.readers -= 1
 
     def _close(self, channel_epoch: int) -> None:
         if (sender := self._senders.pop(channel_epoch, None)) is not None:
             sender.close()
+            if self._relay is not None:
+                self._relay.tell(lambda rank: CloseChannel(channel_epoch))
 
     def _keep(self, channel_epoch: int) -> None:
         """What is offered now stays until the channel's broadcast has ended."""
         self._kept[channel_epoch] = self._offered
         self._offered.readers += 1
+
+
+def _invitation(request: OpenChannel, spec: ChannelSpec, rank: int) -> JoinChannel | None:
+    """To a channel that rank 0 holds; None for a rank that has nothing to send."""
+    if rank >= spec.senders:
+        return None
+    place = ChannelPlace(
+        request.channel_epoch,
+        spec.store_host,
+        spec.store_port,
+        spec.prefix,
+        rank,
+        spec.world_size,
+        spec.backend,
+        spec.num_senders,
+    )
+    return JoinChannel(place, request.timeout_s)

@@ -443,6 +443,12 @@ def example_messages() -> list[Any]:
         trainer_messages.TrainerStop(True, True, "all steps are trained"),
         trainer_messages.SnapshotWanted(6, [3, 4]),
         trainer_messages.CloseChannel(3),
+        trainer_messages.SenderHello(1, b"a token"),
+        trainer_messages.ShardReady(7, [123, -456], delta, 2.5),
+        trainer_messages.ShardSent(7, 2, 4, "a peer vanished", 42.5, 320),
+        trainer_messages.PrepareShard(7, 2, 1, [0, 3]),
+        trainer_messages.JoinChannel(ChannelPlace(4, "10.0.0.1", 40123, "run/3/4", 1, 4, "gloo", 2), 30.0),
+        trainer_messages.SendShard(7, 2, 4, 1, 30.0, delta),
     ]  # fmt: skip
 
 

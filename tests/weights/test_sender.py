@@ -9,10 +9,10 @@ import torch
 
 from asyncrl.errors import ChannelError
 from asyncrl.link.trainer_messages import Broadcast
-from asyncrl.weights.sender import ChannelSender, Sent
+from asyncrl.weights.sender import ChannelSender, Parts, Sent
 
 TIMEOUT_S = 10.0
-PARTS = [torch.zeros(10, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)]
+PARTS = Parts([torch.zeros(10, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)], [0, 0])
 
 
 class Channel:

@@ -129,6 +129,15 @@ def join_deltas(deltas: Sequence[DeltaInfo]) -> DeltaInfo:
     return DeltaInfo(first.base_version, sum(each.num_bytes for each in payloads), 0, first.piece_words, payloads)
 
 
+def delta_sizes(delta: DeltaInfo, most_bytes: int) -> list[tuple[int, int]]:
+    """(bytes, sender) of each part of `delta_parts`."""
+    return [
+        (min(most_bytes, payload.num_bytes - start), sender)
+        for sender, payload in enumerate(delta.payloads)
+        for start in range(0, payload.num_bytes, most_bytes)
+    ]
+
+
 def delta_parts(payloads: Sequence[torch.Tensor], most_bytes: int) -> tuple[list[torch.Tensor], list[int]]:
     """(parts, sender of each): how the payloads of all senders are sent, in parts of `most_bytes` at most."""
     parts: list[torch.Tensor] = []
