@@ -159,7 +159,7 @@ class StepRunner:
             loss, sums = self._critic_loss(mini_batch, index, outputs)
             return _without_weight(outputs, sums) if mini_batch.micro_batches[index].is_dummy else (loss, sums)
 
-        want = Want(logprobs=True, values=actor.has_values)
+        want = Want(logprobs=True, entropies=True, values=actor.has_values)
         gradients = actor.accumulate(
             rows, want, temperature, actor_loss, max_norm=max_norm, train_policy=self._trains_actor
         )

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncrl.algorithms import logprobs as module
 from asyncrl.algorithms.logprobs import chunked_logprobs, require_finite
 from asyncrl.errors import NonFiniteError, ShapeError
 from tests.tolerances import assert_near
@@ -135,19 +136,63 @@ def test_probabilities_of_all_tokens_sum_to_one(rows, vocab, chunk, seed):
     torch.testing.assert_close(total, torch.ones(rows, dtype=torch.float64))
 
 
-def test_no_more_than_one_chunk_of_logits_is_alive_at_once(monkeypatch):
-    from asyncrl.algorithms import logprobs as module
-
+def test_no_more_than_one_chunk_of_logits_is_made_at_once(monkeypatch):
     seen = []
-    real = module._scaled_logits
+    real = module._Head.logits
 
-    def watched(hidden, weight, inverse_temperature):
+    def watched(self, hidden, weight):
         seen.append(hidden.shape[0] * weight.shape[0])
-        return real(hidden, weight, inverse_temperature)
+        return real(self, hidden, weight)
 
-    monkeypatch.setattr(module, "_scaled_logits", watched)
+    monkeypatch.setattr(module._Head, "logits", watched)
     hidden, weight, tokens = inputs(rows=50)
     values, _ = chunked_logprobs(hidden, weight, tokens, chunk_rows=8)
     values.sum().backward()
     assert len(seen) == 2 * 7  # each chunk in the forward pass, and again in the backward pass
     assert max(seen) == 8 * 7
+
+
+def test_chunks_are_cut_by_bytes_but_not_below_what_pays():
+    wide, narrow = torch.empty(1, 1).expand(10**6, 1), torch.empty(512, 1)
+    assert module._chunk_rows(wide) == module.MIN_CHUNK_ROWS
+    assert module._chunk_rows(narrow) * 512 * 4 == module._chunk_rows(narrow.double()) * 512 * 8
+    assert module._chunk_rows(narrow) * 512 * 4 == module.CHUNK_BYTES["cpu"]
+
+
+def test_entropies_are_left_out_where_they_are_not_wanted():
+    hidden, weight, tokens = inputs()
+    expected, _ = chunked_logprobs(hidden, weight, tokens)
+    logprobs, entropies = chunked_logprobs(hidden, weight, tokens, entropies=False)
+    assert entropies is None
+    assert torch.equal(logprobs, expected)
+    gradients = [torch.autograd.grad(values.cos().sum(), (hidden, weight)) for values in (expected, logprobs)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_rounds_the_operands_and_nothing_else(dtype):
+    """Against float64 on the rounded values: logits in half precision would be 1e-2 away."""
+    hidden, weight, tokens = inputs(rows=40, width=64, vocab=50, dtype=torch.float32)
+    rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = plain(*rounded, tokens, 0.7)
+    given = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
+    found = chunked_logprobs(*given, tokens, temperature=0.7, products=torch.bfloat16, chunk_rows=16)
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad((values.cos() + entropies).sum(), operands)
+        for (values, entropies), operands in ((found, given), (expected, rounded))
+    ]
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8  # the gradient of a bfloat16 tensor is bfloat16
+    for ours, reference in zip(*gradients, strict=True):
+        assert ours.dtype == dtype
+        assert float((ours.double() - reference).abs().max() / reference.abs().max()) < tolerance
+
+
+def test_the_gradient_of_the_weight_adds_up_over_many_chunks():
+    hidden, weight, tokens = inputs(rows=600, dtype=torch.float32)
+    values, _ = chunked_logprobs(hidden, weight, tokens, chunk_rows=2)
+    (found,) = torch.autograd.grad(values.sum(), weight)
+    (expected,) = torch.autograd.grad(plain(hidden.double(), weight.double(), tokens)[0].sum(), weight)
+    assert_near(found, expected.float())

@@ -13,7 +13,7 @@ from benchmarks import common
 from tests.benchmarks.scripts import run_script
 
 ROOT = Path(__file__).parent.parent.parent
-SPEED = ("transport", "generator_vs_vllm", "weight_sync", "weight_delta", "digest")
+SPEED = ("transport", "generator_vs_vllm", "weight_sync", "weight_delta", "digest", "head")
 SCRIPTS = (*(f"speed.{name}" for name in SPEED), "studies.async_vs_sync")
 
 

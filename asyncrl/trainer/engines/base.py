@@ -41,7 +41,8 @@ from asyncrl.weights.bytes.patch import SyncSource
 class Want:
     """Which outputs a forward pass is for."""
 
-    logprobs: bool = False  # log-probs and entropies
+    logprobs: bool = False
+    entropies: bool = False  # beside the log-probs
     values: bool = False  # of a value head, or of the critic
     frozen: bool = False  # log-probs of the reference policy instead of those of the policy that is trained
 

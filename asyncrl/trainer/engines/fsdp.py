@@ -86,7 +86,7 @@ class PolicyModule(nn.Module):
             if want is None:
                 return nn.functional.linear(hidden, self.policy.head_weight), None, None
             if want.logprobs:
-                logprobs, entropies = self.policy.logprobs_from(hidden, rows, temperature)
+                logprobs, entropies = self.policy.logprobs_from(hidden, rows, temperature, entropies=want.entropies)
         if want.values:
             assert self.value_head is not None, "there is no value head"
             values = self.value_head.values(rows, hidden).clone()  # FSDP's hooks want no view

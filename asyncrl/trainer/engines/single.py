@@ -89,12 +89,12 @@ class SinglePolicyEngine(GradientLoop):
     def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
         if want.frozen:
             assert self.reference is not None, "there is no reference policy"
-            return Outputs(*self.reference.logprobs(rows, temperature))
+            return Outputs(*self.reference.logprobs(rows, temperature, entropies=want.entropies))
         outputs = Outputs()
         with torch.set_grad_enabled(train_policy):
             hidden = self.policy.hidden(rows)
             if want.logprobs:
-                outputs = Outputs(*self.policy.logprobs_from(hidden, rows, temperature))
+                outputs = Outputs(*self.policy.logprobs_from(hidden, rows, temperature, entropies=want.entropies))
         if want.values:
             assert self.value_head is not None, "there is no value head"
             outputs = replace(outputs, values=self.value_head.values(rows, hidden))

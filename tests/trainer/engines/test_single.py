@@ -14,7 +14,7 @@ from asyncrl.trainer.packing import pack_groups
 from asyncrl.trainer.step import StepRunner
 from tests.trainer.tiny import critic_of, policy_of, random_groups, tiny_model, tiny_policy
 
-LOGPROBS = Want(logprobs=True)
+LOGPROBS = Want(logprobs=True, entropies=True)
 VALUES = Want(values=True)
 
 
@@ -68,6 +68,7 @@ def test_only_what_is_wanted_comes_out_and_without_a_gradient():
     (frozen,) = actor.forward(rows(1000), Want(logprobs=True, frozen=True), 1.0)
     assert logprobs.values is None and values.logprobs is None and values.entropies is None
     assert logprobs.logprobs.shape == logprobs.entropies.shape == values.values.shape
+    assert frozen.logprobs is not None and frozen.entropies is None
     assert not (logprobs.logprobs.requires_grad or values.values.requires_grad or frozen.logprobs.requires_grad)
     assert (logprobs.logprobs - frozen.logprobs).abs().max() > 1e-2
 
