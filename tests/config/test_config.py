@@ -287,6 +287,18 @@ def test_a_value_left_open_is_asked_for(write):
         (["learner.cpus=[0, 0]"], ["learner.cpus=[0, 0]"]),
         (["generator.cpus=[-1]"], ["generator.cpus=[-1]"]),
         (["learner.threads=2", "learner.cpus=[0]"], ["learner.threads=2", "learner.threads=1"]),
+        (["learner.nodes=2", "weights.host=10.0.0.1"], ["learner.port=0", "learner.port"]),
+        (["learner.nodes=2", "learner.port=29500"], ["weights.host=127.0.0.1 is loopback"]),
+        (["learner.ranks=2", "learner.engine=single"], ["learner.engine=single", "learner.ranks=2", "fsdp"]),
+        (["learner.ranks=2", "update.what=lora", "update.lora_sync=merged"], ["lora_sync=merged", "lora_sync=adapter"]),
+        (
+            ["learner.engine=single", "learner.offload_optimizer=true"],
+            ["offload_optimizer=true", "learner.engine=fsdp"],
+        ),
+        (
+            ["learner.device=cpu", "learner.activation_checkpointing=full"],
+            ["activation_checkpointing=full", "learner.engine=fsdp"],
+        ),
         (["generator.reward_timeout_s=600"], ["reward_timeout_s=600.0", "lease_timeout_s=600.0"]),
         (["transport.max_frame_bytes=8192"], ["transport.max_frame_bytes=8192", "largest possible group"]),
         (["transport.credit_bytes=8192"], ["transport.credit_bytes=8192"]),

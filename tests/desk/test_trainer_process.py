@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 
 from asyncrl.config.loading import load_config, to_yaml
-from asyncrl.desk.trainer_process import MAX_BACKOFF_S, RESTART_BACKOFF_S, TrainerProcess
-from asyncrl.errors import ConfigError, TrainerFailed
+from asyncrl.desk.trainer_process import MAX_BACKOFF_S, RESTART_BACKOFF_S, RankLayout, TrainerProcess
+from asyncrl.errors import BindError, ConfigError, RankLost, TrainerFailed
 from tests.trainer.tiny import save_tiny_model
 from tests.waits import wait_until
 
@@ -195,3 +196,108 @@ def test_a_trainer_that_ignores_its_kill_is_waited_for_with_a_deadline(tmp_path,
 
 def test_a_missing_log_is_said_and_not_raised(tmp_path):
     assert "no trainer log" in make(tmp_path, 0).last_words()
+
+
+# -- several ranks
+
+RANK = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+assert (os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("3", str(rank))
+print("fd", rank, "ASYNCRL_STORE_FD" in os.environ, os.environ["MASTER_PORT"], flush=True)
+{body}
+signal.pause()
+"""
+
+
+class ScriptedRanks(TrainerProcess):
+    """Three ranks, each of which does what `body` says."""
+
+    body = ""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", RANK.format(body=self.body)]
+
+
+def ranks(folder: Path, body: str, **seams: Any) -> TrainerProcess:
+    ScriptedRanks.body = body
+    return ScriptedRanks(
+        folder / "c", "ipc:///nowhere", folder / "trainer.log", layout=RankLayout(count=3, world_size=3), threads=1,
+        max_restarts=1, weights_timeout_s=7.0, **seams,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    made = []
+
+    def make_ranks(body: str, **seams: Any) -> TrainerProcess:
+        made.append(ranks(tmp_path, body, **seams))
+        made[-1].start()
+        return made[-1]
+
+    yield make_ranks
+    for trainer in made:
+        trainer.kill()
+
+
+def until_dead(trainer: TrainerProcess) -> None:
+    wait_until(lambda: trainer.poll(0.0), "the trainer's death", DEADLINE_S)
+
+
+def test_one_killed_rank_ends_all_and_is_named(scripted, caplog):
+    trainer = scripted("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)")
+    until_dead(trainer)
+    assert not trainer.running
+    assert "trainer died (rank 1: exit code -9 (SIGKILL))" in caplog.text
+    trainer.poll(RESTART_BACKOFF_S)
+    assert trainer.ranks.running
+    assert trainer.failures == 1
+
+
+def test_the_rank_at_fault_is_named_and_not_those_that_lost_it(scripted, caplog):
+    lost = RankLost.exit_code
+    until_dead(scripted(f"time.sleep(0.3 * (rank == 2)); sys.exit(3 if rank == 2 else {lost})"))
+    assert "trainer died (rank 2: exit code 3)" in caplog.text
+
+
+def test_ranks_that_do_not_notice_are_killed_and_named(scripted, caplog):
+    trainer = scripted(f"if rank == 0: sys.exit({RankLost.exit_code})")
+    until_dead(trainer)
+    assert not trainer.running
+    assert "killing ranks that did not notice and may hang: [1, 2]" in caplog.text
+
+
+def test_ranks_that_all_end_well_have_exit_code_0(scripted):
+    trainer = scripted("sys.exit(0)")
+    assert trainer.wait(DEADLINE_S) == 0
+    trainer.check_end()
+
+
+def test_a_rank_that_stays_behind_at_the_end_is_seen(scripted):
+    trainer = scripted("if rank != 2: sys.exit(0)")
+    wait_until(lambda: trainer.ranks.running == [2], "the end of two", DEADLINE_S)
+    assert trainer.exit_code is None
+    assert trainer.running
+    with pytest.raises(TrainerFailed, match="did not end well"):
+        trainer.check_end()
+
+
+def test_rank_0_alone_gets_the_socket_at_which_all_meet(scripted):
+    trainer = scripted("sys.exit(0)")
+    trainer.wait(DEADLINE_S)
+    lines = sorted(trainer.log_file.read_text().splitlines())
+    assert [line.split()[:3] for line in lines] == [["fd", "0", "True"], ["fd", "1", "False"], ["fd", "2", "False"]]
+    assert len({line.split()[3] for line in lines}) == 1
+
+
+def test_a_port_that_is_taken_is_said_with_the_keys(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        layout = RankLayout(count=2, world_size=2, port=taken.getsockname()[1])
+        with pytest.raises(BindError, match=r"cannot meet at 127.0.0.1.*learner\.port"):
+            TrainerProcess(
+                tmp_path / "c", "ipc:///n", tmp_path / "log", layout=layout, threads=1, max_restarts=0,
+                weights_timeout_s=7.0,
+            ).start()  # fmt: skip

@@ -1,0 +1,140 @@
+"""One rank of a world of gloo processes: runs cases and mutants, and on rank 0 writes how far they are from one rank.
+
+python -m tests.trainer.ranks.world_program RESULTS STEPS CASE... -- MUTANT...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asyncrl.algorithms.reducer import OneRank
+from asyncrl.errors import AsyncRLError
+from asyncrl.trainer import step as step_module
+from asyncrl.trainer.agreement import check_agreement, check_start
+from asyncrl.trainer.engines.fsdp import FSDPModule
+from asyncrl.trainer.step import StepRunner
+from asyncrl.trainer.world import RankPlace, World
+from tests.trainer.ranks.cases import CASES, CPU, LONG, MUTANTS, Case, groups_of, runner_of
+
+
+def main() -> None:
+    results, steps, *names = sys.argv[1:]
+    cases, mutants = names[: names.index("--")], names[names.index("--") + 1 :]
+    world = World.form(RankPlace.from_environment(), CPU, timeout_s=120.0)
+    world.hurry()
+    found: dict[str, Any] = {name: compare(CASES[name], world, int(steps) if name in LONG else 2) for name in cases}
+    for name in mutants:
+        runner = runner_of(CASES[MUTANTS[name]], world)
+        undo = spoil(name, runner)
+        found[name] = compare(CASES[MUTANTS[name]], world, 2, runner)
+        undo()
+    found["canary"] = canary(world)
+    found["differing"] = differing(world)
+    if world.rank == 0:
+        Path(results).write_text(json.dumps(found))
+    world.close()
+
+
+def compare(case: Case, world: World, steps: int, runner: StepRunner | None = None) -> dict[str, Any]:
+    """Largest difference of each figure, and of the gradient in the last step, relative to that of one rank."""
+    runner = runner or runner_of(case, world)
+    alone = runner_of(case) if world.rank == 0 else None
+    worst: dict[str, float] = {}
+    dummies = 0
+    for number in range(steps):
+        is_last = number == steps - 1
+        gradients = recorded(runner, world) if is_last else {}
+        if world.rank != 0:
+            runner.follow()
+            continue
+        assert alone is not None
+        expected_gradients = recorded(alone, None) if is_last else {}
+        groups = groups_of(case, number)
+        figures, expected = runner.step(groups).metrics, alone.step(groups).metrics
+        dummies += int(-figures["micro_batches"] % world.size)
+        worst |= dict.fromkeys(figures.keys() ^ expected.keys(), 1e9)  # there in one of them only
+        for name, value in expected.items():
+            off = abs(figures.get(name, 1e9) - value) / max(1e-3, abs(value))
+            worst[name] = max(worst.get(name, 0.0), off if off == off else 1e9)
+        for name, gradient in expected_gradients.items():
+            off = float((gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-12))
+            worst[f"gradient of {name}"] = off
+    return {"worst": worst, "dummies": dummies}
+
+
+def recorded(runner: StepRunner, world: World | None) -> dict[str, torch.Tensor]:
+    """The whole gradients, by name, of the last update that is made from now on; filled when it is made."""
+    gradients: dict[str, torch.Tensor] = {}
+    for number, engine in enumerate(runner.engines.all):
+        make_update = engine.update
+
+        def update(engine=engine, number=number, make_update=make_update):
+            for part in engine._pending:
+                for name, parameter in part._named.items():
+                    gradient = parameter.grad
+                    whole = gradient if world is None else gradient.full_tensor()
+                    gradients[f"{number}.{name}"] = whole.clone()
+            make_update()
+
+        engine.update = update
+    return gradients
+
+
+def spoil(mutant: str, runner: StepRunner):
+    """Breaks one thing of this rank; returns how to mend what outlives the runner."""
+    preparation, world = runner.preparation, runner.world
+    match mutant:
+        case "mean_of_ranks":
+            for module in runner.engines.actor.root.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_gradient_divide_factor(float(world.size))
+        case "dummies_that_count":
+            honest = step_module._without_weight
+            step_module._without_weight = lambda outputs, sums: (
+                0.1 * (outputs.values if outputs.logprobs is None else outputs.logprobs).sum(),
+                sums,
+            )
+            return lambda: setattr(step_module, "_without_weight", honest)
+        case "whitening_per_rank" | "moments_per_rank" | "kl_per_rank":
+            preparation._ranks = OneRank()
+    return lambda: None
+
+
+def canary(world: World) -> dict[str, Any]:
+    """What all ranks say of the canary, against one process with the same weights."""
+    case = Case(dtype=torch.float32)
+    engine = runner_of(case, world).engines.actor
+    sequences = engine.sample_sequences(4, 8, seed=1)
+    scores = engine.score(sequences)
+    one = runner_of(case).engines.actor
+    off = max(float(abs(a - b).max()) for a, b in zip(scores, one.score(sequences), strict=True))
+    mean = sum(float(row.sum()) for row in scores) / sum(len(row) for row in scores)
+    return {"off": off, "mean": mean, "shapes": [len(row) for row in scores], "dtype": str(scores[0].dtype)}
+
+
+def differing(world: World) -> list[str]:
+    """What is said of a rank that differs: in nothing, in its state, in its configuration."""
+    torch.manual_seed(0)  # rank 0 has drawn more numbers than the others by now
+    runner = runner_of(Case(), world)
+    said = [refusal(check_agreement, world, runner), refusal(check_start, world, runner.config)]
+    if world.rank == world.size - 1:
+        runner.kl_coef += 1e-12
+        runner.config.learner.lr *= 2
+    return [*said, refusal(check_agreement, world, runner), refusal(check_start, world, runner.config)]
+
+
+def refusal(check, *arguments) -> str:
+    try:
+        check(*arguments)
+    except AsyncRLError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+if __name__ == "__main__":
+    main()
