@@ -45,6 +45,12 @@ WEIGHTS_ONLY = "weights_only"  # in `Manifest.extra`: a new run begins with thes
 LATEST = "latest"
 ADAPTER_FOLDER = "adapter"
 STATE_FOLDER = "trainer"
+WEIGHT_SHARDS = "weights"  # below that, where several ranks train: what training changes of the policy
+# PEFT's names in an adapter's folder, and ours for the halves of an adapter of X.weight.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+LORA_A = ".lora_A.weight"
+LORA_B = ".lora_B.weight"
 HEADROOM = 1.2  # free space wanted, as a multiple of the previous checkpoint
 _HASH_BLOCK_BYTES = 2**22
 _COMPLETE = re.compile(r"step_(\d+)(\.old-[0-9a-f]+)?")

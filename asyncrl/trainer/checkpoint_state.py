@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from asyncrl.errors import CheckpointError
-from asyncrl.storage.checkpoint_files import STATE_FOLDER
+from asyncrl.storage.checkpoint_files import STATE_FOLDER, WEIGHT_SHARDS
 from asyncrl.storage.tensor_files import SUFFIX, FileProof
 from asyncrl.trainer.engines.base import EngineState, PartState, PolicyEngine
 from asyncrl.trainer.engines.part import by_name
@@ -43,7 +43,7 @@ from asyncrl.trainer.engines.shards import (
 from asyncrl.trainer.step import StepState
 
 STATE_FILE = "state.json"
-WEIGHTS = "weights"
+WEIGHTS = WEIGHT_SHARDS
 OPTIMIZER = "optimizer"
 CRITIC = "critic"
 CRITIC_OPTIMIZER = "critic_optimizer"

@@ -80,8 +80,8 @@ class Rank:
         self.actor = engines.actor
         self.runner = StepRunner(engines, config, world=world)
         checkpoints = self.run_dir / "checkpoints"
-        peers = CheckpointPeers(world.new_group(CHECKPOINT_DEADLINE_S))
-        restored = load_checkpoint(checkpoints, self.runner, peers=peers)
+        self.peers = CheckpointPeers(world.new_group(CHECKPOINT_DEADLINE_S))
+        restored = load_checkpoint(checkpoints, self.runner, peers=self.peers)
         if restored is None and not is_empty(checkpoints):
             raise CheckpointError(unreadable(checkpoints))
         if restored is not None:
@@ -89,7 +89,7 @@ class Rank:
         self.desk_state = b"" if restored is None else restored.desk_state
         length = min(CANARY_LENGTH, config.model.max_length)
         self.canary = self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed)
-        self.checkpoints = CheckpointWriter(checkpoints, self.runner, keep=config.checkpoint.keep, peers=peers)
+        self.checkpoints = CheckpointWriter(checkpoints, self.runner, keep=config.checkpoint.keep, peers=self.peers)
         self._checkpoint_due = False
         self.publisher: Publisher | None = None
         self.run_epoch = 0
@@ -145,7 +145,10 @@ class Rank:
             case Order.CHECKPOINT:
                 self.checkpoints.begin(run_epoch=self.run_epoch, desk_state=self.desk_state)
             case Order.EXPORT:
-                self.actor.export(self.run_dir / "export", Path(self.config.model.path))
+                try:
+                    self.actor.export(self.run_dir / "export", Path(self.config.model.path))
+                finally:
+                    self.peers.tell(None)  # rank 0 makes files durable longer than a rank listens for an order
             case Order.CHECK:
                 check_agreement(self.world, self.runner)
             case _:

@@ -33,9 +33,9 @@ from asyncrl.host.addresses import is_loopback, is_wildcard, rollout_address
 from asyncrl.host.model_config import check_generation_config, known_context
 from asyncrl.host.model_folder import find_model
 from asyncrl.host.processes import StopSignal
+from asyncrl.storage import model_files
 from asyncrl.tasks.base import load_task
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
-from asyncrl.trainer.engines import export
 from asyncrl.trainer.engines.lora import merged_state
 from asyncrl.trainer.engines.policy import load_policy
 from benchmarks import common
@@ -354,7 +354,7 @@ def test_U4_a_checkpoint_is_a_model_folder_for_transformers_and_for_model_path(
 
 
 def test_U4_large_models_are_cut_into_files_with_an_index(tmp_path, model_folder, monkeypatch):
-    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(model_files, "MAX_SHARD_BYTES", 100_000)
     runner = trained(model_folder, UPDATES["full"])
     step = save_checkpoint(tmp_path / "checkpoints", runner, run_epoch=1)
     assert len(list(step.glob("model-*.safetensors"))) > 2

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from asyncrl.errors import CheckpointError
-from asyncrl.storage import checkpoint_files
+from asyncrl.storage import checkpoint_files, model_files
 from asyncrl.storage.checkpoint_files import (
     LATEST,
     MANIFEST,
@@ -26,7 +26,6 @@ from asyncrl.storage.checkpoint_files import (
     write_checkpoint,
 )
 from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
-from asyncrl.trainer.engines import export
 from asyncrl.trainer.engines.export import export_model
 from asyncrl.trainer.engines.policy import Policy
 from tests.tolerances import assert_near
@@ -476,7 +475,7 @@ def test_an_export_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_tensors", broken)
+    monkeypatch.setattr(model_files, "write_tensors", broken)
     with pytest.raises(CheckpointError, match="No space left"):
         export_model(policy, None, tmp_path / "export")
     assert Policy.load(str(tmp_path / "export")).score([[1, 2]])

@@ -26,13 +26,22 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from asyncrl.storage.checkpoint_files import ADAPTER_FOLDER, STATE_FOLDER, write_folder_atomically
+from asyncrl.storage.checkpoint_files import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    LORA_A,
+    PEFT_PREFIX,
+    STATE_FOLDER,
+    WEIGHT_SHARDS,
+    write_folder_atomically,
+)
+from asyncrl.storage.model_files import write_json, write_model_files
 from asyncrl.storage.tensor_files import ITEM_BYTES, SUFFIX, Buffer, Content, FileProof, write_tensors
 from asyncrl.trainer.engines.lora import adapted_weights, is_adapter, plain_name
 from asyncrl.trainer.engines.part import local
 from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.shards import DTYPES, TensorFiles, bytes_of, check_shapes, cut, extent_of, read_blocks
-from asyncrl.weights.bytes.patch import LORA_A, fold_adapter
+from asyncrl.weights.bytes.patch import fold_adapter
 
 # Beside weights and config.json, what AutoTokenizer and `vllm serve` look for.
 TOKENIZER_PATTERNS = (
@@ -46,10 +55,6 @@ TOKENIZER_PATTERNS = (
     "spiece.model",
 )
 GENERATION_CONFIG = "generation_config.json"
-WEIGHT_SHARDS = "weights"  # folder of the same, where several ranks train
-MAX_SHARD_BYTES = 5 * 10**9
-PEFT_PREFIX = "base_model.model."
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_WEIGHTS = "weights.safetensors"  # of a partial update; older checkpoints have it of every update
 
 
@@ -82,15 +87,18 @@ def write_model(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | No
     May run beside training: of the policy itself only what is frozen is read. Returns size and digest of the weights'
     files by name. Raises OSError.
     """
-    if weights is None:
-        _write_rest(policy, None, torch.float32, folder)
-        return {}
     # Masters where all of them are trained, so that a checkpoint needs no second copy.
     dtype = torch.float32 if policy.update.what == "full" else getattr(torch, policy.dtype)
+    if policy.update.what == "lora":
+        _write_adapter_config(policy, folder / ADAPTER_FOLDER)
+    if weights is None:
+        _write_rest(policy, None, dtype, folder)
+        return {}
     proofs = _write_model(policy, None, folder, _model_contents(policy, dtype, weights), dtype)
     if policy.update.what == "lora":
-        (folder / ADAPTER_FOLDER).mkdir()
-        proofs[f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"] = write_adapter(policy, folder / ADAPTER_FOLDER, weights)
+        file = f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"
+        halves = [_content(f"{PEFT_PREFIX}{name}", half) for name, half in weights.items()]
+        proofs[file] = write_tensors(folder / file, halves)
     elif policy.update.what == "partial":
         (folder / STATE_FOLDER).mkdir(exist_ok=True)
         file = f"{STATE_FOLDER}/{TRAINED_WEIGHTS}"
@@ -122,13 +130,12 @@ def read_trained(policy: Policy, folder: Path) -> dict[str, Tensor]:
     return {name: cut(state[name], extent_of(tensor)) for name, tensor in own.items()}
 
 
-def write_adapter(policy: Policy, folder: Path, weights: Mapping[str, Tensor]) -> FileProof:
-    """Puts the adapters alone into an existing folder, as PEFT writes and loads them; returns what was written."""
-    layers = sorted({name.removesuffix(LORA_A) for name in weights if name.endswith(LORA_A)})
-    assert len(weights) == 2 * len(layers), "an adapter is A and B of a layer, and nothing else is trained"
-    proof = write_tensors(
-        folder / ADAPTER_WEIGHTS, [_content(f"{PEFT_PREFIX}{name}", tensor) for name, tensor in weights.items()]
-    )
+def _write_adapter_config(policy: Policy, folder: Path) -> None:
+    """Makes the folder of the adapters as PEFT loads them, all but their weights."""
+    folder.mkdir()
+    names = policy.trained_parameters()
+    layers = sorted({name.removesuffix(LORA_A) for name in names if name.endswith(LORA_A)})
+    assert len(names) == 2 * len(layers), "an adapter is A and B of a layer, and nothing else is trained"
     alpha = policy.update.lora_alpha
     settings = {
         "peft_type": "LORA",
@@ -142,8 +149,7 @@ def write_adapter(policy: Policy, folder: Path, weights: Mapping[str, Tensor]) -
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    _write_json(folder / "adapter_config.json", settings)
-    return proof
+    write_json(folder / "adapter_config.json", settings)
 
 
 class InTurn:
@@ -227,7 +233,7 @@ def _write_model(
     policy: Policy, source: Path | None, folder: Path, contents: Sequence[Content], dtype: torch.dtype | None = None
 ) -> dict[str, FileProof]:
     _write_rest(policy, source, dtype or getattr(torch, policy.dtype), folder)
-    return _write_weights(contents, folder)
+    return write_model_files(contents, folder)
 
 
 def _write_rest(policy: Policy, source: Path | None, dtype: torch.dtype, folder: Path) -> None:
@@ -242,35 +248,6 @@ def _write_rest(policy: Policy, source: Path | None, dtype: torch.dtype, folder:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _write_weights(contents: Sequence[Content], folder: Path) -> dict[str, FileProof]:
-    """One file, or several with an index that says which tensor is in which, as transformers names them."""
-    shards = _shards(contents)
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
-        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    proofs = {file: write_tensors(folder / file, shard) for file, shard in zip(files, shards, strict=True)}
-    if len(shards) > 1:
-        places = {content.name: file for file, shard in zip(files, shards, strict=True) for content in shard}
-        total = sum(content.num_bytes for content in contents)
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(folder / "model.safetensors.index.json", index)
-    return proofs
-
-
-def _shards(contents: Sequence[Content]) -> list[list[Content]]:
-    """The contents in their order, cut before MAX_SHARD_BYTES would be exceeded; a larger tensor is alone."""
-    shards: list[list[Content]] = [[]]
-    filled = 0
-    for content in contents:
-        if shards[-1] and filled + content.num_bytes > MAX_SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(content)
-        filled += content.num_bytes
-    return shards
-
-
 def _write_config(model: PreTrainedModel, source: Path | None, dtype: torch.dtype, folder: Path) -> None:
     given = source / "config.json" if source is not None else None
     if given is not None and given.is_file():
@@ -280,12 +257,8 @@ def _write_config(model: PreTrainedModel, source: Path | None, dtype: torch.dtyp
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["architectures"] = config.get("architectures") or [type(model).__name__]
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     if source is not None and (source / GENERATION_CONFIG).is_file():
         shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     elif model.generation_config is not None:
         model.generation_config.to_json_file(folder / GENERATION_CONFIG)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 
 from asyncrl.link.weight_records import Patch
+from asyncrl.storage.checkpoint_files import LORA_A, LORA_B
 
-# How names of tensors end.
+__all__ = ["LORA_A", "LORA_B", "WEIGHT", "AdaptedWeight", "SyncSource", "fold_adapter"]
+
+# How names of tensors end, as LORA_A and LORA_B.
 WEIGHT = ".weight"
-LORA_A = ".lora_A.weight"
-LORA_B = ".lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True)
