@@ -55,11 +55,14 @@ from asyncrl.weights.bytes.memory import placement
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.rendezvous import first_line
 from asyncrl.weights.publisher import Publisher
+from asyncrl.weights.relay import Relay
+from asyncrl.weights.shard_publisher import ShardPublisher
 
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 5.0  # a request that was lost is repeated after this long
 CANARY_LENGTH = 32
+STOP_TIMEOUT_S = 10.0  # of a publisher
 CHECKPOINT_DEADLINE_S = 1800.0  # how long a rank may write its part of a checkpoint while the others wait for it
 
 
@@ -91,7 +94,8 @@ class Rank:
         self.canary = self.actor.sample_sequences(config.weights.canary_sequences, length, config.run.seed)
         self.checkpoints = CheckpointWriter(checkpoints, self.runner, keep=config.checkpoint.keep, peers=self.peers)
         self._checkpoint_due = False
-        self.publisher: Publisher | None = None
+        self.publisher: Publisher | None = None  # of rank 0
+        self.shard_publisher: ShardPublisher | None = None  # of every other rank
         self.run_epoch = 0
         check_agreement(world, self.runner)
         world.hurry()
@@ -124,7 +128,15 @@ class Rank:
             if order is Order.STEP:
                 assert number == self.runner.version, (number, self.runner.version)
                 self.runner.follow()
+            elif order is Order.OPEN_PUBLISHER:
+                invitation = self.world.scatter(None).decode()
+                self.shard_publisher = ShardPublisher(invitation, self._snapshot_buffer())
+                self.shard_publisher.start()
+            elif order is Order.PUBLISH:
+                self._publish_shard(number)
             elif order is Order.STOP:
+                if self.shard_publisher is not None:
+                    self.shard_publisher.stop(STOP_TIMEOUT_S)
                 self.checkpoints.finished(SAVE_TIMEOUT_S)
                 self.world.close()
                 return 0
@@ -138,10 +150,6 @@ class Rank:
 
     def _take_part(self, order: Order) -> None:
         match order:
-            case Order.SCORE:
-                self._canary_logprobs = self.actor.score(self.canary)
-            case Order.GATHER:
-                self.actor.gather()
             case Order.CHECKPOINT:
                 self.checkpoints.begin(run_epoch=self.run_epoch, desk_state=self.desk_state)
             case Order.EXPORT:
@@ -174,20 +182,34 @@ class Rank:
 
     def _start_publisher(self, replay_to: int) -> Publisher:
         """Publishes the version there is, unless steps up to `replay_to` are to be made again first."""
-        config = self.config
-        self._all(Order.GATHER)
+        config, relay = self.config, None
+        if self.world.size > 1:
+            relay = Relay(config.weights.host, self.world.size)
+            self.world.tell(Order.OPEN_PUBLISHER)
+            self.world.scatter([relay.invitation.encode()] * self.world.size)
         publisher = Publisher(
             self.desk_address,
             self._snapshot_buffer(),
             self.canary,
             host=config.weights.host,
             port=config.weights.port,
+            relay=relay,
         )
         publisher.start()
         if self.runner.version >= replay_to:
-            self._all(Order.SCORE)
-            publisher.publish(self.runner.version, self._canary_logprobs)
+            self._publish(publisher)
         return publisher
+
+    def _publish(self, publisher: Publisher) -> None:
+        """The policy as it is now: all ranks score the canary, then each copies what it holds."""
+        self.world.tell(Order.PUBLISH, publisher.begin())
+        publisher.publish(self.runner.version, self.actor.score(self.canary))
+
+    def _publish_shard(self, slot: int) -> None:
+        assert self.shard_publisher is not None, "rank 0 opens the publisher first"
+        self._check_publisher()
+        self.actor.score(self.canary)
+        self.shard_publisher.publish(self.runner.version, slot)
 
     def _snapshot_buffer(self) -> SnapshotBuffer:
         source = self.actor.tensors()
@@ -201,6 +223,9 @@ class Rank:
             # On a GPU a generator may compute on the same one, and then takes the bytes from here.
             shared=self.config.weights.backend == "ipc"
             or (self.config.weights.backend == "auto" and self.actor.device.type == "cuda"),
+            sender=self.world.rank,
+            senders=self.world.size,
+            device=self.actor.device,
         )
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -219,9 +244,7 @@ class Rank:
         if self.publisher and batch.publish:
             self._check_publisher()
             began = time.monotonic()
-            self._all(Order.SCORE)
-            self._all(Order.GATHER)
-            self.publisher.publish(result.version, self._canary_logprobs)
+            self._publish(self.publisher)
             metrics["publish_blocked_ms"] = (time.monotonic() - began) * 1e3
         self.link.send(StepDone(result.version, metrics, step_s, idle_s))
         if result.version % CHECK_EVERY == 0:
@@ -229,9 +252,14 @@ class Rank:
         self._checkpoint(batch.checkpoint)
 
     def _check_publisher(self) -> None:
-        """Raises AsyncRLError when the publisher's thread has died: without it no generator gets a new policy."""
-        if self.publisher and self.publisher.crash is not None:
-            raise AsyncRLError(f"the publisher thread died: {self.publisher.crash!r}") from self.publisher.crash
+        """Raises AsyncRLError when the publisher's thread has died: without it no generator gets a new policy.
+
+        RankLost where another rank is to blame.
+        """
+        publisher = self.publisher or self.shard_publisher
+        if publisher is not None and publisher.crash is not None:
+            lost = isinstance(publisher.crash, RankLost)
+            raise (RankLost if lost else AsyncRLError)(f"the publisher thread died: {publisher.crash!r}")
 
     def _checkpoint(self, due: bool) -> None:
         """Begins a checkpoint that is due, or was; it is written beside training. One at a time: the next one waits."""
@@ -273,7 +301,7 @@ class Rank:
         Raises CheckpointError when something could not be saved: there is no later step to try again.
         """
         if self.publisher:
-            self.publisher.stop(timeout_s=10.0)
+            self.publisher.stop(STOP_TIMEOUT_S)
         try:
             problem = self._report_checkpoint(SAVE_TIMEOUT_S)
             if stop.checkpoint and self.desk_state and not self.checkpoints.is_busy:

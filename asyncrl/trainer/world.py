@@ -44,8 +44,8 @@ class Order(IntEnum):
 
     WAIT = 0  # nothing: rank 0 is alive
     STEP = 1
-    SCORE = 2  # the canary
-    GATHER = 3  # what rank 0 publishes
+    PUBLISH = 2  # the policy as it is now; the number is that of the publisher's slot
+    OPEN_PUBLISHER = 3
     CHECKPOINT = 4
     EXPORT = 5
     CHECK = 6  # that no rank differs

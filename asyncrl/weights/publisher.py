@@ -32,7 +32,7 @@ from collections import deque
 
 import numpy as np
 
-from asyncrl.errors import AsyncRLError, ChannelError
+from asyncrl.errors import AsyncRLError, RankLost
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.trainer_link import TrainerLink
 from asyncrl.link.trainer_messages import (
@@ -205,11 +205,11 @@ class Publisher(threading.Thread):
             self._relay.tell(lambda rank: order)  # also those that hold nothing: all go in step
 
     def _hear_of_shards(self, version: int) -> list[ShardReady]:
-        """What the other senders hold of `version`, by rank. Raises ChannelError, which names who is late."""
+        """What the other senders hold of `version`, by rank. Raises RankLost, which names who is late."""
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while missing := sorted(set(range(1, self._num_senders)) - self._ready.keys()):
             if time.monotonic() > deadline:
-                raise ChannelError(
+                raise RankLost(
                     f"publisher of rank {', '.join(map(str, missing))} did not prepare version {version} within "
                     f"{ANSWER_TIMEOUT_S:g} s"
                 )
@@ -217,7 +217,7 @@ class Publisher(threading.Thread):
         return [self._ready[rank] for rank in range(1, self._num_senders)]
 
     def _hear(self, timeout_s: float = 0.0) -> bool:
-        """Takes a message of another sender. False when there is none. Raises ChannelError when one of them is gone."""
+        """Takes a message of another sender. False when there is none. Raises RankLost when one of them is gone."""
         if self._relay is None or (heard := self._relay.take(timeout_s)) is None:
             return False
         rank, message = heard
@@ -388,7 +388,7 @@ class Publisher(threading.Thread):
         self._wake_up()
 
     def _take_reports(self, link: TrainerLink) -> None:
-        """Of this sender and the others. Raises ChannelError when one of them is gone, or silent for too long."""
+        """Of this sender and the others. Raises RankLost when one of them is gone, or silent for too long."""
         while self._hear():
             pass
         while self._sent:
@@ -397,7 +397,7 @@ class Publisher(threading.Thread):
         for sending in self._sending.values():
             if now > sending.overdue_at and sending.waiting - {0}:
                 names = ", ".join(map(str, sorted(sending.waiting)))
-                raise ChannelError(
+                raise RankLost(
                     f"sender {names} did not say how its part of version {sending.order.version} ended, "
                     f"{REPORT_SLACK_S:g} s after the deadline"
                 )

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from asyncrl.errors import BindError, ChannelError, FrameError
+from asyncrl.errors import BindError, ChannelError, FrameError, RankLost
 from asyncrl.link.codec import decode, encode
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.trainer_messages import SenderHello
@@ -124,7 +124,7 @@ class Relay:
     def accept(self, timeout_s: float, wake: Callable[[], None]) -> None:
         """Waits for all senders. `wake` is called, in another thread, whenever `take` has something.
 
-        Raises ChannelError, which names who did not come.
+        Raises RankLost, which names who did not come.
         """
         deadline = time.monotonic() + timeout_s
         while missing := sorted(set(range(1, self.senders)) - self._connections.keys()):
@@ -133,7 +133,7 @@ class Relay:
                 connected, _ = self._listener.accept()
             except OSError:
                 names = ", ".join(map(str, missing))
-                raise ChannelError(f"publisher of rank {names} did not come within {timeout_s:g} s") from None
+                raise RankLost(f"publisher of rank {names} did not come within {timeout_s:g} s") from None
             self._greet(RelayConnection(connected))
         self._listener.close()
         for rank, connection in self._connections.items():
@@ -144,7 +144,7 @@ class Relay:
     def tell(self, message_for: Callable[[int], Message | None]) -> None:
         """Sends what `message_for` makes of each other sender's rank, if anything.
 
-        Raises ChannelError, which names the rank that is gone.
+        Raises RankLost, which names the rank that is gone.
         """
         for rank, connection in self._connections.items():
             message = message_for(rank)
@@ -152,16 +152,16 @@ class Relay:
                 if message is not None:
                     connection.send(message)
             except ChannelError as error:
-                raise ChannelError(f"publisher of rank {rank}: {error}") from None
+                raise RankLost(f"publisher of rank {rank}: {error}") from None
 
     def take(self, timeout_s: float = 0.0) -> tuple[int, Message] | None:
-        """(rank, message) that has come, within `timeout_s`. Raises ChannelError when a rank is gone."""
+        """(rank, message) that has come, within `timeout_s`. Raises RankLost when a rank is gone."""
         try:
             rank, message = self._received.get(timeout=timeout_s) if timeout_s > 0 else self._received.get_nowait()
         except queue.Empty:
             return None
         if isinstance(message, ChannelError):
-            raise ChannelError(f"publisher of rank {rank}: {message}")
+            raise RankLost(f"publisher of rank {rank}: {message}")
         return rank, message
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from asyncrl.errors import AsyncRLError, ChannelError
+from asyncrl.errors import AsyncRLError, RankLost
 from asyncrl.link.trainer_messages import (
     Broadcast,
     CloseChannel,
@@ -123,10 +123,10 @@ class ShardPublisher(threading.Thread):
                 log.warning("publisher of rank %d got an unexpected %s", self._rank, type(message).__name__)
 
     def _prepare(self, order: PrepareShard) -> ShardReady:
-        """Measures what is to be sent. Raises ChannelError when the training loop takes no snapshot in time."""
+        """Measures what is to be sent. Raises RankLost when the training loop takes no snapshot in time."""
         with self._filled:
             if not self._filled.wait_for(lambda: self._holds(order.slot, order.version), ANSWER_TIMEOUT_S):
-                raise ChannelError(
+                raise RankLost(
                     f"rank {self._rank} took no snapshot of version {order.version} into slot {order.slot} within "
                     f"{ANSWER_TIMEOUT_S:g} s"
                 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ def daemons(module_run: Run) -> tuple[Run, Daemon, Daemon]:
         run={"steps": STEPS},
         # Many passes make a step long: the kill comes in the middle of one.
         learner={"ranks": 2, "micro_batch_tokens": 64},
+        log={"level": "debug"},  # which says what each rank sent
         task={"args": {"delay_s": 0.03}},
         checkpoint={"every": 3},
     )
@@ -78,3 +81,13 @@ def test_generators_compute_what_all_ranks_together_hold(daemons):
     syncs = [record for record in run.records("sync") if record["generators_committed"]]
     assert len(syncs) >= STEPS // 2
     assert all(sync["canary_max_abs_diff"] <= 1e-4 for sync in syncs)
+
+
+def test_weights_come_from_both_ranks_in_about_equal_parts(daemons):
+    run, _, _ = daemons
+    log = (run.run_dir / "trainer.log").read_text()
+    sent = [literal_eval(found) for found in re.findall(r"bytes sent by each rank: (\{.*\})", log)]
+    assert len(sent) >= len([record for record in run.records("sync") if record["generators_committed"]]) - 1
+    for by_rank in sent:
+        assert by_rank.keys() == {0, 1}
+        assert 0.3 < by_rank[1] / (by_rank[0] + by_rank[1]) < 0.7, by_rank

@@ -196,10 +196,6 @@ class PolicyEngine(ModelEngine, Protocol):
         """
         ...
 
-    def gather(self) -> None:
-        """Brings what rank 0 publishes up to date; nothing where a rank has all of it anyway."""
-        ...
-
     def export(self, folder: Path, source: Path | None) -> None:
         """Writes the policy in Hugging Face format; `source` is the model it began as. Raises CheckpointError."""
         ...

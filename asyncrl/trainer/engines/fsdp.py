@@ -41,7 +41,6 @@ from asyncrl.trainer.engines.policy import Policy, load_policy
 from asyncrl.trainer.engines.recomputing import recompute_activations
 from asyncrl.trainer.engines.single import critic_part, saved_bytes
 from asyncrl.trainer.engines.trainable import describe_update
-from asyncrl.trainer.engines.whole import WholePolicy
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
 from asyncrl.trainer.world import World
 from asyncrl.weights.bytes.patch import SyncSource
@@ -152,7 +151,6 @@ class FsdpPolicyEngine(FsdpEngine):
         if self._has_reference and policy.update.what != "lora":
             self._reference = PolicyModule(_frozen_copy(policy))
             shard(self._reference, config, device)
-        self._whole = WholePolicy(policy, is_here=world.rank == 0)
         _freeze_in_bfloat16(policy.model, policy.dtype)
         policy.autocast, policy.in_one_call = "float32", True
         recompute_activations(layers_of(policy.model), config.learner.activation_checkpointing)
@@ -199,9 +197,8 @@ class FsdpPolicyEngine(FsdpEngine):
         return ModelIdentity(self.policy.architecture, describe_update(self.policy.update), frozen)
 
     def tensors(self) -> SyncSource:
-        """See `PolicyEngine.tensors`. Whole on rank 0, as of the last `gather`."""
-        assert self._whole.policy is not None, "only rank 0 publishes"
-        return self._whole.policy.sync_source()
+        """See `PolicyEngine.tensors`."""
+        return self.policy.sync_source()
 
     @torch.no_grad()
     def sample_sequences(self, count: int, length: int, seed: int) -> list[np.ndarray]:
@@ -236,10 +233,6 @@ class FsdpPolicyEngine(FsdpEngine):
         logprobs = self.root(rows, Want(logprobs=True), 1.0, False)[0]
         cuts = np.cumsum(np.repeat([len(tokens) - 1 for tokens in sequences], copies))[:-1]
         return np.split(logprobs.float().cpu().numpy(), cuts)[copies - 1 :: copies]
-
-    def gather(self) -> None:
-        """See `PolicyEngine.gather`."""
-        self._whole.refresh(self.policy)
 
     def export(self, folder: Path, source: Path | None) -> None:
         """See `PolicyEngine.export`."""

@@ -128,9 +128,6 @@ class SinglePolicyEngine(GradientLoop):
         scores[1::2] = self.policy.score(sequences[1::2])
         return scores
 
-    def gather(self) -> None:
-        """See `PolicyEngine.gather`."""
-
     def export(self, folder: Path, source: Path | None) -> None:
         """See `PolicyEngine.export`."""
         export_model(self.policy, source, folder)
