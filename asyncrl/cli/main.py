@@ -39,6 +39,8 @@ def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(given[:1])
     if arguments.command == "run":
         return _run(given[1:])
+    if arguments.command == "launch":
+        return _launch(given[1:])
     raise ConfigError(f"give a command, for example: {EXAMPLE}")
 
 
@@ -48,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("run",),
-        help="run: learner and generators of this host, started, watched and stopped as one",
+        choices=("run", "launch"),
+        help="run: learner and generators of this host, started, watched and stopped as one; launch: prints the file "
+        "that starts a run on a cluster",
     )
     return parser
 
@@ -88,7 +91,7 @@ def _run(argv: Sequence[str]) -> int:
     from asyncrl.cli.hardware import hardware_here
     from asyncrl.cli.launch.split import DividedHost, split_host, visible_gpus
     from asyncrl.cli.run import checked
-    from asyncrl.config.loading import load_config, written_keys
+    from asyncrl.config.loading import load_config, written_values
 
     config = load_config(path, arguments.overrides)
     model = checked(config, "learner", is_here=named is None)
@@ -96,7 +99,7 @@ def _run(argv: Sequence[str]) -> int:
     hardware = named or hardware_here(config.run.dir)
     gpus = visible_gpus(hardware.gpus, os.environ if named is None else {})
     host = DividedHost(hardware, len(os.sched_getaffinity(0)), gpus)
-    split = split_host(config, written_keys(path, arguments.overrides), model, host, arguments.generators)
+    split = split_host(config, written_values(path, arguments.overrides).keys(), model, host, arguments.generators)
     _say(split.line)
     if split.problems:
         complain(PROGRAM, "\n".join(f"does not fit: {problem}" for problem in split.problems))
@@ -131,6 +134,40 @@ def _supervise(config: Config, path: str, overrides: Sequence[str], split: HostS
     ]
     _say(f"logs: {', '.join(str(generator.log) for generator in generators)}, {run_dir / 'trainer.log'}")
     return Supervisor(daemon("learner", "learner", split.learner, None), generators, stop, _say).run()
+
+
+# -- asyncrl launch ------------------------------------------------------------------------------------------
+
+
+def _launch(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog=f"{PROGRAM} launch",
+        description="Prints a complete, commented file that starts a learner and generators on a cluster: a script "
+        "that submits jobs to Slurm, or manifests for kubectl apply.",
+        epilog=f"example: {PROGRAM} launch slurm configs/my.yaml > run.sh",
+    )
+    parser.add_argument("cluster", choices=("slurm", "kubernetes"))
+    parser.add_argument("config", nargs="?", help="a YAML file, or the name of one that comes with asyncrl")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the file, also on the cluster")
+    parser.add_argument("--generators", type=int, metavar="N", help="how many at first (default 4)")
+    parser.add_argument("--image", help=f"kubernetes: the image with asyncrl in it (default asyncrl:{__version__})")
+    arguments = parser.parse_intermixed_args(argv)
+    if not is_configuration(arguments.config):
+        raise ConfigError(f"give a configuration file, for example: {PROGRAM} launch slurm configs/my.yaml > run.sh")
+    if arguments.generators is not None and arguments.generators < 1:
+        raise ConfigError(f"--generators {arguments.generators}: give 1 or more")
+    if arguments.image and arguments.cluster == "slurm":
+        raise ConfigError("--image is for kubernetes; Slurm takes the environment that asyncrl is installed in")
+    from asyncrl.cli.launch.cluster import cluster_run
+    from asyncrl.cli.launch.kubernetes import kubernetes_manifests
+    from asyncrl.cli.launch.slurm import slurm_script
+
+    run = cluster_run(shipped_or_given(arguments.config), arguments.overrides, arguments.generators)
+    for note in run.notes:
+        _say(f"note: {note}")
+    image = arguments.image or f"asyncrl:{__version__}"
+    print(slurm_script(run) if arguments.cluster == "slurm" else kubernetes_manifests(run, image), end="", flush=True)
+    return 0
 
 
 def _say(text: str) -> None:

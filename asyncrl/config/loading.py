@@ -64,10 +64,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return config
 
 
-def written_keys(path: str | Path, overrides: Sequence[str] = ()) -> set[str]:
-    """The keys that the file and the overrides set; raises ConfigError as `load_config` does."""
+def written_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys that the file and the overrides set, with the values as they are written.
+
+    Raises ConfigError as `load_config` does for a file or a key that there is not.
+    """
     written = [*_from_file(Path(path)), *(entry for override in overrides for entry in _from_override(override))]
-    return {assignment.key.name for assignment in _with_their_keys(written)}
+    return {assignment.key.name: assignment.value for assignment in _with_their_keys(written)}
 
 
 def to_yaml(config: Config) -> str:

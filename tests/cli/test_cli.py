@@ -119,7 +119,7 @@ def test_help_survives_a_reader_who_left():
 def test_every_exit_code_of_an_error_is_documented():
     codes = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
     assert codes <= set(EXIT_CODES)
-    assert codes == {2, 3, 4, 5, 6, 7, 8}
+    assert codes == {2, 3, 4, 5, 6, 7, 8, 9}
 
 
 def test_version_is_printed():

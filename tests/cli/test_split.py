@@ -9,13 +9,11 @@ import pytest
 from asyncrl.cli import main as command
 from asyncrl.cli.hardware import parse_hardware
 from asyncrl.cli.launch.split import DividedHost, split_host, visible_gpus
-from asyncrl.config.keys import keys_by_name
-from asyncrl.config.loading import load_config, written_keys
+from asyncrl.config.loading import load_config, written_values
 from asyncrl.errors import ConfigError
 from asyncrl.host.model_folder import find_model
 from tests.model_folders import make_model_folder, make_published_model
 
-needs_ranks = pytest.mark.skipif("learner.ranks" not in keys_by_name(), reason="one rank only")
 ON_GPUS = ["model.dtype=bfloat16", "learner.device=cuda", "generator.device=cuda"]
 
 
@@ -33,7 +31,7 @@ def split(folder, hardware, *settings, cores=8, count=None, config_file=None):
     if not config_file.exists():
         config_file.write_text("")
     config = load_config(config_file, given)
-    return split_host(config, written_keys(config_file, given), find_model(config.model.path), host, count)
+    return split_host(config, written_values(config_file, given).keys(), find_model(config.model.path), host, count)
 
 
 def setting(place, name):
@@ -61,20 +59,17 @@ def test_no_gpu_has_two_owners_and_each_side_has_what_it_was_told(models, size, 
     assert f"{gpus} GPUs" in made.line
 
 
-@needs_ranks
 def test_a_small_model_gives_the_learner_a_quarter_and_generators_one_gpu_each(models):
     made = split(models["0.5B"], "gpu=80GiB,gpus=8", *ON_GPUS)
     assert (len(gpus_of(made.learner)), len(made.generators)) == (2, 6)
     assert made.problems == ()
 
 
-@needs_ranks
 def test_an_engine_that_does_not_fit_one_gpu_gets_more(models):
     made = split(models["8B"], "gpu=24GiB,gpus=8", *ON_GPUS, "learner.ranks=2")
     assert int(setting(made.generators[0], "generator.tensor_parallel_size")) > 1
 
 
-@needs_ranks
 def test_what_the_user_wrote_stands(models):
     settings = ["learner.ranks=3", "generator.tensor_parallel_size=2"]
     made = split(models["0.5B"], "gpu=80GiB,gpus=8", *ON_GPUS, *settings)
@@ -85,7 +80,6 @@ def test_what_the_user_wrote_stands(models):
     assert (len(gpus_of(made.learner)), len(made.generators)) == (4, 4)
 
 
-@needs_ranks
 @pytest.mark.parametrize(
     ("settings", "count"), [(["learner.ranks=8"], None), (["generator.tensor_parallel_size=8"], None), ([], 9)]
 )
@@ -110,7 +104,6 @@ def test_one_gpu_is_shared_and_the_engine_gets_what_the_learner_leaves(models):
         split(models["0.5B"], "gpu=80GiB,gpus=1", *ON_GPUS, count=2)
 
 
-@needs_ranks
 def test_what_does_not_fit_is_said_with_what_helps(models):
     made = split(models["8B"], "gpu=24GiB,gpus=2", *ON_GPUS)
     assert any("the learner needs" in problem and "learner.ranks" in problem for problem in made.problems)
@@ -119,7 +112,6 @@ def test_what_does_not_fit_is_said_with_what_helps(models):
     assert any("host memory" in problem for problem in made.problems)
 
 
-@needs_ranks
 def test_one_side_on_gpus_and_the_other_on_cores(models):
     made = split(models["0.5B"], "gpu=80GiB,gpus=2", *ON_GPUS[:1], "learner.device=cpu", "generator.device=cuda")
     assert made.learner.environment["CUDA_VISIBLE_DEVICES"] == ""

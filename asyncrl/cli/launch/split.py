@@ -18,7 +18,6 @@ from asyncrl.cli.forecast import GPU, HOST, Need, generator_needs, kv_cache, lea
 from asyncrl.cli.hardware import Hardware
 from asyncrl.config import Config
 from asyncrl.config.host_checks import is_on_gpu
-from asyncrl.config.keys import keys_by_name
 from asyncrl.errors import ConfigError
 from asyncrl.host.model_folder import ModelFiles
 
@@ -105,7 +104,7 @@ class _Splitter:
     def _learner_threads(self) -> tuple[str, ...]:
         if self._written & {"learner.threads", "learner.cpus"}:
             return ()
-        ranks = _ranks_of(self._config)
+        ranks = self._config.learner.ranks
         return (f"learner.threads={max(1, min(MAX_THREADS, self._host.cores // ranks))}",)
 
     def _generator_threads(self, count: int) -> tuple[str, ...]:
@@ -162,7 +161,7 @@ class _Splitter:
                 "lower learner.ranks, generator.tensor_parallel_size or --generators, or use more GPUs"
             )
         names = self._host.gpus
-        learner = Portion(_ranks_setting(ranks), {"CUDA_VISIBLE_DEVICES": ",".join(names[:ranks])})
+        learner = Portion((f"learner.ranks={ranks}",), {"CUDA_VISIBLE_DEVICES": ",".join(names[:ranks])})
         generators = []
         for number in range(count):
             own = names[ranks + number * parallel :][:parallel]
@@ -183,8 +182,8 @@ class _Splitter:
         hidden = {"CUDA_VISIBLE_DEVICES": ""}
         if learner_on_gpu:
             count = num_generators or 1
-            ranks = _ranks_of(self._config) if "learner.ranks" in self._written else len(names)
-            learner = Portion(_ranks_setting(ranks), everything)
+            ranks = self._config.learner.ranks if "learner.ranks" in self._written else len(names)
+            learner = Portion((f"learner.ranks={ranks}",), everything)
             generators = (Portion(self._generator_threads(count), hidden),) * count
             line = f"the learner on {_number(ranks, 'GPU')}, {_number(count, 'generator')} on the cores"
             return self._checked(learner, generators, line, gpus=(True, False))
@@ -221,10 +220,8 @@ class _Splitter:
         """What the user wrote; else the smallest power of two that fits, or more where the rest is of no use."""
         config = self._config
         if "learner.ranks" in self._written:
-            return _ranks_of(config)
+            return config.learner.ranks
         sizes = _powers_up_to(total - parallel * (num_generators or 1))
-        if "learner.ranks" not in keys_by_name():
-            sizes = sizes[:1]
         if not sizes or num_generators is not None:
             return sizes[-1] if sizes else 0
         enough = [size for size in sizes if size >= total // LEARNER_SHARE] or sizes[-1:]
@@ -315,11 +312,3 @@ def _number(count: int, noun: str) -> str:
 
 def _list(names: Sequence[str]) -> str:
     return f"GPU {names[0]}" if len(names) == 1 else f"GPUs {', '.join(names)}"
-
-
-def _ranks_of(config: Config) -> int:
-    return int(getattr(config.learner, "ranks", 1))
-
-
-def _ranks_setting(ranks: int) -> tuple[str, ...]:
-    return (f"learner.ranks={ranks}",) if "learner.ranks" in keys_by_name() else ()
