@@ -13,6 +13,7 @@ to lose, and is submitted again under the new version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -24,6 +25,7 @@ import numpy as np
 
 from asyncrl.errors import AsyncRLError, ChannelError, DeadlineExceeded, EngineError
 from asyncrl.generator.engines.base import CheckReport, Completion, GenerationRequest, StageReport, SwapReport
+from asyncrl.generator.engines.vllm.forking import forked_engine, in_thread, may_fork
 from asyncrl.generator.engines.vllm.options import (
     SPARE_SEQUENCES,
     EngineOptions,
@@ -32,6 +34,7 @@ from asyncrl.generator.engines.vllm.options import (
     stop_token_ids,
 )
 from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from
+from asyncrl.host.garbage import no_collections
 from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.field_checks import from_plain, to_plain
 from asyncrl.link.weight_records import BitsInUse, ChannelSpec, WeightManifest
@@ -114,11 +117,12 @@ class VLLMEngine:
             EngineError, ModelError: the engine did not start.
         """
         prepare_environment(self._options)
+        fork = may_fork(self._options)
         timeout_s = self._options.start_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 # In a thread: importing vllm and starting its processes takes seconds, and the loop must go on.
-                self._building = asyncio.ensure_future(asyncio.to_thread(self._build))
+                self._building = in_thread(lambda: self._build(fork))
                 self._llm = await asyncio.shield(self._building)
                 await self.probe(timeout_s)
                 # The first canary has a sync's deadline, and the first scoring takes seconds more than all others.
@@ -127,15 +131,16 @@ class VLLMEngine:
             await self.close()
             raise EngineError(f"the engine was not ready within {timeout_s:g} s; see its log") from error
 
-    def _build(self) -> Any:
+    def _build(self, fork: bool) -> Any:
         """Imports what is heavy here, in a thread: until then the daemon is up within a second."""
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.exceptions import VLLMClientError
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+        with no_collections():
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.exceptions import VLLMClientError
+            from vllm.sampling_params import RequestOutputKind, SamplingParams
+            from vllm.v1.engine.async_llm import AsyncLLM
+            from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        from asyncrl.generator.engines.vllm.plugin import BACKEND, EXTENSION
+            from asyncrl.generator.engines.vllm.plugin import BACKEND, EXTENSION
 
         self._sampling_params, self._final_only = SamplingParams, RequestOutputKind.FINAL_ONLY
         self._dead_error, self._request_errors = EngineDeadError, (VLLMClientError, EngineGenerateError)
@@ -150,7 +155,9 @@ class VLLMEngine:
         if self._dead:
             raise EngineError(f"the engine was {self._dead} before it started")
         try:
-            return Engine.from_engine_args(AsyncEngineArgs(**arguments))
+            config = AsyncEngineArgs(**arguments).create_engine_config()
+            with forked_engine() if fork else contextlib.nullcontext():
+                return Engine.from_vllm_config(config, disable_log_stats=True)
         except Exception as error:
             raise EngineError(f"vLLM did not start: {error}; its log tells why") from error
 

@@ -50,6 +50,7 @@ class EngineOptions:
     start_timeout_s: float = 600.0
     weights_timeout_s: float = 30.0  # of the forming of a weight channel
     weights_host: str = ""  # where weight channels meet
+    fork: bool = True  # the engine from the daemon, where that is safe; False: never
     seed: int = 0  # of the engine's own random stream; two generators must not draw the same noise
 
 
@@ -81,6 +82,9 @@ def prepare_environment(options: EngineOptions) -> None:
             # more than it brings. This switch keeps the worker in the engine's process, which AsyncLLM always has.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if options.tensor_parallel_size == 1 else "1",
         }
+        if options.enforce_eager:
+            # All the same it compiles three operations at the first log-prob, which takes seconds and a C++ compiler.
+            values["TORCH_COMPILE_DISABLE"] = "1"
     else:
         values |= nccl_environment(options.weights_timeout_s, options.weights_host)
         # The monitor of vLLM's own NCCL group ends the worker when any group of the process reports a failure.
