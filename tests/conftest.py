@@ -224,6 +224,7 @@ def start_engine(
         max_sequences=16,
         tensor_parallel_size=tensor_parallel_size,
         kv_cache_bytes=64 * 2**20,
+        device=os.environ.get("ASYNCRL_TEST_DEVICE", "cpu"),  # set by benchmarks.gpu.check
         log_path=str(log_path),
         start_timeout_s=240.0,
     )
