@@ -26,6 +26,7 @@ ENGINE_LIBRARIES = 2 * GIB  # vLLM and its processes
 REWARD_WORKER = 150 * 2**20
 GPU_CONTEXT = 768 * 2**20  # CUDA, cuBLAS, NCCL
 CHUNK_LOGITS = 2**24  # logits that are alive at once in the loss; two such buffers in each direction
+STAGING_SLOTS = 3  # buckets on their way to a tensor-parallel worker
 ENGINE_STEP_TOKENS = 8192  # tokens of one step of the engine, for which it keeps room
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "norm", "router", ".gate.weight")
 
@@ -79,7 +80,7 @@ def generator_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[
     device = GPU if on_gpu else HOST
     needs = [
         Need(device, f"weights, {config.model.dtype}", share),
-        Need(device, "staging buffer of the broadcast", _synced_bytes(config, model, None, element)),
+        *_staging_needs(config, model, element, device),
         Need(HOST, "outbox, at most", generator.outbox_bytes),
         Need(HOST, "libraries", ENGINE_LIBRARIES),
         Need(HOST, "reward workers", generator.reward_workers * REWARD_WORKER),
@@ -90,6 +91,26 @@ def generator_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[
     else:
         needs.append(Need(HOST, "KV cache", int(generator.kv_cache_gib * GIB)))
     return needs
+
+
+def _staging_needs(config: Config, model: ModelFiles, element: int, device: str) -> list[Need]:
+    """A version in staging. Tensor-parallel workers keep their slices, but for the first one, which all have whole."""
+    whole = _synced_bytes(config, model, None, element)
+    workers = config.generator.tensor_parallel_size
+    if config.update.what != "full":
+        travels = 0 if config.update.what == "lora" and config.update.lora_sync != "merged" else whole
+        return [
+            Need(device, "staging buffer of the broadcast", whole),
+            Need(device, "what does not travel, from model.path", max(0, model.num_bytes - travels)),
+        ]
+    if workers == 1:
+        return [Need(device, "staging buffer of the broadcast", whole)]
+    slots = STAGING_SLOTS * config.weights.bucket_bytes
+    kept = math.ceil(whole / workers) + slots if device == GPU else whole + workers * slots
+    return [
+        Need(device, "staging buffer of the broadcast", kept),
+        Need(HOST, f"the first version, whole in each of {workers} workers", workers * whole),
+    ]
 
 
 def kv_cache(

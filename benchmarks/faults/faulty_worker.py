@@ -89,10 +89,10 @@ receive_with(FaultyTransferEngine)
 class FaultyWorker(WeightWorkerExtension):
     """Notes what is about to arrive, and does what happens while the engine stands still for a swap."""
 
-    def asyncrl_stage(self, manifest: dict[str, Any], timeout_s: float) -> None:
+    def asyncrl_stage(self, manifest: dict[str, Any], timeout_s: float, whole: bool) -> None:
         global _arrival
         _arrival = Arrival(manifest["version"], len(manifest["digests"]))
-        super().asyncrl_stage(manifest, timeout_s)
+        super().asyncrl_stage(manifest, timeout_s, whole)
 
     def asyncrl_swap(self, version: int, reload: bool) -> dict[str, Any]:
         _saboteur.signal("SWAP", version)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from asyncrl.link.weight_records import ChannelSpec
+from asyncrl.link.weight_records import BitsInUse, ChannelSpec
 from asyncrl.weights.base_weights import BaseWeights
+from asyncrl.weights.bytes.boxes import Box
 from asyncrl.weights.bytes.delta import encode_delta
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
@@ -21,11 +23,13 @@ TIMEOUT_S = 20.0
 class Bench:
     """A receiver, and the learner's end of its channel."""
 
-    def __init__(self):
+    def __init__(self, bucket_bytes=4096, **options):
         device = torch.device("cpu")
-        self.receiver = WeightReceiver(device, BaseWeights("/nowhere", device), lambda manifest, tensors: None)
+        self.receiver = WeightReceiver(
+            device, BaseWeights("/nowhere", device), lambda manifest, tensors: None, **options
+        )
         self.weight = torch.nn.Parameter(torch.randn(5000).bfloat16())
-        self.buffer = SnapshotBuffer([("weight", self.weight)], 4096)
+        self.buffer = SnapshotBuffer([("weight", self.weight)], bucket_bytes)
         self.buffer.snapshot()
         self.base = None
         self.channel, self.epochs = None, 0
@@ -44,9 +48,11 @@ class Bench:
             self.weight.view(torch.int16)[::50] += 1
         self.buffer.snapshot()
 
-    def stage(self, version, *, base=None, broadcast=True):
-        """The job of staging the snapshot as `version`; whole, or as the delta to `base`."""
+    def stage(self, version, *, base=None, broadcast=True, wrong=()):
+        """The job of staging the snapshot as `version`, whole or as the delta to `base`; `wrong`: damaged buckets."""
         manifest, parts = self.buffer.manifest(version), list(self.buffer.buckets())
+        for index in wrong:
+            parts[index] = parts[index] ^ 1
         if base is not None:
             delta = encode_delta(self.buffer.layout, self.base, self.buffer.flat, base)
             manifest, parts = dataclasses.replace(manifest, delta=delta.info), [delta.payload]
@@ -126,3 +132,121 @@ def test_what_workers_took_is_that_of_the_slowest_part_by_part():
         {"elapsed_ms": 8.0, "timings_ms": {"receive_ms": 5.0, "verify_ms": 3.0}},
     ]
     assert _slowest_ms(jobs) == {"stage_ms": 9.0, "receive_ms": 5.0, "verify_ms": 7.0}
+
+
+class Half:
+    """A worker that needs the second half of the weight, as one of two tensor-parallel ones would."""
+
+    def __init__(self):
+        self.bench = None
+        self.told = {"weight": Box((5000,), 0, 2500, 5000)}
+        self.can_prepare = True
+
+    def boxes(self):
+        return self.told
+
+    def live_are(self, version, named):
+        ((name, slices),) = named
+        return name == "weight" and torch.equal(slices, self.bench.weight.detach()[2500:])
+
+    def prepare_slices(self, manifest, named):
+        return dict(named) if self.can_prepare else None
+
+
+@pytest.fixture
+def half():
+    """A bench whose receiver needs slices; a version has more buckets than there are slots for them."""
+    slicing = Half()
+    bench = Bench(bucket_bytes=1024, slicing=slicing, spare=torch.full((8000,), 255, dtype=torch.uint8))
+    slicing.bench = bench
+    assert len(list(bench.buffer.buckets())) == 10
+    bench.join()
+    yield bench, slicing
+    bench.close()
+
+
+def check(bench):
+    bench.receiver.begin_check(lambda version, tensors: BitsInUse(version, len(list(tensors)), [], []))
+    assert bench.wait().error == ""
+    return bench.receiver.poll().in_use.differing
+
+
+def assert_slices_are_staged(bench, job):
+    assert (job.error, bench.receiver.holds_slices) == ("", True)
+    ((_, slices),) = bench.receiver.tensors()
+    assert torch.equal(slices, bench.weight.detach()[2500:]) and bench.receiver.staging_bytes == 5056
+    assert torch.equal(bench.receiver.prepared["weight"], slices)
+
+
+def test_after_a_whole_version_that_was_compared_slices_are_kept(half):
+    bench, _ = half
+    bench.assert_staged(bench.stage(0), 0)
+    assert bench.receiver.staging_bytes == bench.buffer.layout.total_bytes
+    assert check(bench) == []
+    assert bench.receiver.staging_bytes == 0
+    for version in (1, 2):
+        bench.step()
+        job = bench.stage(version)
+        assert_slices_are_staged(bench, job)
+        assert job.digests == list(bench.buffer.manifest(version).digests)
+        assert set(job.timings_ms) == {"receive_ms", "verify_ms", "decode_ms", "prepare_ms"}
+        assert check(bench) == []
+
+
+def test_a_bit_of_staged_slices_that_changes_is_found(half):
+    bench, _ = half
+    bench.stage(0)
+    check(bench)
+    bench.step()
+    bench.stage(1)
+    bench.receiver._held.buffer[77] ^= 4
+    assert check(bench) == ["staged slices of weight (changed since it was verified)"]
+
+
+def test_a_damaged_bucket_is_named_when_all_have_come_and_the_channel_lives_on(half):
+    bench, _ = half
+    bench.stage(0)
+    check(bench)
+    bench.step()
+    assert "bucket 4 of version 1: digest" in bench.stage(1, wrong=(4, 7)).error
+    assert bench.receiver.staged is None and not bench.receiver.holds_slices
+    assert_slices_are_staged(bench, bench.stage(2))
+
+
+def test_no_slices_are_kept_that_are_not_what_is_in_use(half):
+    bench, slicing = half
+    slicing.told = {"weight": Box((5000,), 0, 2499, 4999)}
+    for version in (0, 1):
+        bench.assert_staged(bench.stage(version), version)
+        assert check(bench) == []
+        bench.step()
+
+
+def test_slices_that_cannot_be_put_in_place_fail_once_and_then_all_comes(half):
+    bench, slicing = half
+    bench.stage(0)
+    check(bench)
+    slicing.can_prepare = False
+    assert "staged in slices, which cannot be put in place" in bench.stage(1).error
+    bench.assert_staged(bench.stage(2), 2)
+
+
+def test_all_of_a_version_is_staged_where_it_is_asked_for_or_the_boxes_are_of_another_model(half):
+    bench, slicing = half
+    bench.stage(0)
+    check(bench)
+    bench.receiver.begin_stage(bench.buffer.manifest(1), TIMEOUT_S, whole=True)
+    bench.channel.broadcast(list(bench.buffer.buckets()), TIMEOUT_S)
+    bench.assert_staged(bench.wait(), 1)
+    slicing.told = {"weight": Box((5000,), 0, 2500, 5000)}  # of another plan: compared with nothing yet
+    bench.assert_staged(bench.stage(2), 2)
+
+
+def test_the_spare_memory_is_used_where_it_is_large_enough():
+    spare = torch.full((20_000,), 255, dtype=torch.uint8)
+    bench = Bench(spare=spare)
+    bench.join()
+    bench.assert_staged(bench.stage(0), 0)
+    assert bench.receiver._held.buffer.data_ptr() == spare.data_ptr()
+    assert math.ceil(bench.receiver.staging_bytes / 64) * 64 == bench.buffer.layout.total_bytes
+    bench.close()

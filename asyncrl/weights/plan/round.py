@@ -251,7 +251,8 @@ class SyncRound:
             self._fail(member, now, _wrong_digests(member, message.digests, expected[0]), at_fault=True)
         else:
             member.phase = Phase.STAGED
-            member.receiver.staged_version = self.snapshot.version
+            # Workers of one model keep slices of it, from which no delta starts.
+            member.receiver.staged_version = self.snapshot.version if member.receiver.num_workers == 1 else None
 
     def _swap(self, member: Member, now: float) -> None:
         assert self.snapshot is not None

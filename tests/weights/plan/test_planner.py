@@ -874,3 +874,22 @@ def test_the_canary_of_a_gpu_has_a_limit_of_its_own(gpus, passes):
     near = [np.array([-1.0, -2.001], np.float32).tobytes()]
     bench.reply("a", "swap", canary=near)
     assert (bench.planner.held_version("a") == 0) is passes
+
+
+def test_no_delta_goes_to_a_generator_of_several_workers_nor_to_its_cell():
+    bench = Bench("a")
+    bench.planner.joined("b", 1, 2, bench.now)
+    for version in (0, 1):
+        base = bench.offered(bench.snapshot(version, base=version - 1 if version else None))
+        assert base is None
+        bench.reply("a", "stage")
+        current = bench.round
+        for phase, fields in (("stage", {"digests": [DIGESTS] * 2}), ("swap", {})):
+            if phase == "swap":
+                fields = {"canary_logprobs": CANARY, "in_use": [BitsInUse(version, 9, [], [])] * 2}
+                bench.broadcast_done()
+                bench.reply("a", "swap")
+            reply = SyncReply(1, version, current.attempt, SyncPhase(phase), "", **fields)
+            bench.planner.reply("b", reply, bench.now)
+            bench.after(0.0)
+        assert [bench.planner.held_version(name) for name in "ab"] == [version] * 2

@@ -13,7 +13,7 @@ compared in no way is named in `not_compared`; for that, the canary is all there
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -22,7 +22,9 @@ import torch
 from asyncrl.generator.engines.vllm.expert_weights import Experts
 from asyncrl.generator.engines.vllm.load_recorder import Loaded, LoadRecorder
 from asyncrl.generator.engines.vllm.packed_weights import PACKED, Assembly, Pack, Packed, ReadColumns
+from asyncrl.generator.engines.vllm.slices import in_boxes
 from asyncrl.link.weight_records import BitsInUse
+from asyncrl.weights.bytes.boxes import Box
 from asyncrl.weights.bytes.digest import digest
 
 _T = TypeVar("_T")
@@ -96,6 +98,21 @@ class InUseCheck:
         elif loaded.live.numel() or not is_packed:
             self.not_compared[loaded.label] = "it is kept in a form of its own"
 
+    def in_boxes(self, boxes: Mapping[str, Box]) -> InUseCheck:
+        """The same comparison with what boxes hold of the tensors. What is known of packed matrices is shared."""
+        return InUseCheck(
+            [in_boxes(loaded, boxes) for loaded in self.plain],
+            [Pack(pack.layer, in_boxes(pack.weight, boxes)) for pack in self.packs],
+            [Experts(in_boxes(expert.weight, boxes), expert.isa) for expert in self.experts],
+            self.not_compared,
+            self._ledger,
+            self._read,
+        )
+
+    def share_read(self, other: InUseCheck) -> None:
+        """Takes what `other` has read back of packed matrices."""
+        self._read = other._read
+
     def note_packed(self, layer: torch.nn.Module, packed: Packed) -> None:
         """Tells what was put behind the layer's `cpu_linear`. It is believed only while it stands there."""
         self._ledger[id(layer)] = packed
@@ -148,7 +165,7 @@ class InUseCheck:
             seen.add(name)
             for loaded in plain.get(name, ()):
                 pairs = loaded.pairs(loaded.live, name, tensor)
-                if not all(_same_bits(live, source.to(live.dtype)) for live, source in pairs):
+                if not all(_same_bits(live, source.to(live.device, live.dtype)) for live, source in pairs):
                     yield loaded.label
             for pack in packs.get(name, ()):
                 weight = assembly.add(pack.weight, name, tensor)

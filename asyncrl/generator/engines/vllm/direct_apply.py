@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -25,7 +25,9 @@ from asyncrl.generator.engines.vllm.bits_in_use import InUseCheck, num_unwritten
 from asyncrl.generator.engines.vllm.expert_weights import Experts
 from asyncrl.generator.engines.vllm.load_recorder import Loaded, LoadRecorder
 from asyncrl.generator.engines.vllm.packed_weights import PACKED, Assembly, Pack, Packed
+from asyncrl.generator.engines.vllm.slices import boxes_of, in_boxes
 from asyncrl.link.weight_records import BitsInUse, WeightManifest
+from asyncrl.weights.bytes.boxes import Box
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.patch import LORA_A, WEIGHT
 
@@ -61,6 +63,24 @@ class CopyPlan:
         self._plain = plain
         self._packs = packs
         self._experts = experts
+
+    def boxes(self) -> dict[str, Box] | None:
+        """What of each tensor this worker needs; None where that cannot be told."""
+        return boxes_of(self.shapes, self._all())
+
+    def in_boxes(self, boxes: Mapping[str, Box]) -> CopyPlan:
+        """The same plan, from what the boxes hold of the tensors."""
+        return CopyPlan(
+            {name: box.held_shape for name, box in boxes.items()},
+            [in_boxes(loaded, boxes) for loaded in self._plain],
+            [Pack(pack.layer, in_boxes(pack.weight, boxes)) for pack in self._packs],
+            [Experts(in_boxes(expert.weight, boxes), expert.isa) for expert in self._experts],
+        )
+
+    def _all(self) -> Iterator[Loaded]:
+        yield from self._plain
+        yield from (pack.weight for pack in self._packs)
+        yield from (expert.weight for expert in self._experts)
 
     @property
     def num_copies(self) -> int:
@@ -190,6 +210,16 @@ class SideEffects:
         return ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Sliced:
+    """A plan, and the comparison with what is live, from boxes of the tensors."""
+
+    of: CopyPlan  # from whole tensors
+    boxes: Mapping[str, Box]
+    plan: CopyPlan
+    in_use: InUseCheck
+
+
 class DirectApply:
     """One worker's plan, and whether it may be used now.
 
@@ -205,13 +235,43 @@ class DirectApply:
         self._recorder: LoadRecorder | None = None
         self._applied: WeightManifest | None = None  # whose weights are live, when that is certain
         self.in_use: InUseCheck | None = None  # how all that is live can be compared; from the first reload on
+        self._sliced: _Sliced | None = None  # the same from what this worker needs of the tensors alone
+        self._from_slices = False  # what is live came by `_sliced`
+
+    def boxes(self) -> Mapping[str, Box] | None:
+        """See `Slicing`. Made once for each plan."""
+        plan, in_use = self._plan, self.in_use
+        if plan is None or in_use is None:
+            return None
+        if self._sliced is None or self._sliced.of is not plan:
+            boxes = plan.boxes()
+            if boxes is None:
+                return None
+            self._sliced = _Sliced(plan, boxes, plan.in_boxes(boxes), in_use.in_boxes(boxes))
+        return self._sliced.boxes
+
+    def live_are(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> bool:
+        """See `Slicing`."""
+        sliced = self._sliced
+        return sliced is not None and not sliced.in_use.report(version, named).differing
+
+    def prepare_slices(
+        self, manifest: WeightManifest, named: Iterable[tuple[str, torch.Tensor]]
+    ) -> PreparedCopy | None:
+        """See `Slicing`."""
+        sliced = self._sliced
+        if sliced is None or sliced.of is not self._plan:
+            return None
+        return self._prepare(sliced.plan, manifest, named)
 
     def prepare(self, manifest: WeightManifest, named: Iterable[tuple[str, torch.Tensor]]) -> PreparedCopy | None:
         """In staging, beside generation. None: this version goes through a reload."""
-        plan = self._plan
+        return None if self._plan is None else self._prepare(self._plan, manifest, named)
+
+    def _prepare(
+        self, plan: CopyPlan, manifest: WeightManifest, named: Iterable[tuple[str, torch.Tensor]]
+    ) -> PreparedCopy | None:
         applied = self._applied
-        if plan is None:
-            return None
         try:
             return plan.prepare(named, unchanged_names(applied, manifest), applied)
         except PlanRefused as refusal:
@@ -223,7 +283,14 @@ class DirectApply:
 
     def usable(self, prepared: PreparedCopy | None) -> bool:
         """Whether what was prepared fits to the weights that are live now."""
-        return prepared is not None and prepared.plan is self._plan and prepared.basis is self._applied
+        if prepared is None or self._plan is None or prepared.basis is not self._applied:
+            return False
+        return prepared.plan is self._plan or self._is_sliced(prepared.plan)
+
+    def _is_sliced(self, plan: CopyPlan) -> bool:
+        """Whether this is the plan from slices that belongs to the plan there is now."""
+        sliced = self._sliced
+        return sliced is not None and sliced.of is self._plan and plan is sliced.plan
 
     @torch.no_grad()
     def apply(self, prepared: PreparedCopy, manifest: WeightManifest) -> None:
@@ -235,6 +302,7 @@ class DirectApply:
             setattr(pack.layer, PACKED, packed.linear)
             if self.in_use is not None:
                 self.in_use.note_packed(pack.layer, packed)
+        self._from_slices = self._is_sliced(prepared.plan)
         self._applied = manifest
 
     def begin(self) -> None:
@@ -258,6 +326,7 @@ class DirectApply:
     def end(self, manifest: WeightManifest, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """After `finalize_layerwise_reload`: a plan for the swaps to come, when it gives what the reload gave."""
         self._applied = manifest
+        self._from_slices = False
         recorder = self._recorder
         effects = self._effects
         self._forget_reload()
@@ -282,11 +351,15 @@ class DirectApply:
         """Reads back what `report` cannot read beside generation. Right after a load, while it is paused."""
         if self.in_use is not None:
             self.in_use.read_packed()
+            if self._sliced is not None:
+                self._sliced.in_use.share_read(self.in_use)
 
     def report(self, version: int, named: Iterable[tuple[str, torch.Tensor]]) -> BitsInUse:
         """Whether what is live now is `version`, whose tensors are `named`. Beside generation."""
         if self.in_use is None:
             return BitsInUse(version, 0, [], [f"all parameters: {self._refused}"])
+        if self._from_slices and self._sliced is not None:
+            return self._sliced.in_use.report(version, named)
         return self.in_use.report(version, named)
 
     def _refuse(self, error: Exception) -> None:

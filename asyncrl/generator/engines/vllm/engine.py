@@ -314,7 +314,7 @@ class VLLMEngine:
         """See `RolloutEngine.stage_weights`."""
         async with self._weights_lock:
             what = f"staging version {manifest.version}"
-            jobs = await self._job(what, timeout_s, "asyncrl_stage", to_plain(manifest), timeout_s)
+            jobs = await self._job(what, timeout_s, "asyncrl_stage", to_plain(manifest), timeout_s, self._tainted)
         return StageReport([job["digests"] for job in jobs], _slowest_ms(jobs))
 
     async def leave_channel(self) -> None:

@@ -9,6 +9,8 @@ Arguments and results are plain dicts, numbers and strings, so that vLLM's pickl
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,12 +30,15 @@ from asyncrl.errors import EngineError
 from asyncrl.generator.engines.vllm.direct_apply import DirectApply, PreparedCopy
 from asyncrl.generator.engines.vllm.expert_weights import aliases, forget_kernels
 from asyncrl.generator.engines.vllm.options import follow_parent
+from asyncrl.host.model_folder import find_model
 from asyncrl.link.field_checks import from_plain, to_plain
-from asyncrl.link.weight_records import ChannelSpec, WeightManifest
+from asyncrl.link.weight_records import ChannelSpec, WeightManifest, aligned
 from asyncrl.weights.base_weights import BaseWeights, complete_names
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.receiver import WeightReceiver
+
+log = logging.getLogger("vllm.asyncrl")
 
 BACKEND = "asyncrl"
 EXTENSION = "asyncrl.generator.engines.vllm.plugin.WeightWorkerExtension"
@@ -95,10 +100,13 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     ) -> None:
         super().__init__(config, vllm_config, device, model)
         self.direct = DirectApply(model)
+        sliced = vllm_config.parallel_config.tensor_parallel_size > 1
         self.receiver: WeightReceiver[PreparedCopy] = WeightReceiver(
             device,
             BaseWeights(vllm_config.model_config.model, device),
             self.direct.prepare,
+            slicing=self.direct if sliced else None,
+            spare=_staging_memory(vllm_config, model, device),
             open_channel=open_channel,
             measure=measure,
         )
@@ -117,6 +125,8 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Begin to load what is staged: a reload, unless it can be copied in place."""
         if self.direct.usable(self.receiver.prepared):
             return
+        if self.receiver.holds_slices:
+            raise EngineError("slices are staged, and a reload needs whole tensors; stage all of the version")
         self._reloading = True
         self.direct.begin()
         forget_kernels(self.model)
@@ -202,6 +212,31 @@ class StagedWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receiver.leave()
 
 
+def _staging_memory(vllm_config: VllmConfig, model: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    """Room for a version, or for this worker's slices of it: made here, vLLM's profile counts it.
+
+    vLLM makes the transfer engine when the model is loaded, and gives what is then left to the KV cache.
+    """
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype), "vLLM has resolved it by now"
+    workers = vllm_config.parallel_config.tensor_parallel_size
+    shapes = find_model(vllm_config.model_config.model).shapes().values()
+    # What has one dimension, as norms, every worker needs whole; of the rest each has its part, some of it replicated.
+    sizes = [math.prod(shape) * dtype.itemsize // (workers if len(shape) > 1 else 1) for shape in shapes]
+    num_bytes = sum(map(aligned, sizes))
+    if workers > 1:
+        num_bytes = max(num_bytes, sum(aligned(parameter.nbytes) for parameter in model.parameters()))
+    try:
+        memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # of both devices
+        raise EngineError(
+            f"there is no room for the staging buffer of {num_bytes / 2**30:.2f} GiB beside the weights on {device}: "
+            f"{str(error).splitlines()[0]}; raise generator.tensor_parallel_size, or take a device with more memory"
+        ) from error
+    log.info("staging: %d bytes are reserved", num_bytes)
+    return memory
+
+
 class _Again:
     """Tensors that can be gone through more than once; they are made anew each time."""
 
@@ -232,11 +267,11 @@ class WeightWorkerExtension:
         except Exception as error:  # noqa: BLE001 - no method raises, see the class
             self.weight_transfer_engine.receiver.refuse("join", error)
 
-    def asyncrl_stage(self, manifest: dict[str, Any], timeout_s: float) -> None:
-        """Begin to receive a version into staging."""
+    def asyncrl_stage(self, manifest: dict[str, Any], timeout_s: float, whole: bool) -> None:
+        """Begin to receive a version into staging; `whole`: it will be reloaded."""
         receiver = self.weight_transfer_engine.receiver
         try:
-            receiver.begin_stage(from_plain(WeightManifest, manifest), timeout_s)
+            receiver.begin_stage(from_plain(WeightManifest, manifest), timeout_s, whole=whole)
         except Exception as error:  # noqa: BLE001 - no method raises, see the class
             receiver.refuse("stage", error)
 
@@ -270,6 +305,10 @@ class WeightWorkerExtension:
         except Exception as error:  # noqa: BLE001 - as above, and the first error is told too
             return f"; and the layers could not be put back: {type(error).__name__}: {error}"
         return ""
+
+    def asyncrl_staging_bytes(self) -> int:
+        """Size of what is staged here."""
+        return self.weight_transfer_engine.receiver.staging_bytes
 
     def asyncrl_staged_version(self) -> int | None:
         """The version that a swap would load."""

@@ -28,11 +28,14 @@ class OddChannel(WeightChannel):
         super().__init__(spec, device)
         self._engine = engine
 
-    def broadcast(self, parts, *args):
-        super().broadcast(parts, *args)
-        if self._engine.damage_next_bytes:
-            self._engine.damage_next_bytes = False
-            parts[0][parts[0].numel() // 2] ^= 1
+    def broadcast(self, parts, timeout_s, on_part, senders):
+        def damaged(num_bytes):
+            if self._engine.damage_next_bytes:
+                self._engine.damage_next_bytes = False
+                parts[0][parts[0].numel() // 2] ^= 1
+            on_part(num_bytes)
+
+        super().broadcast(parts, timeout_s, damaged, senders)
 
 
 receive_with(OddTransferEngine)
@@ -63,7 +66,7 @@ class OddWorkerExtension(WeightWorkerExtension):
         """Worker `rank` cannot begin the next stage."""
         receiver = self.weight_transfer_engine.receiver
 
-        def refuse(*args):
+        def refuse(*args, **options):
             del receiver.begin_stage
             raise RuntimeError("can't start new thread")
 
@@ -73,6 +76,11 @@ class OddWorkerExtension(WeightWorkerExtension):
     def odd_damage_next_bytes(self, rank: int) -> None:
         """What worker `rank` receives next has one bit wrong."""
         self.weight_transfer_engine.damage_next_bytes = self.rank == rank
+
+    def odd_change_slices(self, rank: int) -> None:
+        """A bit of the staged slices of worker `rank` changes."""
+        if self.rank == rank:
+            self.weight_transfer_engine.receiver._held.buffer[100] ^= 1
 
     def odd_load_computed_tensors(self) -> None:
         """From now on the model computes on every tensor before it loads it."""

@@ -94,15 +94,78 @@ def test_a_swap_keeps_sequences_in_flight(two_workers):
     assert_it_is_the_model(engine)
 
 
-def test_a_chain_of_deltas_keeps_both_workers_right(two_workers):
+def staged_bytes(engine):
+    return engine.run(engine.engine._rpc("asyncrl_staging_bytes", 5.0))
+
+
+def test_each_worker_stages_its_slices_alone(two_workers):
+    from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+
+    engine = two_workers
+    buffer = SnapshotBuffer(engine.model.named_parameters(remove_duplicate=False), 64 * 1024)
+    total = buffer.layout.total_bytes
+    randomize(engine.model, 21)
+    engine.run(engine.sync(buffer))
+    assert engine.notes["swap"].apply == "direct"
+    held = staged_bytes(engine)
+    # Half, and the norms, which both need; the vocabulary of 100 is cut into 64 and 36.
+    assert all(0.47 * total <= size <= 0.53 * total for size in held) and sum(held) >= total
+    assert_it_is_the_model(engine)
+
+
+def test_after_a_taint_all_of_a_version_is_staged_and_reloaded_and_then_slices_again(two_workers):
     engine = two_workers
     engine.run(engine.sync())
+    assert engine.notes["swap"].apply == "direct"
+    engine.engine.taint("for this test")
+    randomize(engine.model, 22)
+    engine.run(engine.sync())
+    assert engine.notes["swap"].apply == "reload"
+    assert_it_is_the_model(engine)
+    randomize(engine.model, 23)
+    engine.run(engine.sync())
+    assert engine.notes["swap"].apply == "direct" and max(staged_bytes(engine)) > 0
+    assert_it_is_the_model(engine)
+
+
+def test_slices_that_are_staged_cannot_be_reloaded_and_the_next_version_comes_whole(two_workers):
+    engine = two_workers
+    engine.run(engine.sync())
+    version = engine.run(engine.stage_next(24))
+    engine.engine.taint("between staging and swap")
+    with pytest.raises(EngineError, match="slices are staged, and a reload needs whole tensors"):
+        engine.run(engine.engine.swap_weights(version, 20.0))
+    assert engine.engine.tainted
+    randomize(engine.model, 25)
+    engine.run(engine.sync())
+    assert engine.notes["swap"].apply == "reload"
+    assert_it_is_the_model(engine)
+
+
+def test_a_change_of_staged_slices_is_found_after_the_swap(two_workers):
+    engine = two_workers
+    engine.run(engine.sync())
+    version = engine.run(engine.stage_next(26))
+    engine.run(engine.engine._rpc("odd_change_slices", 5.0, 1))
+    engine.run(engine.engine.swap_weights(version, 20.0))
+    first, second = engine.run(engine.engine.check_weights(version, 20.0)).in_use
+    assert first.differing == [] and any("changed since it was verified" in each for each in second.differing)
+    engine.engine.taint("what one worker staged has changed")
+    randomize(engine.model, 27)
+    engine.run(engine.sync())
+    assert_it_is_the_model(engine)
+
+
+def test_no_delta_starts_from_slices(two_workers):
+    engine = two_workers
+    engine.run(engine.sync())
+    engine.run(engine.sync())
     deltas = DeltaBuffer(engine)
-    for seed in (5, 6):
-        change_some(engine.model, seed)
+    change_some(engine.model, 5)
+    with pytest.raises(ChannelError, match="staging holds slices of version .*; it must be sent whole"):
         engine.run(engine.sync(deltas))
-        assert deltas.delta.info.num_bytes < 0.2 * deltas._buffer.layout.total_bytes
-        assert_it_is_the_model(engine)
+    engine.run(engine.sync())
+    assert_it_is_the_model(engine)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
