@@ -22,7 +22,7 @@ from asyncrl.config import Config
 from asyncrl.errors import BindError, CheckpointError, ConfigError, RankLost, TrainerFailed
 from asyncrl.host.log_files import limit_log
 from asyncrl.host.processes import child_environment, die_with_parent, nccl_environment
-from asyncrl.link.trainer_link import LAST_WORDS
+from asyncrl.link.trainer_link import LAST_WORDS, STORE_FD
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ MAX_BACKOFF_S = 32.0
 LOG_CHECK_S = 10.0
 KILL_TIMEOUT_S = 10.0  # a process in a system call that hangs does not end before the call does
 BLAME_S = 2.0  # how long the end of the rank that is at fault may come after the ends of those that lost it
-STORE_FD = "ASYNCRL_STORE_FD"  # names the listening socket that rank 0 gets from its parent
 
 
 @dataclass(frozen=True, slots=True)

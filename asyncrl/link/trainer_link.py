@@ -11,6 +11,7 @@ from asyncrl.link.sockets import ClientSocket, SocketPoller
 
 MAX_FRAME_BYTES = 2**31 - 1  # a batch may be large, and this link never leaves the host
 SEND_TIMEOUT_S = 30.0
+STORE_FD = "ASYNCRL_STORE_FD"  # names the listening socket that rank 0 gets from its parent, at which all ranks meet
 LAST_WORDS = "cannot train: "  # begins what a trainer prints when starting it again would change nothing
 
 

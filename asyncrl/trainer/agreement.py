@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -21,6 +22,7 @@ from asyncrl.trainer.step import StepRunner
 from asyncrl.trainer.world import World
 
 CHECK_EVERY = 10  # steps
+SAMPLE_BYTES = 2**16
 
 
 def check_start(world: World, config: Config) -> None:
@@ -30,14 +32,15 @@ def check_start(world: World, config: Config) -> None:
     sections = {
         "learner": asdict(learner),
         "algorithm": asdict(config.algorithm),
-        "critic": asdict(config.critic),
+        "critic": asdict(replace(config.critic, path="")),
         "update": asdict(config.update),
         "sampling": asdict(config.sampling),
-        "model": asdict(config.model),
+        "model": asdict(replace(config.model, path="")),
         "run.seed": config.run.seed,
         "weights.canary_sequences": config.weights.canary_sequences,
     }
     own = {f"the section {name} of the configuration": _digest(repr(value)) for name, value in sections.items()}
+    own["the model's files"] = _digest_of_model(Path(config.model.path))
     own |= {"the version of torch": _digest(torch.__version__), "that of asyncrl": _digest(asyncrl.__version__)}
     if problem := _difference(world, own):
         raise ConfigError(f"{problem}; start all ranks with one configuration and one installation")
@@ -77,6 +80,18 @@ def _difference(world: World, own: Mapping[str, int]) -> str | None:
             if theirs != first:
                 return f"trainer rank {rank} and rank 0 differ in {name} ({theirs:#x} and {first:#x})"
     return None
+
+
+def _digest_of_model(folder: Path) -> int:
+    """Of names, sizes and ends of the weights' files: enough to tell one training run's from another's."""
+    seen = []
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            first = opened.read(SAMPLE_BYTES)
+            opened.seek(max(0, size - SAMPLE_BYTES))
+            seen.append((file.name, size, _digest(first), _digest(opened.read())))
+    return _digest(repr(seen))
 
 
 def _digest(content: str | bytes) -> int:

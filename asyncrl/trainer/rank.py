@@ -23,7 +23,7 @@ import torch
 
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
-from asyncrl.errors import AsyncRLError, CheckpointError, ConfigError, RankLost, UserError
+from asyncrl.errors import AsyncRLError, CheckpointError, ConfigError, PeerUnreachable, RankLost, UserError
 from asyncrl.host.processes import die_with_parent, leave, pin_to
 from asyncrl.link.codec import decode_body
 from asyncrl.link.messages import GroupResult
@@ -380,7 +380,11 @@ def _be_deterministic() -> None:
 def main() -> int:
     """Entry point of a rank's process."""
     die_with_parent()
-    config_file, desk_address = sys.argv[1:3]
+    return run_rank(*sys.argv[1:3])
+
+
+def run_rank(config_file: str, desk_address: str) -> int:
+    """Runs the rank that the environment says this process is; returns its exit code."""
     config = load_config(config_file, [])
     place = RankPlace.from_environment()
     who = f"rank {place.rank} " if place.size > 1 else ""
@@ -396,7 +400,7 @@ def main() -> int:
         world = World.form(place, device)
         check_start(world, config)
         return Rank(config, desk_address, device, world).run()
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, PeerUnreachable) as error:
         # Starting again would end the same way: the desk tells the user instead.
         print(f"{LAST_WORDS}{error}", file=sys.stderr, flush=True)
         return error.exit_code

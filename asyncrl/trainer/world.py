@@ -27,15 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own, with their types
 
-from asyncrl.errors import BindError, RankLost
+from asyncrl.errors import BindError, PeerUnreachable, RankLost
 from asyncrl.host.addresses import interface_towards
+from asyncrl.link.trainer_link import STORE_FD
 from asyncrl.weights.channels.rendezvous import first_line
 
 DEADLINE_S = 60.0  # of one collective: a rank that is late by that much counts as lost
 FORM_TIMEOUT_S = 300.0  # of the start: imports and the loading of a model differ by disk and host
 KEEP_ALIVE_S = 5.0
 LAST_NOTES_S = 3.0  # how long a rank that lost another one waits for the notes of the others
-STORE_FD = "ASYNCRL_STORE_FD"  # names the listening socket that rank 0 was given for the store
 LOOPBACK = "lo"
 
 
@@ -102,7 +102,8 @@ class World:
     def form(cls, place: RankPlace, device: torch.device, *, timeout_s: float = FORM_TIMEOUT_S) -> World:
         """Meets the other ranks and makes both process groups.
 
-        Raises BindError when the store cannot listen, RankLost when not all ranks come in time.
+        Raises BindError when the store cannot listen, PeerUnreachable when there is none in time, RankLost when not all
+        ranks come in time.
         """
         if place.size == 1:
             return cls(place)
@@ -289,7 +290,13 @@ def is_loss(error: BaseException) -> bool:
 def _open_store(place: RankPlace, timeout_s: float) -> Store:
     """The store of rendezvous: rank 0 holds it, all others connect."""
     if place.rank:
-        return _client(place, timeout_s)
+        try:
+            return _client(place, timeout_s)
+        except RuntimeError as error:
+            raise PeerUnreachable(
+                f"no learner answered at {place.host}:{place.port} within {timeout_s:.0f} s; see weights.host and "
+                f"learner.port: {first_line(error)}"
+            ) from error
     fd = place.listen_fd
     if fd is None:
         fd = _listen(place.host, place.port)
