@@ -52,6 +52,7 @@ from asyncrl.link.trainer_messages import (
 from asyncrl.link.weight_records import ChannelPlace, ChannelSpec
 from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE
 from asyncrl.weights.bytes.delta import delta_pays, encode_delta, join_deltas
+from asyncrl.weights.bytes.memory import own_stream
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.rendezvous import WeightStore
@@ -150,28 +151,32 @@ class Publisher(threading.Thread):
     def run(self) -> None:
         """The thread. What ends it before `stop` is left in `crash`, which the training loop looks at."""
         try:
-            link = TrainerLink(self._desk_address, wake_fd=self._wake)  # here: a socket belongs to one thread
-            if self._relay is not None:
-                self._relay.accept(JOIN_TIMEOUT_S, self._wake_up)
-            while not self._stopping.is_set():
-                self._offer_fresh(link)
-                if (message := link.receive(self._idle_wait_s)) is not None:
-                    self._heard = True
-                    self._handle(link, message)
-                elif not self._heard:
-                    self._offer_again(link)
-                self._take_reports(link)
-            for channel_epoch in list(self._senders):
-                self._close(channel_epoch)
-            if self._store is not None:
-                self._store.close()
-            link.close()
+            with own_stream(self._fresh.buffer.flat.device):
+                self._work()
         except BaseException as error:  # whatever it is, the training loop must end with it
             self.crash = error
             log.exception("publisher thread died")
         finally:
             if self._relay is not None:
                 self._relay.close()
+
+    def _work(self) -> None:
+        link = TrainerLink(self._desk_address, wake_fd=self._wake)  # here: a socket belongs to one thread
+        if self._relay is not None:
+            self._relay.accept(JOIN_TIMEOUT_S, self._wake_up)
+        while not self._stopping.is_set():
+            self._offer_fresh(link)
+            if (message := link.receive(self._idle_wait_s)) is not None:
+                self._heard = True
+                self._handle(link, message)
+            elif not self._heard:
+                self._offer_again(link)
+            self._take_reports(link)
+        for channel_epoch in list(self._senders):
+            self._close(channel_epoch)
+        if self._store is not None:
+            self._store.close()
+        link.close()
 
     def _offer_fresh(self, link: TrainerLink) -> None:
         if not self._rotate():

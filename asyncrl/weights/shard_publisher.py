@@ -26,6 +26,7 @@ from asyncrl.link.trainer_messages import (
     ShardSent,
 )
 from asyncrl.weights.bytes.delta import encode_delta
+from asyncrl.weights.bytes.memory import own_stream
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.publisher import ANSWER_TIMEOUT_S, JOIN_TIMEOUT_S
@@ -83,27 +84,31 @@ class ShardPublisher(threading.Thread):
     def run(self) -> None:
         """The thread. What ends it before `stop` is left in `crash`, which the training loop looks at."""
         try:
-            relay = join_relay(self._invitation, self._rank, JOIN_TIMEOUT_S)
-            poll = select.poll()
-            for source in (relay.fileno(), self._wake):
-                poll.register(source, select.POLLIN)
-            while not self._stopping.is_set():
-                ready = {source for source, _ in poll.poll(int(IDLE_WAIT_S * 1e3))}
-                if self._wake in ready:
-                    os.eventfd_read(self._wake)
-                while self._sent:
-                    self._tell(relay, self._sent.popleft())
-                if relay.fileno() in ready:
-                    message = relay.receive(MESSAGE_TIMEOUT_S)
-                    if message is None:
-                        break  # rank 0's publisher has ended, and so has the training
-                    self._handle(relay, message)
-            for channel in self._channels.values():
-                channel.close()
-            relay.close()
+            with own_stream(self._slots[0].buffer.flat.device):
+                self._work()
         except BaseException as error:  # whatever it is, the training loop must end with it
             self.crash = error
             log.exception("publisher thread died")
+
+    def _work(self) -> None:
+        relay = join_relay(self._invitation, self._rank, JOIN_TIMEOUT_S)
+        poll = select.poll()
+        for source in (relay.fileno(), self._wake):
+            poll.register(source, select.POLLIN)
+        while not self._stopping.is_set():
+            ready = {source for source, _ in poll.poll(int(IDLE_WAIT_S * 1e3))}
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            while self._sent:
+                self._tell(relay, self._sent.popleft())
+            if relay.fileno() in ready:
+                message = relay.receive(MESSAGE_TIMEOUT_S)
+                if message is None:
+                    break  # rank 0's publisher has ended, and so has the training
+                self._handle(relay, message)
+        for channel in self._channels.values():
+            channel.close()
+        relay.close()
 
     def _handle(self, relay: RelayConnection, message: Message) -> None:
         match message:

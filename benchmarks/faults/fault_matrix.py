@@ -1,6 +1,6 @@
 """Every fault in every phase of a weight sync, with one generator and with three: what becomes of the run.
 
-    python -m benchmarks.faults.fault_matrix [--quick]
+    python -m benchmarks.faults.fault_matrix [--quick] [--senders 2]
 
 The real commands; one of the generators is sabotaged (`benchmarks.faults.faulty_generator`), once per cell, in a fleet
 that lives on from cell to cell. A cell has passed when
@@ -163,6 +163,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--faults", nargs="+", default=FAULTS, choices=FAULTS, metavar="FAULT", help="of %(default)s")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, metavar="PHASE", help="of %(default)s")
     parser.add_argument("--generators", nargs="+", type=int, default=GENERATORS, help="how many (default %(default)s)")
+    parser.add_argument("--senders", type=int, default=1, help="trainer ranks that send (default %(default)s)")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
     parser.add_argument("--model", type=Path, default=shared.MODEL, help="base model, made if missing")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further configuration keys")
@@ -189,7 +190,7 @@ class Matrix:
         self.fleet = Fleet(
             folder,
             options.config,
-            [f"model.path={options.model.resolve()}", *SETTINGS, *options.set],
+            [f"model.path={options.model.resolve()}", *SETTINGS, f"learner.ranks={options.senders}", *options.set],
             generator_command=[sys.executable, "-m", "benchmarks.faults.faulty_generator"],
             environment={"ASYNCRL_FAULTS": str(self._faults)},
         )

@@ -121,7 +121,7 @@ def _leave_out(receiver: Any) -> str:
     assert receiver.prepared is not None, "the cell waits for a sync that was applied in place"
     layout, prepared = receiver.staged.layout, receiver.prepared
     index = len(layout.buckets) // 2
-    start, stop = (receiver._held.buffer.data_ptr() + place for place in layout.buckets[index].pieces[0])
+    start, stop = (receiver._held.buffer.data_ptr() + place for place in max(layout.buckets[index].pieces, key=_size))
     names = {name for name, tensor in receiver.tensors() if _overlaps(tensor, start, stop)}
     before = len(prepared.copies) + len(prepared.packs)
     prepared.copies[:] = [pair for pair in prepared.copies if not _overlaps(pair[1], start, stop)]
@@ -129,6 +129,10 @@ def _leave_out(receiver: Any) -> str:
     left_out = before - len(prepared.copies) - len(prepared.packs)
     assert left_out > 0, f"bucket {index} ({sorted(names)}) has no part in the swap"
     return f"bucket {index} is not put in place ({left_out} of {before} parameters)"
+
+
+def _size(piece: tuple[int, int]) -> int:
+    return piece[1] - piece[0]
 
 
 def _overlaps(tensor: torch.Tensor, start: int, stop: int) -> bool:

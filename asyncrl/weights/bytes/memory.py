@@ -13,6 +13,7 @@ buffers, which live as long as the run, that costs nothing; a weight channel's o
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -21,6 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -106,6 +108,7 @@ class Opened:
 
     def __init__(self, handle: Handle, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
             self._memory: Any = _open_cuda(handle, device) if device.type == "cuda" else _open_memfd(handle)
         except (KeyError, TypeError, ValueError) as error:
@@ -120,8 +123,8 @@ class Opened:
         stop = offset + destination.numel()
         if not 0 <= offset <= stop <= len(self._memory):
             raise ChannelError(f"bytes {offset} to {stop} are not in shared memory of {len(self._memory)} bytes")
-        if self._device.type == "cuda":
-            _copy_cuda(self._memory[offset:stop], destination, deadline)
+        if self._stream is not None:
+            _copy_cuda(self._memory[offset:stop], destination, self._stream, deadline)
         else:
             np.copyto(destination.numpy(), self._memory[offset:stop])  # numpy lets go of the interpreter's lock
 
@@ -193,8 +196,7 @@ def _open_cuda(handle: Handle, device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
-def _copy_cuda(source: torch.Tensor, destination: torch.Tensor, deadline: float) -> None:
-    stream = torch.cuda.Stream(destination.device)
+def _copy_cuda(source: torch.Tensor, destination: torch.Tensor, stream: torch.cuda.Stream, deadline: float) -> None:
     stream.wait_stream(torch.cuda.current_stream(destination.device))  # the zeros of a new staging buffer
     with torch.cuda.stream(stream):
         destination.copy_(source, non_blocking=True)
@@ -202,6 +204,17 @@ def _copy_cuda(source: torch.Tensor, destination: torch.Tensor, deadline: float)
         done = torch.cuda.Event()
         done.record(stream)
     wait_event(done, deadline)
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, what this thread gives to a GPU runs beside the work of other threads; on CPUs nothing changes.
+
+    Without it a thread shares the device's default stream with the training: each would wait for the other.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    torch.cuda.set_device(device)  # a new thread's is that of rank 0
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def wait_event(event: Any, deadline: float) -> None:

@@ -98,6 +98,9 @@ class SnapshotBuffer:
 
     def _allocate(self, device: torch.device) -> None:
         self.flat = new_buffer(self.layout, device, shared=self._shared, sender=self.sender)
+        if self.flat.is_cuda:
+            # Made in the publisher's thread, on a stream of its own; the training fills it from another.
+            torch.cuda.current_stream(self.flat.device).synchronize()
         self._copies = _Copies(self._named, self._runs, self.flat, self._adapted or {})
 
     def snapshot(self) -> None:

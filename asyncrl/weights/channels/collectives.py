@@ -142,6 +142,7 @@ class NcclTransport(_Collective):
             raise ChannelError(f"nccl needs a cuda device, not {device}; use gloo")
         super().__init__(spec, device, aborted)
         self._parts: Sequence[torch.Tensor] = ()
+        self._stream: torch.cuda.Stream | None = None
 
     def form(self, timeout_s: float) -> None:
         """See `Transport.form`."""
@@ -169,7 +170,8 @@ class NcclTransport(_Collective):
     ) -> None:
         """See `Transport.broadcast`."""
         self._parts = parts  # after a failure kernels use them until `close` has aborted the communicator
-        super().broadcast(parts, timeout_s, on_part, senders)
+        with self._own_stream(wait=self._spec.rank >= self._spec.senders):
+            super().broadcast(parts, timeout_s, on_part, senders)
         self._parts = ()
 
     def _wait(self, work: Work, deadline: float) -> None:
@@ -180,7 +182,7 @@ class NcclTransport(_Collective):
                 # NCCL has no timeout for a collective: it waits for the dead until `close` aborts the communicator.
                 raise self._late()
         # Raises the error of a failed one, else lets go of its tensors; waits for nothing. It makes the current stream
-        # wait for the kernel, which may hang after an error: training must use another stream.
+        # wait for the kernel, which may hang after an error: that must be the stream of this transport alone.
         with self._own_stream():
             work.wait()
 
@@ -194,8 +196,16 @@ class NcclTransport(_Collective):
         process_group.abort()
         self._parts = ()
 
-    def _own_stream(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(torch.cuda.Stream(self._device))
+    def _own_stream(self, *, wait: bool = False) -> AbstractContextManager[Any]:
+        """The one of this transport. Not one for each part: torch has 32, and gives them out in turns.
+
+        A collective waits for all that its stream was given before. What a sender sends is written, and need not wait
+        for the training; what a receiver has queued, with `wait`, is the zeros of a new staging buffer.
+        """
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        if wait:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self._stream)
 
 
 def _options(sender: int, deadline: float) -> dist.BroadcastOptions:

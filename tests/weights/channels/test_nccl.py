@@ -86,7 +86,7 @@ class OnCpu(NcclTransport):
         super().__init__(spec, torch.device("cuda"), aborted)
         self._device = device
 
-    def _own_stream(self):
+    def _own_stream(self, *, wait=False):
         return nullcontext()
 
 
