@@ -11,8 +11,10 @@ import torch
 from asyncrl.desk.counters import Counters
 from asyncrl.link.codec import decode, encode
 from asyncrl.link.trainer_messages import SnapshotWanted
+from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels import rendezvous
-from tests.weights.weight_world import MAX_BYTES, SCORES, TIMEOUT_S, Receiver, World
+from asyncrl.weights.publisher import Publisher
+from tests.weights.weight_world import CANARY, MAX_BYTES, SCORES, TIMEOUT_S, Receiver, World
 
 
 @pytest.fixture
@@ -183,6 +185,20 @@ def test_an_offer_is_repeated_until_the_desk_answers_and_when_its_answer_shows_t
         assert offered() == {1}
     finally:
         world.close()
+
+
+def test_a_snapshot_that_is_begun_is_not_offered_before_it_is_there():
+    """The training loop has named the slot to other ranks: what was in it before is gone."""
+    buffer = SnapshotBuffer([("w", torch.zeros(4))], 1024)
+    publisher = Publisher("inproc://x", buffer, CANARY, host="127.0.0.1")
+    publisher.publish(0, SCORES)
+    free_slot = publisher._free_slot
+    publisher._free_slot = lambda base: (publisher.begin(), free_slot(base))[1]  # while it is about to be offered
+    assert not publisher._rotate() and publisher._offered.version is None
+    publisher._free_slot = free_slot
+    assert publisher.begin() == 0
+    publisher.publish(1, SCORES)
+    assert publisher._rotate() and publisher._offered.version == 1 and publisher.begin() == 1
 
 
 # -- several channels at once
