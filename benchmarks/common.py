@@ -100,6 +100,11 @@ def cpu_seconds(*, without: int = 0) -> float:
     return (_ticks(os.getpid()) - (_ticks(without) if without else 0)) / TICKS_PER_S
 
 
+def cpu_seconds_of(pid: int) -> float:
+    """CPU time so far of another process and its descendants."""
+    return _ticks(pid) / TICKS_PER_S
+
+
 def _ticks(root: int) -> int:
     """CPU time of a process and all its descendants, ended ones that were waited for included."""
     parents: dict[int, int] = {}

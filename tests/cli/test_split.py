@@ -149,9 +149,19 @@ def test_all_cores_are_for_everybody_and_nothing_is_pinned(models):
     assert setting(split(models["0.5B"], "gpus=0", cores=192).learner, "learner.threads") == "16"
 
 
+def test_passes_of_a_learner_on_cores_are_short_unless_the_user_wrote_otherwise(models):
+    assert setting(split(models["0.5B"], "gpus=0").learner, "learner.micro_batch_tokens") == "2048"
+    made = split(models["0.5B"], "gpus=0", "model.max_length=3000")
+    assert setting(made.learner, "learner.micro_batch_tokens") == "3000", "one sequence must fit"
+    made = split(models["0.5B"], "gpus=0", "learner.micro_batch_tokens=8192")
+    assert setting(made.learner, "learner.micro_batch_tokens") is None
+    on_gpu = split(models["0.5B"], "gpu=80GiB,gpus=2", *ON_GPUS)
+    assert setting(on_gpu.learner, "learner.micro_batch_tokens") is None
+
+
 def test_threads_and_cores_that_the_user_wrote_stand(models):
     made = split(models["0.5B"], "gpus=0", "learner.cpus=[0]", "generator.threads=3")
-    assert made.learner.settings == made.generators[0].settings == ()
+    assert setting(made.learner, "learner.threads") is None and made.generators[0].settings == ()
     assert "the learner has 1 thread, 1 generator 3 threads; pinned by learner.cpus=[0]" in made.line
 
 

@@ -22,6 +22,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.host.model_folder import ModelFiles
 
 MAX_THREADS = 16  # of one process: more do not pay for the small models that a CPU can train
+CPU_MICRO_BATCH = 2048  # tokens of a pass on CPUs: its tensors stay near the caches, and are not mapped anew each time
 GPU_SHARE = 0.92  # of a GPU that a forecast may fill: fragments, and what other libraries take
 USEFUL_SEQUENCES = 16  # of full length in a KV cache, from which on a generator is worth its GPUs
 LEARNER_SHARE = 4  # the learner takes one GPU of so many at least
@@ -99,7 +100,13 @@ class _Splitter:
             f"{_number(count, 'generator')} {self._threads_of('generator', generator)}{' each' if count > 1 else ''}; "
             f"{self._pinning()}"
         )
+        learner = (*learner, *self._micro_batch())
         return self._checked(Portion(learner), (Portion(generator),) * count, line, gpus=(False, False))
+
+    def _micro_batch(self) -> tuple[str, ...]:
+        if "learner.micro_batch_tokens" in self._written:
+            return ()
+        return (f"learner.micro_batch_tokens={max(CPU_MICRO_BATCH, self._config.model.max_length)}",)
 
     def _learner_threads(self) -> tuple[str, ...]:
         if self._written & {"learner.threads", "learner.cpus"}:
@@ -198,7 +205,8 @@ class _Splitter:
         settings = (f"generator.tensor_parallel_size={parallel}",)
         places = tuple(Portion(settings, {"CUDA_VISIBLE_DEVICES": ",".join(group)}) for group in own)
         line = f"the learner on the cores, {_number(count, 'generator')} of {_number(parallel, 'GPU')} each"
-        return self._checked(Portion(self._learner_threads(), hidden), places, line, gpus=(False, True))
+        learner = Portion((*self._learner_threads(), *self._micro_batch()), hidden)
+        return self._checked(learner, places, line, gpus=(False, True))
 
     def _tensor_parallel_size(self) -> int:
         """What the user wrote, or the smallest power of two with which an engine holds its weights and a KV cache."""
