@@ -4,9 +4,10 @@
     python -m benchmarks.gpu.check --device cpu --tiny --out check.json   # a rehearsal without one
 
 Nothing is downloaded: models have random weights in the shapes of Qwen3 0.6B and 4B. Each section is a process with a
-deadline of its own, so that one that fails, hangs or kills its GPU context costs its own figures alone; a section whose
-packages are missing (vLLM's wheel may not be there) says so. The JSON file is written again after each section: it is
-complete whenever the machine is taken away. Exit code 0: no section failed.
+deadline of its own, so that one that fails, hangs or kills its GPU context costs its own figures alone. A section whose
+packages are missing is left out and says so: the learner's need torch, transformers and omegaconf, the others vLLM and
+pyzmq too. The JSON file is written again after each section: it is complete whenever the machine is taken away. Exit
+code 0: no section failed.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def run_section(section: Section, folder: Path, device: str, seconds: float) -> 
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     request = Request(str(result), str(folder), device, seconds, **section.settings)
-    command = [sys.executable, "-m", "benchmarks.gpu.sections", section.what, json.dumps(dataclasses.asdict(request))]
+    command = command_of(section, request)
     # On CPUs one thread, which never spins: a rehearsal runs beside other work. On a GPU the host's cores are free.
     environment = os.environ | ({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} if device == "cpu" else {})
     started = time.monotonic()
@@ -105,6 +106,11 @@ def run_section(section: Section, folder: Path, device: str, seconds: float) -> 
     if status != "ok":
         found["end_of_output"] = (folder / "output").read_text(errors="replace")[-ERROR_CHARACTERS:]
     return found
+
+
+def command_of(section: Section, request: Request) -> list[str]:
+    """What is started for a section."""
+    return [sys.executable, "-m", "benchmarks.gpu.sections", section.what, json.dumps(dataclasses.asdict(request))]
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float) -> str:

@@ -6,10 +6,12 @@ failure or a deadline is kept.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -101,6 +103,24 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _device(request: Request) -> Any:
+    """The device for torch, which is made to fit the learner where it is older than the one of the lock files."""
+    import torch
+    from torch.nn.attention import varlen
+
+    if request.device == "cpu":
+        return torch.device("cpu")
+    attention = varlen.varlen_attn
+    if "enable_gqa" not in inspect.signature(attention).parameters:
+        # Its kernel takes fewer heads of keys than of queries all the same.
+        def without_gqa(*tensors: Any, enable_gqa: bool, **others: Any) -> Any:
+            return attention(*tensors, **others)
+
+        varlen.varlen_attn = without_gqa
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
+
+
 def model_of(request: Request) -> Path:
     """The folder of the model of this shape; it is made by the first section that asks for it."""
     from benchmarks.gpu.shapes import make_model
@@ -173,11 +193,13 @@ def learner(request: Request) -> None:
     from benchmarks.gpu.shapes import SHAPES
 
     config, shape = _config(request), SHAPES[request.shape]
-    device = torch.device(request.device, 0) if request.device == "cuda" else torch.device("cpu")
     figures: Figures = {"forecast": _forecast(request, config)}
     keep(request, figures)
+    if request.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # the model may have been made here
     world = World.alone()
-    runner = StepRunner(load_fsdp_engines(config, device, world), config, world=world)
+    runner = StepRunner(load_fsdp_engines(config, _device(request), world), config, world=world)
     groups = _groups(request, shape.vocab)
     lengths = [request.length] * sum(len(group.rollouts) for group in groups)
     figures["tokens_of_a_step"], figures["step_s"] = sum(lengths), []
@@ -225,7 +247,7 @@ def numerics(request: Request) -> None:
     config = _config(request)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(2, SHAPES[request.shape].vocab, request.length - number) for number in range(4)]
-    on_device = load_fsdp_engines(config, torch.device(request.device), World.alone()).actor.score(sequences)
+    on_device = load_fsdp_engines(config, _device(request), World.alone()).actor.score(sequences)
     config.model.dtype, config.learner.device = "float32", "cpu"
     torch.set_num_threads(os.cpu_count() or 1)
     on_cpu = load_engines(config, torch.device("cpu")).actor.score(sequences)
@@ -244,7 +266,7 @@ def run(request: Request) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(request)
     config.run.dir, config.run.steps = str(folder / "run"), request.steps
-    config.task.path = "asyncrl.tasks.arithmetic:Arithmetic"
+    config.task.path = "benchmarks.gpu.digits_task:Digits"
     config.learner.groups_per_step, config.sampling.group_size = 4, 8
     config.generator.max_sequences = 64
     config.generator.gpu_memory_fraction = request.gpu_memory_fraction
@@ -281,7 +303,9 @@ def _run_figures(folder: Path) -> Figures:
     for line in path.read_text().splitlines() if path.exists() else []:
         record = json.loads(line)
         records.setdefault(record["kind"], []).append(record)
-    figures: Figures = {"steps": len(records.get("step", []))}
+    log = folder / "output.log"
+    over = re.findall(r"weights travel to \S+ over (\w+)", log.read_text(errors="replace") if log.exists() else "")
+    figures: Figures = {"steps": len(records.get("step", [])), "weights_over": sorted(set(over))}
     for kind in ("sync", "step"):
         names = {name for record in records.get(kind, []) for name, value in record.items() if _is_number(value)}
         figures[f"{kind}_medians"] = {

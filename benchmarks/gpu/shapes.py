@@ -43,12 +43,12 @@ SHAPES = {
 
 def make_model(folder: Path, name: str, device: str) -> None:
     """Writes a model in bfloat16, and a tokenizer of one character per token; what is there already stays."""
+    shape = SHAPES[name]
     if (folder / "tokenizer.json").exists():
         return
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    shape = SHAPES[name]
     config = Qwen3Config(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
