@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
@@ -146,14 +147,30 @@ class TensorEntry(NamedTuple):
 Ranges = Annotated[tuple[tuple[Count, Count], ...], AtMost(MAX_TENSORS)]  # [start, stop) in bytes of the flat buffer
 
 
+_PIECE = struct.Struct("<qq")
+
+
 class Bucket(NamedTuple):
     """What one sender broadcasts at once: byte ranges of the flat buffer, its pieces.
 
     On the way its pieces follow each other, each from the next multiple of ALIGNMENT on; the bytes between are zero.
+    There is a piece for every tensor and sender: too many for a message, were they objects of their own.
     """
 
     sender: Rank
-    pieces: Ranges
+    table: Annotated[bytes, AtMost(16 * MAX_TENSORS)]  # the pieces: pairs of little-endian int64
+
+    @classmethod
+    def of(cls, sender: int, pieces: Sequence[tuple[int, int]]) -> Bucket:
+        """The bucket of these pieces, [start, stop) each."""
+        return cls(sender, b"".join(_PIECE.pack(*piece) for piece in pieces))
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """Its byte ranges [start, stop), in the order in which they travel. Raises ProtocolError for a cut table."""
+        if len(self.table) % _PIECE.size:
+            raise ProtocolError(f"a bucket's table of {len(self.table)} bytes is no list of pairs")
+        return tuple((start, stop) for start, stop in _PIECE.iter_unpack(self.table))
 
     @property
     def num_bytes(self) -> int:
@@ -188,7 +205,7 @@ class WeightLayout:
     def __post_init__(self) -> None:
         for entry in self.tensors:
             self._check_entry(entry)
-        if self.shards is not None and (self.ranges or not all(bucket.pieces for bucket in self.shards)):
+        if self.shards is not None and (self.ranges or not all(bucket.table for bucket in self.shards)):
             raise ProtocolError("a layout of several senders has buckets without a sender or without bytes")
         pieces = self.ranges if self.shards is None else sorted(p for bucket in self.shards for p in bucket.pieces)
         position = 0
@@ -204,7 +221,7 @@ class WeightLayout:
         """The buckets in the order in which they are sent, whoever sends them. Digests are in this order."""
         if self.shards is not None:
             return self.shards
-        return tuple(Bucket(0, (piece,)) for piece in self.ranges)
+        return tuple(Bucket.of(0, (piece,)) for piece in self.ranges)
 
     @property
     def num_senders(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 
 import msgpack
 import pytest
@@ -12,6 +13,7 @@ from asyncrl.link import codec
 from asyncrl.link.messages import SyncOffer
 from asyncrl.link.trainer_messages import SnapshotReady
 from asyncrl.link.weight_records import (
+    ALIGNMENT,
     Bucket,
     ChannelPlace,
     ChannelSpec,
@@ -38,7 +40,7 @@ MANIFEST_MAP = {
 }
 DELTA = DeltaInfo(base_version=3, num_bytes=100, digest=9, piece_words=1 << 18)
 DELTA_MAP = {"base_version": 3, "num_bytes": 100, "digest": 9, "piece_words": 1 << 18}
-SHARDS = (Bucket(0, ((0, 20), (64, 100))), Bucket(1, ((20, 64),)), Bucket(1, ((100, 192),)))
+SHARDS = (Bucket.of(0, ((0, 20), (64, 100))), Bucket.of(1, ((20, 64),)), Bucket.of(1, ((100, 192),)))
 PATCH = Patch(base=(("c", 5),), tied=(("d", "c"),), scale=2.0)
 PATCH_MAP = {"base": [["c", 5]], "tied": [["d", "c"]], "scale": 2.0}
 PLACE = ChannelPlace(2, "127.0.0.1", 5, "run/1/2", rank=1, world_size=3, backend="gloo")
@@ -86,7 +88,11 @@ def test_a_layout_of_several_senders_travels_with_their_pieces_and_the_delta_of_
     offer = SyncOffer(
         1, 4, 0, dataclasses.replace(PLACE, num_senders=2), dataclasses.replace(manifest, delta=delta), 9.0
     )
-    shards = [[0, [[0, 20], [64, 100]]], [1, [[20, 64]]], [1, [[100, 192]]]]
+    shards = [
+        [0, struct.pack("<4q", 0, 20, 64, 100)],
+        [1, struct.pack("<2q", 20, 64)],
+        [1, struct.pack("<2q", 100, 192)],
+    ]
     layout = MANIFEST_MAP["layout"] | {"buckets": [], "shards": shards}
     plain = MANIFEST_MAP | {
         "layout": layout,
@@ -103,7 +109,8 @@ def test_a_layout_of_several_senders_travels_with_their_pieces_and_the_delta_of_
     ("change", "says"),
     [
         ({"shards": SHARDS}, "buckets without a sender"),
-        ({"ranges": (), "shards": (*SHARDS, Bucket(1, ()))}, "buckets without a sender or without bytes"),
+        ({"ranges": (), "shards": (*SHARDS, Bucket(1, b""))}, "buckets without a sender or without bytes"),
+        ({"ranges": (), "shards": (*SHARDS, Bucket(1, b"12345678"))}, "table of 8 bytes is no list of pairs"),
         ({"ranges": (), "shards": SHARDS[:2]}, "buckets cover 100 of 192 bytes"),
         ({"ranges": (), "shards": (*SHARDS, SHARDS[1])}, r"bucket \[20, 64\) does not continue at byte 64"),
         ({"ranges": (), "shards": ()}, "buckets cover 0 of 192 bytes"),
@@ -112,6 +119,16 @@ def test_a_layout_of_several_senders_travels_with_their_pieces_and_the_delta_of_
 def test_every_byte_is_sent_by_one_sender(change, says):
     with pytest.raises(ProtocolError, match=says):
         dataclasses.replace(LAYOUT, **change)
+
+
+def test_the_pieces_of_a_large_model_on_many_ranks_fit_a_message():
+    """723 tensors of 70 B parameters on 64 ranks, in buckets of 64 MiB."""
+    ranks, rows = 64, 723 * 64
+    pieces = [(row * ALIGNMENT, (row + 1) * ALIGNMENT) for row in range(rows)]
+    shards = tuple(Bucket.of(rank, pieces[rank::ranks]) for rank in range(ranks))
+    layout = WeightLayout(rows * ALIGNMENT, (), (), shards)
+    offer = SyncOffer(1, 4, 0, PLACE, WeightManifest(4, layout, (0,) * ranks), 9.0)
+    assert codec.decode_body(SyncOffer, codec.encode_body(offer)) == offer
 
 
 def test_a_delta_has_a_payload_for_each_sender():

@@ -94,4 +94,4 @@ def _cut(sender: int, pieces: Sequence[tuple[int, int]], step: int) -> list[Buck
                 own.append((start, end))
             room -= aligned(end - start)
             start = end
-    return [Bucket(sender, tuple(own)) for own in buckets]
+    return [Bucket.of(sender, own) for own in buckets]
