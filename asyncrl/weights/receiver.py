@@ -279,7 +279,7 @@ class WeightReceiver(Generic[PreparedT]):
         received: Callable[[int], None],
     ) -> Staged:
         layout, measure = manifest.layout, self._measure
-        if self._slicing is None or manifest.delta is not None:
+        if self._slicing is None or manifest.delta is not None or manifest.patch is not None:
             return receive(
                 channel, manifest, given.held, self._device, timeout_s, job.digests, received,
                 measure=measure, spare=given.spare,

@@ -275,6 +275,22 @@ def test_generator_memory_counts_weights_staging_cache_and_outbox(config_file, m
     assert kv_cache(config, model, needs, None, on_gpu=False) == 2**29 // 64 // 1024
 
 
+def test_tensor_parallel_workers_stage_slices_and_the_first_version_whole_on_the_host(config_file, model_folder):
+    model, spread = find_model(str(model_folder)), ["generator.tensor_parallel_size=2", "weights.bucket_bytes=1024"]
+    config = load_config(config_file, spread)
+    on_gpu = [need for need in generator_needs(config, model, on_gpu=True) if need.place == "GPU"]
+    assert held(on_gpu, "weights", "staging") == 2 * 4 * 536 // 2 + 3 * 1024
+    needs = generator_needs(config, model, on_gpu=False)
+    assert held(needs, "staging") == 4 * 536 + 2 * 3 * 1024 and held(needs, "the first version") == 2 * 4 * 536
+
+
+def test_what_does_not_travel_is_kept_by_the_generator_too(config_file, model_folder):
+    model = find_model(str(model_folder))
+    config = load_config(config_file, ["update.what=partial", "update.names=[norm]"])
+    needs = generator_needs(config, model, on_gpu=False)
+    assert held(needs, "staging", "what does not travel") == model.num_bytes and held(needs, "staging") == 4 * 8
+
+
 def test_parameters_of_a_sharded_model_are_summed(model_folder):
     (model_folder / "model.safetensors").rename(model_folder / "a.safetensors")
     (model_folder / "b.safetensors").write_bytes((model_folder / "a.safetensors").read_bytes())

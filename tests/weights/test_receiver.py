@@ -8,13 +8,15 @@ import math
 import pytest
 import torch
 
-from asyncrl.link.weight_records import BitsInUse, ChannelSpec
+from asyncrl.link.weight_records import BitsInUse, ChannelSpec, Patch
 from asyncrl.weights.base_weights import BaseWeights
 from asyncrl.weights.bytes.boxes import Box
 from asyncrl.weights.bytes.delta import encode_delta
+from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.receiver import WeightReceiver
+from tests.model_folders import TENSORS, make_model_folder
 from tests.waits import wait_until
 
 TIMEOUT_S = 20.0
@@ -249,4 +251,26 @@ def test_the_spare_memory_is_used_where_it_is_large_enough():
     bench.assert_staged(bench.stage(0), 0)
     assert bench.receiver._held.buffer.data_ptr() == spare.data_ptr()
     assert math.ceil(bench.receiver.staging_bytes / 64) * 64 == bench.buffer.layout.total_bytes
+    bench.close()
+
+
+def test_a_patch_is_staged_beside_its_base_and_gives_up_the_spare_memory(tmp_path):
+    folder = make_model_folder(tmp_path / "model")
+    slicing, device = Half(), torch.device("cpu")
+    trained = torch.nn.Parameter(torch.randn(TENSORS["norm"]))
+    base = tuple((name, digest(torch.zeros(shape))) for name, shape in TENSORS.items() if name != "norm")
+    buffer = SnapshotBuffer([("norm", trained)], 1024, patch=Patch(base))
+    buffer.snapshot()
+    bench = Bench()
+    bench.buffer = buffer
+    bench.receiver = WeightReceiver(
+        device, BaseWeights(str(folder), device), lambda manifest, tensors: None,
+        slicing=slicing, spare=torch.empty(20_000, dtype=torch.uint8),
+    )  # fmt: skip
+    bench.join()
+    job = bench.stage(0)
+    assert job.error == "" and "decode_ms" not in job.timings_ms, "no slots: where the base is, adapters must be, too"
+    assert bench.receiver._memory.spare is None
+    found = dict(bench.receiver.tensors())
+    assert found.keys() == TENSORS.keys() and torch.equal(found["norm"], trained.detach())
     bench.close()
