@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -44,6 +45,8 @@ from asyncrl.trainer.engines.trainable import describe_update
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
 from asyncrl.trainer.world import World
 from asyncrl.weights.bytes.patch import SyncSource
+
+log = logging.getLogger(__name__)
 
 
 def load_fsdp_engines(config: Config, device: torch.device, world: World) -> Engines:
@@ -303,7 +306,10 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     whole: set[str] = set()
     for module in model.modules():
         whole |= set(getattr(module, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in whole]
+    layers = [module for module in model.modules() if type(module).__name__ in whole]
+    if not layers:
+        log.warning("%s names no layers: it is gathered as a whole in every pass", type(model).__name__)
+    return layers
 
 
 def sums_of_ranks(sums: Sums, world: World) -> Sums:

@@ -26,7 +26,8 @@ Results = dict[str, Any]
 def results_of(size: int, steps: int, cases, mutants, folder: Path) -> Results:
     file = folder / f"{size}.json"
     arguments = [str(file), str(steps), *cases, "--", *mutants]
-    run_world(size, "tests.trainer.ranks.world_program", arguments, folder / f"{size}.log", 280.0)
+    timeout_s = 280.0 if steps < 50 else 570.0
+    run_world(size, "tests.trainer.ranks.world_program", arguments, folder / f"{size}.log", timeout_s)
     return json.loads(file.read_text())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def main() -> None:
     cases, mutants = names[: names.index("--")], names[names.index("--") + 1 :]
     world = World.form(RankPlace.from_environment(), CPU, timeout_s=120.0)
     world.hurry()
-    found: dict[str, Any] = {name: compare(CASES[name], world, int(steps) if name in LONG else 2) for name in cases}
+    found: dict[str, Any] = {}
+    for name in cases:
+        found[name] = compare(case_of(name, int(steps)), world, int(steps) if name in LONG else 2)
     for name in mutants:
         runner = runner_of(CASES[MUTANTS[name]], world)
         undo = spoil(name, runner)
@@ -38,6 +41,12 @@ def main() -> None:
     if world.rank == 0:
         Path(results).write_text(json.dumps(found))
     world.close()
+
+
+def case_of(name: str, steps: int) -> Case:
+    """The case; in a long run with few passes in each step."""
+    case = CASES[name]
+    return case if steps < 50 else replace(case, settings=case.settings | {"learner.micro_batch_tokens": 150})
 
 
 def compare(case: Case, world: World, steps: int, runner: StepRunner | None = None) -> dict[str, Any]:
