@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.host.model_folder import find_model
 from tests.model_folders import make_model_folder, make_published_model
 
+ROOT = Path(__file__).parents[2]
 ON_GPUS = ["model.dtype=bfloat16", "learner.device=cuda", "generator.device=cuda"]
 
 
@@ -133,6 +135,23 @@ def test_a_gpu_that_the_environment_hides_is_not_used(models):
     host = DividedHost(parse_hardware("gpu=80GiB,gpus=1"), 8, ())
     with pytest.raises(ConfigError, match="no GPU is to be used here"):
         split_host(config, {"learner.device"}, find_model(config.model.path), host)
+
+
+SHIPPED = {  # file → the model's size, GPUs of the host, ranks and generators that it comes to
+    "gsm8k_qwen_gpu": ("0.5B", 1, 1, 1),
+    "gsm8k_qwen_4b": ("4B", 2, 1, 1),
+    "gsm8k_qwen_8b_lora": ("8B", 2, 1, 1),
+    "gsm8k_qwen_8b": ("8B", 8, 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_configurations_come_to_the_split_that_they_name(models, name):
+    size, gpus, ranks, generators = SHIPPED[name]
+    path = ROOT / "configs" / f"{name}.yaml"
+    made = split(models[size], f"gpu=80GiB,gpus={gpus},host=512GiB", config_file=path)
+    assert (len(gpus_of(made.learner)), len(made.generators)) == (ranks, generators)
+    assert "NOT YET RUN ON A GPU" in path.read_text()
 
 
 # -- cores

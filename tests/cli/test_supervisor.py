@@ -130,6 +130,31 @@ def test_a_generator_that_dies_starts_again_and_the_end_of_its_log_is_shown(supe
     assert run.said().count("g0 starts again") == 2
 
 
+LEAVES_AN_ORPHAN = """
+import os, subprocess, sys, time
+if os.path.exists("orphan.up"):
+    try:
+        state = open(f"/proc/{open('orphan.pid').read()}/stat").read().rpartition(")")[2].split()[0]
+    except OSError:
+        state = "X"
+    open("gone" if state in "ZX" else "alive", "w").close()
+    time.sleep(600)
+orphan = subprocess.Popen([sys.executable, "-S", "-c", ORPHAN], start_new_session=True)
+open("orphan.pid", "w").write(str(orphan.pid))
+while not os.path.exists("orphan.up"):
+    time.sleep(0.02)
+sys.exit(5)
+"""
+
+
+def test_what_a_dead_generator_left_behind_is_gone_before_it_starts_again(supervise):
+    """It may hold the memory of the GPU."""
+    waits = "import os, time\nwhile not (os.path.exists('alive') or os.path.exists('gone')): time.sleep(0.02)"
+    run = supervise(waits, f"ORPHAN = {named(STUBBORN, 'orphan')!r}\n{LEAVES_AN_ORPHAN}")
+    assert run.code() == 0
+    assert not (run.folder / "alive").exists()
+
+
 def test_generators_that_die_again_and_again_end_the_run_with_their_code(supervise):
     run = supervise(named(STOPS, "learner"), "raise SystemExit(5)", MAX_DEATHS=3)
     assert run.code() == 5

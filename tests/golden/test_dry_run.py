@@ -12,7 +12,7 @@ from tests.model_folders import make_model_folder
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 ROLES = ["generator", "learner"]
-HARDWARE = "gpu=80GiB,gpus=1,host=64GiB,disk=1TiB"
+HARDWARE = "gpu=80GiB,gpus=8,host=64GiB,disk=1TiB"
 
 
 def dry_run(config, role, folder, monkeypatch):

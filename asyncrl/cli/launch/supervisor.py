@@ -207,9 +207,10 @@ class Supervisor:
             return
         if daemon.process is None or daemon.runs:
             return
-        code, daemon.process = daemon.process.returncode, None
-        daemon.kill()
-        daemon.exit_code = code
+        daemon.kill()  # what is left of its group
+        daemon.exit_code = code = daemon.process.returncode
+        daemon.process = None
+        self._kill_orphans()  # what it left behind may hold the memory that its next life needs
         if ending:
             return
         if code == 0:
@@ -246,7 +247,7 @@ class Supervisor:
     def _keep_deadlines(self, now: float) -> None:
         """Kills who does not end in time."""
         if self._learner_ended_at is not None:
-            self._end_generators(now - self._learner_ended_at)
+            self._end_generators(now, self._learner_ended_at)
         if self._stopping_at is None:
             return
         if now - self._stopping_at >= GENERATOR_STOP_S:
@@ -255,12 +256,11 @@ class Supervisor:
         if self._learner_ended_at is None and now - self._stopping_at >= LEARNER_STOP_S:
             self._kill(self._learner)
 
-    def _end_generators(self, since_s: float) -> None:
+    def _end_generators(self, now: float, learner_ended_at: float) -> None:
         """The learner is gone: nobody takes what generators still hold."""
-        told_s = 0.0 if self._stopping_at is not None else LEAVE_BY_THEMSELVES_S
-        if self._stopping_at is None and since_s >= told_s:
-            self._begin_stop(self._clock())
-        if since_s >= told_s + LAST_WORDS_S:
+        if self._stopping_at is None and now - learner_ended_at >= LEAVE_BY_THEMSELVES_S:
+            self._begin_stop(now)
+        if self._stopping_at is not None and now - max(self._stopping_at, learner_ended_at) >= LAST_WORDS_S:
             for daemon in self._generators:
                 daemon.kill()
 
@@ -286,9 +286,20 @@ class Supervisor:
         if left:
             self._say(f"processes {left} do not end after SIGKILL; leaving them")
 
+    def _kill_orphans(self) -> None:
+        """Kills processes that came to us because their parent is gone."""
+        ours = self._pids()
+        for pid in _children_of(os.getpid()):
+            if pid not in ours:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _pids(self) -> set[int]:
+        return {daemon.process.pid for daemon in (self._learner, *self._generators) if daemon.process is not None}
+
     def _reap_orphans(self) -> None:
         """Takes note of the end of processes that came to us, so that they do not stay as zombies."""
-        ours = {daemon.process.pid for daemon in (self._learner, *self._generators) if daemon.process is not None}
+        ours = self._pids()
         for pid in _children_of(os.getpid(), zombies=True):
             if pid not in ours:
                 with contextlib.suppress(ChildProcessError):
