@@ -97,7 +97,8 @@ def _run(argv: Sequence[str]) -> int:
     model = checked(config, "learner", is_here=named is None)
     checked(config, "generator", is_here=named is None)
     hardware = named or hardware_here(config.run.dir)
-    gpus = visible_gpus(hardware.gpus, os.environ if named is None else {})
+    # The environment's own names for them, but no more than a process here could use.
+    gpus = visible_gpus(hardware.gpus, os.environ if named is None else {})[: hardware.gpus]
     host = DividedHost(hardware, len(os.sched_getaffinity(0)), gpus)
     split = split_host(config, written_values(path, arguments.overrides).keys(), model, host, arguments.generators)
     _say(split.line)

@@ -28,7 +28,7 @@ SAMPLE_BYTES = 2**16
 def check_start(world: World, config: Config) -> None:
     """Raises ConfigError unless all ranks have what decides the steps alike: keys and versions of libraries."""
     # Of these each host has its own.
-    learner = replace(config.learner, cpus=[], threads=1, device="")
+    learner = replace(config.learner, cpus=[], threads=1, device="", http="")
     sections = {
         "learner": asdict(learner),
         "algorithm": asdict(config.algorithm),

@@ -36,6 +36,17 @@ def start():
     return 0
 sys.exit(exit_code_of("ROLE", start))
 """
+NODE_CHECKS = """
+import sys
+from asyncrl.cli import trainer_node
+def told(config, layout, file):
+    print(f"node {layout.first // layout.count} meets {layout.host}:{layout.port}", flush=True)
+    return 0
+trainer_node._supervise = told
+sys.exit(trainer_node.main())
+"""
+# As srun does with one task on one node, here.
+SRUN = '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
 COMMANDS = Path(sys.executable).parent
 
 
@@ -83,6 +94,9 @@ def config(tmp_path):
         wrapper = folder / "bin" / f"asyncrl-{role}"
         wrapper.write_text(f"#!{sys.executable}\n{CHECKS}".replace("ROLE", role))
         wrapper.chmod(0o700)
+    for name, text in (("asyncrl-trainer-node", f"#!{sys.executable}\n{NODE_CHECKS}"), ("srun", SRUN)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o700)
     return path
 
 
@@ -158,8 +172,14 @@ def test_a_slurm_job_of_several_nodes_starts_the_ranks_of_the_others(config, cap
     script = printed(capsys, "slurm", config, "learner.nodes=3", "learner.ranks=2", "learner.device=cuda")
     _, job, _ = run_shell(script, "print", "learner", folder=config.parent)
     assert "#SBATCH --nodes=3" in job and "#SBATCH --gpus-per-node=2" in job
-    assert "node < 3" in job and "learner.port=29500" in job and "asyncrl-trainer-node" in job
     check_shell(job, config.parent)
+    use_fake_sbatch(config.parent)
+    script = printed(capsys, "slurm", config, "learner.nodes=3", "learner.ranks=2")
+    script = re.sub(r"(?m)^export PATH=.*$", 'export PATH="bin:$PATH"', script, count=1)
+    code, out, errors = run_shell(script, "learner", folder=config.parent)
+    assert code == 0, errors
+    assert {line.partition(" meets")[0] for line in out.splitlines() if " meets " in line} == {"node 1", "node 2"}
+    assert out.count(":29500\n") == 2
 
 
 # -- Kubernetes
@@ -292,34 +312,40 @@ def test_a_manifest_that_does_not_fit_is_seen():
     ]
 
 
-def test_the_commands_of_the_pods_are_what_the_daemons_accept(config, capsys):
+LEARNER = "run-7-blue-run-learner-0.run-7-blue-run"  # a name that only a cluster knows
+POD = "run-7-blue-run-generator-1"
+
+
+def run_pod(manifest, folder, index):
+    """Runs the command of a pod, with folders here in the place of those inside of it."""
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    script = container["args"][0].replace(LEARNER, "10.1.2.9")
+    places = {"config": folder / "config", "keys": folder / "keys", "models": folder.parent, "runs": folder / "runs"}
+    for inside, outside in places.items():
+        script = re.sub(rf"(?<=[= ])/{inside}/", f"{outside}/", script)
+    pod = {"POD_IP": "10.1.2.3", "POD_NAME": POD, "JOB_COMPLETION_INDEX": str(index)}
+    code, out, errors = run_shell(script, folder=folder, **pod)
+    assert code == 0, errors
+    return out
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_commands_of_the_pods_are_what_the_daemons_accept(config, capsys, nodes):
     folder = config.parent.rename(config.parent.with_name("runs"))  # inside of a pod no folder has a space
-    config = folder / config.name
-    kinds = check_manifests(
-        printed(capsys, "kubernetes", config, "run.steps=7", "--generators", "2", "--image", "me:1")
-    )
-    subprocess.run(
-        [sys.executable, "-m", "asyncrl.link.key_commands", "make", folder / "keys", "run-7-blue-run-generator-1"],
-        check=True,
-        capture_output=True,
-    )
+    settings = [f"learner.nodes={nodes}", "run.steps=7", "--generators", "2", "--image", "me:1"]
+    kinds = check_manifests(printed(capsys, "kubernetes", folder / config.name, *settings))
+    command = [sys.executable, "-m", "asyncrl.link.key_commands", "make", folder / "keys", POD]
+    subprocess.run(command, check=True, capture_output=True)
     (folder / "config").mkdir()
     (folder / "config" / "run.yaml").write_text(kinds["ConfigMap"]["data"]["run.yaml"])
-    places = {"/config/": f"{folder}/config/", "/keys/": f"{folder}/keys/", "/models/": f"{folder.parent}/",
-              "/runs/": f"{folder}/runs/"}  # fmt: skip
-    pod = {"POD_IP": "10.1.2.3", "POD_NAME": "run-7-blue-run-generator-1", "JOB_COMPLETION_INDEX": "0"}
-    learner = "run-7-blue-run-learner-0.run-7-blue-run"  # a name that only a cluster knows
-    for kind, address in (("Job", "tcp://10.1.2.3:5770"), ("StatefulSet", f"tcp://{learner}:5770")):
-        (container,) = kinds[kind]["spec"]["template"]["spec"]["containers"]
-        assert container["image"] == "me:1"
-        script = container["args"][0].replace(learner, "10.1.2.9")
-        for inside, outside in places.items():
-            script = re.sub(rf"(?<==){inside}|(?<= ){inside}", outside, script)
-        code, out, errors = run_shell(script, folder=folder, **pod)
-        assert code == 0, errors
-        assert f"address: {address.replace(learner, '10.1.2.9')}" in out
+    for kind, address in (("Job", "tcp://10.1.2.3:5770"), ("StatefulSet", "tcp://10.1.2.9:5770")):
+        assert kinds[kind]["spec"]["template"]["spec"]["containers"][0]["image"] == "me:1"
+        out = run_pod(kinds[kind], folder, 0)
+        assert f"address: {address}" in out
         assert "http: 10.1.2.3:9100" in out and "steps: 7" in out and out.endswith("fits\n")
     assert kinds["StatefulSet"]["spec"]["replicas"] == 2
+    if nodes == 2:
+        assert run_pod(kinds["Job"], folder, 1) == "node 1 meets 10.1.2.9:29500\n"
 
 
 # -- what both are made of

@@ -156,7 +156,7 @@ VOLUMES = """\
 - {name: shm, emptyDir: {medium: Memory, sizeLimit: 16Gi}}"""
 
 LEARNER_COMMAND = """\
-set -- @OVERRIDES@ run.dir=@RUN_DIR@ model.path=@MODEL@ \\
+set -- @OVERRIDES@ run.dir=@RUN_DIR@ model.path=@MODEL@ @LEARNER_PORT@\\
   transport.server_key_file=/keys/learner.key transport.allowed_keys_file=/keys/allowed_keys"""
 
 ALONE = """\
@@ -164,7 +164,6 @@ exec asyncrl-learner /config/run.yaml "$@" "learner.http=$POD_IP:@HTTP_PORT@" \\
   "transport.address=tcp://$POD_IP:@PORT@" "weights.host=$POD_IP\""""
 
 OF_SEVERAL = """\
-set -- "$@" learner.port=@LEARNER_PORT@
 if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
   exec asyncrl-learner /config/run.yaml "$@" "learner.http=$POD_IP:@HTTP_PORT@" \\
     "transport.address=tcp://$POD_IP:@PORT@" "weights.host=$POD_IP"
@@ -173,7 +172,7 @@ exec asyncrl-trainer-node /config/run.yaml "$@" --node "$JOB_COMPLETION_INDEX" \
   "transport.address=tcp://$POD_IP:@PORT@" "weights.host=@LEARNER@\""""
 
 GENERATOR_COMMAND = """\
-exec asyncrl-generator /config/run.yaml @OVERRIDES@ run.dir=@RUN_DIR@ model.path=@MODEL@ \\
+exec asyncrl-generator /config/run.yaml @OVERRIDES@ run.dir=@RUN_DIR@ model.path=@MODEL@ @LEARNER_PORT@\\
   "generator.id=$POD_NAME" "generator.http=$POD_IP:@HTTP_PORT@" \\
   "transport.address=tcp://@LEARNER@:@PORT@" weights.host=@LEARNER@ \\
   "transport.client_key_file=/keys/$POD_NAME.key" transport.server_public_key_file=/keys/learner.pub"""
@@ -211,7 +210,7 @@ def kubernetes_manifests(run: ClusterRun, image: str) -> str:
         "IMAGE": json.dumps(image),
         "PORT": str(run.rollout_port),
         "HTTP_PORT": str(HTTP_PORT),
-        "LEARNER_PORT": str(config.learner.port),
+        "LEARNER_PORT": f"learner.port={config.learner.port} " if nodes > 1 else "",
         "LEARNER": f"{run.label}-learner-0.{run.label}",
         "MODEL": f"/models/{Path(config.model.path).name}",
         "RUN_DIR": f"/runs/{run.label}",

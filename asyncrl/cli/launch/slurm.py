@@ -172,7 +172,7 @@ settings=(
     transport.address=file:@RUN_DIR@/address
     transport.client_key_file=@KEYS@/"$ID".key
     transport.server_public_key_file=@KEYS@/learner.pub
-    weights.host="$host"
+    weights.host="$host"@LEARNER_PORT@
 )
 exec asyncrl-generator @CONFIG@ "${settings[@]}"
 """
