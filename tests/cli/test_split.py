@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncrl.cli import forecast
 from asyncrl.cli import main as command
 from asyncrl.cli.hardware import parse_hardware
 from asyncrl.cli.launch.split import DividedHost, split_host, visible_gpus
@@ -152,6 +153,14 @@ def test_the_shipped_configurations_come_to_the_split_that_they_name(models, nam
     made = split(models[size], f"gpu=80GiB,gpus={gpus},host=512GiB", config_file=path)
     assert (len(gpus_of(made.learner)), len(made.generators)) == (ranks, generators)
     assert "NOT YET RUN ON A GPU" in path.read_text()
+
+
+@pytest.mark.skipif(not hasattr(forecast, "head_bytes"), reason="the forecast knows one rank alone")
+@pytest.mark.parametrize("name", [*SHIPPED, "gsm8k_qwen_8b_2nodes"])
+def test_the_shipped_configurations_fit_gpus_of_80_gb_by_their_forecast(models, name):
+    size, gpus, *_ = SHIPPED.get(name, ("8B", 9))  # of the two nodes: the learner's eight and one of the other
+    made = split(models[size], f"gpu=80GB,gpus={gpus},host=512GiB", config_file=ROOT / "configs" / f"{name}.yaml")
+    assert made.problems == ()
 
 
 # -- cores
