@@ -208,7 +208,7 @@ def best_engine(case: Case, options: argparse.Namespace) -> tuple[str, int, dict
                     rate = trl_steps(side, options.trial_steps)
                 rates[engine, rows] = rate.tokens / rate.seconds
                 found[f"{engine}, {rows} rows"] = f"{rates[engine, rows]:.0f} tokens/s"
-            except RuntimeError as error:
+            except (RuntimeError, subprocess.CalledProcessError) as error:
                 found[f"{engine}, {rows} rows"] = f"does not run here: {str(error).strip().splitlines()[-1][:200]}"
             print(f"TRL, {engine}, {rows} rows a pass: {found[f'{engine}, {rows} rows']}", flush=True)
     engine, rows = max(rates, key=lambda key: rates[key])

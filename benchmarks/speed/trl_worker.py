@@ -120,13 +120,17 @@ def parity(completions: list[str], **_: Any) -> list[float]:
 def settings(spec: dict[str, Any]) -> GRPOConfig:
     """The trainer's arguments: nothing is logged, saved or computed twice."""
     engine = spec.get("engine", "transformers")
-    vllm: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    if engine == "continuous":
+        # By itself it takes half of the machine's memory for a cache of which this needs a hundredth.
+        more = {"transformers_continuous_batching_config": {"max_memory_percent": 0.1}}
     if engine == "vllm":
-        vllm = {
+        more = {
             "use_vllm": True,
             "vllm_mode": "colocate",
             "vllm_max_model_length": spec["max_length"] + 1,
             "vllm_gpu_memory_utilization": 0.3,
+            "vllm_importance_sampling_correction": False,  # it would cost one more forward pass
         }
     return GRPOConfig(
         output_dir=spec["output"],
@@ -157,7 +161,7 @@ def settings(spec: dict[str, Any]) -> GRPOConfig:
         report_to=[],
         disable_tqdm=True,
         model_init_kwargs={"dtype": "float32", "attn_implementation": spec["attention"]},
-        **vllm,
+        **more,
     )
 
 
