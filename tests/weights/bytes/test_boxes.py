@@ -36,7 +36,7 @@ def cases(draw):
     size = draw(st.integers(1, 3))
     groups = [tuple(pieces[at : at + size]) for at in range(0, len(pieces), size)]
     order = draw(st.permutations(groups))
-    shards = tuple(Bucket(0, group) for group in order)
+    shards = tuple(Bucket.of(0, group) for group in order)
     return WeightLayout(position, tuple(entries), (), shards), boxes
 
 
