@@ -177,7 +177,7 @@ def whiten(
     inside = values[mask].double()
     # Of all ranks before anything is refused: a rank that raised alone would leave the others waiting.
     bad = (~torch.isfinite(inside)).sum(dtype=torch.float64)
-    count, total, bad = ranks.sum(torch.stack([inside.new_tensor(inside.numel()), inside.sum(), bad])).unbind()
+    count, total, bad = ranks.sum(torch.stack([inside.new_full((), inside.numel()), inside.sum(), bad])).unbind()
     if bad:
         raise NonFiniteError(f"{int(bad)} of {int(count)} values of the values to whiten are NaN or infinite")
     nothing = inside.new_full((1,), -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +25,13 @@ def age_buckets(policy_ages: Tensor) -> Tensor:
 
     Example: ages (0, 5, 64): (0, 3, 7).
     """
-    return torch.bucketize(policy_ages, policy_ages.new_tensor(_FIRST_AGES), right=True)
+    return torch.bucketize(policy_ages, _first_ages(policy_ages.device), right=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _first_ages(device: torch.device) -> Tensor:
+    """Made once: a copy to a GPU from a list waits for all that is queued there."""
+    return torch.tensor(_FIRST_AGES, device=device)
 
 
 def health_sums(log_ratios: Tensor, policy_ages: Tensor, *, is_clipped: Tensor, is_masked: Tensor) -> Sums:

@@ -86,7 +86,7 @@ def ratio_sums(log_ratios: Tensor, is_clipped: Tensor, *, is_capped: Tensor | No
     require_same_shape(log_ratios=log_ratios, is_clipped=is_clipped, **is_capped_too)
     ratios = log_ratios.clamp(max=MAX_LOG_RATIO).exp()
     sums = {
-        "tokens": ratios.new_tensor(float(ratios.numel())),
+        "tokens": ratios.new_full((), float(ratios.numel())),
         "ratio_sum": ratios.sum(),
         "ratio_square_sum": ratios.square().sum(),
         "clipped": is_clipped.sum(dtype=ratios.dtype),

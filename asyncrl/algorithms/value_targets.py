@@ -279,13 +279,17 @@ def _one_step_errors(rewards: Tensor, next_values: Tensor, values: Tensor, mask:
 
 def _decayed_sums(terms: Tensor, decays: Tensor, mask: Tensor) -> Tensor:
     """x_t = terms_t + decays_t x_{t+1} inside the mask, 0 outside, where terms are 0, too; [B, T]."""
+    if not terms.numel():
+        return torch.zeros_like(terms)
     decays = torch.where(mask, decays, 0.0).to(terms.dtype)
-    sums = torch.zeros_like(terms)
-    following = terms.new_zeros(terms.shape[0])
-    for t in reversed(range(terms.shape[1])):
-        following = torch.addcmul(terms[:, t], decays[:, t], following)
-        sums[:, t] = following
-    return sums
+    # On the CPU wherever the rest is: one small step after the other, each of which would be a kernel on a GPU.
+    columns = [rows.cpu().t().contiguous().unbind() for rows in (terms, decays)]
+    following = torch.zeros_like(columns[0][0])
+    sums = []
+    for term, decay in zip(*map(reversed, columns), strict=True):
+        following = torch.addcmul(term, decay, following)
+        sums.append(following)
+    return torch.stack(sums[::-1], dim=1).to(terms.device)
 
 
 def _distance(values: Tensor, targets: Tensor, kind: str, huber_delta: float) -> Tensor:
@@ -298,7 +302,7 @@ def _value_sums(values: Tensor, targets: Tensor, is_clipped: Tensor) -> dict[str
     # Variances come from differences of these sums; float32 would lose them where values are far from 0.
     values, targets = values.double(), targets.double()
     return {
-        "value_tokens": values.new_tensor(float(values.numel())),
+        "value_tokens": values.new_full((), float(values.numel())),
         "value_clipped": is_clipped.sum(dtype=values.dtype),
         "value_sum": values.sum(),
         "value_error_square_sum": (values - targets).square().sum(),

@@ -157,8 +157,10 @@ def on_device(rows: Rows | DeviceRows, device: torch.device) -> DeviceRows:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on `device`."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    """The array as a tensor on `device`. The copy to a GPU waits for nothing; not yet run on one."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # From memory that may be swapped out, a copy of more than 64 KiB waits for all that is queued on the GPU.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _pieces(segment_ids: np.ndarray, starts: np.ndarray) -> tuple[tuple[int, ...], ...]:

@@ -42,6 +42,7 @@ from asyncrl.trainer.engines.policy import Policy, load_policy
 from asyncrl.trainer.engines.recomputing import recompute_activations
 from asyncrl.trainer.engines.single import critic_part, saved_bytes
 from asyncrl.trainer.engines.trainable import describe_update
+from asyncrl.trainer.engines.trunk import check_rotary
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
 from asyncrl.trainer.world import World
 from asyncrl.weights.bytes.patch import SyncSource
@@ -159,6 +160,7 @@ class FsdpPolicyEngine(FsdpEngine):
         recompute_activations(layers_of(policy.model), config.learner.activation_checkpointing)
         root = PolicyModule(policy, value_head)
         shard(root, config, device, value_head=value_head)
+        check_rotary(root, config.model.max_length)
         learner = config.learner
         part = TrainedPart(policy.trained_parameters(), policy.checkpoint_tensors(), learner, learner.lr)
         super().__init__(root, world, device, part, None if value_head is None else critic_part(value_head, config))

@@ -29,7 +29,7 @@ from asyncrl.trainer.engines.trainable import (
     patched_source,
     tensors_of,
 )
-from asyncrl.trainer.engines.trunk import completion_hidden, compute_dtype, is_packed, use_packed_rows
+from asyncrl.trainer.engines.trunk import check_rotary, completion_hidden, compute_dtype, is_packed, use_packed_rows
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
 from asyncrl.weights.bytes.patch import SyncSource
 
@@ -50,6 +50,7 @@ def load_policy(
     Raises ModelError as `Policy.load` does, and ConfigError as `apply_update` does.
     """
     policy = Policy.load(model.path, dtype=model.dtype, device=device)
+    check_rotary(policy.model, model.max_length)
     if update is not None:
         apply_update(policy.model, update, seed)
         policy.update = update

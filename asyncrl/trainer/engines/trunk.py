@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from asyncrl.errors import ModelError
 from asyncrl.trainer.engines.device_rows import DeviceRows, on_device
 from asyncrl.trainer.engines.packed_attention import PACKED
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
@@ -124,6 +125,53 @@ def has_known_attention(config: Any) -> bool:
     values = config.to_dict()
     limits = [key for key in values if any(word in key for word in LIMITING_WORDS)]
     return not any(values[key] for key in limits if not any(word in key for word in HARMLESS_WORDS))
+
+
+@torch.no_grad()
+def check_rotary(model: nn.Module, max_length: int) -> None:
+    """Compares rotary angles at the last of `max_length` positions, as the device computes them, with float64.
+
+    A product of positions and frequencies in TF32 or bfloat16 makes angles wrong by radians at a few thousand
+    positions, and nothing else tells. Modules that take other arguments than transformers' usual ones are passed over.
+
+    Raises ModelError.
+    """
+    position = max_length - 1
+    tolerance = 1e-3 + 2**-22 * position  # float32 rounds an angle to 2**-24 of itself
+    for name, module in model.named_modules():
+        for kind in ("", *sorted(KNOWN_LAYERS)):
+            wrong = _rotary_error(module, kind, position)
+            if wrong is not None and not wrong <= tolerance:  # NaN fails too
+                raise ModelError(
+                    f"{name}: the cosine of a rotary angle at position {position} is {wrong:.2g} away from that in "
+                    f"float64, at most {tolerance:.2g} is allowed: this device computes positions in too low a "
+                    "precision; set torch.backends.cuda.matmul.fp32_precision to 'ieee', or lower model.max_length"
+                )
+
+
+def _rotary_error(module: nn.Module, kind: str, position: int) -> float | None:
+    """Largest error of a cosine at `position`; None where the module has no such angles, or none that are known.
+
+    kind  of layer, where each kind has frequencies of its own; else empty
+    """
+    prefix = f"{kind}_" if kind else ""
+    frequencies = getattr(module, f"{prefix}inv_freq", None)
+    if not isinstance(frequencies, Tensor):
+        return None
+    arguments = {"layer_type": kind} if kind else {}
+    places = torch.tensor([[0, position]], device=frequencies.device)
+    try:
+        cosines = module(torch.zeros(1, device=frequencies.device), places, **arguments)[0][0, -1].double().cpu()
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return None
+    # Asked for again: a dynamic scale may have changed them just now.
+    exact = getattr(module, f"{prefix}inv_freq").double().cpu() * position
+    expected = exact.cos() * getattr(module, f"{prefix}attention_scaling", 1.0)
+    count = len(expected)
+    if cosines.dim() != 1 or len(cosines) not in (count, 2 * count):
+        return None
+    layouts = [cosines[:count], cosines[:: len(cosines) // count]]  # halves one after the other, or pairs
+    return min(float((found - expected).abs().max()) for found in layouts)
 
 
 @torch.no_grad()

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from asyncrl.config import Config
+from asyncrl.errors import ModelError
 from asyncrl.trainer.critic import Critic
 from asyncrl.trainer.engines import packed_attention, trunk
 from asyncrl.trainer.engines.device_rows import RowLayout, on_device
 from asyncrl.trainer.engines.packed_attention import PACKED
 from asyncrl.trainer.engines.policy import Policy
 from asyncrl.trainer.engines.single import engines_for
-from asyncrl.trainer.engines.trunk import use_packed_rows
+from asyncrl.trainer.engines.trunk import check_rotary, use_packed_rows
 from asyncrl.trainer.packing import pack_groups
 from asyncrl.trainer.step import StepRunner
 from tests.trainer.tiny import make_group, make_rollout, random_groups
@@ -249,3 +250,16 @@ def test_the_path_of_other_devices_computes_the_same(name, layout, monkeypatch, 
     assert calls
     assert values < 1e-6
     assert gradients < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rotary_angles_in_too_low_a_precision_are_refused(name):
+    model = model_of(name).float()
+    check_rotary(model, 32_768)
+    rotary = model.model.rotary_emb
+    right = type(rotary).forward
+
+    # What a product with 10 bits of mantissa makes of a position, as TF32 has them.
+    rotary.forward = lambda x, places, *args, **keys: right(rotary, x, places * (1 + 2**-11), *args, **keys)
+    with pytest.raises(ModelError, match="position 4095"):
+        check_rotary(model, 4096)
