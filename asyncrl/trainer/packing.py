@@ -87,8 +87,8 @@ def pack_groups(
 
     version            the trainer's policy version, from which ages are counted
     token_budget       a row that is longer than this gets a micro-batch of its own
-    shared_row_tokens  completions share their prompt in rows of up to this many inputs, where that saves a quarter
-                       or more; 0 = never
+    shared_row_tokens  completions share their prompt in rows of up to this many inputs, where that saves a tenth or
+                       more; 0 = never
 
     `rollout_index` of the micro-batches counts over `groups`.
 
@@ -176,7 +176,7 @@ def _check_rollout(rollout: Rollout, version: int, where: str, index: int) -> No
 
 
 def _rows(group: Group, first: int, shared_row_tokens: int) -> list[_Row]:
-    """The rows of one group: shared where they fit and save a quarter of the inputs, else one per rollout.
+    """The rows of one group: shared where they fit and save a tenth of the inputs, else one per rollout.
 
     `first` is the index of the group's first rollout.
     """
@@ -199,7 +199,7 @@ def _rows(group: Group, first: int, shared_row_tokens: int) -> list[_Row]:
             shared[-1].rollout_indices.extend(row.rollout_indices)
         else:
             shared.append(_Row(row.order, row.prompt, list(row.rollouts), list(row.rollout_indices)))
-    saves = sum(row.length for row in shared) <= 0.75 * sum(row.length for row in plain)
+    saves = sum(row.length for row in shared) <= 0.9 * sum(row.length for row in plain)
     return shared if saves else plain
 
 

@@ -164,7 +164,7 @@ def test_the_order_of_arrival_does_not_matter(seed, shuffle, shared):
             np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
 
 
-def test_prompts_are_shared_only_where_that_saves_a_quarter():
+def test_prompts_are_shared_only_where_that_saves_a_tenth():
     long_prompt = make_group(0, range(20), [make_rollout([1, 2]), make_rollout([3, 4])])
     short_prompt = make_group(1, [1], [make_rollout(range(9)), make_rollout(range(9))])
     (plain, shared) = pack_groups([long_prompt, short_prompt], 0, 100, shared_row_tokens=50)
