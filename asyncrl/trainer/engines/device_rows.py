@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class RowLayout:
     segment_ids: Tensor | None  # int64 [T] in shared rows
     starts: Tensor  # int32 [B + 1], first input of each row, and T
     pieces: tuple[tuple[int, ...], ...] | None = None  # of each shared row: inputs of the prompt, of each completion
+    sequence_group: Any = None  # the ranks that share these rows, each of which computes a slice of them
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property

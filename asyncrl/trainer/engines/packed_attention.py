@@ -10,6 +10,7 @@ to this function in every layer; without it, the model computes what it does und
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from asyncrl.trainer.engines.device_rows import Block, RowLayout
+from asyncrl.trainer.engines.sequence_parallel import attend_in_parallel
 
 PACKED = "asyncrl_packed"
 
@@ -40,7 +42,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Each token of a row sees what stands before it in that row; see `RowLayout`.
 
-    query           [1, Hq, T, D]; key, value [1, Hkv, T, D], where Hkv divides Hq. The dropout of `others` is ignored
+    query           [1, Hq, T, D]; key, value [1, Hkv, T, D], where Hkv divides Hq. The dropout of `others` is ignored.
+                    With a `sequence_group` these are this rank's slice of the T inputs, and so is what is returned
     attention_mask  ignored where there is a layout
     sliding_window  a token sees itself and the `sliding_window - 1` positions before it; None = all of them
 
@@ -55,17 +58,25 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < row_layout.longest else None
     q, k, v = (tensor[0].transpose(0, 1) for tensor in _of_one_dtype(query, key, value))  # [T, heads, D]
-    if q.device.type == "cpu":
-        output: Tensor = _BlockAttention.apply(q, k, v, row_layout, scale, window)  # type: ignore[no-untyped-call]
-    elif q.is_cuda and q.dtype != torch.float32 and row_layout.segment_ids is None and q.shape[-1] <= 256:
-        output = _varlen_attention(q, k, v, row_layout, scale, window)
+    attend = functools.partial(_attend, layout=row_layout, scale=scale, window=window)
+    if row_layout.sequence_group is None:
+        output = attend(q, k, v)
     else:
-        output = _row_by_row(q, k, v, row_layout, scale, window)
+        output = attend_in_parallel(q, k, v, attend, sum(row_layout.lengths), row_layout.sequence_group)
     return output[None], None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None) -> Tensor:
+    if q.device.type == "cpu":
+        output: Tensor = _BlockAttention.apply(q, k, v, layout, scale, window)  # type: ignore[no-untyped-call]
+        return output
+    if q.is_cuda and q.dtype != torch.float32 and layout.segment_ids is None and q.shape[-1] <= 256:
+        return _varlen_attention(q, k, v, layout, scale, window)
+    return _row_by_row(q, k, v, layout, scale, window)
 
 
 def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
