@@ -93,7 +93,8 @@ class RowLayout:
             blocks.append(Block(row.start, 1, prompt))
             after = row.start + prompt
             blocks += _runs(after, completions)
-            crosses.append(Cross(after, row.length - prompt, row.start, prompt))
+            if row.length > prompt:  # completions of one token have no inputs
+                crosses.append(Cross(after, row.length - prompt, row.start, prompt))
         return blocks, crosses
 
     def mask(self, block: Block, window: int | None) -> Tensor:

@@ -62,7 +62,8 @@ def groups_of_many_lengths():
     """Groups whose shared rows are short and long, with completions of one token, of equal and of other lengths."""
     rng = np.random.default_rng(5)
     groups = []
-    for ordinal, (prompt, lengths) in enumerate([(9, [1, 4, 4, 6]), (60, [30, 30, 1, 45]), (3, [40]), (11, [12, 30])]):
+    shapes = [(9, [1, 4, 4, 6]), (60, [30, 30, 1, 45]), (3, [40]), (140, [1, 1]), (11, [12, 30])]
+    for ordinal, (prompt, lengths) in enumerate(shapes):
         rollouts = [make_rollout(rng.integers(3, VOCAB, length)) for length in lengths]
         groups.append(make_group(ordinal, rng.integers(3, VOCAB, prompt), rollouts))
     return groups
