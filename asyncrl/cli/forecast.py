@@ -1,7 +1,9 @@
 """How much memory and disk a daemon will need, worked out from the configuration and the headers of the model's files.
 
 N is the number of parameters, T of those that are trained (adapters count as parameters), e the bytes of an element of
-model.dtype. Figures are meant to be right within a factor of 1.5; replay buffer and journal are upper bounds.
+model.dtype. What a trainer holds on a CPU was measured (`benchmarks/speed/memory_forecast.py`): with full and partial
+updates it is within a tenth, with adapters a fifth more than said here. On GPUs nothing was measured yet; replay buffer
+and journal are upper bounds.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ ADAM_BYTES = 8  # two float32 moments
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 2**30
 
-TRAINER_LIBRARIES = 700 * 2**20  # torch, transformers and the desk beside it
+DESK = 120 * 2**20
+TRAINER_LIBRARIES = 400 * 2**20  # torch for CPUs and transformers, of one rank after its first pass
+GPU_LIBRARIES = 700 * 2**20  # with CUDA's, of one rank; not measured
 ENGINE_LIBRARIES = 2 * GIB  # vLLM and its processes
 REWARD_WORKER = 150 * 2**20
 GPU_CONTEXT = 768 * 2**20  # CUDA, cuBLAS, NCCL
-CHUNK_LOGITS = 2**24  # logits that are alive at once in the loss; two such buffers in each direction
 STAGING_SLOTS = 3  # buckets on their way to a tensor-parallel worker
+HEAD_CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}  # CHUNK_BYTES and MIN_CHUNK_ROWS of algorithms.logprobs
+MIN_CHUNK_ROWS = 128
 ENGINE_STEP_TOKENS = 8192  # tokens of one step of the engine, for which it keeps room
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "norm", "router", ".gate.weight")
 
@@ -45,30 +50,50 @@ class Need:
 
 
 def learner_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[Need]:
-    """What the learner holds in memory and writes to disk. Raises ModelError when a model's files cannot be read."""
+    """What the learner holds in memory and writes to disk: on a GPU of one rank, on a host of all its ranks.
+
+    Raises ModelError when a model's files cannot be read.
+    """
+    learner, element = config.learner, ELEMENT_BYTES[config.model.dtype]
     count, trained = model.num_parameters(), trained_parameters(config, model)
-    element = ELEMENT_BYTES[config.model.dtype]
+    critic = _critic_parameters(config, model)
+    # Ranks whose part of a model lies in one place: all of a host, or one on its GPU. They hold slices of it.
+    here = 1 if on_gpu else learner.ranks
+    world = learner.ranks * learner.nodes
+    sharded = _is_sharded(config, on_gpu=on_gpu)
     device = GPU if on_gpu else HOST
+
+    def slices(num_bytes: int, where: str = device) -> int:
+        return math.ceil(num_bytes * (learner.ranks if where == HOST else here) / world) if sharded else num_bytes
+
+    frozen = element if sharded else FLOAT32
+    state = HOST if learner.offload_optimizer else device
+    buffers = 2 if config.model.dtype == "float32" else 3
     needs = [
-        Need(device, "master weights, float32", FLOAT32 * count),
-        Need(device, "gradients, float32", FLOAT32 * trained),
-        Need(device, "Adam moments, float32", ADAM_BYTES * trained),
-        Need(device, "snapshot buffers, 2", 2 * _synced_bytes(config, model, trained, element)),
-        Need(device, f"activations of {config.learner.micro_batch_tokens:,} tokens", activation_bytes(config, model)),
+        Need(state, "master weights, float32", slices(FLOAT32 * trained + frozen * (count - trained), state)),
+        Need(state, "gradients, float32", slices(FLOAT32 * trained, state)),
+        Need(state, "Adam moments, float32", slices(ADAM_BYTES * trained, state)),
+        Need(device, f"snapshot buffers, {buffers}", slices(buffers * _synced_bytes(config, model, trained, element))),
+        Need(device, f"activations of {learner.micro_batch_tokens:,} tokens", here * activation_bytes(config, model)),
+        Need(device, "passes through the head", here * head_bytes(config, model, on_gpu=on_gpu)),
+        Need(HOST, "copies of a checkpoint that is being written", _checkpoint_copies(config, trained, critic)),
     ]
-    if config.model.dtype != "float32":
+    if sharded:
+        needs.append(Need(device, "layers put together, 2", here * 2 * _largest_layer_bytes(model, element)))
+    elif config.model.dtype != "float32":
         needs.append(Need(device, f"compute copy, {config.model.dtype}", element * count))
     if config.algorithm.kl_coef > 0 and config.update.what != "lora":
-        needs.append(Need(device, "reference policy, float32", FLOAT32 * trained))
-    critic = _critic_parameters(config, count)
+        held = element if sharded else FLOAT32
+        needs.append(Need(device, "reference policy", slices(held * (count if sharded else trained))))
     if critic:
-        needs.append(Need(device, "critic with gradients and Adam moments", (2 * FLOAT32 + ADAM_BYTES) * critic))
-    groups = (config.staleness.max_age + 1) * config.learner.groups_per_step
+        needs.append(Need(state, "critic with gradients and Adam moments", slices((2 * FLOAT32 + ADAM_BYTES) * critic)))
+    groups = (config.staleness.max_age + 1) * learner.groups_per_step
     needs.append(Need(HOST, f"replay buffer, at most {groups} groups", groups * largest_group_bytes(config)))
-    needs.append(Need(HOST, "libraries", TRAINER_LIBRARIES))
+    needs.append(Need(HOST, "desk", DESK))
+    needs.append(Need(HOST, "libraries", learner.ranks * (GPU_LIBRARIES if on_gpu else TRAINER_LIBRARIES)))
     if on_gpu:
         needs.append(Need(GPU, "CUDA context", GPU_CONTEXT))
-        needs.append(Need(HOST, "the model while it is loaded", FLOAT32 * count))
+        needs.append(Need(HOST, "the model while it is loaded", learner.ranks * FLOAT32 * count))
     return needs + _disk_needs(config, count, trained, critic)
 
 
@@ -150,10 +175,11 @@ def trained_parameters(config: Config, model: ModelFiles) -> int:
 
 
 def activation_bytes(config: Config, model: ModelFiles) -> int:
-    """What the forward and backward pass of one micro-batch keeps, in bytes.
+    """What the passes through the layers of one micro-batch keep, in bytes. Measured by counting saved tensors.
 
-    In each layer: norms keep their input and output in float32, attention keeps queries, keys, values and outputs, the
-    MLP four tensors of its inner size. Two chunks of logits in each direction come on top.
+    In each layer norms keep inputs and outputs in float32 (6 x hidden); attention queries, its output, keys and values;
+    the MLP four tensors of its inner size. In bfloat16 the layer's input is there once more. Gradients on their way
+    through one layer come on top, and the final norm.
     """
     tokens, element = config.learner.micro_batch_tokens, ELEMENT_BYTES[config.model.dtype]
     sizes = model.config
@@ -163,11 +189,55 @@ def activation_bytes(config: Config, model: ModelFiles) -> int:
     if experts and size_of(sizes, "moe_intermediate_size"):
         inner = experts * size_of(sizes, "moe_intermediate_size")
     heads = size_of(sizes, "num_attention_heads") or 1
-    attention = heads * (size_of(sizes, "head_dim") or hidden // heads)
-    cast = 0 if element == FLOAT32 else element * 2 * hidden  # inputs of layers once more, in model.dtype
-    per_token = layers * (FLOAT32 * 6 * hidden + element * (5 * attention + 4 * inner) + cast)
+    head_dim = size_of(sizes, "head_dim") or hidden // heads
+    attention = heads * head_dim
+    keys = (size_of(sizes, "num_key_value_heads") or heads) * head_dim
+    cast = 0 if element == FLOAT32 else element * hidden
+    layer = FLOAT32 * 6 * hidden + element * (2 * attention + 2 * keys + 4 * inner) + cast
+    kept = {
+        "none": layers * layer,
+        # What is cheap is computed again: products and attention stay.
+        "selective": layers * (FLOAT32 * hidden + element * (2 * attention + 2 * keys + 2 * inner + 2 * hidden))
+        + layer,
+        "full": layers * FLOAT32 * hidden + layer,
+    }[config.learner.activation_checkpointing]
     # A critic's own trunk comes after the actor's backward pass, and needs as much again, but not at the same time.
-    return tokens * per_token + min(CHUNK_LOGITS, tokens * vocab_size(sizes)) * FLOAT32 * 3
+    return tokens * (kept + element * (3 * inner + 2 * hidden) + 9 * hidden)
+
+
+def head_bytes(config: Config, model: ModelFiles, *, on_gpu: bool) -> int:
+    """Chunks of logits, and the largest gradient a second time, before it is added to what is there."""
+    vocab, hidden = vocab_size(model.config), size_of(model.config, "hidden_size")
+    row = FLOAT32 * vocab
+    chunk = max(HEAD_CHUNK_BYTES["cuda" if on_gpu else "cpu"], MIN_CHUNK_ROWS * row)
+    chunks = 3 * min(chunk, config.learner.micro_batch_tokens * row)
+    gradients = 2 * row * hidden if config.update.what == "full" else 0  # of head and embedding
+    operands = 0
+    if config.model.dtype != "float32" and not on_gpu:
+        operands = (FLOAT32 + ELEMENT_BYTES[config.model.dtype]) * vocab * hidden  # a CPU multiplies them as float32
+    return chunks + gradients + operands
+
+
+def _is_sharded(config: Config, *, on_gpu: bool) -> bool:
+    learner = config.learner
+    several = learner.ranks * learner.nodes > 1
+    return learner.engine == "fsdp" or (learner.engine == "auto" and (several or on_gpu))
+
+
+def _largest_layer_bytes(model: ModelFiles, element: int) -> int:
+    """Of what is put together for one pass: the embedding with the head, or a layer."""
+    layers = size_of(model.config, "num_hidden_layers") or 1
+    sizes: dict[str, int] = {}
+    for name, shape in model.shapes().items():
+        parts = name.split(".")
+        number = next((part for part in parts if part.isdecimal() and int(part) < layers), "root")
+        sizes[number] = sizes.get(number, 0) + math.prod(shape)
+    return element * max(sizes.values(), default=0)
+
+
+def _checkpoint_copies(config: Config, trained: int, critic: int) -> int:
+    """Weights and moments of all that is trained, in host memory, of the ranks of one host."""
+    return math.ceil((FLOAT32 + ADAM_BYTES) * (trained + critic) / config.learner.nodes)
 
 
 def _adapted_shapes(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, int]]:
@@ -194,11 +264,12 @@ def _synced_bytes(config: Config, model: ModelFiles, trained: int | None, elemen
     return element * (trained_parameters(config, model) if trained is None else trained)
 
 
-def _critic_parameters(config: Config, count: int) -> int:
-    """Parameters of a critic with a trunk of its own; 0 without one."""
+def _critic_parameters(config: Config, model: ModelFiles) -> int:
+    """Parameters of a critic with a trunk of its own, which has no head of a language model; 0 without one."""
     if not has_own_critic(config):
         return 0
-    return find_model(config.critic.path, "critic.path").num_parameters() if config.critic.path else count
+    files = find_model(config.critic.path, "critic.path") if config.critic.path else model
+    return sum(math.prod(shape) for name, shape in files.shapes().items() if not name.startswith("lm_head."))
 
 
 def _engine_activations(config: Config, model: ModelFiles, element: int) -> int:
@@ -214,8 +285,8 @@ def _engine_activations(config: Config, model: ModelFiles, element: int) -> int:
 def _disk_needs(config: Config, count: int, trained: int, critic: int) -> list[Need]:
     """What the run writes. The newest checkpoint is one more to hold while it is written."""
     element = ELEMENT_BYTES[config.model.dtype]
-    exported = FLOAT32 * count if config.update.what == "full" else element * count
-    weights = exported if config.update.what == "full" else exported + FLOAT32 * trained
+    exported = element * count
+    weights = FLOAT32 * count if config.update.what == "full" else exported + FLOAT32 * trained
     checkpoint = weights + ADAM_BYTES * trained + (FLOAT32 + ADAM_BYTES) * critic
     keep, every = config.checkpoint.keep, config.checkpoint.every
     steps = config.run.steps

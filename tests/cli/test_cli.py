@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from asyncrl import errors
-from asyncrl.cli import dry_run
+from asyncrl.cli import dry_run, forecast
 from asyncrl.cli.common import EXIT_CODES, command, help_text
 from asyncrl.cli.forecast import generator_needs, kv_cache, learner_needs
 from asyncrl.config.checks import largest_group_bytes
@@ -259,10 +259,17 @@ def test_learner_memory_follows_the_documented_formula(config_file, model_folder
     config = load_config(config_file, ["model.dtype=bfloat16", "algorithm.kl_coef=0.1", "staleness.max_age=2"])
     needs = learner_needs(config, model, on_gpu=False)
     whole = ("master", "gradients", "Adam", "snapshot", "compute", "reference")
-    assert held(needs, *whole) == 536 * (4 + 4 + 8 + 2 * 2 + 2 + 4)
+    assert held(needs, *whole) == 536 * (4 + 4 + 8 + 3 * 2 + 2 + 4)
+    assert held(needs, "copies of a checkpoint") == 536 * 12
     assert held(needs, "replay") == 3 * config.learner.groups_per_step * largest_group_bytes(config)
     plain = learner_needs(load_config(config_file, ["staleness.max_age=2"]), model, on_gpu=False)
     assert held(plain, *whole) == 536 * (4 + 4 + 8 + 2 * 4)
+    ranks = ["staleness.max_age=2", "model.dtype=bfloat16", "algorithm.kl_coef=0.1", "learner.ranks=4"]
+    host, gpu = (learner_needs(load_config(config_file, ranks), model, on_gpu=on_gpu) for on_gpu in (False, True))
+    sharded = ("master", "gradients", "Adam", "snapshot", "reference")
+    assert held(host, *sharded) == 536 * (4 + 4 + 8 + 3 * 2 + 2), "slices of one model, the reference as it computes"
+    assert held(gpu, *sharded) == 536 // 4 * (4 + 4 + 8 + 3 * 2 + 2), "of which each GPU has a quarter"
+    assert held(host, "activations") == 4 * held(gpu, "activations")
 
 
 def test_generator_memory_counts_weights_staging_cache_and_outbox(config_file, model_folder):
@@ -315,3 +322,9 @@ def test_name_lookups_are_short_unless_the_user_says_how_long(monkeypatch, capsy
     monkeypatch.setenv("RES_OPTIONS", "timeout:9")
     assert command("generator", ["--version"], None) == 0
     assert os.environ["RES_OPTIONS"] == "timeout:9"
+
+
+def test_the_forecast_takes_the_chunks_of_logits_that_the_head_takes():
+    from asyncrl.algorithms import logprobs
+
+    assert (forecast.HEAD_CHUNK_BYTES, forecast.MIN_CHUNK_ROWS) == (logprobs.CHUNK_BYTES, logprobs.MIN_CHUNK_ROWS)
