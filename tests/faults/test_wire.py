@@ -189,8 +189,11 @@ def test_R3_a_million_hostile_messages_are_refused():
 
 
 def test_R3_the_fuzz_finds_a_handler_that_raises(monkeypatch):
+    beat_of = Generators.beat
+
     def break_at_seventeen(self, session, beat, now):
         assert beat.outbox_bytes != 17
+        beat_of(self, session, beat, now)
 
     monkeypatch.setattr(Generators, "beat", break_at_seventeen)
     with pytest.raises(AssertionError, match="AssertionError at test_wire.py"):

@@ -47,7 +47,9 @@ def test_the_first_checkpoint_of_a_run_survives_a_loss_of_power(tmp_path):
         run_dir.mkdir()
         disk = disk_at(run_dir, seed)
         with disk.attached():
-            write_checkpoint(run_dir / "checkpoints", 3, lambda tmp: (tmp / "w").write_bytes(b"1"), run_epoch=1)
+            write_checkpoint(
+                run_dir / "checkpoints", 3, lambda tmp: (tmp / "w").write_bytes(b"1") and None, run_epoch=1
+            )
         disk.lose_power()
         manifest = find_latest(run_dir / "checkpoints")
         assert manifest is not None, f"seed {seed}"

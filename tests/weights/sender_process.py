@@ -99,10 +99,11 @@ def main() -> None:
     publisher = publisher_of(rank, size, address, buffer, settings)
     publisher.start()
     print(json.dumps({"buffer_bytes": buffer.flat.numel()}), flush=True)
-    scores, lies = [np.full(3, -1.5, np.float32)], False
+    scores = [np.full(3, -1.5, np.float32)]
     for line in sys.stdin:
         if line.strip() == "lie":
-            lies = True
+            assert isinstance(publisher, ShardPublisher)
+            damage_what_is_sent(publisher)  # at once: the next version may be prepared before this thread sees it
             continue
         if line.strip() == "crash":
             publisher.join(30.0)
@@ -118,9 +119,6 @@ def main() -> None:
         if rank == 0:
             publisher.publish(int(version), scores)
         else:
-            if lies:
-                lies = False
-                damage_what_is_sent(publisher)
             publisher.publish(int(version), int(slot))
         print(json.dumps({"published": int(version)}), flush=True)
     publisher.stop(10.0)

@@ -213,7 +213,7 @@ def test_a_group_that_is_missing_or_trained_twice_is_told_and_the_others_are_rea
 @pytest.fixture
 def matrix(tmp_path, monkeypatch):
     """Without processes: what a cell does is put in by the test."""
-    options = SimpleNamespace(config=tmp_path, model=tmp_path, set=[])
+    options = SimpleNamespace(config=tmp_path, model=tmp_path, set=[], senders=1)
     matrix = Matrix(tmp_path / "matrix", options)
     for name in ("start_learner", "start_generator", "kill9", "close"):
         monkeypatch.setattr(matrix.fleet, name, lambda *_: None)
