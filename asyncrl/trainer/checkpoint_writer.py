@@ -39,9 +39,8 @@ from asyncrl.trainer.step import StepRunner
 
 log = logging.getLogger(__name__)
 
-SHARE_TIMEOUT_S = (
-    30.0  # until a file of rank 0 must be seen by another rank: file systems of several hosts cache folders
-)
+# Until a file of rank 0 must be seen by another rank: file systems of several hosts cache folders.
+SHARE_TIMEOUT_S = 30.0
 LOOK_AGAIN_S = 0.1
 MARKER = "shared.marker"
 
