@@ -95,7 +95,8 @@ class LearnerLink:
     async def receive(self) -> list[bytes]:
         """Frames that came in, after waiting for the first until the session has something due, or a connection."""
         now = time.monotonic()
-        return await self._socket.receive(max(0.0, min(self.session.next_due(now) - now, RECEIVE_WAIT_S)))
+        wait_s = max(0.0, min(self.session.next_due(now) - now, RECEIVE_WAIT_S))
+        return await self._socket.receive(wait_s, self._connects)
 
     def accept(self, frame: bytes) -> Message | None:
         """The message in a frame, for the daemon to act on; None where it is of an earlier run epoch, or out of turn.

@@ -307,12 +307,15 @@ class AsyncClientSocket(_Dealer):
         """Encodes and sends, see `send`. Raises FrameError for a message that cannot be sent."""
         return self.send(encode(message, max_bytes=self.max_frame_bytes))
 
-    async def receive(self, timeout_s: float) -> list[bytes]:
+    async def receive(self, timeout_s: float, known_connects: int | None = None) -> list[bytes]:
         """Frames that arrived, after waiting up to `timeout_s` for the first. Cancelling it loses none.
 
-        It ends early, without frames, when the connection changes: see `connects`.
+        It ends early, without frames, when the connection changes, and where there are more `connects` by now than the
+        caller knows of.
         """
-        self._link.read()
+        # Reading takes the event away that would end the wait: a connection since the caller looked ends it here.
+        if self.connects > (math.inf if known_connects is None else known_connects):
+            return []
         # Poll, then take: a receive that is cancelled could already hold a frame.
         await self._poller.poll(_milliseconds(timeout_s))
         frames: list[bytes] = []

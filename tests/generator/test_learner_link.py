@@ -57,6 +57,24 @@ def test_a_new_connection_ends_the_wait_and_is_greeted_at_once(tmp_path, no_time
     asyncio.run(run())
 
 
+def test_a_connection_between_the_look_and_the_wait_ends_the_wait(tmp_path, no_timer_ends):
+    """The wait begins with a look at the monitor, which takes away the event that would end it."""
+    address = tcp()
+
+    async def run():
+        generator = Generator(config_with(tmp_path, address))
+        generator.link.keep_up(None)  # before there is a learner
+        learner = Learner(tmp_path / "1", address, 1)
+        while not generator.client.connects:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(LATE_S):
+            assert await generator.link.receive() == []
+        learner.close()
+        await generator.link.close()
+
+    asyncio.run(run())
+
+
 def test_a_socket_tries_as_often_when_the_learner_is_away_for_long():
     """Where the pause doubles up to a second, twelve tries take more than nine seconds; a learner starts within one."""
     where = parse_address(tcp())

@@ -190,7 +190,7 @@ class Dealer:
             self._inbox.append(frame)
             self._came.set()
 
-    async def receive(self, timeout_s: float) -> list[bytes]:
+    async def receive(self, timeout_s: float, known_connects: int | None = None) -> list[bytes]:
         if not self._inbox:
             self._came.clear()
             try:

@@ -44,8 +44,8 @@ class NotedSocket(AsyncClientSocket):
         self._ledger.sends(frame)
         return super().send(frame)
 
-    async def receive(self, timeout_s: float) -> list[bytes]:
-        frames = await super().receive(timeout_s)
+    async def receive(self, timeout_s: float, known_connects: int | None = None) -> list[bytes]:
+        frames = await super().receive(timeout_s, known_connects)
         for frame in frames:
             self._ledger.read(frame, time.monotonic())
         return frames
