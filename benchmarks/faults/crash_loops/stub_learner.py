@@ -76,7 +76,7 @@ def serve(folder: Path) -> int:
         )
         process.start()
         open_things.callback(process.kill)
-        metrics = open_things.enter_context(closing(Metrics.open(config, canary_tolerance(config))))
+        metrics = open_things.enter_context(closing(Metrics.open(config, canary_tolerance(config, on_gpu=False))))
         state = restore_run(config, run_epoch, run.journal, run.saved)
         prompts = LeasedPrompts(MadeAtOnce(NumberedPrompts()), state.leases)
         return make_desk(config, state, prompts, Surroundings(rollouts, trainer, process, metrics, stop)).run()

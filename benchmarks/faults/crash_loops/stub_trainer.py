@@ -90,12 +90,15 @@ class StubTrainer:
         if batch.checkpoint:
             self._save()
 
+    def _write_chain(self, folder: Path) -> None:
+        (folder / CHAIN_FILE).write_bytes(self.chain)
+
     def _save(self) -> None:
         started = time.monotonic()
         manifest = write_checkpoint(
             self.checkpoints,
             self.version,
-            lambda folder: (folder / CHAIN_FILE).write_bytes(self.chain),
+            self._write_chain,
             run_epoch=self.run_epoch,
             desk_state=self.desk_state,
             keep=self.config.checkpoint.keep,
