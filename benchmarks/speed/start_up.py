@@ -162,16 +162,16 @@ def main() -> None:
     if sys.argv[1:2] == [SPAWNED]:
         sys.exit(run_generator(sys.argv[2:]))
     parser = common.arguments(__doc__ or "")
-    parser.add_argument("--model", type=Path, default=ROOT / "runs/models/arithmetic", help="default: %(default)s")
+    parser.add_argument("--model", type=Path, default=Path("runs/models/arithmetic"), help="default: %(default)s")
     parser.add_argument("--warm-only", action="store_true", help="leave the page cache alone")
     options: argparse.Namespace = common.parse(parser)
-    options.model = options.model.resolve()
+    model = options.model.resolve()
     report = common.Report("start_up", options)
-    start_once(options.model, spawned=False)  # what is compiled or cached once is no part of a warm start
-    measure(report, options.model, "warm", options.pairs)
+    start_once(model, spawned=False)  # what is compiled or cached once is no part of a warm start
+    measure(report, model, "warm", options.pairs)
     if not options.warm_only:
         report.note(f"cold: dropped {drop_page_cache()}")
-        measure(report, options.model, "cold", max(1, options.pairs // 2))
+        measure(report, model, "cold", max(1, options.pairs // 2))
     report.finish()
 
 
