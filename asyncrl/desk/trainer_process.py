@@ -20,6 +20,7 @@ from pathlib import Path
 
 from asyncrl.config import Config
 from asyncrl.errors import BindError, CheckpointError, ConfigError, RankLost, TrainerFailed
+from asyncrl.host.addresses import listening_socket
 from asyncrl.host.log_files import limit_log
 from asyncrl.host.processes import child_environment, die_with_parent, nccl_environment
 from asyncrl.link.trainer_link import LAST_WORDS, STORE_FD
@@ -185,14 +186,7 @@ def rank_environment(threads: int, weights_timeout_s: float, weights_host: str) 
 def _listener(host: str, port: int) -> socket.socket:
     """A listening socket at which ranks meet. Raises BindError."""
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as on_failure:
-            listener = on_failure.enter_context(socket.socket(family, kind, proto))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(256)
-            on_failure.pop_all()
-            return listener
+        return listening_socket(host, port)
     except OSError as error:
         raise BindError(
             f"trainer ranks cannot meet at {host}:{port} ({error}); set weights.host to an address of this machine and "

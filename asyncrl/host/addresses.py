@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import hashlib
 import ipaddress
@@ -26,6 +27,7 @@ IPC_PATH_BYTES = 107  # sun_path on Linux, less its final NUL
 _SIOCGIFCONF = 0x8912
 _IFREQ_BYTES = 40  # of one entry: the interface's name in 16 bytes, then a sockaddr
 _MAX_INTERFACES = 1024
+_BACKLOG = 256  # connections that wait to be accepted
 
 _TCP = re.compile(r"tcp://(\[[^\]]*\]|[^\[\]:/?#@\s]*):([0-9]{1,5}|\*)")
 
@@ -205,6 +207,18 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         address = ipaddress.ip_address(spelled)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens at one address only; port 0 takes any. Raises OSError."""
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with contextlib.ExitStack() as on_failure:
+        listener = on_failure.enter_context(socket.socket(family, kind, proto))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        on_failure.pop_all()
+        return listener
 
 
 def interface_towards(host: str) -> str | None:

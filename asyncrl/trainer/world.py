@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own, with their types
 
 from asyncrl.errors import BindError, PeerUnreachable, RankLost
-from asyncrl.host.addresses import interface_towards
+from asyncrl.host.addresses import interface_towards, listening_socket
 from asyncrl.link.trainer_link import STORE_FD
 from asyncrl.weights.channels.rendezvous import first_line
 
@@ -325,16 +324,11 @@ def _client(place: RankPlace, timeout_s: float) -> TCPStore:
 
 
 def _listen(host: str, port: int) -> int:
-    """A listening socket at one address only; TCPStore by itself would listen on every interface."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    """A listening socket of our own: TCPStore by itself would listen on every interface."""
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(256)
+        return listening_socket(host, port).detach()
     except OSError as error:
-        listener.close()
         raise BindError(f"trainer ranks cannot meet at {host}:{port} ({error}); choose a free port") from error
-    return listener.detach()
 
 
 def _take_seat(store: Store, rank: int) -> None:

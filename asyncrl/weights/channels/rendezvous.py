@@ -8,7 +8,6 @@ still blocked after 25 s although their timeout was 3 s.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import TypeVar
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own, with their types
 
 from asyncrl.errors import BindError, ChannelError
+from asyncrl.host.addresses import listening_socket
 from asyncrl.link.weight_records import ChannelSpec
 
 _T = TypeVar("_T")
@@ -43,13 +43,7 @@ class WeightStore:
     def __init__(self, host: str, port: int = 0) -> None:
         # TCPStore by itself listens on every interface; a listening socket of our own keeps it to `host`.
         try:
-            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with contextlib.ExitStack() as on_failure:
-                listener = on_failure.enter_context(socket.socket(family, kind, proto))
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-                listener.listen(256)
-                on_failure.pop_all()
+            listener = listening_socket(host, port)
         except OSError as error:
             raise BindError(
                 f"weight store cannot listen on {host}:{port} ({error}); "
