@@ -89,6 +89,7 @@ class World:
         self.size = place.size
         self.local_rank = place.local_rank
         self._place = place
+        self._timeout = timedelta(seconds=FORM_TIMEOUT_S)  # of what is sent from one rank to another
         self._store = store
         self._control = control
 
@@ -130,8 +131,9 @@ class World:
         """From now on a collective may take DEADLINE_S: models are loaded, and ranks go in step."""
         if self.size > 1:
             self._barrier()
+            self._timeout = timedelta(seconds=DEADLINE_S)
             for group in (self._control, dist.group.WORLD):
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=DEADLINE_S), group)
+                dist.distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def new_group(self, timeout_s: float) -> Any:
         """Another gloo group of all ranks, for one user beside training; None with one rank. All ranks call this."""
@@ -211,13 +213,15 @@ class World:
                     if rank
                 ]
                 for work in sent:
-                    if work is not None:
-                        work.wait()
+                    assert work is not None, "every rank is in the control group"
+                    work.wait(self._timeout)
                 return parts[0]
             sizes = torch.empty(self.size, dtype=torch.int64)
             dist.broadcast(sizes, 0, group=self._control)
             own = torch.empty(int(sizes[self.rank]), dtype=torch.uint8)
-            dist.recv(own, 0, group=self._control)
+            work = dist.irecv(own, 0, group=self._control)
+            assert work is not None, "every rank is in the control group"
+            work.wait(self._timeout)
             return own.numpy().tobytes()
 
     def sum(self, values: Tensor) -> Tensor:
