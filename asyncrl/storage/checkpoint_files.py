@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import CheckpointError
-from asyncrl.storage.disk import make_folder
+from asyncrl.storage.disk import make_durable, make_folder
 from asyncrl.storage.tensor_files import FileProof
 
 log = logging.getLogger(__name__)
@@ -257,16 +257,16 @@ def _move_into_place(tmp: Path, final: Path) -> Path:
     if final.exists():
         os.rename(final, final.with_name(f"{final.name}.old-{uuid.uuid4().hex}"))
     os.rename(tmp, final)
-    _fsync(final.parent)
+    make_durable(final.parent)
     return final
 
 
 def _point_latest(root: Path, name: str) -> None:
     tmp = root / f"{LATEST}.tmp"
     tmp.write_text(name + "\n", encoding="utf-8")
-    _fsync(tmp)
+    make_durable(tmp)
     os.replace(tmp, root / LATEST)
-    _fsync(root)
+    make_durable(root)
 
 
 def _delete_older(root: Path, newest: Manifest, keep: int) -> None:
@@ -396,15 +396,7 @@ def _sha256(path: Path) -> str:
 def _fsync_tree(folder: Path) -> None:
     """Files first, then the folders that name them, innermost first."""
     for path in _files(folder):
-        _fsync(path)
+        make_durable(path)
     folders = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
     for path in [*folders, folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        make_durable(path)

@@ -31,6 +31,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_durable(path: Path) -> None:
+    """Makes what is in a file, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Writes all of data; raises OSError when the disk takes only a part."""
     view = memoryview(data)

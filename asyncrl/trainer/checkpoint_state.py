@@ -13,7 +13,6 @@ above `trainer/` (`engines.export`), and nothing is stored twice.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from asyncrl.errors import CheckpointError
 from asyncrl.storage.checkpoint_files import STATE_FOLDER, WEIGHT_SHARDS
+from asyncrl.storage.disk import make_durable
 from asyncrl.storage.tensor_files import SUFFIX, FileProof
 from asyncrl.trainer.engines.base import EngineState, PartState, PolicyEngine
 from asyncrl.trainer.engines.part import by_name
@@ -109,7 +109,7 @@ def write_state(state: CopiedState, actor: PolicyEngine, folder: Path) -> dict[s
             proofs[file.relative_to(folder).as_posix()] = write_shard(file, pieces)
     if state.rank != 0:
         for name in proofs:  # rank 0 makes durable what it wrote itself, once it is complete
-            _make_durable(folder / name)
+            make_durable(folder / name)
     return proofs
 
 
@@ -224,11 +224,3 @@ def _flat(optimizer: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _whole(tensor: Tensor) -> HeldPiece:
     return HeldPiece(extent_of(tensor), tensor)
-
-
-def _make_durable(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -284,7 +284,7 @@ def filters_without_a_record(patch: Patch) -> None:
 @mutant("a checkpoint is durable before it is told of")
 def tells_of_a_checkpoint_before_it_is_durable(patch: Patch) -> None:
     patch.setattr(checkpoint_files, "_fsync_tree", lambda folder: None)
-    patch.setattr(checkpoint_files, "_fsync", lambda path: None)
+    patch.setattr(checkpoint_files, "make_durable", lambda path: None)
 
 
 @mutant("a segment is deleted only when a kept checkpoint covers all that is in it", slow=True, seeds=400)
