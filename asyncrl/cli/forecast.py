@@ -175,14 +175,14 @@ def trained_parameters(config: Config, model: ModelFiles) -> int:
 
 
 def activation_bytes(config: Config, model: ModelFiles) -> int:
-    """What the passes through the layers of one micro-batch keep, in bytes. Measured by counting saved tensors.
+    """What passes of one rank through the layers of a micro-batch keep, in bytes. Measured by counting saved tensors.
 
     In each layer norms keep inputs and outputs in float32 (6 x hidden); attention queries, its output, keys and values;
     the MLP four tensors of its inner size. In bfloat16 the layer's input is there once more. Gradients on their way
     through one layer come on top, and the final norm.
     """
-    tokens, element = config.learner.micro_batch_tokens, ELEMENT_BYTES[config.model.dtype]
-    sizes = model.config
+    tokens = math.ceil(config.learner.micro_batch_tokens / config.learner.sequence_parallel)
+    element, sizes = ELEMENT_BYTES[config.model.dtype], model.config
     layers, hidden = size_of(sizes, "num_hidden_layers"), size_of(sizes, "hidden_size")
     inner = size_of(sizes, "intermediate_size") or 4 * hidden
     experts = size_of(sizes, "num_experts_per_tok")

@@ -162,6 +162,18 @@ def _nodes_can_meet(config: Config) -> str | None:
     return None
 
 
+def _sequences_can_be_shared(config: Config) -> str | None:
+    learner = config.learner
+    shared, count = learner.sequence_parallel, learner.ranks * learner.nodes
+    if count % shared == 0:
+        return None
+    return (
+        f"learner.sequence_parallel={shared} does not divide the {count} trainer processes of "
+        f"learner.ranks={learner.ranks} x learner.nodes={learner.nodes}: each shares with as many others; "
+        f"set learner.ranks to a multiple of {shared}, or learner.sequence_parallel to a divisor of {count}"
+    )
+
+
 def _engine_can_do_it(config: Config) -> str | None:
     learner = config.learner
     count = learner.ranks * learner.nodes
@@ -313,6 +325,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _betas_are_a_pair,
     _cpus_fit_threads,
     _nodes_can_meet,
+    _sequences_can_be_shared,
     _engine_can_do_it,
     _reward_ends_before_its_lease,
     _largest_group_fits,

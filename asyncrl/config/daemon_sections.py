@@ -71,7 +71,8 @@ class LearnerConfig:
     )
     micro_batch_tokens: int = key(
         16384,
-        "Tokens in one forward and backward pass; gradients add up over the passes of an update.",
+        "Tokens in one forward and backward pass, shared by learner.sequence_parallel processes; gradients add up over "
+        "the passes of an update.",
         minimum=1,
         if_changed=ACCEPTED,
     )
@@ -106,6 +107,15 @@ class LearnerConfig:
         "TCP port of weights.host at which trainer processes meet; 0 = any free one, which is for one host only.",
         minimum=0,
         maximum=65535,
+        if_changed=ACCEPTED,
+    )
+    sequence_parallel: int = key(
+        1,
+        "Neighbouring trainer processes that share the tokens of each micro-batch (Ulysses): for sequences too long "
+        "for one GPU. A divisor of learner.ranks x learner.nodes and of the model's attention heads; best one of "
+        "learner.ranks, for every layer exchanges tokens between them.",
+        minimum=1,
+        maximum=1024,
         if_changed=ACCEPTED,
     )
     engine: str = key(

@@ -10,7 +10,7 @@ from asyncrl.config import Config
 from asyncrl.config.checks import KEY_PAIRS, on_loopback, raise_all
 from asyncrl.config.gpus import has_gpu, visible_gpus
 from asyncrl.config.keys import value_of
-from asyncrl.host.model_config import check_generation_config, known_context, vocab_size
+from asyncrl.host.model_config import check_generation_config, heads_of, heads_problem, known_context, vocab_size
 from asyncrl.host.model_folder import ModelFiles, find_model
 from asyncrl.host.model_head import check_head
 from asyncrl.host.processes import cpu_problem
@@ -35,9 +35,12 @@ def check_host(config: Config, role: str, *, is_here: bool = True) -> ModelFiles
     check_tokenizer_file(model.folder, f"model.path={config.model.path}")
     check_head(model, f"model.path={config.model.path}")
     raise_all(list(_length_problems(config, model, "model.path")))
+    if role == "learner":
+        raise_all(list(_head_problems(config, model, "model.path")))
     if role == "learner" and has_own_critic(config) and config.critic.path:
         critic = find_model(config.critic.path, "critic.path")
-        raise_all([*_critic_problems(model, critic), *_length_problems(config, critic, "critic.path")])
+        problems = [*_critic_problems(model, critic), *_length_problems(config, critic, "critic.path")]
+        raise_all([*problems, *_head_problems(config, critic, "critic.path")])
     return model
 
 
@@ -71,6 +74,14 @@ def _length_problems(config: Config, model: ModelFiles, key: str) -> Iterator[st
             f"model.max_length={longest} is longer than the context of {key}={model.folder}, {context} tokens; "
             f"set model.max_length to {context} or less"
         )
+
+
+def _head_problems(config: Config, model: ModelFiles, key: str) -> Iterator[str]:
+    """Heads that ranks which share sequences cannot be dealt; where config.json does not say, the trainer looks."""
+    ranks, heads = config.learner.sequence_parallel, heads_of(model.config)
+    problem = heads_problem(*heads, ranks) if heads else None
+    if problem:
+        yield f"learner.sequence_parallel={ranks} with {key}={model.folder}: {problem}"
 
 
 def _critic_problems(model: ModelFiles, critic: ModelFiles) -> Iterator[str]:

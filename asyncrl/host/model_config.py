@@ -86,6 +86,22 @@ def size_of(config: dict[str, Any], name: str) -> int:
     return value if isinstance(value, int) and _is_size(value) else 0
 
 
+def heads_of(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Heads of queries and of keys in each layer; None when config.json does not say."""
+    heads = size_of(config, "num_attention_heads") or size_of(config, "n_head")
+    return (heads, size_of(config, "num_key_value_heads") or heads) if heads else None
+
+
+def heads_problem(query_heads: int, key_heads: int, ranks: int) -> str | None:
+    """Why the heads of a layer cannot be dealt to ranks; None where they can."""
+    if query_heads % ranks == 0 and (key_heads % ranks == 0 or ranks % key_heads == 0):
+        return None
+    return (
+        f"{query_heads} heads of queries and {key_heads} of keys cannot be dealt to {ranks} ranks: their number "
+        "must divide the first, and divide the second or be divided by it; let fewer ranks share a sequence"
+    )
+
+
 def context_length(config: dict[str, Any]) -> int | None:
     """Tokens that the model's positions reach to, rotary scaling counted in; None when config.json does not say."""
     sizes = [size for name in CONTEXT_KEYS if (size := size_of(config, name))]

@@ -399,6 +399,7 @@ def run_rank(config_file: str, desk_address: str) -> int:
         device = _device(config.learner.device, place.local_rank)
         world = World.form(place, device)
         check_start(world, config)
+        world.share_sequences(config.learner.sequence_parallel)
         return Rank(config, desk_address, device, world).run()
     except (UserError, CheckpointError, PeerUnreachable) as error:
         # Starting again would end the same way: the desk tells the user instead.

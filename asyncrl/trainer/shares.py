@@ -4,6 +4,7 @@
 
 Every rank gets the same number of micro-batches, because each forward and backward pass is one collective of all of
 them. Where there are too few, dummies fill up: one token without weight. All counts stay those of the whole batch.
+Ranks of one sequence group get the same share.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class StepRunner:
         self.version = version
         self.kl_coef = algorithm.kl_coef
         self.world = world or World.alone()
-        self.preparation = Preparation(config, engines, self.world)
+        self.preparation = Preparation(config, engines, self.world.data_ranks)
         self._objective = ActorObjective(config)
 
     def step(self, groups: Sequence[Group]) -> StepResult:
@@ -82,7 +82,10 @@ class StepRunner:
         assert plan.num_tokens > 0, "a step needs at least one group"
         own = plan
         if self.world.size > 1:
-            own = unpack_share(self.world.scatter([pack_share(share) for share in deal(plan, self.world.size)]))
+            packed = [pack_share(share) for share in deal(plan, self.world.num_shares)]
+            own = unpack_share(
+                self.world.scatter([packed[self.world.share_of(rank)] for rank in range(self.world.size)])
+            )
         metrics = batch_metrics(groups, plan.is_flat, version) | layout_metrics(plan)
         if self.config.algorithm.advantage in COMPARING:
             metrics["zero_variance_share"] = float(plan.is_flat.mean())

@@ -6,7 +6,8 @@
 Every rank makes the same calls in the same order. Rank 0 repeats `Order.WAIT` while it has nothing to do, so that a
 rank that hears nothing for DEADLINE_S knows that rank 0 is gone: no wait here is without a deadline.
 
-Models have a process group of their own, torch's default one: gloo between CPUs, NCCL between GPUs.
+Models have a process group of their own, torch's default one: gloo between CPUs, NCCL between GPUs. Of that, each
+sequence group is a part: neighbouring ranks that have the same share, and compute a slice of its tokens each.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's own, with their types
 
+from asyncrl.algorithms.reducer import Reducer
 from asyncrl.errors import BindError, PeerUnreachable, RankLost
 from asyncrl.host.addresses import interface_towards, listening_socket
 from asyncrl.link.trainer_link import STORE_FD
@@ -92,6 +94,8 @@ class World:
         self._timeout = timedelta(seconds=FORM_TIMEOUT_S)  # of what is sent from one rank to another
         self._store = store
         self._control = control
+        self.sequence_ranks = 1  # how many share the tokens of one micro-batch
+        self.sequence_group: Any = None  # those that this rank shares them with; None with one
 
     @classmethod
     def alone(cls) -> World:
@@ -132,8 +136,35 @@ class World:
         if self.size > 1:
             self._barrier()
             self._timeout = timedelta(seconds=DEADLINE_S)
-            for group in (self._control, dist.group.WORLD):
+            groups = [self._control, dist.group.WORLD]
+            for group in groups + ([] if self.sequence_group is None else [self.sequence_group]):
                 dist.distributed_c10d._set_pg_timeout(self._timeout, group)
+
+    def share_sequences(self, count: int) -> None:
+        """Has every `count` neighbouring ranks share the tokens of micro-batches. All ranks call this, and once."""
+        assert self.size % count == 0 and self.sequence_ranks == 1, (self.size, count)
+        if count == 1:
+            return
+        self.sequence_ranks = count
+        with _lost("the ranks cannot make groups that share sequences"):
+            for first in range(0, self.size, count):  # all ranks make every group, in the same order
+                group = dist.new_group(list(range(first, first + count)), timeout=self._timeout)
+                if first <= self.rank < first + count:
+                    self.sequence_group = group
+
+    @property
+    def num_shares(self) -> int:
+        """Shares that a plan is dealt into: one for each sequence group, or for each rank."""
+        return self.size // self.sequence_ranks
+
+    def share_of(self, rank: int) -> int:
+        """Number of the share that `rank` trains on."""
+        return rank // self.sequence_ranks
+
+    @property
+    def data_ranks(self) -> Reducer:
+        """Reduces what ranks know of their shares; what a sequence group knows alike counts once."""
+        return self if self.sequence_ranks == 1 else _DataRanks(self)
 
     def new_group(self, timeout_s: float) -> Any:
         """Another gloo group of all ranks, for one user beside training; None with one rank. All ranks call this."""
@@ -281,6 +312,27 @@ class World:
             return [rank for rank in others if not store.check([f"lost/{rank}"])]
         except RuntimeError:
             return [0]  # it holds the store
+
+
+class _DataRanks:
+    """The first rank of each sequence group speaks for it; all hear what comes of it, and so all hear the same."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._speaks = world.rank % world.sequence_ranks == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """See `Reducer.sum`."""
+        return self._world.sum(values if self._speaks else torch.zeros_like(values))
+
+    def largest(self, values: Tensor) -> Tensor:
+        """See `Reducer.largest`."""
+        return self._world.largest(values)
+
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        """See `Reducer.gather`."""
+        whole, start = self._world.gather(values if self._speaks else values[:0])
+        return whole, start if self._speaks else start - len(values)
 
 
 def is_loss(error: BaseException) -> bool:

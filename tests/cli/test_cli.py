@@ -270,6 +270,8 @@ def test_learner_memory_follows_the_documented_formula(config_file, model_folder
     assert held(host, *sharded) == 536 * (4 + 4 + 8 + 3 * 2 + 2), "slices of one model, the reference as it computes"
     assert held(gpu, *sharded) == 536 // 4 * (4 + 4 + 8 + 3 * 2 + 2), "of which each GPU has a quarter"
     assert held(host, "activations") == 4 * held(gpu, "activations")
+    shared = load_config(config_file, [*ranks, "learner.sequence_parallel=2"])
+    assert 2 * held(learner_needs(shared, model, on_gpu=True), "activations") == held(gpu, "activations")
 
 
 def test_generator_memory_counts_weights_staging_cache_and_outbox(config_file, model_folder):

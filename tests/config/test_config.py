@@ -290,6 +290,10 @@ def test_a_value_left_open_is_asked_for(write):
         (["learner.nodes=2", "weights.host=10.0.0.1"], ["learner.port=0", "learner.port"]),
         (["learner.nodes=2", "learner.port=29500"], ["weights.host=127.0.0.1 is loopback"]),
         (["learner.ranks=2", "learner.engine=single"], ["learner.engine=single", "learner.ranks=2", "fsdp"]),
+        (
+            ["learner.ranks=3", "learner.sequence_parallel=2"],
+            ["learner.sequence_parallel=2", "learner.ranks=3", "learner.ranks to a multiple of 2"],
+        ),
         (["learner.ranks=2", "update.what=lora", "update.lora_sync=merged"], ["lora_sync=merged", "lora_sync=adapter"]),
         (
             ["learner.engine=single", "learner.offload_optimizer=true"],

@@ -287,6 +287,22 @@ def test_D12_the_critics_own_trunk_is_looked_at_too(tmp_path, config_file):
         assert code == 2 and words in message
 
 
+# -- ranks that share sequences: whether the heads can be dealt to them
+
+
+def test_heads_that_ranks_cannot_share_are_refused_before_anything_starts(tmp_path, config_file):
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    given = (config_file, "learner.ranks=2", "learner.sequence_parallel=2", "model.max_length=256")
+    for role, wide, narrow in (("model", heads, {}), ("critic", {"num_attention_heads": 6}, heads)):
+        model = folder_of(tmp_path / f"model_{role}", **MODEL_FILE | wide)
+        critic = folder_of(tmp_path / f"critic_{role}", **MODEL_FILE | narrow)
+        code, message = next(commands(*given, "algorithm.name=ppo", f"model.path={model}", f"critic.path={critic}"))
+        assert code == 2
+        assert f"learner.sequence_parallel=2 with {role}.path=" in message
+        assert "6 heads of queries and 3 of keys cannot be dealt to 2 ranks" in message
+        checked(*given[:2], f"model.path={model}", "model.max_length=256")
+
+
 # -- D7, U4: what loads can be saved, and every checkpoint is a model folder
 
 GENERATION = [

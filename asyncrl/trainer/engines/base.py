@@ -55,6 +55,11 @@ class Outputs:
     entropies: Tensor | None = None  # float32 [N], in nats
     values: Tensor | None = None  # float32 [N], of the state before each token
 
+    @property
+    def each(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probs, entropies, values."""
+        return self.logprobs, self.entropies, self.values
+
 
 # (index of the micro-batch, its outputs) → (scalar loss with the gradient, sums without it).
 LossFunction = Callable[[int, Outputs], tuple[Tensor, Sums]]

@@ -58,6 +58,7 @@ class RowLayout:
     starts: Tensor  # int32 [B + 1], first input of each row, and T
     pieces: tuple[tuple[int, ...], ...] | None = None  # of each shared row: inputs of the prompt, of each completion
     sequence_group: Any = None  # the ranks that share these rows, each of which computes a slice of them
+    own: slice = field(default_factory=lambda: slice(None))  # of the T inputs: that slice
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -127,6 +128,7 @@ class DeviceRows:
     predictor: Tensor  # int64 [N]
     token_ids: Tensor  # int64 [N]
     layout: RowLayout
+    predictor_on_host: np.ndarray  # `predictor`, to be read without waiting for the device
 
     @property
     def num_tokens(self) -> int:
@@ -156,6 +158,7 @@ def on_device(rows: Rows | DeviceRows, device: torch.device) -> DeviceRows:
         predictor=to_device(rows.predictor, device),
         token_ids=to_device(rows.token_ids, device),
         layout=layout,
+        predictor_on_host=rows.predictor,
     )
 
 

@@ -4,6 +4,10 @@
     root    embedding, norm and head. Trunk, head and value head are ONE forward pass of `PolicyModule`: outside of a
             forward pass no weight is whole
 
+With learner.sequence_parallel, neighbouring ranks have the same rows. Each computes its slice of them, all know the
+outputs for all tokens, and each loss is computed by all of them from these: nothing outside sees that rows were cut.
+Of the loss's gradient a rank takes the part of its own tokens, so that the sum over ranks has each token once.
+
 Gradients are summed over ranks, not averaged: losses are divided by counts of the whole batch. With
 model.dtype=bfloat16 passes take the weights as bfloat16, as generators do; masters, optimizer state and the sums of
 gradients are float32.
@@ -16,6 +20,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -27,22 +32,25 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore  # torch.distributed's own, with its types
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
 
 from asyncrl.algorithms.losses import Sums
+from asyncrl.algorithms.reducer import Reducer
 from asyncrl.config import Config
 from asyncrl.storage.tensor_files import FileProof
 from asyncrl.trainer.critic import Critic, load_critic
 from asyncrl.trainer.engines.base import Engines, ModelIdentity, Outputs, Want
-from asyncrl.trainer.engines.device_rows import DeviceRows
+from asyncrl.trainer.engines.device_rows import DeviceRows, on_device
 from asyncrl.trainer.engines.export import export_model, read_trained, write_model
 from asyncrl.trainer.engines.gradient_loop import GradientLoop
 from asyncrl.trainer.engines.lora import adapters_off
 from asyncrl.trainer.engines.part import TrainedPart
 from asyncrl.trainer.engines.policy import Policy, load_policy
 from asyncrl.trainer.engines.recomputing import recompute_activations
+from asyncrl.trainer.engines.sequence_parallel import OwnSlice, check_sequence_parallel
 from asyncrl.trainer.engines.single import critic_part, saved_bytes
 from asyncrl.trainer.engines.trainable import describe_update
-from asyncrl.trainer.engines.trunk import check_rotary
+from asyncrl.trainer.engines.trunk import check_rotary, is_packed
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
 from asyncrl.trainer.world import World
 from asyncrl.weights.bytes.patch import SyncSource
@@ -137,7 +145,19 @@ class FsdpEngine(GradientLoop):
         self.root.set_is_last_backward(is_last)
 
     def _over_ranks(self, sums: Sums) -> Sums:
-        return sums_of_ranks(sums, self.world)
+        return sums if self.world.size == 1 else sums_of_ranks(sums, self.world.data_ranks)
+
+    def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+        group = self.world.sequence_group
+        if group is None:
+            return self._own_outputs(rows, want, temperature, train_policy=train_policy)
+        own = OwnSlice(on_device(rows, self.device), group)
+        parts = self._own_outputs(own.rows, want, temperature, train_policy=train_policy)
+        return Outputs(*(part if part is None else own.whole(part) for part in parts.each))
+
+    @abstractmethod
+    def _own_outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+        """`_outputs` for the completion tokens of `rows`, which may be a slice of those that ranks share."""
 
 
 class FsdpPolicyEngine(FsdpEngine):
@@ -146,6 +166,7 @@ class FsdpPolicyEngine(FsdpEngine):
     def __init__(
         self, policy: Policy, config: Config, device: torch.device, world: World, *, value_head: Critic | None = None
     ) -> None:
+        _check_sequences(policy.model, world, f"model.path={config.model.path}")
         self.policy = policy
         self.value_head = value_head
         self._digests = policy.frozen_digests if policy.update.what != "full" else {}
@@ -181,7 +202,7 @@ class FsdpPolicyEngine(FsdpEngine):
         """See `PolicyEngine.prefers_shared_rows`."""
         return self._shares_rows
 
-    def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+    def _own_outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
         if not want.frozen:
             return Outputs(*self.root(rows, want, temperature, train_policy))
         assert self._has_reference, "there is no reference policy"
@@ -224,7 +245,7 @@ class FsdpPolicyEngine(FsdpEngine):
 
     @torch.no_grad()
     def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """See `PolicyEngine.score`."""
+        """See `PolicyEngine.score`. Every rank computes whole rows, those too that share sequences."""
         if not self._shares_rows:
             return self._scores(plain_rows(sequences), sequences, copies=1)
         scores: list[np.ndarray] = [np.empty(0)] * len(sequences)
@@ -261,6 +282,8 @@ class FsdpCriticEngine(FsdpEngine):
 
     def __init__(self, critic: Critic, config: Config, device: torch.device, world: World) -> None:
         assert critic.trunk is not None, "a critic on the actor's hidden states is part of the actor's engine"
+        key = f"critic.path={config.critic.path}" if config.critic.path else f"model.path={config.model.path}"
+        _check_sequences(critic.trunk, world, key)
         self.critic = critic
         critic.autocast, critic.in_one_call = "float32", True
         recompute_activations(layers_of(critic.trunk), config.learner.activation_checkpointing)
@@ -273,7 +296,7 @@ class FsdpCriticEngine(FsdpEngine):
         """See `ModelEngine.has_values`."""
         return True
 
-    def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
+    def _own_outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
         assert want.values and not want.logprobs, "a critic gives values alone"
         return Outputs(values=self.root(rows))
 
@@ -314,18 +337,22 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def sums_of_ranks(sums: Sums, world: World) -> Sums:
+def sums_of_ranks(sums: Sums, ranks: Reducer) -> Sums:
     """Sums over all ranks, in float64, by one collective, and keys in `_max` by another. All have the same keys."""
-    if world.size == 1 or not sums:
+    if not sums:
         return sums
     reduced: Sums = {}
-    for is_max, reduce in ((False, world.sum), (True, world.largest)):
+    for is_max, reduce in ((False, ranks.sum), (True, ranks.largest)):
         names = sorted(name for name in sums if name.endswith("_max") == is_max)
         if names:
             flat = reduce(torch.cat([sums[name].detach().double().reshape(-1) for name in names]))
             parts = flat.split([sums[name].numel() for name in names])
             reduced |= {name: part.reshape(sums[name].shape) for name, part in zip(names, parts, strict=True)}
     return {name: reduced[name] for name in sums}
+
+
+def _check_sequences(model: PreTrainedModel, world: World, key: str) -> None:
+    check_sequence_parallel(model.config, world.sequence_ranks, key, is_packed=is_packed(model))
 
 
 def _mesh(device: torch.device) -> DeviceMesh:

@@ -74,7 +74,7 @@ def completion_hidden(
 ) -> Tensor:
     """Final hidden states of a transformer at the places completion tokens are predicted from, [N, H].
 
-    rows         plain ones where the trunk is not packed
+    rows         plain ones where the trunk is not packed. Of a slice of rows (`OwnSlice`), N are its own tokens
     in_one_call  call the trunk once, whatever the rows are: for ranks that must all make as many calls. One that is not
                  packed computes padding then
     """
@@ -84,7 +84,7 @@ def completion_hidden(
         no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
         hidden: Tensor = trunk(
             input_ids=rows.input_ids[None],
-            position_ids=rows.layout.position_ids[None],
+            position_ids=rows.layout.position_ids[None, rows.layout.own],
             attention_mask=no_mask,
             row_layout=rows.layout,
             use_cache=False,

@@ -31,6 +31,7 @@ class Case:
     tied: bool = True
     dtype: torch.dtype = torch.float64
     pack: bool = True  # False: the model's rows are not packed
+    lengths: tuple[tuple[int, int], tuple[int, int]] = ((2, 8), (1, 9))  # of prompts, of completions
 
 
 PPO = {"algorithm.advantage": "gae"}
@@ -52,6 +53,18 @@ CASES = {
     "full": Case({"learner.activation_checkpointing": "full"}),
     "offloaded": Case({"learner.offload_optimizer": True}),
 }
+# With these, several ranks share the tokens of each row.
+GSPO = {"algorithm.loss": "gspo", "algorithm.masks": ["sequence_band"], "algorithm.correction": "sequence_tis"}
+SHARED_SEQUENCES = {
+    name: CASES[name]
+    for name in ("grpo", "kl_in_reward", "ppo_own_trunk", "ppo_shared_trunk", "m2po", "lora", "partial", "full")
+} | {
+    "selective": CASES["selective"],
+    "gspo": Case(GSPO),
+    "entropy": Case({"algorithm.entropy_coef": 0.1}),
+    # Rows of one to three inputs, each alone in its pass: ranks without inputs, without tokens, dummies.
+    "few_inputs": Case(PPO | {"learner.micro_batch_tokens": 1}, groups=3, group_size=3, lengths=((1, 2), (1, 2))),
+}
 LONG = ("grpo", "ppo_own_trunk", "ppo_shared_trunk", "decoupled", "m2po", "lora")  # more than a few steps
 MUTANTS = {
     "mean_of_ranks": "grpo",
@@ -59,6 +72,13 @@ MUTANTS = {
     "whitening_per_rank": "ppo_own_trunk",
     "moments_per_rank": "m2po",
     "kl_per_rank": "kl_in_reward",
+}
+SEQUENCE_MUTANTS = {
+    "inputs_of_another_slice": "grpo",
+    "positions_of_another_slice": "grpo",
+    "sums_counted_by_each": "grpo",
+    "gradients_counted_by_each": "grpo",
+    "kl_counted_by_each": "kl_in_reward",
 }
 
 
@@ -90,7 +110,8 @@ def runner_of(case: Case, world: World | None = None) -> StepRunner:
 
 
 def groups_of(case: Case, step: int):
-    return random_groups(case.groups, case.group_size, seed=100 + step)
+    prompt, completion = case.lengths
+    return random_groups(case.groups, case.group_size, seed=100 + step, prompt=prompt, completion=completion)
 
 
 def _critic(config: Config, case: Case) -> Critic:

@@ -1,6 +1,8 @@
 """One rank of a world of gloo processes: runs cases and mutants, and on rank 0 writes how far they are from one rank.
 
-python -m tests.trainer.ranks.world_program RESULTS STEPS CASE... -- MUTANT...
+python -m tests.trainer.ranks.world_program RESULTS STEPS SEQUENCE CASE... -- MUTANT...
+
+SEQUENCE ranks share the tokens of each micro-batch; with more than one, cases and mutants are those that are for it.
 """
 
 from __future__ import annotations
@@ -17,24 +19,38 @@ from asyncrl.algorithms.reducer import OneRank
 from asyncrl.errors import AsyncRLError
 from asyncrl.trainer import step as step_module
 from asyncrl.trainer.agreement import check_agreement, check_start
+from asyncrl.trainer.engines import fsdp as fsdp_module
+from asyncrl.trainer.engines import sequence_parallel
 from asyncrl.trainer.engines.fsdp import FSDPModule
 from asyncrl.trainer.step import StepRunner
 from asyncrl.trainer.world import RankPlace, World
-from tests.trainer.ranks.cases import CASES, CPU, LONG, MUTANTS, Case, groups_of, runner_of
+from tests.trainer.ranks.cases import (
+    CASES,
+    CPU,
+    LONG,
+    MUTANTS,
+    SEQUENCE_MUTANTS,
+    SHARED_SEQUENCES,
+    Case,
+    groups_of,
+    runner_of,
+)
 
 
 def main() -> None:
-    results, steps, *names = sys.argv[1:]
+    results, steps, sequence, *names = sys.argv[1:]
     cases, mutants = names[: names.index("--")], names[names.index("--") + 1 :]
     world = World.form(RankPlace.from_environment(), CPU, timeout_s=120.0)
+    world.share_sequences(int(sequence))
     world.hurry()
     found: dict[str, Any] = {}
     for name in cases:
         found[name] = compare(case_of(name, int(steps)), world, int(steps) if name in LONG else 2)
     for name in mutants:
-        runner = runner_of(CASES[MUTANTS[name]], world)
+        case = CASES[(MUTANTS | SEQUENCE_MUTANTS)[name]]
+        runner = runner_of(case, world)
         undo = spoil(name, runner)
-        found[name] = compare(CASES[MUTANTS[name]], world, 2, runner)
+        found[name] = compare(case, world, 2, runner)
         undo()
     found["canary"] = canary(world)
     found["differing"] = differing(world)
@@ -45,7 +61,7 @@ def main() -> None:
 
 def case_of(name: str, steps: int) -> Case:
     """The case; in a long run with few passes in each step."""
-    case = CASES[name]
+    case = (CASES | SHARED_SEQUENCES)[name]
     return case if steps < 50 else replace(case, settings=case.settings | {"learner.micro_batch_tokens": 150})
 
 
@@ -65,7 +81,7 @@ def compare(case: Case, world: World, steps: int, runner: StepRunner | None = No
         expected_gradients = recorded(alone, None) if is_last else {}
         groups = groups_of(case, number)
         figures, expected = runner.step(groups).metrics, alone.step(groups).metrics
-        dummies += int(-figures["micro_batches"] % world.size)
+        dummies += int(-figures["micro_batches"] % world.num_shares)
         worst |= dict.fromkeys(figures.keys() ^ expected.keys(), 1e9)  # there in one of them only
         for name, value in expected.items():
             off = abs(figures.get(name, 1e9) - value) / max(1e-3, abs(value))
@@ -111,7 +127,50 @@ def spoil(mutant: str, runner: StepRunner):
             return lambda: setattr(step_module, "_without_weight", honest)
         case "whitening_per_rank" | "moments_per_rank" | "kl_per_rank":
             preparation._ranks = OneRank()
+        case _:
+            return spoil_sequences(mutant, runner)
     return lambda: None
+
+
+def spoil_sequences(mutant: str, runner: StepRunner):
+    """As `spoil`, of ranks that share sequences."""
+    world = runner.world
+    match mutant:
+        case "inputs_of_another_slice":
+            return changed_slice(lambda whole, own: replace(own, input_ids=whole.input_ids.roll(1)[own.layout.own]))
+        case "positions_of_another_slice":
+            first = lambda own: replace(own.layout, own=slice(0, own.num_inputs))  # noqa: E731
+            return changed_slice(lambda whole, own: replace(own, layout=first(own)))
+        case "sums_counted_by_each":
+            for engine in runner.engines.all:
+                engine._over_ranks = lambda sums: fsdp_module.sums_of_ranks(sums, world)
+        case "kl_counted_by_each":
+            runner.preparation._ranks = world
+        case "gradients_counted_by_each":
+            honest = sequence_parallel._Whole.backward
+
+            def summed(ctx, grad):
+                own, *others = honest(ctx, grad)
+                return world.sequence_ranks * own, *others
+
+            sequence_parallel._Whole.backward = staticmethod(summed)
+            return lambda: setattr(sequence_parallel._Whole, "backward", staticmethod(honest))
+        case _:
+            raise AssertionError(mutant)
+    return lambda: None
+
+
+def changed_slice(change):
+    """Has ranks compute another slice of rows than theirs; returns how to mend that."""
+    honest = fsdp_module.OwnSlice
+
+    class Changed(honest):
+        def __init__(self, whole, group):
+            super().__init__(whole, group)
+            self.rows = change(whole, self.rows)
+
+    fsdp_module.OwnSlice = Changed
+    return lambda: setattr(fsdp_module, "OwnSlice", honest)
 
 
 def canary(world: World) -> dict[str, Any]:
