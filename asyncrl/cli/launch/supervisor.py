@@ -189,7 +189,7 @@ class Supervisor:
 
     def _begin_stop(self, now: float) -> None:
         self._stopping_at = now
-        for daemon in (self._learner, *self._generators):
+        for daemon in self._daemons():
             daemon.restart_at = None
             daemon.signal(signal.SIGTERM)
 
@@ -271,7 +271,7 @@ class Supervisor:
 
     def _end_all(self) -> None:
         """Kills whatever is left, orphans of the daemons included, and waits for the end of it."""
-        for daemon in (self._learner, *self._generators):
+        for daemon in self._daemons():
             daemon.kill()
         deadline = time.monotonic() + END_TIMEOUT_S
         while (left := _children_of(os.getpid())) and time.monotonic() < deadline:
@@ -279,7 +279,7 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._reap_orphans()
-            for daemon in (self._learner, *self._generators):
+            for daemon in self._daemons():
                 if daemon.process is not None:
                     daemon.process.poll()
             time.sleep(0.01)
@@ -294,27 +294,40 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def _daemons(self) -> tuple[Daemon, ...]:
+        return (self._learner, *self._generators)
+
     def _pids(self) -> set[int]:
-        return {daemon.process.pid for daemon in (self._learner, *self._generators) if daemon.process is not None}
+        return {daemon.process.pid for daemon in self._daemons() if daemon.process is not None}
 
     def _reap_orphans(self) -> None:
         """Takes note of the end of processes that came to us, so that they do not stay as zombies."""
-        ours = self._pids()
-        for pid in _children_of(os.getpid(), zombies=True):
-            if pid not in ours:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+        ours = {daemon.process.pid: daemon.process for daemon in self._daemons() if daemon.process is not None}
+        while (ended := _ended_child()) is not None:
+            if ended in ours:
+                ours[ended].poll()  # its Popen keeps the exit code
+            else:
+                os.waitpid(ended, 0)
 
 
-def _children_of(parent: int, *, zombies: bool = False) -> list[int]:
-    """Ids of the children of a process; with zombies, only of those that ended and were not taken note of."""
+def _ended_child() -> int | None:
+    """A child that ended and was not taken note of. One call to the kernel: this is asked several times a second."""
+    try:
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return None if found is None else found.si_pid
+
+
+def _children_of(parent: int) -> list[int]:
+    """Ids of the children of a process that have not ended."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, ppid = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
         except (OSError, ValueError):
             continue  # it is gone
-        if int(ppid) == parent and (state in "ZX") == zombies:
+        if int(ppid) == parent and state not in "ZX":
             found.append(int(folder.name))
     return found
 
