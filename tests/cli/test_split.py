@@ -187,6 +187,22 @@ def test_passes_of_a_learner_on_cores_are_short_unless_the_user_wrote_otherwise(
     assert setting(on_gpu.learner, "learner.micro_batch_tokens") is None
 
 
+def test_more_sequences_are_decoded_at_once_on_cores_where_they_can_be(models):
+    def sequences(*settings, count=None):
+        made = split(models["0.5B"], "gpus=0", "model.max_length=512", *settings, count=count)
+        return setting(made.generators[0], "generator.max_sequences")
+
+    roomy = ("generator.kv_cache_gib=4", "learner.groups_per_step=8", "sampling.group_size=8")
+    assert sequences(*roomy) == "128"
+    assert sequences(*roomy, "sampling.group_size=12") == "120", "whole groups"
+    assert sequences(*roomy, "generator.max_sequences=32") is None, "the user's word"
+    assert sequences(*roomy, "staleness.max_age=0") is None, "64 are under way, as by default"
+    assert sequences(*roomy, "staleness.max_age=2") == "128"
+    assert sequences(*roomy, "staleness.max_age=2", count=2) == "96"
+    narrow = ("model.dtype=bfloat16", "generator.kv_cache_gib=0.5")
+    assert sequences(*roomy, *narrow) == "80", "12 KiB a token"
+
+
 def test_threads_and_cores_that_the_user_wrote_stand(models):
     made = split(models["0.5B"], "gpus=0", "learner.cpus=[0]", "generator.threads=3")
     assert setting(made.learner, "learner.threads") is None and made.generators[0].settings == ()

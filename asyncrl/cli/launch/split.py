@@ -3,7 +3,8 @@
 GPUs     The learner takes the fewest that hold it, and a quarter of all at least; generators take the rest, each as
          many as hold its weights and a KV cache of some use. One GPU is shared: the engine gets what is left of it.
 CPUs     Both sides may use all cores and nothing is pinned: whichever side bounds the run has the cores that the other
-         leaves idle. A core a side is a fifth slower where one side bounds.
+         leaves idle. A core a side is a fifth slower where one side bounds. Passes are short, and more sequences are
+         decoded at once than by default.
 
 What the user wrote, in the file or on the command line, is never changed.
 """
@@ -22,6 +23,7 @@ from asyncrl.errors import ConfigError
 from asyncrl.host.model_folder import ModelFiles
 
 MAX_THREADS = 16  # of one process: more do not pay for the small models that a CPU can train
+CPU_SEQUENCES = 128  # decoded at once on CPUs, where the engine's own work per step is divided among them
 CPU_MICRO_BATCH = 2048  # tokens of a pass on CPUs: its tensors stay near the caches, and are not mapped anew each time
 GPU_SHARE = 0.92  # of a GPU that a forecast may fill: fragments, and what other libraries take
 USEFUL_SEQUENCES = 16  # of full length in a KV cache, from which on a generator is worth its GPUs
@@ -101,7 +103,21 @@ class _Splitter:
             f"{self._pinning()}"
         )
         learner = (*learner, *self._micro_batch())
+        generator = (*generator, *self._sequences(count))
         return self._checked(Portion(learner), (Portion(generator),) * count, line, gpus=(False, False))
+
+    def _sequences(self, count: int) -> tuple[str, ...]:
+        """More sequences than by default, where the bound on age lets so many be under way and the KV cache holds."""
+        config = self._config
+        if "generator.max_sequences" in self._written:
+            return ()
+        group = config.sampling.group_size
+        under_way = (config.staleness.max_age + 1) * config.learner.groups_per_step * group // count
+        needs = generator_needs(config, self._model, on_gpu=False)
+        held = kv_cache(config, self._model, needs, None, on_gpu=False)
+        most = min(CPU_SEQUENCES, under_way, CPU_SEQUENCES if held is None else held)
+        most -= most % group
+        return (f"generator.max_sequences={most}",) if most > config.generator.max_sequences else ()
 
     def _micro_batch(self) -> tuple[str, ...]:
         if "learner.micro_batch_tokens" in self._written:
