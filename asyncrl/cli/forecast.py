@@ -93,7 +93,8 @@ def learner_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[Ne
     needs.append(Need(HOST, "libraries", learner.ranks * (GPU_LIBRARIES if on_gpu else TRAINER_LIBRARIES)))
     if on_gpu:
         needs.append(Need(GPU, "CUDA context", GPU_CONTEXT))
-        needs.append(Need(HOST, "the model while it is loaded", learner.ranks * FLOAT32 * count))
+        loaded = _loading_bytes(config, model, world) if sharded else FLOAT32 * count
+        needs.append(Need(HOST, "the model while it is loaded", learner.ranks * loaded))
     return needs + _disk_needs(config, count, trained, critic)
 
 
@@ -233,6 +234,20 @@ def _largest_layer_bytes(model: ModelFiles, element: int) -> int:
         number = next((part for part in parts if part.isdecimal() and int(part) < layers), "root")
         sizes[number] = sizes.get(number, 0) + math.prod(shape)
     return element * max(sizes.values(), default=0)
+
+
+def _loading_bytes(config: Config, model: ModelFiles, world: int) -> int:
+    """What a rank holds on its way to a GPU: its rows of one tensor, as stored and as float32.
+
+    Whole are experts, which are one tensor in memory, and what is not trained, for its digest.
+    """
+    sizes: dict[str, int] = {}
+    for name, shape in model.shapes().items():
+        fused, expert, _ = name.partition(".experts.")
+        name = fused + expert if expert else name
+        rows = math.prod(shape) if expert or config.update.what != "full" else math.ceil(math.prod(shape) / world)
+        sizes[name] = sizes.get(name, 0) + rows
+    return 2 * FLOAT32 * max(sizes.values(), default=0)
 
 
 def _checkpoint_copies(config: Config, trained: int, critic: int) -> int:

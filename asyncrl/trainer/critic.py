@@ -13,22 +13,30 @@ from asyncrl.config import Config
 from asyncrl.host.model_folder import find_model
 from asyncrl.trainer.engines.device_rows import DeviceRows
 from asyncrl.trainer.engines.policy import Policy, load_float32
+from asyncrl.trainer.engines.stored_weights import StoredWeights, stored_model
 from asyncrl.trainer.engines.trunk import completion_hidden, compute_dtype, use_packed_rows
 from asyncrl.trainer.packing import Rows
 
 
-def load_critic(config: Config, policy: Policy) -> Critic | None:
+def load_critic(config: Config, policy: Policy, *, stored: bool = False) -> Critic | None:
     """The value model that `config` asks for; None without algorithm.advantage=gae.
+
+    With `stored` it is on the CPU, and the weights of a trunk of its own stay in their files; see `Policy.load`.
 
     Raises ModelError when the folder of an own trunk cannot be loaded.
     """
     if config.algorithm.advantage != "gae":
         return None
+    dtype, device = config.model.dtype, torch.device("cpu") if stored else policy.device
     if config.critic.trunk == "shared":
-        return Critic(None, policy.head_weight.shape[1], dtype=config.model.dtype, device=policy.device)
+        return Critic(None, policy.head_weight.shape[1], dtype=dtype, device=device)
     path = config.critic.path or config.model.path
-    trunk = load_float32(AutoModel, find_model(path, "critic.path").folder, f"critic.path={path}").eval()
-    return Critic(trunk, trunk.config.hidden_size, dtype=config.model.dtype, device=policy.device)
+    files, key = find_model(path, "critic.path"), f"critic.path={path}"
+    if stored and (found := stored_model(AutoModel, files, key)):
+        trunk, weights = found
+        return Critic(trunk.eval(), trunk.config.hidden_size, dtype=dtype, device=device, weights=weights)
+    trunk = load_float32(AutoModel, files.folder, key).eval()
+    return Critic(trunk, trunk.config.hidden_size, dtype=dtype, device=device)
 
 
 class Critic(nn.Module):
@@ -37,8 +45,19 @@ class Critic(nn.Module):
     Names of its parameters (`head.*`, `trunk.*`) are those in checkpoints.
     """
 
-    def __init__(self, trunk: PreTrainedModel | None, hidden_size: int, *, dtype: str, device: torch.device) -> None:
-        """`trunk` None: the head sits on the actor's hidden states (shared trunk)."""
+    def __init__(
+        self,
+        trunk: PreTrainedModel | None,
+        hidden_size: int,
+        *,
+        dtype: str,
+        device: torch.device,
+        weights: StoredWeights | None = None,
+    ) -> None:
+        """`trunk` None: the head sits on the actor's hidden states (shared trunk).
+
+        `weights` are those of a trunk without memory: whoever reads them calls `check` after that.
+        """
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(hidden_size, 1)
@@ -46,9 +65,18 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.autocast = dtype  # as in `Policy`, and so is the next one
         self.in_one_call = False
+        self.dtype = dtype
+        self.weights = weights
+        if weights is not None:
+            self.head.to(device)
+            return
         self.to(device)
-        if trunk is not None:
-            use_packed_rows(trunk, dtype)
+        self.check()
+
+    def check(self) -> None:
+        """Has a trunk of its own attend within packed rows if it computes those rightly."""
+        if self.trunk is not None:
+            use_packed_rows(self.trunk, self.dtype)
 
     @property
     def is_shared(self) -> bool:

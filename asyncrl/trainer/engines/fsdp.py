@@ -21,7 +21,7 @@ import copy
 import functools
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from asyncrl.trainer.engines.policy import Policy, load_policy
 from asyncrl.trainer.engines.recomputing import recompute_activations
 from asyncrl.trainer.engines.sequence_parallel import OwnSlice, check_sequence_parallel
 from asyncrl.trainer.engines.single import critic_part, saved_bytes
+from asyncrl.trainer.engines.stored_weights import StoredWeights
 from asyncrl.trainer.engines.trainable import describe_update
 from asyncrl.trainer.engines.trunk import check_rotary, is_packed
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
@@ -57,17 +58,22 @@ from asyncrl.weights.bytes.patch import SyncSource
 
 log = logging.getLogger(__name__)
 
+Probe = Callable[[], None]  # what is done while the weights of a module are whole
+
 
 def load_fsdp_engines(config: Config, device: torch.device, world: World) -> Engines:
     """Actor, reference and critic that `config` names, sharded over the ranks of `world`; see `load_engines`."""
-    policy = load_policy(config.model, torch.device("cpu"), update=config.update, seed=config.run.seed)
-    return fsdp_engines_for(policy, config, device, world, critic=load_critic(config, policy))
+    policy = load_policy(config.model, torch.device("cpu"), update=config.update, seed=config.run.seed, stored=True)
+    return fsdp_engines_for(policy, config, device, world, critic=load_critic(config, policy, stored=True))
 
 
 def fsdp_engines_for(
     policy: Policy, config: Config, device: torch.device, world: World, *, critic: Critic | None = None
 ) -> Engines:
-    """Engines around models that are whole on the CPU, the same on every rank; these become the rank's shards."""
+    """Engines around models that are whole on the CPU, the same on every rank, or whose weights are in their files.
+
+    These become the rank's shards.
+    """
     is_shared = critic is not None and critic.is_shared
     actor = FsdpPolicyEngine(policy, config, device, world, value_head=critic if is_shared else None)
     if critic is None or is_shared:
@@ -85,12 +91,16 @@ class PolicyModule(nn.Module):
         self.policy = policy
 
     def forward(
-        self, rows: Rows | DeviceRows, want: Want | None, temperature: float, train_policy: bool
+        self, rows: Rows | DeviceRows | Probe, want: Want | None, temperature: float, train_policy: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Log-probs, entropies and values [N] as `want` says; without `train_policy` only values carry a gradient.
 
+        rows  a function: it is called, and nothing comes back
         want  None: the logits [N, V] in the place of log-probs
         """
+        if callable(rows):
+            rows()
+            return None, None, None
         logprobs = entropies = values = None
         with torch.set_grad_enabled(train_policy and torch.is_grad_enabled()):
             hidden = self.policy.hidden(rows)
@@ -111,8 +121,11 @@ class CriticModule(nn.Module):
         super().__init__()
         self.critic = critic
 
-    def forward(self, rows: Rows | DeviceRows) -> Tensor:
-        """Values [N]."""
+    def forward(self, rows: Rows | DeviceRows | Probe) -> Tensor | None:
+        """Values [N]; of a function, which is called, None."""
+        if callable(rows):
+            rows()
+            return None
         return self.critic.values(rows).clone()  # FSDP's hooks want no view
 
 
@@ -166,21 +179,32 @@ class FsdpPolicyEngine(FsdpEngine):
     def __init__(
         self, policy: Policy, config: Config, device: torch.device, world: World, *, value_head: Critic | None = None
     ) -> None:
-        _check_sequences(policy.model, world, f"model.path={config.model.path}")
         self.policy = policy
         self.value_head = value_head
+        if policy.weights is not None and policy.update.what != "full":
+            policy.frozen_digests = policy.weights.frozen_digests(policy.model, world)
         self._digests = policy.frozen_digests if policy.update.what != "full" else {}
-        self._shares_rows = device.type == "cpu" and policy.allows_shared_rows
         self._has_reference = config.algorithm.kl_coef > 0
         self._reference: PolicyModule | None = None
         if self._has_reference and policy.update.what != "lora":
-            self._reference = PolicyModule(_frozen_copy(policy))
+            frozen = _frozen_copy(policy)
+            self._reference = PolicyModule(frozen)
             shard(self._reference, config, device)
+            _read_weights(frozen.weights, frozen.model, config, device)
+            if frozen.weights is not None:
+                self._reference(frozen.check, None, 1.0, False)
+                _agree_on_rows(frozen.model, world)
         _freeze_in_bfloat16(policy.model, policy.dtype)
         policy.autocast, policy.in_one_call = "float32", True
         recompute_activations(layers_of(policy.model), config.learner.activation_checkpointing)
         root = PolicyModule(policy, value_head)
         shard(root, config, device, value_head=value_head)
+        _read_weights(policy.weights, policy.model, config, device)
+        if policy.weights is not None:
+            root(policy.check, None, 1.0, False)
+            _agree_on_rows(policy.model, world)
+        _check_sequences(policy.model, world, f"model.path={config.model.path}")
+        self._shares_rows = device.type == "cpu" and policy.allows_shared_rows
         check_rotary(root, config.model.max_length)
         learner = config.learner
         part = TrainedPart(policy.trained_parameters(), policy.checkpoint_tensors(), learner, learner.lr)
@@ -283,12 +307,17 @@ class FsdpCriticEngine(FsdpEngine):
     def __init__(self, critic: Critic, config: Config, device: torch.device, world: World) -> None:
         assert critic.trunk is not None, "a critic on the actor's hidden states is part of the actor's engine"
         key = f"critic.path={config.critic.path}" if config.critic.path else f"model.path={config.model.path}"
-        _check_sequences(critic.trunk, world, key)
         self.critic = critic
         critic.autocast, critic.in_one_call = "float32", True
         recompute_activations(layers_of(critic.trunk), config.learner.activation_checkpointing)
         root = CriticModule(critic)
         shard(root, config, device, value_head=critic)
+        _read_weights(critic.weights, critic.trunk, config, device)
+        if critic.weights is not None:
+            with torch.no_grad():
+                root(critic.check)
+            _agree_on_rows(critic.trunk, world)
+        _check_sequences(critic.trunk, world, key)
         super().__init__(root, world, device, None, critic_part(critic, config))
 
     @property
@@ -324,6 +353,18 @@ def shard(root: nn.Module, config: Config, device: torch.device, *, value_head: 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no reduction that multiplies
+
+
+def _read_weights(weights: StoredWeights | None, model: nn.Module, config: Config, device: torch.device) -> None:
+    """After sharding: reads this rank's slices of weights that are in their files. Raises ModelError."""
+    if weights is not None:
+        weights.fill(model, torch.device("cpu") if config.learner.offload_optimizer else device)
+
+
+def _agree_on_rows(model: PreTrainedModel, world: World) -> None:
+    """Has rows packed only if they are on all ranks. Raises RankLost: to the check a rank's end is a wrong model."""
+    if int(world.sum(torch.tensor([int(is_packed(model))]))) < world.size and is_packed(model):
+        model.set_attn_implementation("sdpa")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -365,7 +406,8 @@ def _mesh(device: torch.device) -> DeviceMesh:
 
 def _frozen_copy(policy: Policy) -> Policy:
     """The policy as it is now, for good, in the dtype it computes in."""
-    frozen = Policy(copy.deepcopy(policy.model), dtype=policy.dtype, source=policy.source).freeze()
+    model = copy.deepcopy(policy.model)  # of a model without memory as much
+    frozen = Policy(model, dtype=policy.dtype, source=policy.source, weights=policy.weights).freeze()
     _freeze_in_bfloat16(frozen.model, frozen.dtype)
     frozen.autocast, frozen.in_one_call = "float32", True
     return frozen

@@ -38,10 +38,27 @@ def inject_adapters(model: PreTrainedModel, update: UpdateConfig, seed: int) -> 
         lora_alpha=update.lora_alpha,  # type: ignore[arg-type]  # declared int; PEFT only divides it by the rank
         target_modules=_targets(model, update.lora_targets),
     )
-    with torch.random.fork_rng(devices=[]):
+    with _as_if_on_cpu(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # PEFT draws on the CPU and then moves
         inject_adapter_in_model(config, model, ADAPTER)
     model.eval()
+
+
+@contextlib.contextmanager
+def _as_if_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Inside, weights of linear layers that are on the meta device are one number on the CPU, seen everywhere.
+
+    PEFT moves what it has drawn to where the weight is; on the meta device it would be lost.
+    """
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.is_meta]
+    weights = [layer.weight for layer in linear]
+    for layer, weight in zip(linear, weights, strict=True):
+        layer.weight = nn.Parameter(torch.empty((), dtype=weight.dtype).expand(weight.shape))
+    try:
+        yield
+    finally:
+        for layer, weight in zip(linear, weights, strict=True):
+            layer.weight = weight.requires_grad_(layer.weight.requires_grad)
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:

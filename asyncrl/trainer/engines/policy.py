@@ -21,6 +21,7 @@ from asyncrl.host.model_folder import find_model
 from asyncrl.host.model_head import check_head
 from asyncrl.trainer.engines.device_rows import DeviceRows, on_device
 from asyncrl.trainer.engines.lora import adapters_off, is_adapter
+from asyncrl.trainer.engines.stored_weights import StoredWeights, stored_model
 from asyncrl.trainer.engines.trainable import (
     apply_update,
     frozen_copy,
@@ -42,14 +43,15 @@ def load_policy(
     *,
     update: UpdateConfig | None = None,
     seed: int = 0,
+    stored: bool = False,
 ) -> Policy:
     """The actor that `model` names, of which `update` is trained; None = all of it.
 
-    `seed` draws the first values of adapters.
+    `seed` draws the first values of adapters. `stored` is for an engine that shards the model: see `Policy.load`.
 
     Raises ModelError as `Policy.load` does, and ConfigError as `apply_update` does.
     """
-    policy = Policy.load(model.path, dtype=model.dtype, device=device)
+    policy = Policy.load(model.path, dtype=model.dtype, device=device, stored=stored)
     check_rotary(policy.model, model.max_length)
     if update is not None:
         apply_update(policy.model, update, seed)
@@ -75,36 +77,60 @@ class Policy:
     operands are rounded to bfloat16, as the rollout engine's are, and multiplied into float32.
     """
 
-    def __init__(self, model: PreTrainedModel, *, dtype: str = "float32", source: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: str = "float32",
+        source: Path | None = None,
+        weights: StoredWeights | None = None,
+    ) -> None:
         """`source` is the folder the model came from; exports copy its tokenizer.
 
-        Raises ModelError when a bias, a cap or a scale after the head makes probabilities other than
-        softmax(head(hidden)).
+        `weights` are those of a model without memory: whoever reads them calls `check` after that.
+
+        Raises ModelError as `check` does.
         """
         self.model = model.eval()
         self.dtype = dtype
         self.source = source
+        self.weights = weights
         self.in_one_call = False  # see `completion_hidden`
         self.update = UpdateConfig()  # what of the model is trained
         head = model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise ModelError(f"{type(model).__name__}: a head without bias is needed to compute log-probs from it")
         self.autocast = dtype  # what passes take float32 weights as; float32 where these are what they compute with
-        self._check_head()
-        use_packed_rows(model, dtype)
+        if weights is None:
+            self.check()
 
     @classmethod
-    def load(cls, path: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Policy:
+    def load(
+        cls, path: str, *, dtype: str = "float32", device: str | torch.device = "cpu", stored: bool = False
+    ) -> Policy:
         """Loads a Hugging Face model folder (or cached hub name), in float32 whatever dtype it is stored in.
+
+        With `stored` the weights stay in their files, as `Policy.weights`, if they can be read slice by slice.
 
         Raises ModelError when the folder is missing or incomplete, or lacks weights that the model needs.
         """
         files = find_model(path)
         check_head(files, f"model.path={path}")
+        if stored and (found := stored_model(AutoModelForCausalLM, files, f"model.path={path}")):
+            return cls(found[0], dtype=dtype, source=files.folder, weights=found[1])
         model = load_float32(AutoModelForCausalLM, files.folder, f"model.path={path}")
         module: torch.nn.Module = model  # transformers decorates its own `to` so that its types are lost
         module.to(torch.device(device))
         return cls(model, dtype=dtype, source=files.folder)
+
+    def check(self) -> None:
+        """Tries the model on a few tokens, and has it attend within packed rows if it computes those rightly.
+
+        Raises ModelError when a bias, a cap or a scale after the head makes probabilities other than
+        softmax(head(hidden)).
+        """
+        self._check_head()
+        use_packed_rows(self.model, self.dtype)
 
     @property
     def head_weight(self) -> torch.nn.Parameter:

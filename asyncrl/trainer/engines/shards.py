@@ -160,11 +160,25 @@ class TensorFiles:
         """The shape of each whole tensor."""
         return dict(self._shapes)
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype | None]:
+        """The type of each tensor; None for one that torch or this module does not have."""
+        return {name: _DTYPES_OF_FILES.get(pieces[0].dtype) for name, pieces in self._pieces.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """In how many pieces each tensor is there."""
+        return {name: len(pieces) for name, pieces in self._pieces.items()}
+
     def read(self, name: str, extent: Extent) -> Tensor:
         """The block `extent` of a tensor. Raises OSError, and ValueError where files do not have all of it."""
         pieces = self._pieces[name]
         if len(pieces) == 1 and pieces[0].shape == extent.shape and pieces[0].offsets == extent.offsets:
             return _tensor(pieces[0], read_piece(pieces[0]))
+        if len(pieces) == 1 and pieces[0].shape == extent.whole and extent.shape[1:] == extent.whole[1:]:
+            stops = tuple(map(sum, zip(extent.offsets, extent.shape, strict=True)))
+            rows = _rows(pieces[0], extent.offsets, stops)  # whole rows follow each other: none is copied
+            return _tensor(rows, read_piece(rows))
         block = torch.empty(extent.shape, dtype=_DTYPES_OF_FILES[pieces[0].dtype])
         filled = 0
         for piece in pieces:
