@@ -5,14 +5,18 @@ GPUs are told apart by their UUIDs: numbers mean other cards in another process,
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 DEVICES = Path("/dev")
 DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each card, named by its place on the bus
 ASK_TIMEOUT_S = 20.0
+
+version = functools.cache(importlib.metadata.version)  # which reads and parses a file of 10 kB each time
 
 
 def has_gpu() -> bool:

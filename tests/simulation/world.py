@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from asyncrl.desk.opening import run_record
 from asyncrl.errors import AsyncRLError
 from asyncrl.link import trainer_messages
 from asyncrl.link.messages import Message
@@ -79,7 +80,7 @@ class World:
         level = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
-            with virtual_time() as loop, self.disk.attached(), self._journals():
+            with virtual_time() as loop, self.disk.attached(), self._journals(), self._config_texts():
                 self.loop: VirtualLoop = loop
                 loop.run_until_complete(self._main())
         finally:
@@ -99,6 +100,16 @@ class World:
             yield
         finally:
             Journal.open = real
+
+    @contextlib.contextmanager
+    def _config_texts(self) -> Iterator[None]:
+        """While it lasts, all starts of the desk write one text of `config.yaml`, made once: it is slow to make."""
+        real, text = run_record.config_text, run_record.config_text(self.config)
+        run_record.config_text = lambda _: text
+        try:
+            yield
+        finally:
+            run_record.config_text = real
 
     async def _main(self) -> None:
         self.network = Network(self.loop, self.chance)

@@ -81,7 +81,12 @@ def write_record(run_dir: Path, config: Config, record: RunRecord) -> Path:
         "finished": record.finished,
     }
     _write(run_dir / RECORD_FILE, json.dumps(said, indent=1))
-    return _write(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    return _write(run_dir / CONFIG_FILE, config_text(config))
+
+
+def config_text(config: Config) -> str:
+    """What `config.yaml` says."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def write_finished(run_dir: Path, config: Config, version: int) -> None:
