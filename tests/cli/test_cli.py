@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from asyncrl import errors
-from asyncrl.cli import dry_run, forecast
+from asyncrl.cli import dry_run, forecast, generator, learner
 from asyncrl.cli.common import EXIT_CODES, command, help_text
 from asyncrl.cli.forecast import generator_needs, kv_cache, learner_needs
 from asyncrl.config.checks import largest_group_bytes
@@ -20,17 +20,33 @@ from asyncrl.host.model_folder import find_model
 from tests.model_folders import make_model_folder
 
 ROLES = ["learner", "generator"]
+MAINS = {"learner": learner.main, "generator": generator.main}
 HEAVY = ("torch", "vllm", "zmq", "transformers", "omegaconf", "numpy", "wandb", "matplotlib", "rich")
 
 
-def run(role, *arguments, **environment):
+def run(role, *arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", f"asyncrl.cli.{role}", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, **environment},
+        cwd=cwd,
     )
+
+
+@pytest.fixture
+def here(capsys):
+    """Runs a command in this process, which need not be imported again; its code, and what it printed."""
+
+    def run_here(role, *arguments):
+        try:
+            code = MAINS[role](list(map(str, arguments)))
+        except SystemExit as end:  # as argparse ends
+            code = end.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run_here
 
 
 def cpu_seconds_of_children():
@@ -142,19 +158,25 @@ def test_version_is_printed():
     ],
 )
 @pytest.mark.parametrize("role", ROLES)
-def test_a_user_error_is_a_message_and_exit_code_2(role, config_file, arguments, words):
-    done = run(role, config_file, *arguments)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert done.stderr.startswith(f"asyncrl-{role}: ")
-    assert "Traceback" not in done.stderr and done.stdout == ""
+def test_a_user_error_is_a_message_and_exit_code_2(role, config_file, here, arguments, words):
+    code, out, errors = here(role, config_file, *arguments)
+    assert (code, out) == (2, "")
+    assert words in errors
+    assert errors.startswith(f"asyncrl-{role}: ")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_user_error_of_a_process_is_no_traceback(role, config_file):
+    done = run(role, config_file, "run.steps=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"asyncrl-{role}: ") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["run.steps=3"]])
-def test_a_forgotten_configuration_file_is_asked_for(arguments):
-    done = run("learner", *arguments)
-    assert done.returncode == 2
-    assert "give a configuration file, for example: asyncrl-learner configs/quickstart.yaml" in done.stderr
+def test_a_forgotten_configuration_file_is_asked_for(here, arguments):
+    code, _, errors = here("learner", *arguments)
+    assert code == 2
+    assert "give a configuration file, for example: asyncrl-learner configs/quickstart.yaml" in errors
 
 
 # -- from exceptions to exit codes
@@ -222,9 +244,13 @@ def test_flags_may_stand_anywhere(config_file, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_dry_run_prints_the_resolved_configuration_and_exits_0(role, config_file, tmp_path):
-    done = run(role, config_file, "--dry-run", "run.name=blue", "run.dir=runs/${run.name}")
+def test_dry_run_prints_the_resolved_configuration_starts_nothing_writes_nothing_and_exits_0(
+    role, config_file, tmp_path
+):
+    before = sorted(tmp_path.rglob("*"))
+    done = run(role, config_file, "--dry-run", "run.name=blue", "run.dir=runs/${run.name}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
     assert "dir: runs/blue" in done.stdout
     assert "536, computed in float32" in done.stdout
     assert "model.safetensors" in done.stdout
@@ -241,12 +267,6 @@ def test_dry_run_says_when_the_port_is_taken(config_file, capsys, monkeypatch):
         assert "NOT available now (Address already in use)" in capsys.readouterr().out
     command("learner", [str(config_file), "--dry-run", address], start=None)
     assert "free now" in capsys.readouterr().out
-
-
-def test_dry_run_starts_nothing_and_writes_nothing(config_file, tmp_path):
-    before = sorted(tmp_path.rglob("*"))
-    assert run("learner", config_file, "--dry-run").returncode == 0
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def held(needs, *names):
@@ -309,12 +329,11 @@ def test_parameters_of_a_sharded_model_are_summed(model_folder):
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{", b"\x02" + b"\0" * 7 + b"[]"])
-def test_a_damaged_weight_file_is_a_model_error(config_file, model_folder, content):
+def test_a_damaged_weight_file_is_a_model_error(config_file, model_folder, here, content):
     (model_folder / "model.safetensors").write_bytes(content)
-    done = run("learner", config_file, "--dry-run")
-    assert done.returncode == 2
-    assert "is not a safetensors file; copy the model again" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, errors = here("learner", config_file, "--dry-run")
+    assert code == 2
+    assert "is not a safetensors file; copy the model again" in errors
 
 
 def test_name_lookups_are_short_unless_the_user_says_how_long(monkeypatch, capsys):

