@@ -1,9 +1,8 @@
 """How much memory and disk a daemon will need, worked out from the configuration and the headers of the model's files.
 
 N is the number of parameters, T of those that are trained (adapters count as parameters), e the bytes of an element of
-model.dtype. What a trainer holds on a CPU was measured (`benchmarks/speed/memory_forecast.py`): with full and partial
-updates it is within a tenth, with adapters a fifth more than said here. On GPUs nothing was measured yet; replay buffer
-and journal are upper bounds.
+model.dtype. What a trainer holds on a CPU was measured and is within a tenth (`benchmarks/speed/memory_forecast.py`).
+On GPUs nothing was measured yet; replay buffer and journal are upper bounds.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from asyncrl.config import Config
 from asyncrl.config.checks import largest_group_bytes
@@ -33,6 +33,9 @@ STAGING_SLOTS = 3  # buckets on their way to a tensor-parallel worker
 HEAD_CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}  # CHUNK_BYTES and MIN_CHUNK_ROWS of algorithms.logprobs
 MIN_CHUNK_ROWS = 128
 ENGINE_STEP_TOKENS = 8192  # tokens of one step of the engine, for which it keeps room
+# Of activations, on CPUs: freed memory between tensors that live, which the C library keeps for later ones. Measured.
+# Between those that a pass with adapters keeps there are three more temporaries of each layer.
+HEAP_HOLES, HEAP_HOLES_WITH_ADAPTERS = 0.3, 1.1
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "norm", "router", ".gate.weight")
 
 GPU = "GPU"
@@ -75,9 +78,11 @@ def learner_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[Ne
         Need(state, "Adam moments, float32", slices(ADAM_BYTES * trained, state)),
         Need(device, f"snapshot buffers, {buffers}", slices(buffers * _synced_bytes(config, model, trained, element))),
         Need(device, f"activations of {learner.micro_batch_tokens:,} tokens", here * activation_bytes(config, model)),
-        Need(device, "passes through the head", here * head_bytes(config, model, on_gpu=on_gpu)),
+        Need(device, "a pass through the head or a layer", here * passing_bytes(config, model, on_gpu=on_gpu)),
         Need(HOST, "copies of a checkpoint that is being written", _checkpoint_copies(config, trained, critic)),
     ]
+    if not on_gpu:
+        needs.append(Need(HOST, "room that the heap keeps", here * heap_holes(config, model)))
     if sharded:
         needs.append(Need(device, "layers put together, 2", here * 2 * _largest_layer_bytes(model, element)))
     elif config.model.dtype != "float32":
@@ -178,23 +183,21 @@ def trained_parameters(config: Config, model: ModelFiles) -> int:
 def activation_bytes(config: Config, model: ModelFiles) -> int:
     """What passes of one rank through the layers of a micro-batch keep, in bytes. Measured by counting saved tensors.
 
-    In each layer norms keep inputs and outputs in float32 (6 x hidden); attention queries, its output, keys and values;
-    the MLP four tensors of its inner size. In bfloat16 the layer's input is there once more. Gradients on their way
-    through one layer come on top, and the final norm.
+    In each layer two norms keep inputs and outputs in float32 (4 x hidden), and 2 more where their weights are trained;
+    attention queries, its output, keys and values; the MLP four tensors of its inner size. In bfloat16 the layer's
+    input is there once more. The final norm comes on top.
     """
     tokens = math.ceil(config.learner.micro_batch_tokens / config.learner.sequence_parallel)
     element, sizes = ELEMENT_BYTES[config.model.dtype], model.config
     layers, hidden = size_of(sizes, "num_hidden_layers"), size_of(sizes, "hidden_size")
-    inner = size_of(sizes, "intermediate_size") or 4 * hidden
-    experts = size_of(sizes, "num_experts_per_tok")
-    if experts and size_of(sizes, "moe_intermediate_size"):
-        inner = experts * size_of(sizes, "moe_intermediate_size")
+    inner = _inner_size(sizes, hidden)
     heads = size_of(sizes, "num_attention_heads") or 1
     head_dim = size_of(sizes, "head_dim") or hidden // heads
     attention = heads * head_dim
     keys = (size_of(sizes, "num_key_value_heads") or heads) * head_dim
     cast = 0 if element == FLOAT32 else element * hidden
-    layer = FLOAT32 * 6 * hidden + element * (2 * attention + 2 * keys + 4 * inner) + cast
+    norms = 6 if _trains_norms(config, model) else 4
+    layer = FLOAT32 * norms * hidden + element * (2 * attention + 2 * keys + 4 * inner) + cast
     kept = {
         "none": layers * layer,
         # What is cheap is computed again: products and attention stay.
@@ -203,20 +206,53 @@ def activation_bytes(config: Config, model: ModelFiles) -> int:
         "full": layers * FLOAT32 * hidden + layer,
     }[config.learner.activation_checkpointing]
     # A critic's own trunk comes after the actor's backward pass, and needs as much again, but not at the same time.
-    return tokens * (kept + element * (3 * inner + 2 * hidden) + 9 * hidden)
+    return tokens * (kept + 9 * hidden)
+
+
+def passing_bytes(config: Config, model: ModelFiles, *, on_gpu: bool) -> int:
+    """What the part of the model that a pass is in takes while it is there, beside what is kept: head or layer."""
+    sizes = model.config
+    hidden = size_of(sizes, "hidden_size")
+    inner = _inner_size(sizes, hidden)
+    element = ELEMENT_BYTES[config.model.dtype]
+    gradients = config.learner.micro_batch_tokens * element * (3 * inner + 2 * hidden)
+    return max(gradients, head_bytes(config, model, on_gpu=on_gpu))
+
+
+def heap_holes(config: Config, model: ModelFiles) -> int:
+    """What a trainer on a CPU has resident and does not use while activations are at their largest."""
+    share = HEAP_HOLES_WITH_ADAPTERS if config.update.what == "lora" else HEAP_HOLES
+    return int(share * activation_bytes(config, model))
 
 
 def head_bytes(config: Config, model: ModelFiles, *, on_gpu: bool) -> int:
-    """Chunks of logits, and the largest gradient a second time, before it is added to what is there."""
+    """Chunks of logits, and the head's gradient a second time, before it is added to what is there."""
     vocab, hidden = vocab_size(model.config), size_of(model.config, "hidden_size")
     row = FLOAT32 * vocab
     chunk = max(HEAD_CHUNK_BYTES["cuda" if on_gpu else "cpu"], MIN_CHUNK_ROWS * row)
     chunks = 3 * min(chunk, config.learner.micro_batch_tokens * row)
-    gradients = 2 * row * hidden if config.update.what == "full" else 0  # of head and embedding
+    gradients = row * hidden if config.update.what == "full" else 0  # the embedding's comes when activations are gone
     operands = 0
     if config.model.dtype != "float32" and not on_gpu:
         operands = (FLOAT32 + ELEMENT_BYTES[config.model.dtype]) * vocab * hidden  # a CPU multiplies them as float32
     return chunks + gradients + operands
+
+
+def _inner_size(sizes: dict[str, Any], hidden: int) -> int:
+    """Of the MLP that one token passes: of all its experts together."""
+    experts = size_of(sizes, "num_experts_per_tok")
+    if experts and size_of(sizes, "moe_intermediate_size"):
+        return experts * size_of(sizes, "moe_intermediate_size")
+    return size_of(sizes, "intermediate_size") or 4 * hidden
+
+
+def _trains_norms(config: Config, model: ModelFiles) -> bool:
+    """Whether weights of norms within layers are trained: then their inputs are kept normalised, too."""
+    update = config.update
+    if update.what != "partial":
+        return update.what == "full"
+    norms = [name for name in model.shapes() if "norm" in name and ".layers." in name]
+    return any(fnmatchcase(name, pattern) for name in norms for pattern in update.names)
 
 
 def _is_sharded(config: Config, *, on_gpu: bool) -> bool:

@@ -4,8 +4,7 @@
 
 A Qwen2 of 29 or 58 million parameters on the CPU, each configuration in a process of its own, which does what a rank
 does without its desk: loads models, makes steps of several micro-batches, copies each version into snapshot buffers and
-saves checkpoints beside training. Measured is the largest resident size of that process. The bar: within a tenth; with
-adapters a trainer takes a fifth more than forecast, the bar is not met.
+saves checkpoints beside training. Measured is the largest resident size of that process. The bar: within a tenth.
 """
 
 from __future__ import annotations
