@@ -35,7 +35,7 @@ MIN_CHUNK_ROWS = 128
 ENGINE_STEP_TOKENS = 8192  # tokens of one step of the engine, for which it keeps room
 # Of activations, on CPUs: freed memory between tensors that live, which the C library keeps for later ones. Measured.
 # Between those that a pass with adapters keeps there are three more temporaries of each layer.
-HEAP_HOLES, HEAP_HOLES_WITH_ADAPTERS = 0.3, 1.1
+HEAP_HOLES, HEAP_HOLES_WITH_ADAPTERS = 0.3, 1.25
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "norm", "router", ".gate.weight")
 
 GPU = "GPU"
