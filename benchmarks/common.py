@@ -216,7 +216,7 @@ class Report:
         return path
 
     def _record(self, busy: bool) -> dict[str, Any]:
-        left_out = ("default_pairs", "results")  # where files lie on this machine is no part of a result
+        left_out = ("default_pairs", "results", "peers")  # where files lie on this machine is no part of a result
         options = {name: _plain(value) for name, value in vars(self.options).items() if name not in left_out}
         return {
             "benchmark": self.name,
