@@ -33,8 +33,8 @@ STAGING_SLOTS = 3  # buckets on their way to a tensor-parallel worker
 HEAD_CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}  # CHUNK_BYTES and MIN_CHUNK_ROWS of algorithms.logprobs
 MIN_CHUNK_ROWS = 128
 ENGINE_STEP_TOKENS = 8192  # tokens of one step of the engine, for which it keeps room
-# Of activations, on CPUs: freed memory between tensors that live, which the C library keeps for later ones. Measured.
-# Between those that a pass with adapters keeps there are three more temporaries of each layer.
+# Of activations, on CPUs: freed memory between tensors that live, which the C library keeps for later ones. Fitted to
+# what small models were measured to take; a pass with adapters, which makes more temporaries, leaves more of it.
 HEAP_HOLES, HEAP_HOLES_WITH_ADAPTERS = 0.3, 1.25
 NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "norm", "router", ".gate.weight")
 
@@ -187,8 +187,8 @@ def activation_bytes(config: Config, model: ModelFiles) -> int:
     attention queries, its output, keys and values; the MLP four tensors of its inner size. In bfloat16 the layer's
     input is there once more. The final norm comes on top.
     """
-    tokens = math.ceil(config.learner.micro_batch_tokens / config.learner.sequence_parallel)
-    element, sizes = ELEMENT_BYTES[config.model.dtype], model.config
+    tokens, element = _own_tokens(config), ELEMENT_BYTES[config.model.dtype]
+    sizes = model.config
     layers, hidden = size_of(sizes, "num_hidden_layers"), size_of(sizes, "hidden_size")
     inner = _inner_size(sizes, hidden)
     heads = size_of(sizes, "num_attention_heads") or 1
@@ -215,7 +215,7 @@ def passing_bytes(config: Config, model: ModelFiles, *, on_gpu: bool) -> int:
     hidden = size_of(sizes, "hidden_size")
     inner = _inner_size(sizes, hidden)
     element = ELEMENT_BYTES[config.model.dtype]
-    gradients = config.learner.micro_batch_tokens * element * (3 * inner + 2 * hidden)
+    gradients = _own_tokens(config) * element * (3 * inner + 2 * hidden)
     return max(gradients, head_bytes(config, model, on_gpu=on_gpu))
 
 
@@ -230,12 +230,17 @@ def head_bytes(config: Config, model: ModelFiles, *, on_gpu: bool) -> int:
     vocab, hidden = vocab_size(model.config), size_of(model.config, "hidden_size")
     row = FLOAT32 * vocab
     chunk = max(HEAD_CHUNK_BYTES["cuda" if on_gpu else "cpu"], MIN_CHUNK_ROWS * row)
-    chunks = 3 * min(chunk, config.learner.micro_batch_tokens * row)
+    chunks = 3 * min(chunk, _own_tokens(config) * row)
     gradients = row * hidden if config.update.what == "full" else 0  # the embedding's comes when activations are gone
     operands = 0
     if config.model.dtype != "float32" and not on_gpu:
         operands = (FLOAT32 + ELEMENT_BYTES[config.model.dtype]) * vocab * hidden  # a CPU multiplies them as float32
     return chunks + gradients + operands
+
+
+def _own_tokens(config: Config) -> int:
+    """Of a micro-batch, those that one rank computes."""
+    return math.ceil(config.learner.micro_batch_tokens / config.learner.sequence_parallel)
 
 
 def _inner_size(sizes: dict[str, Any], hidden: int) -> int:
@@ -275,7 +280,8 @@ def _largest_layer_bytes(model: ModelFiles, element: int) -> int:
 def _loading_bytes(config: Config, model: ModelFiles, world: int) -> int:
     """What a rank holds on its way to a GPU: its rows of one tensor, as stored and as float32.
 
-    Whole are experts, which are one tensor in memory, and what is not trained, for its digest.
+    Whole are experts, which are one tensor in memory, and what is not trained, for its digest. A kind of model that is
+    loaded whole (see `trainer/engines/stored_weights.py`) takes more.
     """
     sizes: dict[str, int] = {}
     for name, shape in model.shapes().items():

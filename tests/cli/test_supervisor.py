@@ -155,6 +155,25 @@ def test_what_a_dead_generator_left_behind_is_gone_before_it_starts_again(superv
     assert not (run.folder / "alive").exists()
 
 
+ENDS_AN_ORPHAN = """
+import os, subprocess, sys, time
+middle = subprocess.Popen([sys.executable, "-S", "-c", "import os\\npid = os.fork()\\nif pid: print(pid)"],
+                          stdout=subprocess.PIPE, text=True)
+orphan = middle.communicate()[0].strip()
+deadline = time.monotonic() + 20
+while os.path.exists(f"/proc/{orphan}"):
+    if time.monotonic() > deadline:
+        sys.exit(7)
+    time.sleep(0.02)
+"""
+
+
+def test_an_orphan_that_ends_while_the_run_goes_on_is_no_zombie(supervise):
+    """Its parent is gone before it, and takes note of nothing."""
+    run = supervise(ENDS_AN_ORPHAN, SLEEPS)
+    assert run.code() == 0
+
+
 def test_generators_that_die_again_and_again_end_the_run_with_their_code(supervise):
     run = supervise(named(STOPS, "learner"), "raise SystemExit(5)", MAX_DEATHS=3)
     assert run.code() == 5

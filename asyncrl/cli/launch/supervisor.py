@@ -302,10 +302,14 @@ class Supervisor:
 
     def _reap_orphans(self) -> None:
         """Takes note of the end of processes that came to us, so that they do not stay as zombies."""
-        ours = {daemon.process.pid: daemon.process for daemon in self._daemons() if daemon.process is not None}
+        running = {
+            process.pid: process
+            for daemon in self._daemons()
+            if (process := daemon.process) is not None and process.returncode is None
+        }
         while (ended := _ended_child()) is not None:
-            if ended in ours:
-                ours[ended].poll()  # its Popen keeps the exit code
+            if (process := running.pop(ended, None)) is not None:
+                process.poll()  # its Popen keeps the exit code
             else:
                 os.waitpid(ended, 0)
 

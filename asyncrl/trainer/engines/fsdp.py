@@ -362,7 +362,10 @@ def _read_weights(weights: StoredWeights | None, model: nn.Module, config: Confi
 
 
 def _agree_on_rows(model: PreTrainedModel, world: World) -> None:
-    """Has rows packed only if they are on all ranks. Raises RankLost: to the check a rank's end is a wrong model."""
+    """Has this rank pack rows only if all ranks do, after each has tried it. Raises RankLost.
+
+    Where a rank was lost while they tried, the others took the error for that of a model that packs wrongly.
+    """
     if int(world.sum(torch.tensor([int(is_packed(model))]))) < world.size and is_packed(model):
         model.set_attn_implementation("sdpa")
 

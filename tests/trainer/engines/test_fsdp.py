@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from asyncrl.trainer.engines import recomputing
 from asyncrl.trainer.engines.fsdp import FSDPModule, layers_of
@@ -15,13 +14,6 @@ from asyncrl.trainer.world import World
 from tests.trainer.ranks.cases import CASES, LORA, PPO, Case, groups_of, runner_of
 
 pytestmark = pytest.mark.numeric
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def sharded(case: Case):

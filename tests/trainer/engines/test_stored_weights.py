@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -22,19 +21,12 @@ from asyncrl.trainer.critic import load_critic
 from asyncrl.trainer.engines import stored_weights
 from asyncrl.trainer.engines.fsdp import fsdp_engines_for, load_fsdp_engines
 from asyncrl.trainer.engines.part import local
-from asyncrl.trainer.engines.policy import Policy, load_policy
+from asyncrl.trainer.engines.policy import load_policy
 from asyncrl.trainer.engines.stored_weights import stored_model
 from asyncrl.trainer.world import World
 from tests.trainer.ranks.loading_cases import CASES, CPU, config_of, save_model, tensors_of
 
 pytestmark = pytest.mark.numeric
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def whole(config: Config):
@@ -119,8 +111,6 @@ def test_a_parameter_that_nothing_fills_is_no_memory_that_nobody_wrote(tmp_path,
     monkeypatch.setattr(stored_weights, "_sources", forgetful)
     assert stored_model(AutoModelForCausalLM, find_model(str(folder)), "it") is None
     with pytest.raises(AssertionError, match="without memory"):
-        found = Policy.load(str(folder), stored=False)
-        found.model.model.norm.weight = torch.nn.Parameter(torch.empty(16, device="meta"))
         monkeypatch.undo()
         other = stored_model(AutoModelForCausalLM, find_model(str(folder)), "it")
         assert other is not None

@@ -1,6 +1,7 @@
 """One rank of a world of gloo processes that loads models slice by slice, and whole for comparison.
 
-python -m tests.trainer.ranks.loading_program FOLDER bits CASE...    whether both are the same, to the bit
+python -m tests.trainer.ranks.loading_program FOLDER bits CASE...    whether both are the same, to the bit;
+                                                 for the first case, whether rows are packed when ranks do not agree
 python -m tests.trainer.ranks.loading_program FOLDER peak WAY...     memory that loading takes; WAY is slices or whole
 
 What each rank saw goes to FOLDER/seen.RANK.json.
@@ -22,6 +23,7 @@ from asyncrl.trainer.engines.base import Engines
 from asyncrl.trainer.engines.fsdp import fsdp_engines_for, load_fsdp_engines
 from asyncrl.trainer.engines.part import local
 from asyncrl.trainer.engines.policy import Policy, load_policy
+from asyncrl.trainer.engines.trunk import is_packed
 from asyncrl.trainer.world import RankPlace, World
 from benchmarks.speed.memory_forecast import resident
 from tests.trainer.ranks.loading_cases import CASES, CPU, config_of, tensors_of
@@ -33,6 +35,8 @@ def main() -> None:
     world = World.form(RankPlace.from_environment(), CPU, timeout_s=120.0)
     measure: Any = differences if what == "bits" else peak
     seen = {name: measure(name, Path(folder), world) for name in names}
+    if what == "bits":
+        seen["packed"] = [packs_rows(names[0], Path(folder), world, spoiled) for spoiled in (False, True)]
     (Path(folder) / f"seen.{world.rank}.json").write_text(json.dumps(seen))
     world.close()
 
@@ -61,6 +65,20 @@ def differences(name: str, folder: Path, world: World) -> list[str]:
     if not all(map(_same, engines.actor.score(sequences), expected.actor.score(sequences))):
         found.append("scores")
     return found
+
+
+def packs_rows(name: str, folder: Path, world: World, spoiled: bool) -> bool:
+    """Whether this rank packs rows. spoiled: the last rank has found that it computes packed ones wrongly."""
+    check = Policy.check
+
+    def spoiling_check(policy: Policy) -> None:
+        check(policy)
+        if spoiled and world.rank == world.size - 1:
+            policy.model.set_attn_implementation("sdpa")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "check", spoiling_check)
+        return is_packed(load_fsdp_engines(config_of(name, folder / name), CPU, world).actor.policy.model)
 
 
 def peak(way: str, folder: Path, world: World) -> int:

@@ -16,12 +16,7 @@ from tests.trainer.ranks.processes import ROOT, run_world
 PROGRAM = "tests.trainer.ranks.loading_program"
 # One rank has all cases, see tests/trainer/engines/test_stored_weights.py.
 SIZES = {
-    2: (
-        "several files",
-        "lora in bfloat16",
-        "own critic",
-        "experts, partial",
-    ),  # fmt: skip
+    2: ("several files", "lora in bfloat16", "own critic", "experts, partial"),
     3: ("bfloat16 passes", "lora", "shared critic"),
 }
 
@@ -46,6 +41,12 @@ def seen(tmp_path_factory):
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in SIZES.items() for name in names])
 def test_slices_from_files_are_those_of_a_model_loaded_whole(seen, size, name):
     assert [rank[name] for rank in seen[size]] == [[]] * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_pack_rows_if_all_of_them_can(seen, size):
+    """Those that do and those that do not would make other collectives."""
+    assert [rank["packed"] for rank in seen[size]] == [[True, False]] * size
 
 
 def make_models(folder: Path) -> None:
