@@ -28,9 +28,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A script that starts the tests in the background has it ignored, and the daemons would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# These take minutes: workers that share the suite begin with them, so that none is left with one at the end.
+LONGEST_FIRST = (
+    "trainer/ranks",
+    "e2e",
+    "benchmarks",
+    "simulation",
+    "faults",
+    "generator",
+    "trainer",
+    "rewards",
+    "weights",
+)
+
 VOCAB_SIZE = 100  # not a multiple of 64: vLLM pads the embedding, and padding must not matter
 END_TOKEN = 1
 MAX_LENGTH = 192
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of LONGEST_FIRST; the tests of each, and the other files, as they were collected."""
+    root = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.relative_to(root).as_posix() + "/"
+        return next((i for i, name in enumerate(LONGEST_FIRST) if folder.startswith(name + "/")), len(LONGEST_FIRST))
+
+    items.sort(key=place)
 
 
 def make_tiny_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:

@@ -7,6 +7,7 @@ import os
 import socket as plain
 import stat
 import struct
+import tempfile
 import time
 
 import psutil
@@ -283,8 +284,17 @@ def test_a_second_listener_does_not_steal_the_socket_file_but_a_stale_one_is_rep
     made(ServerSocket, address)
 
 
-def test_a_run_folder_too_deep_for_a_socket_file_gets_a_private_one_elsewhere(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+@pytest.fixture
+def short_folder():
+    """Where a socket's path fits, however deep pytest's folders are."""
+    with tempfile.TemporaryDirectory() as name:
+        yield name
+
+
+def test_a_run_folder_too_deep_for_a_socket_file_gets_a_private_one_elsewhere(
+    made, short_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", short_folder)
     deep = tmp_path / ("d" * 100)
     address = ipc_address(deep, "desk.sock")
     assert address == ipc_address(deep, "desk.sock") != ipc_address(tmp_path / ("e" * 100), "desk.sock")
