@@ -17,6 +17,7 @@ from asyncrl.link.messages import SyncOffer, SyncSwap
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.weights.plan.planner import WANTED_REPEAT_S
 from tests.link.chaos_proxy import ChaosProxy
+from tests.warm_processes import WarmProcess
 from tests.weights.weight_world import MAX_BYTES, World
 
 TIMEOUT_S = 3.0
@@ -32,8 +33,8 @@ class StoppableWorld(World):
         self.proxy = ChaosProxy(parse_address(self.socket.address).port)
         self.proxy.__enter__()
         script = Path(__file__).parents[1] / "weights" / "publisher_process.py"
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), self.proxy.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        self.process = WarmProcess(
+            [sys.executable, str(script), self.proxy.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.begin(TIMEOUT_S, cell_size=8)
 
@@ -72,7 +73,9 @@ class StoppableWorld(World):
 
     def close(self):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
         for receiver in self.receivers.values():
             receiver.close()
         self.proxy.__exit__()

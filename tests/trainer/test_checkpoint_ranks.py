@@ -1,9 +1,7 @@
 """Checkpoints of several ranks, by real gloo worlds with sharded models: 2 -> 1, 2, 3 ranks and 1 -> 2."""
 
 import json
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from asyncrl.storage.checkpoint_files import find_latest
 from tests.tolerances import assert_near
 from tests.trainer.checkpoint_world import config_of
 from tests.trainer.tiny import save_tiny_model
+from tests.warm_processes import WarmProcess
 
 pytestmark = pytest.mark.numeric
 
@@ -42,15 +41,12 @@ def worlds(request, tmp_path_factory):
     save_tiny_model(folder / "model")
     command = [sys.executable, "-m", "tests.trainer.checkpoint_world"]
     arguments = [str(folder), request.param, *free_ports(5)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(3)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(errors)
+    log = folder / "log"
+    with log.open("ab") as output:
+        processes = [
+            WarmProcess([*command, str(rank), *arguments], cwd=ROOT, stdout=output, stderr=output) for rank in range(3)
+        ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0], log.read_text(errors="replace")
     return request.param, folder, [json.loads((folder / f"seen.{rank}.json").read_text()) for rank in range(3)]
 
 

@@ -20,6 +20,7 @@ from asyncrl.weights.bytes.layout import tensor_views
 from asyncrl.weights.bytes.memory import placement
 from asyncrl.weights.plan.planner import SyncPlanner
 from tests.waits import LATE_S
+from tests.warm_processes import WarmProcess
 from tests.weights.weight_world import MAX_BYTES, Receiver, World
 
 PROCESS = Path(__file__).parent / "sender_process.py"
@@ -37,9 +38,9 @@ class SenderWorld(World):
             port = free.getsockname()[1]
         settings = json.dumps({"vocab": 509, "dtype": dtype, "bucket_bytes": bucket_bytes, "backend": backend})
         self.ranks = [
-            subprocess.Popen(
+            WarmProcess(
                 [sys.executable, str(PROCESS), str(rank), str(size), str(port), self.socket.address, settings],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
             for rank in range(size)
         ]  # fmt: skip

@@ -16,6 +16,7 @@ from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.bytes.delta import encode_delta
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
+from tests.warm_processes import WarmProcess
 
 TIMEOUT_S = 20.0
 
@@ -64,9 +65,7 @@ class Bench:
         self.channel = WeightChannel.host(spec)
         command = [sys.executable, "-c", WORKER, json.dumps(to_plain(self.channel.spec.for_rank(1)))]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self.worker = WarmProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.channel.join()
         assert self.worker.stdout.readline() == "joined\n"
 

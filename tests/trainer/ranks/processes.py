@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.warm_processes import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,7 +21,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(count: int, module: str, arguments: Sequence[str], log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def started(count: int, module: str, arguments: Sequence[str], log: Path) -> Iterator[list[WarmProcess]]:
     """Ranks 0..count-1 of `python -m module`; what they print is in `log`."""
     port = free_port()
     children = []
@@ -37,7 +38,7 @@ def started(count: int, module: str, arguments: Sequence[str], log: Path) -> Ite
                 "MASTER_PORT": str(port),
             }
             command = [sys.executable, "-m", module, *arguments]
-            children.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT))
+            children.append(WarmProcess(command, stdout=output, stderr=output, env=environment, cwd=ROOT))
     try:
         yield children
     finally:

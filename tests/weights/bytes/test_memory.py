@@ -15,6 +15,7 @@ import torch
 from asyncrl.errors import ChannelError
 from asyncrl.weights.bytes.memory import Opened, Place, handle_of, place, shared_buffer
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
+from tests.warm_processes import WarmProcess
 
 CPU = torch.device("cpu")
 FAR = 1e12  # a deadline that never comes
@@ -34,7 +35,7 @@ def expected(start, stop):
 
 
 def start_owner():
-    process = subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = WarmProcess([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     return process, json.loads(process.stdout.readline())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from asyncrl.link.field_checks import to_plain
 from asyncrl.link.weight_records import ChannelSpec
 from asyncrl.weights.channels.channel import WeightChannel
+from tests.warm_processes import WarmProcess
 
 MEMBER = """
 import json, os, signal, sys, time
@@ -55,10 +56,9 @@ class Member:
 
     def __init__(self, spec: Any, *, num_bytes: int, timeout_s: float, faults: dict[int, str] | None = None) -> None:
         arguments = [json.dumps(v) for v in (to_plain(spec), num_bytes, timeout_s, faults or {})]
-        self.process = subprocess.Popen(
+        self.process = WarmProcess(
             [sys.executable, "-c", MEMBER, *arguments],
             stdout=subprocess.PIPE,
-            text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )
 

@@ -26,6 +26,7 @@ from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.rendezvous import WeightStore
 from tests.waits import LATE_S
+from tests.warm_processes import WarmProcess
 from tests.weights.bytes.test_snapshot import tied_parameters
 from tests.weights.channels.members import in_threads, pair
 
@@ -228,7 +229,7 @@ def test_a_member_that_dies_or_hangs_ends_the_broadcast_for_all_in_time(fault, t
     def start(rank, faults):
         spec = json.dumps(to_plain(root.spec.for_rank(rank)))
         command = [sys.executable, "-c", MEMBER, spec, str(timeout_s), json.dumps(faults)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        return WarmProcess(command, stdout=subprocess.PIPE, env=environment)
 
     healthy, faulty = start(1, {}), start(2, {"3": fault})
     try:

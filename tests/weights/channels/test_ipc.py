@@ -24,6 +24,7 @@ from asyncrl.weights.bytes.memory import shared_buffer
 from asyncrl.weights.channels.channel import WeightChannel
 from asyncrl.weights.channels.ipc import IpcTransport, _Process
 from tests.waits import LATE_S
+from tests.warm_processes import WarmProcess
 from tests.weights.channels.members import in_threads, members_of, pair
 
 SPEC = ChannelSpec("127.0.0.1", 0, "ipc/1", 0, 2, "ipc", 60.0)
@@ -133,7 +134,7 @@ os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 def test_a_sender_that_dies_or_stands_still_ends_the_receivers_by_their_deadline_and_leaves_no_memory(fault):
     before = names_of_ours()
     command = [sys.executable, "-c", SENDER, json.dumps(to_plain(SPEC)), fault]
-    sender = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    sender = WarmProcess(command, stdout=subprocess.PIPE)
     try:
         port = int(sender.stdout.readline())
         member = WeightChannel(dataclasses.replace(SPEC, rank=1, store_port=port))
