@@ -22,7 +22,7 @@ from asyncrl.config import Config
 from asyncrl.errors import BindError, CheckpointError, ConfigError, RankLost, TrainerFailed
 from asyncrl.host.addresses import listening_socket
 from asyncrl.host.log_files import limit_log
-from asyncrl.host.processes import child_environment, die_with_parent, nccl_environment
+from asyncrl.host.processes import child_environment, die_with_parent, heap_environment, nccl_environment
 from asyncrl.link.trainer_link import LAST_WORDS, STORE_FD
 
 log = logging.getLogger(__name__)
@@ -179,6 +179,7 @@ def rank_environment(threads: int, weights_timeout_s: float, weights_host: str) 
         # Idle OpenMP threads that spin would starve the desk and a generator on the same host.
         OMP_WAIT_POLICY="passive",
         KMP_BLOCKTIME="0",
+        **heap_environment(),
         **nccl_environment(weights_timeout_s, weights_host),
     )
 

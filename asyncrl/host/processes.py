@@ -84,6 +84,17 @@ def nccl_environment(timeout_s: float, host: str = "") -> dict[str, str]:
     return values
 
 
+def heap_environment() -> dict[str, str]:
+    """The environment of a process that trains on a CPU: its heap is in huge pages, and what is freed stays in it.
+
+    Each pass of a model takes and frees the same blocks. glibc gives back what lies free at the end of its heap, and
+    the kernel clears the pages when the next pass takes them again, 4 KiB at a time: a tenth of a step's time. Settings
+    of the user's own (`GLIBC_TUNABLES`) are left alone. A C library other than glibc does not look at them.
+    """
+    tunables = f"glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold={2**32}:glibc.malloc.mmap_threshold={32 * 2**20}"
+    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", tunables)}
+
+
 def die_with_parent() -> None:
     """The kernel kills this process when its parent is gone: nothing outlives the daemon it belongs to."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

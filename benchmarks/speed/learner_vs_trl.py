@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from asyncrl.config.loading import load_config, to_yaml
+from asyncrl.host.processes import heap_environment
 from benchmarks import common
 from benchmarks.speed.models import SIZES, make_model
 from benchmarks.speed.peer_environment import DEFAULT_FOLDER, Side, peer_python
@@ -98,7 +99,8 @@ class Case:
         path = self.folder / "config.yaml"
         path.write_text(to_yaml(load_config(None, overrides)))
         command: list[str | Path] = [sys.executable, "-m", "benchmarks.speed.learner_worker", path, self.batch]
-        return _ready(Side(command, self.folder / "asyncrl.log", self.threads, PYTHONPATH=os.getcwd()))
+        environment = heap_environment() | {"PYTHONPATH": os.getcwd()}  # the heap of a trainer's rank
+        return _ready(Side(command, self.folder / "asyncrl.log", self.threads, **environment))
 
 
 def _ready(side: Side) -> Side:

@@ -10,12 +10,14 @@ saves checkpoints beside training. Measured is the largest resident size of that
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from asyncrl.config import Config
+from asyncrl.host.processes import heap_environment
 from benchmarks import common
 
 BAR = "0.9 to 1.1"
@@ -54,7 +56,8 @@ def main() -> int:
 def in_a_process(overrides: list[str]) -> dict[str, float]:
     """One measurement; its memory is nobody else's."""
     command = [sys.executable, "-m", "benchmarks.speed.memory_forecast", "--one", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    environment = {**os.environ, **heap_environment()}  # as a rank is started
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

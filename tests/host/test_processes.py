@@ -1,12 +1,15 @@
 """What daemons need from the operating system."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
+from asyncrl.desk.trainer_process import rank_environment
 from asyncrl.errors import ConfigError
 from asyncrl.host import processes
-from asyncrl.host.processes import cpu_problem, nccl_environment, pin_to
+from asyncrl.host.processes import cpu_problem, heap_environment, nccl_environment, pin_to
 
 NO_SUCH_CPU = 4095
 
@@ -39,3 +42,38 @@ def test_nccl_is_given_the_interface_of_the_weights_unless_the_user_chose(monkey
     monkeypatch.setattr(processes, "interface_towards", {"10.0.0.1": interface}.get)
     assert nccl_environment(30.0, "10.0.0.1").get("NCCL_SOCKET_IFNAME") == expected
     assert "NCCL_SOCKET_IFNAME" not in nccl_environment(30.0)
+
+
+FAULTS_OF_PASSES = """
+import resource
+def work():
+    blocks = [bytearray(30 << 20) for _ in range(3)]
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    work()
+before = faults()
+for _ in range(3):
+    work()
+print(faults() - before)
+"""
+
+
+def page_faults(environment):
+    """Of a process that takes and frees the same blocks again and again."""
+    command = [sys.executable, "-c", FAULTS_OF_PASSES]
+    run = subprocess.run(command, env=os.environ | environment, check=True, capture_output=True, timeout=60)
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="another C library")
+def test_a_heap_for_training_keeps_what_is_freed():
+    assert page_faults({}) > 20_000
+    assert page_faults(heap_environment()) < 1_000
+
+
+def test_a_heap_that_the_user_has_set_up_is_left_alone(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    assert rank_environment(1, 10.0, "")["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert rank_environment(1, 10.0, "")["GLIBC_TUNABLES"] == heap_environment()["GLIBC_TUNABLES"]
