@@ -60,23 +60,27 @@ def learner_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[Ne
     learner, element = config.learner, ELEMENT_BYTES[config.model.dtype]
     count, trained = model.num_parameters(), trained_parameters(config, model)
     critic = _critic_parameters(config, model)
+    buffers = 2 if config.model.dtype == "float32" else 3
     # Ranks whose part of a model lies in one place: all of a host, or one on its GPU. They hold slices of it.
     here = 1 if on_gpu else learner.ranks
     world = learner.ranks * learner.nodes
     sharded = _is_sharded(config, on_gpu=on_gpu)
     device = GPU if on_gpu else HOST
 
-    def slices(num_bytes: int, where: str = device) -> int:
-        return math.ceil(num_bytes * (learner.ranks if where == HOST else here) / world) if sharded else num_bytes
+    def slices(num_bytes: int, where: str = device, replicas: int = learner.replicas) -> int:
+        ranks = learner.ranks if where == HOST else here
+        return math.ceil(num_bytes * ranks * replicas / world) if sharded else num_bytes
+
+    # Of slices that several ranks hold, each sends a part.
+    snapshot = slices(buffers * _synced_bytes(config, model, trained, element), replicas=1)
 
     frozen = element if sharded else FLOAT32
     state = HOST if learner.offload_optimizer else device
-    buffers = 2 if config.model.dtype == "float32" else 3
     needs = [
         Need(state, "master weights, float32", slices(FLOAT32 * trained + frozen * (count - trained), state)),
         Need(state, "gradients, float32", slices(FLOAT32 * trained, state)),
         Need(state, "Adam moments, float32", slices(ADAM_BYTES * trained, state)),
-        Need(device, f"snapshot buffers, {buffers}", slices(buffers * _synced_bytes(config, model, trained, element))),
+        Need(device, f"snapshot buffers, {buffers}", snapshot),
         Need(device, f"activations of {learner.micro_batch_tokens:,} tokens", here * activation_bytes(config, model)),
         Need(device, "a pass through the head or a layer", here * passing_bytes(config, model, on_gpu=on_gpu)),
         Need(HOST, "copies of a checkpoint that is being written", _checkpoint_copies(config, trained, critic)),
@@ -98,7 +102,7 @@ def learner_needs(config: Config, model: ModelFiles, *, on_gpu: bool) -> list[Ne
     needs.append(Need(HOST, "libraries", learner.ranks * (GPU_LIBRARIES if on_gpu else TRAINER_LIBRARIES)))
     if on_gpu:
         needs.append(Need(GPU, "CUDA context", GPU_CONTEXT))
-        loaded = _loading_bytes(config, model, world) if sharded else FLOAT32 * count
+        loaded = _loading_bytes(config, model, world // learner.replicas) if sharded else FLOAT32 * count
         needs.append(Need(HOST, "the model while it is loaded", learner.ranks * loaded))
     return needs + _disk_needs(config, count, trained, critic)
 
@@ -277,8 +281,8 @@ def _largest_layer_bytes(model: ModelFiles, element: int) -> int:
     return element * max(sizes.values(), default=0)
 
 
-def _loading_bytes(config: Config, model: ModelFiles, world: int) -> int:
-    """What a rank holds on its way to a GPU: its rows of one tensor, as stored and as float32.
+def _loading_bytes(config: Config, model: ModelFiles, ranks: int) -> int:
+    """What one of the ranks of a replica holds on its way to a GPU: its rows of one tensor, as stored and as float32.
 
     Whole are experts, which are one tensor in memory, and what is not trained, for its digest. A kind of model that is
     loaded whole (see `trainer/engines/stored_weights.py`) takes more.
@@ -287,7 +291,7 @@ def _loading_bytes(config: Config, model: ModelFiles, world: int) -> int:
     for name, shape in model.shapes().items():
         fused, expert, _ = name.partition(".experts.")
         name = fused + expert if expert else name
-        rows = math.prod(shape) if expert or config.update.what != "full" else math.ceil(math.prod(shape) / world)
+        rows = math.prod(shape) if expert or config.update.what != "full" else math.ceil(math.prod(shape) / ranks)
         sizes[name] = sizes.get(name, 0) + rows
     return 2 * FLOAT32 * max(sizes.values(), default=0)
 

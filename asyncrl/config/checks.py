@@ -174,6 +174,25 @@ def _sequences_can_be_shared(config: Config) -> str | None:
     )
 
 
+def _replicas_fit(config: Config) -> str | None:
+    learner = config.learner
+    copies, count = learner.replicas, learner.ranks * learner.nodes
+    given = f"learner.replicas={copies}"
+    if count % copies:
+        return (
+            f"{given} does not divide the {count} trainer processes of learner.ranks={learner.ranks} x "
+            f"learner.nodes={learner.nodes}: each copy of the model takes as many; set learner.ranks to a multiple of "
+            f"{copies}, or learner.replicas to a divisor of {count}"
+        )
+    if copies % learner.nodes and learner.nodes % copies:
+        return (
+            f"{given} with learner.nodes={learner.nodes} and learner.ranks={learner.ranks}: a copy of the model would "
+            "take a part of one host and a part of another; set learner.replicas to a multiple or a divisor of "
+            "learner.nodes"
+        )
+    return None
+
+
 def _engine_can_do_it(config: Config) -> str | None:
     learner = config.learner
     count = learner.ranks * learner.nodes
@@ -326,6 +345,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _cpus_fit_threads,
     _nodes_can_meet,
     _sequences_can_be_shared,
+    _replicas_fit,
     _engine_can_do_it,
     _reward_ends_before_its_lease,
     _largest_group_fits,

@@ -118,6 +118,16 @@ class LearnerConfig:
         maximum=1024,
         if_changed=ACCEPTED,
     )
+    replicas: int = key(
+        1,
+        "Copies of the model among the trainer processes (hybrid sharding): each copy lies in slices on as many "
+        "neighbouring processes as learner.ranks x learner.nodes / learner.replicas, and gradients are summed over all "
+        "copies. With several hosts a multiple of learner.nodes, for then no layer is gathered over the network; a "
+        "divisor of it where a copy takes more than one host.",
+        minimum=1,
+        maximum=1024,
+        if_changed=ACCEPTED,
+    )
     engine: str = key(
         "auto",
         "How the model is held: whole in one process (single), or in shards by torch's FSDP2 (fsdp); auto = fsdp with "

@@ -1,23 +1,25 @@
 """What all ranks must have alike, compared now and then: a rank that differs is named where it begins to.
 
-Weights and optimizer state are in one place each, and cannot differ. What every rank keeps for itself can: the version,
-coefficients, random state, buffers of the model, and at the start the configuration and the libraries.
+What every rank keeps for itself can differ: the version, coefficients, random state, buffers of the model, and at the
+start the configuration and the libraries. A slice of weights and optimizer state is in one place, and cannot; where
+there are replicas, it is in each of them, and must be the same to the bit.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import asyncrl
 from asyncrl.config import Config
 from asyncrl.errors import AsyncRLError, ConfigError
+from asyncrl.trainer.replicas import differing_slice
 from asyncrl.trainer.step import StepRunner
 from asyncrl.trainer.world import World
 
@@ -42,13 +44,18 @@ def check_start(world: World, config: Config) -> None:
     own = {f"the section {name} of the configuration": _digest(repr(value)) for name, value in sections.items()}
     own["the model's files"] = _digest_of_model(Path(config.model.path))
     own |= {"the version of torch": _digest(torch.__version__), "that of asyncrl": _digest(asyncrl.__version__)}
-    if problem := _difference(world, own):
+    if problem := world.first_difference(own, _rank_0):
         raise ConfigError(f"{problem}; start all ranks with one configuration and one installation")
 
 
 def check_agreement(world: World, runner: StepRunner) -> None:
-    """Raises AsyncRLError when a rank's state is not that of rank 0. All ranks call it after the same step."""
-    if problem := _difference(world, shared_state(runner)):
+    """Raises AsyncRLError when a rank's state is not that of rank 0, or a slice not that of the first replica.
+
+    All ranks call it after the same step.
+    """
+    problem = world.first_difference(shared_state(runner), _rank_0)
+    problem = problem or differing_slice(world, sliced_state(runner))
+    if problem:
         raise AsyncRLError(
             f"{problem}, after the step to version {runner.version}: they would train different policies"
         )
@@ -72,14 +79,20 @@ def shared_state(runner: StepRunner) -> dict[str, int]:
     return numbers
 
 
-def _difference(world: World, own: Mapping[str, int]) -> str | None:
-    """The first thing in which a rank differs from rank 0, in words."""
-    rows = world.gather_row([_digest(repr(sorted(own))), *(own[name] for name in sorted(own))])
-    for rank, row in enumerate(rows):
-        for name, theirs, first in zip(("what there is to compare", *sorted(own)), row, rows[0], strict=True):
-            if theirs != first:
-                return f"trainer rank {rank} and rank 0 differ in {name} ({theirs:#x} and {first:#x})"
-    return None
+def sliced_state(runner: StepRunner) -> dict[str, Tensor]:
+    """The slices that this rank holds of all that training changes, by what they are."""
+    engines = runner.state().engines
+    slices: dict[str, Tensor] = {}
+    for name, part in (("policy", engines.policy), ("critic", engines.critic)):
+        if part is not None:
+            slices |= {f"{key} of the {name}": tensor for key, tensor in part.weights.items()}
+            moments = ((key, which, value) for key, of in part.optimizer.items() for which, value in of.items())
+            slices |= {f"{which} of {key} of the {name}": value for key, which, value in moments}
+    return {name: tensor for name, tensor in slices.items() if isinstance(tensor, DTensor)}
+
+
+def _rank_0(rank: int) -> int:
+    return 0
 
 
 def _digest_of_model(folder: Path) -> int:

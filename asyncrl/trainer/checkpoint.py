@@ -65,9 +65,10 @@ class Restored:
 def load_checkpoint(root: Path, runner: StepRunner, *, peers: CheckpointPeers = SOLO) -> Restored | None:
     """Puts the newest checkpoint under `root` that verifies into `runner`.
 
-    Training then goes on bit for bit as if it had not been interrupted, if as many ranks train as before; with another
-    number of ranks sums are taken in another order. Checkpoints that do not verify are skipped with a warning. Returns
-    None, and changes nothing, where no checkpoint is left. All ranks call this; each reads what it holds.
+    Training then goes on bit for bit as if it had not been interrupted, if as many ranks train as before, with as many
+    replicas; with another number sums are taken in another order. Checkpoints that do not verify are skipped with a
+    warning. Returns None, and changes nothing, where no checkpoint is left. All ranks call this; each reads what it
+    holds.
 
     Raises CheckpointError when the newest is of another model, or verifies but cannot be loaded.
     """
@@ -100,10 +101,13 @@ def _restore(manifest: Manifest, runner: StepRunner, peers: CheckpointPeers) -> 
         return
     read = read_state(manifest.path, runner.state(), runner.engines.actor, peers.rank, peers.size)
     runner.load_state(read.state)
-    if read.num_ranks != peers.size and peers.rank == 0:
+    own = runner.world.num_replicas
+    if (read.num_ranks, read.num_replicas) != (peers.size, own) and peers.rank == 0:
+        copies = ["", ""] if read.num_replicas == own else [f" ({n} replicas)" for n in (read.num_replicas, own)]
         log.warning(
-            "%s was written by %d ranks and %d go on from it: weights are the same, what follows differs in the last "
-            "bits from what those ranks would have made", manifest.path, read.num_ranks, peers.size,
+            "%s was written by %d ranks%s and %d%s go on from it: weights are the same, what follows differs in the "
+            "last bits from what those ranks would have made",
+            manifest.path, read.num_ranks, copies[0], peers.size, copies[1],
         )  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """The trainer's state as the files of a checkpoint, each rank's part by itself: copied, written, read.
 
-    trainer/state.json          what is one number: the KL coefficient, how many ranks there were
+    trainer/state.json          what is one number: the KL coefficient, how many ranks and replicas there were
     trainer/optimizer/          two moments and a count of steps for each trained parameter
     trainer/critic/  critic_optimizer/                         the same of a critic, weights apart
     trainer/random/             random state of each rank
     trainer/weights/            with several ranks: what training changes of the policy
 
-Each folder holds one file a rank (`engines.shards`). With one rank the policy's weights are the Hugging Face model
-above `trainer/` (`engines.export`), and nothing is stored twice.
+Each folder holds one file a rank (`engines.shards`); of a slice that several ranks hold, each writes a part. With one
+rank the policy's weights are the Hugging Face model above `trainer/` (`engines.export`), and nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class CopiedState:
     version: int
     kl_coef: float
     num_ranks: int
+    num_replicas: int
     rank: int
     pieces: dict[str, dict[str, HeldPiece]]
 
@@ -71,7 +72,7 @@ class CopiedState:
         return sum(piece.tensor.nbytes for pieces in self.pieces.values() for piece in pieces.values())
 
 
-def copy_state(state: StepState, copies: HostCopies, rank: int, num_ranks: int) -> CopiedState:
+def copy_state(state: StepState, copies: HostCopies, rank: int, num_ranks: int, num_replicas: int = 1) -> CopiedState:
     """Copies this rank's part of a state into host memory; complete after `copies.wait`."""
     policy, critic = state.engines.policy, state.engines.critic
     assert policy is not None, "a step has a policy"
@@ -86,7 +87,7 @@ def copy_state(state: StepState, copies: HostCopies, rank: int, num_ranks: int) 
         pieces[CRITIC] = copies.take(CRITIC, critic.weights, rank)
         pieces[CRITIC_OPTIMIZER] = copies.take(CRITIC_OPTIMIZER, _flat(critic.optimizer), rank)
     copies.mark()
-    return CopiedState(state.version, state.kl_coef, num_ranks, rank, pieces)
+    return CopiedState(state.version, state.kl_coef, num_ranks, num_replicas, rank, pieces)
 
 
 def write_state(state: CopiedState, actor: PolicyEngine, folder: Path) -> dict[str, FileProof]:
@@ -100,7 +101,9 @@ def write_state(state: CopiedState, actor: PolicyEngine, folder: Path) -> dict[s
     if state.rank == 0:
         whole = {name: piece.tensor for name, piece in state.pieces[WEIGHTS].items()} if state.num_ranks == 1 else None
         proofs |= actor.save(folder, whole)
-        fields = {"version": state.version, "kl_coef": state.kl_coef, "ranks": state.num_ranks}
+        fields: dict[str, float] = {"version": state.version, "kl_coef": state.kl_coef, "ranks": state.num_ranks}
+        if state.num_replicas > 1:
+            fields["replicas"] = state.num_replicas
         (own / STATE_FILE).write_text(json.dumps(fields), encoding="utf-8")
     for kind, pieces in state.pieces.items():
         if pieces and not (kind == WEIGHTS and state.num_ranks == 1):
@@ -115,10 +118,11 @@ def write_state(state: CopiedState, actor: PolicyEngine, folder: Path) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class ReadState:
-    """A state that was read, and by how many ranks it had been written."""
+    """A state that was read, and by how many ranks it had been written, with how many replicas."""
 
     state: StepState
     num_ranks: int
+    num_replicas: int = 1
 
 
 def read_state(folder: Path, own: StepState, actor: PolicyEngine, rank: int, num_ranks: int) -> ReadState:
@@ -151,7 +155,7 @@ def read_state(folder: Path, own: StepState, actor: PolicyEngine, rank: int, num
         state = StepState(fields["version"], fields["kl_coef"], engines, chance["cpu"], chance.get("cuda"))
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} verifies but cannot be loaded: {type(error).__name__}: {error}") from error
-    return ReadState(state, saved_ranks)
+    return ReadState(state, saved_ranks, int(fields.get("replicas", 1)))
 
 
 def _read_critic(place: Path, own: PartState) -> PartState:

@@ -109,7 +109,8 @@ class CheckpointWriter:
             self.finished(SHARE_TIMEOUT_S)
         assert not self.is_busy, "one checkpoint at a time"
         started = time.monotonic()
-        state = copy_state(self._runner.state(), self._copies, self._peers.rank, self._peers.size)
+        replicas = self._runner.world.num_replicas
+        state = copy_state(self._runner.state(), self._copies, self._peers.rank, self._peers.size, replicas)
         blocked_s = time.monotonic() - started
         job = _Job(self._root, self._keep, self._peers, self._runner.engines.actor, state, run_epoch, desk_state)
 

@@ -400,6 +400,7 @@ def run_rank(config_file: str, desk_address: str) -> int:
         world = World.form(place, device)
         check_start(world, config)
         world.share_sequences(config.learner.sequence_parallel)
+        world.hold_replicas(config.learner.replicas)
         return Rank(config, desk_address, device, world).run()
     except (UserError, CheckpointError, PeerUnreachable) as error:
         # Starting again would end the same way: the desk tells the user instead.

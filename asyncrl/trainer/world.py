@@ -6,8 +6,11 @@
 Every rank makes the same calls in the same order. Rank 0 repeats `Order.WAIT` while it has nothing to do, so that a
 rank that hears nothing for DEADLINE_S knows that rank 0 is gone: no wait here is without a deadline.
 
-Models have a process group of their own, torch's default one: gloo between CPUs, NCCL between GPUs. Of that, each
-sequence group is a part: neighbouring ranks that have the same share, and compute a slice of its tokens each.
+Models have a process group of their own, torch's default one: gloo between CPUs, NCCL between GPUs. Parts of that are
+    sequence groups   neighbouring ranks that have the same share, and compute a slice of its tokens each
+    replicas          neighbouring ranks that hold one copy of a model, a slice of every tensor each
+    counterparts      ranks of all replicas that hold the same slices
+How ranks share sequences and how they hold a model are two questions: either group may be the larger one.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -96,6 +100,9 @@ class World:
         self._control = control
         self.sequence_ranks = 1  # how many share the tokens of one micro-batch
         self.sequence_group: Any = None  # those that this rank shares them with; None with one
+        self.num_replicas = 1
+        self.replica_group: Any = None  # the ranks of this one's replica; None where there is one replica
+        self.counterpart_group: Any = None  # those that hold the same slices; None where there is one replica
 
     @classmethod
     def alone(cls) -> World:
@@ -136,21 +143,39 @@ class World:
         if self.size > 1:
             self._barrier()
             self._timeout = timedelta(seconds=DEADLINE_S)
-            groups = [self._control, dist.group.WORLD]
-            for group in groups + ([] if self.sequence_group is None else [self.sequence_group]):
+            parts = [self.sequence_group, self.replica_group, self.counterpart_group]
+            for group in [self._control, dist.group.WORLD, *(part for part in parts if part is not None)]:
                 dist.distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def share_sequences(self, count: int) -> None:
         """Has every `count` neighbouring ranks share the tokens of micro-batches. All ranks call this, and once."""
         assert self.size % count == 0 and self.sequence_ranks == 1, (self.size, count)
-        if count == 1:
-            return
-        self.sequence_ranks = count
-        with _lost("the ranks cannot make groups that share sequences"):
-            for first in range(0, self.size, count):  # all ranks make every group, in the same order
-                group = dist.new_group(list(range(first, first + count)), timeout=self._timeout)
-                if first <= self.rank < first + count:
-                    self.sequence_group = group
+        if count > 1:
+            self.sequence_ranks = count
+            self.sequence_group = self._own_part([range(n, n + count) for n in range(0, self.size, count)])
+
+    def hold_replicas(self, count: int) -> None:
+        """Has the ranks hold `count` copies of each model. All ranks call this, and once, before a model is sharded."""
+        assert self.size % count == 0 and self.num_replicas == 1, (self.size, count)
+        if count > 1:
+            self.num_replicas = count
+            slices = self.size // count
+            self.replica_group = self._own_part([range(n, n + slices) for n in range(0, self.size, slices)])
+            self.counterpart_group = self._own_part([range(n, self.size, slices) for n in range(slices)])
+
+    def first_counterpart(self, rank: int) -> int:
+        """The rank of the first replica that holds the same slices as `rank`."""
+        return rank % (self.size // self.num_replicas)
+
+    def _own_part(self, parts: Sequence[range]) -> Any:
+        """The group of that part of the ranks to which this one belongs."""
+        own = None
+        with _lost("the ranks cannot make groups among them"):
+            for part in parts:  # all ranks make every group, in the same order
+                group = dist.new_group(list(part), timeout=self._timeout)
+                if self.rank in part:
+                    own = group
+        return own
 
     @property
     def num_shares(self) -> int:
@@ -292,6 +317,20 @@ class World:
         whole, _ = self.gather(row)
         rows: list[list[int]] = whole.reshape(self.size, -1).tolist()
         return rows
+
+    def first_difference(self, own: Mapping[str, int], compared_with: Callable[[int], int]) -> str | None:
+        """The first thing in which a rank's numbers differ from those of another, in words. All ranks call this.
+
+        compared_with  the rank that must have the same as a given one
+        """
+        names = sorted(own)
+        rows = self.gather_row([zlib.crc32(repr(names).encode()), *(own[name] for name in names)])
+        for rank, row in enumerate(rows):
+            other = compared_with(rank)
+            for name, theirs, expected in zip(("what there is to compare", *names), row, rows[other], strict=True):
+                if theirs != expected:
+                    return f"trainer rank {rank} and rank {other} differ in {name} ({theirs:#x} and {expected:#x})"
+        return None
 
     def _barrier(self) -> None:
         self.sum(torch.zeros(1))

@@ -290,6 +290,11 @@ def test_learner_memory_follows_the_documented_formula(config_file, model_folder
     assert held(host, *sharded) == 536 * (4 + 4 + 8 + 3 * 2 + 2), "slices of one model, the reference as it computes"
     assert held(gpu, *sharded) == 536 // 4 * (4 + 4 + 8 + 3 * 2 + 2), "of which each GPU has a quarter"
     assert held(host, "activations") == 4 * held(gpu, "activations")
+    copies = load_config(config_file, [*ranks, "learner.replicas=2"])
+    host, gpu_of_two = (learner_needs(copies, model, on_gpu=on_gpu) for on_gpu in (False, True))
+    assert held(host, *sharded) == 536 * (2 * (4 + 4 + 8 + 2) + 3 * 2), "two copies, which are sent and saved once"
+    assert held(gpu_of_two, *sharded) == 536 // 2 * (4 + 4 + 8 + 2) + 536 // 4 * 3 * 2
+    assert held(host, "copies of a checkpoint") == 536 * 12
     shared = load_config(config_file, [*ranks, "learner.sequence_parallel=2"])
     assert 2 * held(learner_needs(shared, model, on_gpu=True), "activations") == held(gpu, "activations")
 

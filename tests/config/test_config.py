@@ -294,6 +294,14 @@ def test_a_value_left_open_is_asked_for(write):
             ["learner.ranks=3", "learner.sequence_parallel=2"],
             ["learner.sequence_parallel=2", "learner.ranks=3", "learner.ranks to a multiple of 2"],
         ),
+        (
+            ["learner.ranks=3", "learner.replicas=2"],
+            ["learner.replicas=2", "the 3 trainer processes", "learner.ranks to a multiple of 2", "divisor of 3"],
+        ),
+        (
+            ["learner.nodes=4", "learner.ranks=3", "learner.replicas=6"],
+            ["learner.replicas=6", "a part of one host", "a divisor of learner.nodes"],
+        ),
         (["learner.ranks=2", "update.what=lora", "update.lora_sync=merged"], ["lora_sync=merged", "lora_sync=adapter"]),
         (
             ["learner.engine=single", "learner.offload_optimizer=true"],

@@ -1,4 +1,7 @@
-"""Trainer ranks of a second host, as far as one machine can show it: they meet at an address that is not loopback."""
+"""Trainer ranks of a second host, as far as one machine can show it: they meet at an address that is not loopback.
+
+Each host holds a copy of the model.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def rank_of_the_node(run: Run) -> int:
 def test_a_killed_rank_of_another_host_costs_one_restart_on_both_sides(make_run):
     run = make_run().configure(
         run={"steps": STEPS},
-        learner={"ranks": 1, "nodes": 2, "port": free_port(), "micro_batch_tokens": 64},
+        learner={"ranks": 1, "nodes": 2, "replicas": 2, "port": free_port(), "micro_batch_tokens": 64},
         weights={"host": private_address()},
         task={"args": {"delay_s": 0.03}},
     )

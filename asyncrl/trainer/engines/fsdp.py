@@ -8,6 +8,9 @@ With learner.sequence_parallel, neighbouring ranks have the same rows. Each comp
 outputs for all tokens, and each loss is computed by all of them from these: nothing outside sees that rows were cut.
 Of the loss's gradient a rank takes the part of its own tokens, so that the sum over ranks has each token once.
 
+With learner.replicas, ranks hold several copies of the model, each in slices on its own ranks: see `trainer.replicas`.
+Layers are gathered within a copy; gradients are summed within it, and then over all copies.
+
 Gradients are summed over ranks, not averaged: losses are divided by counts of the whole batch. With
 model.dtype=bfloat16 passes take the weights as bfloat16, as generators do; masters, optimizer state and the sums of
 gradients are float32.
@@ -27,10 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore  # torch.distributed's own, with its types
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
@@ -53,6 +53,7 @@ from asyncrl.trainer.engines.stored_weights import StoredWeights
 from asyncrl.trainer.engines.trainable import describe_update
 from asyncrl.trainer.engines.trunk import check_rotary, is_packed
 from asyncrl.trainer.packing import Rows, doubled_rows, plain_rows
+from asyncrl.trainer.replicas import check_loaded, mesh_of
 from asyncrl.trainer.world import World
 from asyncrl.weights.bytes.patch import SyncSource
 
@@ -139,13 +140,18 @@ class FsdpEngine(GradientLoop):
         device: torch.device,
         policy: TrainedPart | None,
         critic: TrainedPart | None,
+        *,
+        offloads: bool = False,
     ) -> None:
+        """offloads: gradients are kept in the memory of the host."""
         super().__init__(policy, critic)
         self.root = root
         self.world = world
         self._device = device
         # On a GPU each pass adds its gradients into the shards: whole gradients of a large model would not fit.
         self.sums_each_pass = device.type == "cuda"
+        # Over replicas they are then summed once, after the last pass; till then the sums wait on the GPU.
+        self.sums_replicas_each_pass = offloads
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +161,7 @@ class FsdpEngine(GradientLoop):
     def _begin_pass(self, *, is_last: bool) -> None:
         assert isinstance(self.root, FSDPModule)
         self.root.set_requires_gradient_sync(is_last or self.sums_each_pass)
+        self.root.set_requires_all_reduce(is_last or (self.sums_each_pass and self.sums_replicas_each_pass))
         self.root.set_is_last_backward(is_last)
 
     def _over_ranks(self, sums: Sums) -> Sums:
@@ -189,8 +196,9 @@ class FsdpPolicyEngine(FsdpEngine):
         if self._has_reference and policy.update.what != "lora":
             frozen = _frozen_copy(policy)
             self._reference = PolicyModule(frozen)
-            shard(self._reference, config, device)
+            shard(self._reference, config, device, world)
             _read_weights(frozen.weights, frozen.model, config, device)
+            check_loaded(world, frozen.model, "the reference policy")
             if frozen.weights is not None:
                 self._reference(frozen.check, None, 1.0, False)
                 _agree_on_rows(frozen.model, world)
@@ -198,8 +206,9 @@ class FsdpPolicyEngine(FsdpEngine):
         policy.autocast, policy.in_one_call = "float32", True
         recompute_activations(layers_of(policy.model), config.learner.activation_checkpointing)
         root = PolicyModule(policy, value_head)
-        shard(root, config, device, value_head=value_head)
+        shard(root, config, device, world, value_head=value_head)
         _read_weights(policy.weights, policy.model, config, device)
+        check_loaded(world, policy.model, "the policy")
         if policy.weights is not None:
             root(policy.check, None, 1.0, False)
             _agree_on_rows(policy.model, world)
@@ -208,7 +217,8 @@ class FsdpPolicyEngine(FsdpEngine):
         check_rotary(root, config.model.max_length)
         learner = config.learner
         part = TrainedPart(policy.trained_parameters(), policy.checkpoint_tensors(), learner, learner.lr)
-        super().__init__(root, world, device, part, None if value_head is None else critic_part(value_head, config))
+        critic = None if value_head is None else critic_part(value_head, config)
+        super().__init__(root, world, device, part, critic, offloads=learner.offload_optimizer)
         self.optimizer = part.optimizer
 
     @property
@@ -311,14 +321,15 @@ class FsdpCriticEngine(FsdpEngine):
         critic.autocast, critic.in_one_call = "float32", True
         recompute_activations(layers_of(critic.trunk), config.learner.activation_checkpointing)
         root = CriticModule(critic)
-        shard(root, config, device, value_head=critic)
+        shard(root, config, device, world, value_head=critic)
         _read_weights(critic.weights, critic.trunk, config, device)
         if critic.weights is not None:
             with torch.no_grad():
                 root(critic.check)
             _agree_on_rows(critic.trunk, world)
         _check_sequences(critic.trunk, world, key)
-        super().__init__(root, world, device, None, critic_part(critic, config))
+        offloads = config.learner.offload_optimizer
+        super().__init__(root, world, device, None, critic_part(critic, config), offloads=offloads)
 
     @property
     def has_values(self) -> bool:
@@ -330,12 +341,14 @@ class FsdpCriticEngine(FsdpEngine):
         return Outputs(values=self.root(rows))
 
 
-def shard(root: nn.Module, config: Config, device: torch.device, *, value_head: Critic | None = None) -> None:
+def shard(
+    root: nn.Module, config: Config, device: torch.device, world: World, *, value_head: Critic | None = None
+) -> None:
     """Makes the parameters of `root` this rank's slices of them, on `device` or, if offloaded, on the CPU.
 
     value_head  its linear layer computes in float32, whatever the others do
     """
-    mesh = _mesh(device)
+    mesh = mesh_of(world, device)
     offload = OffloadPolicy()
     if config.learner.offload_optimizer:
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -397,14 +410,6 @@ def sums_of_ranks(sums: Sums, ranks: Reducer) -> Sums:
 
 def _check_sequences(model: PreTrainedModel, world: World, key: str) -> None:
     check_sequence_parallel(model.config, world.sequence_ranks, key, is_packed=is_packed(model))
-
-
-def _mesh(device: torch.device) -> DeviceMesh:
-    if not dist.is_initialized():  # one rank: it has formed no world
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1
-        )
-    return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def _frozen_copy(policy: Policy) -> Policy:

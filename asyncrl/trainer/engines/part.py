@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from asyncrl.config import LearnerConfig
 from asyncrl.trainer.engines.base import PartState
+from asyncrl.trainer.replicas import agreed_norm
 
 SETTINGS = ("lr", "betas", "weight_decay")  # of the optimizer: what the configuration sets
 
@@ -41,8 +42,7 @@ class TrainedPart:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()  # of all ranks
+        norm = agreed_norm(norm)
         nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
         return float(norm)
 

@@ -64,16 +64,26 @@ def extent_of(tensor: Tensor) -> Extent:
     return Extent(whole, tuple(offsets), tuple(shape))
 
 
-def is_owner(tensor: Tensor, rank: int) -> bool:
-    """Whether this rank writes what it holds of `tensor`: of equal copies one does, of a plain tensor rank 0."""
+def piece_to_write(tensor: Tensor, rank: int) -> HeldPiece | None:
+    """What this rank writes of `tensor`, by reference: of a plain one rank 0 all of it.
+
+    Where several ranks hold the same slice, each writes an equal part of its rows.
+    """
+    extent, held = extent_of(tensor), local(tensor).detach()
     if not isinstance(tensor, DTensor):
-        return rank == 0
+        return HeldPiece(extent, held) if rank == 0 else None
     coordinates = tensor.device_mesh.get_coordinate()
     assert coordinates is not None, "a rank of the tensor's mesh"
-    copies = [
-        number for number, placement in zip(coordinates, tensor.placements, strict=True) if placement == Replicate()
-    ]
-    return local(tensor).numel() > 0 and not any(copies)
+    copies, own = 1, 0  # how many hold this slice, and which of them this rank is
+    for size, number, placement in zip(tensor.device_mesh.shape, coordinates, tensor.placements, strict=True):
+        if placement == Replicate():
+            copies, own = copies * size, own * size + number
+    if copies > 1:
+        rows = extent.shape[0]
+        first, stop = rows * own // copies, rows * (own + 1) // copies
+        shape, offsets = (stop - first, *extent.shape[1:]), (extent.offsets[0] + first, *extent.offsets[1:])
+        extent, held = Extent(extent.whole, offsets, shape), held[first:stop]
+    return HeldPiece(extent, held) if held.numel() else None
 
 
 def cut(tensor: Tensor, extent: Extent) -> Tensor:
@@ -97,8 +107,8 @@ class HostCopies:
         """Copies of what this rank is to write of `tensors`. On CUDA they are ready after `wait`."""
         pieces = {}
         for name, tensor in tensors.items():
-            if is_owner(tensor, rank):
-                pieces[name] = HeldPiece(extent_of(tensor), self._copy(f"{prefix}/{name}", local(tensor).detach()))
+            if (piece := piece_to_write(tensor, rank)) is not None:
+                pieces[name] = HeldPiece(piece.extent, self._copy(f"{prefix}/{name}", piece.tensor))
         return pieces
 
     def wait(self) -> None:

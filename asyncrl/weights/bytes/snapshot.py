@@ -1,4 +1,4 @@
-"""A rank's copy of the parameters that it holds in one buffer, from which they are sent while training goes on."""
+"""A rank's copy of the parameters that it sends in one buffer, from which they are sent while training goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncrl.link.weight_records import Patch, WeightManifest, aligned
 from asyncrl.weights.bytes.digest import digest
 from asyncrl.weights.bytes.layout import Run, new_buffer, runs_of, tensor_views, torch_dtype
 from asyncrl.weights.bytes.patch import AdaptedWeight
-from asyncrl.weights.bytes.shards import local_of, plan_shards
+from asyncrl.weights.bytes.shards import local_of, plan_shards, rows_of
 
 
 class _Copies:
@@ -25,7 +25,7 @@ class _Copies:
         adapted: Mapping[str, AdaptedWeight],
     ) -> None:
         self._views: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
+        self._sources: list[tuple[torch.Tensor, slice]] = []  # and which of the rows that are here
         self._merged: list[tuple[torch.Tensor, AdaptedWeight]] = []
         # A GPU at either end returns before its copies are done.
         self._gpu = next((tensor.device for tensor in (buffer, named[0][1]) if tensor.is_cuda), None)
@@ -33,17 +33,18 @@ class _Copies:
         for run in runs:
             name, tensor = run.entry.name, tensors[run.entry.name]
             raw = buffer[run.local : run.local + run.stop - run.start]
-            view = raw.view(torch_dtype(run.entry)).view(local_of(tensor).shape)
+            rows = rows_of(tensor, run)
+            view = raw.view(torch_dtype(run.entry)).view(_rows_here(tensor, rows).shape)
             if name in adapted:
                 self._merged.append((view, adapted[name]))
             else:
                 self._views.append(view)
-                self._sources.append(tensor)
+                self._sources.append((tensor, rows))
 
     @torch.no_grad()
     def run(self) -> None:
         if self._views:
-            torch._foreach_copy_(self._views, [local_of(tensor) for tensor in self._sources], non_blocking=True)
+            torch._foreach_copy_(self._views, [_rows_here(*source) for source in self._sources], non_blocking=True)
         for view, weight in self._merged:
             view.copy_(weight.merged(), non_blocking=True)
         if self._gpu is not None:
@@ -52,12 +53,17 @@ class _Copies:
             torch.cuda.current_stream(self._gpu).synchronize()
 
 
+def _rows_here(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    held = local_of(tensor)
+    return held[rows] if held.dim() else held
+
+
 class SnapshotBuffer:
-    """A sender's staging buffer: a copy of the parameters that it holds, which stays while training goes on.
+    """A sender's staging buffer: a copy of the parameters that it sends, which stays while training goes on.
 
     Args:
         named: (name, tensor) pairs, read again at every snapshot; see `plan_buckets` on tied parameters. The same names
-            on every sender; of a DTensor the buffer takes the rows that are here.
+            on every sender; of a DTensor the buffer takes the rows that are sent from here.
         bucket_bytes: upper bound of one broadcast.
         wire_dtype: floating-point tensors travel in this dtype; None keeps each tensor's own.
         adapted, patch: see `SyncSource`.

@@ -73,6 +73,8 @@ MUTANTS = {
     "moments_per_rank": "m2po",
     "kl_per_rank": "kl_in_reward",
 }
+REPLICA_MUTANTS = {"replicas_by_themselves": "grpo"}
+VARIANTS = {"summed_each_pass": "ppo_shared_trunk"}  # of an engine that are no configuration
 SEQUENCE_MUTANTS = {
     "inputs_of_another_slice": "grpo",
     "positions_of_another_slice": "grpo",

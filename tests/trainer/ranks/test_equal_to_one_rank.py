@@ -23,10 +23,10 @@ TOLERANCE, FLOAT32_TOLERANCE = 1e-6, 2e-3
 Results = dict[str, Any]
 
 
-def results_of(size: int, steps: int, cases, mutants, folder: Path, *, sequence: int = 1) -> Results:
+def results_of(size: int, steps: int, cases, mutants, folder: Path, *, sequence: int = 1, replicas: int = 1) -> Results:
     file = folder / f"{size}.json"
-    arguments = [str(file), str(steps), str(sequence), *cases, "--", *mutants]
-    timeout_s = 280.0 if steps < 50 else 570.0
+    arguments = [str(file), str(steps), str(sequence), str(replicas), *cases, "--", *mutants]
+    timeout_s = 280.0 if steps < 50 and size < 4 else 570.0
     run_world(size, "tests.trainer.ranks.world_program", arguments, folder / f"{size}.log", timeout_s)
     return json.loads(file.read_text())
 

@@ -8,6 +8,7 @@ from transformers import GPT2Config, Qwen2Config
 from asyncrl.errors import ConfigError
 from asyncrl.trainer.engines.sequence_parallel import check_sequence_parallel, slice_lengths, slice_of
 from tests.trainer.ranks.cases import SEQUENCE_MUTANTS, SHARED_SEQUENCES
+from tests.trainer.ranks.conftest import SHARING
 from tests.trainer.ranks.processes import run_world
 from tests.trainer.ranks.test_equal_to_one_rank import TOLERANCE, results_of, worst_of
 
@@ -15,19 +16,13 @@ pytestmark = pytest.mark.numeric
 
 STEPS = 2
 # Cases and mutants of two ranks that share all rows, and of two times two that share half of them each.
-QUICK = (("gspo", "few_inputs"), ("inputs_of_another_slice", "gradients_counted_by_each"))
 THOROUGH = {
-    2: (tuple(sorted(set(SHARED_SEQUENCES) - set(QUICK[0]))), tuple(sorted(set(SEQUENCE_MUTANTS) - set(QUICK[1])))),
+    2: (tuple(sorted(set(SHARED_SEQUENCES) - set(SHARING[0]))), tuple(sorted(set(SEQUENCE_MUTANTS) - set(SHARING[1])))),
     4: (
         ("grpo", "kl_in_reward", "ppo_own_trunk", "ppo_shared_trunk", "m2po", "lora", "gspo", "few_inputs"),
         ("sums_counted_by_each", "kl_counted_by_each"),
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return results_of(2, STEPS, *QUICK, tmp_path_factory.mktemp("quick"), sequence=2)
 
 
 @pytest.fixture(scope="module", params=THOROUGH)
@@ -47,8 +42,8 @@ def check_world(results, cases, mutants):
     assert results["differing"][:2] == ["", ""]
 
 
-def test_two_ranks_that_share_rows_are_as_one(quick):
-    check_world(quick, *QUICK)
+def test_two_ranks_that_share_rows_are_as_one(two_ranks):
+    check_world(two_ranks, *SHARING)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """One rank of a world of gloo processes: runs cases and mutants, and on rank 0 writes how far they are from one rank.
 
-python -m tests.trainer.ranks.world_program RESULTS STEPS SEQUENCE CASE... -- MUTANT...
+python -m tests.trainer.ranks.world_program RESULTS STEPS SEQUENCE REPLICAS CASE... -- MUTANT...
 
 SEQUENCE ranks share the tokens of each micro-batch; with more than one, cases and mutants are those that are for it.
+There are REPLICAS copies of the model. A case or mutant may have other numbers than these: "grpo s1 x2" has one rank
+for each micro-batch and two copies. Where there are several, more is asked of them: see `replica_checks`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from asyncrl.algorithms.reducer import OneRank
 from asyncrl.errors import AsyncRLError
@@ -29,39 +32,74 @@ from tests.trainer.ranks.cases import (
     CPU,
     LONG,
     MUTANTS,
+    REPLICA_MUTANTS,
     SEQUENCE_MUTANTS,
     SHARED_SEQUENCES,
+    VARIANTS,
     Case,
     groups_of,
     runner_of,
 )
+from tests.trainer.ranks.replica_checks import look_at_replicas
 
 
 def main() -> None:
-    results, steps, sequence, *names = sys.argv[1:]
+    results, steps, sequence, replicas, *names = sys.argv[1:]
     cases, mutants = names[: names.index("--")], names[names.index("--") + 1 :]
-    world = World.form(RankPlace.from_environment(), CPU, timeout_s=120.0)
-    world.share_sequences(int(sequence))
-    world.hurry()
+    worlds = Worlds(World.form(RankPlace.from_environment(), CPU, timeout_s=120.0), int(sequence), int(replicas))
     found: dict[str, Any] = {}
-    for name in cases:
-        found[name] = compare(case_of(name, int(steps)), world, int(steps) if name in LONG else 2)
-    for name in mutants:
-        case = CASES[(MUTANTS | SEQUENCE_MUTANTS)[name]]
+    for spec in cases:
+        name, world = worlds.of(spec)
+        found[spec] = compare(case_of(name, int(steps), world), world, int(steps) if name in LONG else 2)
+    for spec in mutants:
+        name, world = worlds.of(spec)
+        case = CASES[(MUTANTS | SEQUENCE_MUTANTS | REPLICA_MUTANTS | VARIANTS)[name]]
+        mend = spoil_models(name, world)
         runner = runner_of(case, world)
         undo = spoil(name, runner)
-        found[name] = compare(case, world, 2, runner)
+        found[spec] = compare(case, world, 2, runner)
         undo()
+        mend()
+    _, world = worlds.of("")
     found["canary"] = canary(world)
     found["differing"] = differing(world)
+    if (copied := worlds.with_copies) is not None:
+        found["replicas"] = look_at_replicas(copied, Path(results).parent)
     if world.rank == 0:
         Path(results).write_text(json.dumps(found))
-    world.close()
+    worlds.formed.close()
 
 
-def case_of(name: str, steps: int) -> Case:
-    """The case; in a long run with few passes in each step."""
+class Worlds:
+    """The ranks that have met, divided in one way and in others."""
+
+    def __init__(self, formed: World, sequence: int, replicas: int) -> None:
+        self.formed = formed
+        self._default = (sequence, replicas)
+        self._known: dict[tuple[int, int], World] = {}
+
+    def of(self, spec: str) -> tuple[str, World]:
+        """The name in a case or mutant, and the world that it is for."""
+        name, *numbers = spec.split(" ")
+        sequence, replicas = (int(number[1:]) for number in numbers) if numbers else self._default
+        if (sequence, replicas) not in self._known:
+            world = World(self.formed._place, self.formed._store, self.formed._control)
+            world.share_sequences(sequence)
+            world.hold_replicas(replicas)
+            world.hurry()
+            self._known[sequence, replicas] = world
+        return name, self._known[sequence, replicas]
+
+    @property
+    def with_copies(self) -> World | None:
+        """The first with several copies of models."""
+        return next((world for world in self._known.values() if world.num_replicas > 1), None)
+
+
+def case_of(name: str, steps: int, world: World) -> Case:
+    """The case, with rows for the ranks of all copies; in a long run with few passes in each step."""
     case = (CASES | SHARED_SEQUENCES)[name]
+    case = replace(case, groups=case.groups * world.num_replicas)
     return case if steps < 50 else replace(case, settings=case.settings | {"learner.micro_batch_tokens": 150})
 
 
@@ -127,9 +165,23 @@ def spoil(mutant: str, runner: StepRunner):
             return lambda: setattr(step_module, "_without_weight", honest)
         case "whitening_per_rank" | "moments_per_rank" | "kl_per_rank":
             preparation._ranks = OneRank()
+        case "replicas_by_themselves":
+            pass  # see spoil_models
+        case "summed_each_pass":  # as on a GPU; this must be right
+            for engine in runner.engines.all:
+                engine.sums_each_pass = True
         case _:
             return spoil_sequences(mutant, runner)
     return lambda: None
+
+
+def spoil_models(mutant: str, world: World):
+    """Breaks how models are sharded from now on; returns how to mend that."""
+    if mutant != "replicas_by_themselves":
+        return lambda: None
+    honest = fsdp_module.mesh_of
+    fsdp_module.mesh_of = lambda world, device: DeviceMesh.from_group(world.replica_group, device.type)
+    return lambda: setattr(fsdp_module, "mesh_of", honest)
 
 
 def spoil_sequences(mutant: str, runner: StepRunner):
