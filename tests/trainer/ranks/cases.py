@@ -65,6 +65,9 @@ SHARED_SEQUENCES = {
     # Rows of one to three inputs, each alone in its pass: ranks without inputs, without tokens, dummies.
     "few_inputs": Case(PPO | {"learner.micro_batch_tokens": 1}, groups=3, group_size=3, lengths=((1, 2), (1, 2))),
 }
+# Cases and mutants of two ranks in the quick suite: which share all rows; which have a copy of the model each.
+SHARING = (("gspo", "few_inputs"), ("inputs_of_another_slice", "gradients_counted_by_each"))
+COPIES = (("grpo s1 x2",), ("replicas_by_themselves s1 x2", "summed_each_pass s1 x2"))
 LONG = ("grpo", "ppo_own_trunk", "ppo_shared_trunk", "decoupled", "m2po", "lora")  # more than a few steps
 MUTANTS = {
     "mean_of_ranks": "grpo",

@@ -1,4 +1,7 @@
-"""Ranks that hold several copies of a model compute what one does, and do each thing once: count, send, write."""
+"""Ranks that hold several copies of a model compute what one does, and do each thing once: count, send, write.
+
+The quick test of two ranks is in test_two_ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from safetensors.torch import load_file
 from asyncrl.cli.export import export_checkpoint
 from asyncrl.config import Config
 from tests.trainer.ranks.cases import REPLICA_MUTANTS, VARIANTS
-from tests.trainer.ranks.conftest import COPIES
 from tests.trainer.ranks.loading_cases import save_model
 from tests.trainer.ranks.test_equal_to_one_rank import TOLERANCE, Results, results_of, worst_of
 from tests.trainer.tiny import save_tiny_model
@@ -107,14 +109,6 @@ def check_exports(folder: Path) -> None:
     shards = next((folder / "saved").glob("step_*")) / "trainer" / "weights"
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(shards)), no_dist=True)
     assert all(torch.equal(state[name], tensor) for name, tensor in one.items()), "torch's own reader"
-
-
-def test_two_ranks_with_a_copy_each_are_as_one(two_ranks):
-    (case,), (mutant, variant) = COPIES
-    check_figures(two_ranks, (case, variant))
-    assert worst_of(two_ranks[mutant])[1] > 1e-2
-    check_copies(two_ranks["replicas"])
-    check_exports(Path(two_ranks["folder"]))
 
 
 @pytest.mark.slow

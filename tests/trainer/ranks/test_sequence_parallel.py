@@ -7,15 +7,15 @@ from transformers import GPT2Config, Qwen2Config
 
 from asyncrl.errors import ConfigError
 from asyncrl.trainer.engines.sequence_parallel import check_sequence_parallel, slice_lengths, slice_of
-from tests.trainer.ranks.cases import SEQUENCE_MUTANTS, SHARED_SEQUENCES
-from tests.trainer.ranks.conftest import SHARING
+from tests.trainer.ranks.cases import SEQUENCE_MUTANTS, SHARED_SEQUENCES, SHARING
 from tests.trainer.ranks.processes import run_world
 from tests.trainer.ranks.test_equal_to_one_rank import TOLERANCE, results_of, worst_of
 
 pytestmark = pytest.mark.numeric
 
 STEPS = 2
-# Cases and mutants of two ranks that share all rows, and of two times two that share half of them each.
+# Cases and mutants of two ranks that share all rows, and of two times two that share half of them each. The quick ones
+# of two ranks are in test_two_ranks.
 THOROUGH = {
     2: (tuple(sorted(set(SHARED_SEQUENCES) - set(SHARING[0]))), tuple(sorted(set(SEQUENCE_MUTANTS) - set(SHARING[1])))),
     4: (
@@ -40,10 +40,6 @@ def check_world(results, cases, mutants):
         assert worst_of(results[name])[1] > 1e-2, name
     assert results["canary"]["off"] < 1e-5, "all ranks score it as one process does"
     assert results["differing"][:2] == ["", ""]
-
-
-def test_two_ranks_that_share_rows_are_as_one(two_ranks):
-    check_world(two_ranks, *SHARING)
 
 
 @pytest.mark.slow
