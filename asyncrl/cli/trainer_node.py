@@ -4,8 +4,10 @@ The learner's own ranks are started by `asyncrl-learner`; those of each further 
 configuration and on a file system that has run.dir and model.path. It starts learner.ranks processes, ends all of them
 when one ends, and starts them again, as the learner does on its side, until the run is over.
 
-Where a launcher has started it once for each rank (`torchrun --nproc-per-node N --no-python`, srun), and so has set
-LOCAL_RANK, it becomes that one rank, and the launcher is what starts it again.
+Where a launcher has started it once for each rank, and so has set LOCAL_RANK, it becomes that one rank, and the
+launcher is what starts it again: srun, or torchrun, which without the `--` takes `--node` for an option of its own:
+
+    torchrun --nproc-per-node 8 --max-restarts 3 --no-python -- asyncrl-trainer-node CONFIG --node 1
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from asyncrl.cli import trainer_node
 from asyncrl.cli.trainer_node import layout_of, load, main
 from asyncrl.errors import ConfigError
 from tests.model_folders import make_model_folder
@@ -51,3 +52,16 @@ def test_more_processes_than_ranks_are_refused(config, tmp_path, monkeypatch, ca
     monkeypatch.setenv("LOCAL_RANK", "4")
     assert main([str(tmp_path / "run.yaml"), *KEYS, "--node", "1"]) == 2
     assert "LOCAL_RANK=4 with learner.ranks=4" in capsys.readouterr().err
+
+
+def test_torchrun_takes_the_command_that_the_help_shows():
+    from torch.distributed.run import parse_args
+
+    line = next(line for line in (trainer_node.__doc__ or "").splitlines() if line.strip().startswith("torchrun"))
+    _, *words = line.split()
+    found = parse_args(words)
+    assert found.no_python and found.training_script == "asyncrl-trainer-node"
+    assert found.training_script_args == ["CONFIG", "--node", "1"]
+    words.remove("--")
+    with pytest.raises(SystemExit):
+        parse_args(words)
