@@ -21,6 +21,8 @@ from asyncrl.types import Group
 from tests.e2e.daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
 from tests.e2e.letters_task import LEAST_REWARD
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 FLAT_EVERY = 3
 
@@ -109,7 +111,6 @@ def test_no_token_was_too_old(story):
     assert sum(record["rollouts_dropped"] for record in story.run.records("step")) == 0
 
 
-@pytest.mark.slow
 def test_a_task_whose_rewards_are_all_equal_comes_to_its_end_and_says_so(make_run):
     run = make_run().configure(
         run={"steps": 2},
@@ -129,7 +130,6 @@ def test_a_task_whose_rewards_are_all_equal_comes_to_its_end_and_says_so(make_ru
     check_every_ordinal_once(run, 2)
 
 
-@pytest.mark.slow
 def test_groups_carry_the_reward_of_a_greedy_completion_when_it_is_the_baseline(make_run):
     run = make_run().configure(run={"steps": 3}, algorithm={"name": "remax"})
     learner, generator = run.learner(), run.generator()

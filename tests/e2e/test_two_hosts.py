@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.daemons import START_S, STEP_S, Run, free_port
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.slow]
 
 LEARNER, GENERATOR = "10.213.77.1", "10.213.77.2"
 STEPS = 4

@@ -152,6 +152,7 @@ def test_parts_given_by_folder_get_an_address_and_others_stay_as_they_are(folder
     assert rm["url"].startswith("http://127.0.0.1:") and rm["label"] == 0 and "path" not in rm
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_or_no_longer_answers_comes_back_at_the_same_address(folder, tmp_path):
     async def work(models):
         (server,) = models._servers

@@ -59,6 +59,7 @@ def make_models(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, timeout=120, cwd=ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "least", "most"), [("slices", 0.4, 0.7), ("whole", 1.2, 2.5)])
 def test_a_rank_of_two_needs_the_memory_of_its_half(tmp_path, way, least, most):
     """Of a model in many layers: a pass puts one of them together. The old way is the control of the measurement."""

@@ -21,6 +21,7 @@ from tests.weights.channels.members import in_threads, pair
 PACKAGE = Path(asyncrl.__file__).parent
 OWN_OBJECTS = {"Store", "PrefixStore", "TCPStore", "ProcessGroupGloo", "ProcessGroupNCCL", "BroadcastOptions", "Work"}
 OWN_OBJECTS |= {"DTensor", "Shard"}  # types
+OWN_OBJECTS |= {"compute_local_shape_and_global_offset"}  # arithmetic
 
 
 def distributed_names(tree: ast.AST) -> set[str]:
