@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 LEARNER_END_S = 5.0  # it waits for nothing of the task's
 GENERATOR_END_S = 8.0  # generator.drain_timeout_s and 2 s
 NOT_READY_S = 3600.0
+BUSY_S = 20.0  # how much later on a machine with other tests at work; what blocks does so for an hour
 
 
 def blocked_run(make_run, folder: Path, **args: object) -> Run:
@@ -36,7 +37,7 @@ def check_end(run: Run, daemon: Daemon, limit_s: float) -> None:
     stopped_at = time.monotonic()
     daemon.signal(signal.SIGTERM)
     assert daemon.exit_code() == 0, daemon.last_words()
-    assert time.monotonic() - stopped_at < limit_s + LATE_S, daemon.last_words()
+    assert time.monotonic() - stopped_at < limit_s + BUSY_S, daemon.last_words()
     assert "Traceback" not in daemon.stderr and " ERROR " not in daemon.stderr, daemon.last_words()
 
 

@@ -14,10 +14,12 @@ import psutil
 import pytest
 
 from asyncrl.storage.records import StoredGroup
-from tests.e2e.daemons import START_S, STEP_S, Run, check_results_have_no_gap, wait_until
+from tests.e2e.daemons import STEP_S, Run, check_results_have_no_gap, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
+# Workers wait for each other without letting go of the CPU: beside other tests that takes minutes.
+SPREAD_START_S = 600.0
 COMMON_SYNCS = 30  # versions that both generators proved
 
 
@@ -43,9 +45,9 @@ def story(module_run: Run) -> Story:
     )
     before = shared_memory()
     learner, spread = run.learner(), run.generator("generator.tensor_parallel_size=2")
-    run.wait_for_version(1, learner, spread, timeout_s=START_S)
+    run.wait_for_version(1, learner, spread, timeout_s=SPREAD_START_S)
     plain = run.generator()
-    wait_until(lambda: len(common_syncs(run)) >= COMMON_SYNCS, START_S, "syncs of both", run.daemons)
+    wait_until(lambda: len(common_syncs(run)) >= COMMON_SYNCS, SPREAD_START_S, "syncs of both", run.daemons)
     processes = [len(psutil.Process(daemon.pid).children(recursive=True)) for daemon in (spread, plain)]
     for daemon in run.daemons:
         daemon.signal(signal.SIGTERM)
