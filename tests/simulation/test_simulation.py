@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_SEEDS = 20
-SLOW_SEEDS = 450
+SLOW_SEEDS = 200
 
 
 def test_nothing_is_lost_and_nothing_is_trained_twice_whatever_fails():
