@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.waits import wait_until
 from tests.warm_processes import WarmProcess
 
 DEADLINE_S = 60.0
+ROOT = Path(__file__).resolve().parents[1]
 PIPE = subprocess.PIPE
 
 
@@ -54,6 +56,29 @@ def test_one_that_waits_is_killed():
     process.kill()
     assert process.wait(DEADLINE_S) == -signal.SIGKILL
     process.kill()  # gone: nothing happens
+
+
+def test_one_that_was_left_stopped_does_not_keep_its_parent():
+    code = """
+import os, signal, subprocess, sys
+from tests.warm_processes import CONTEXT, WarmProcess
+if __name__ == "__main__":
+    CONTEXT.set_forkserver_preload([])
+    process = WarmProcess([sys.executable, "-c", "print(1, flush=True); import signal; signal.pause()"], stdout=-1)
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    print(process.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=PIPE, text=True, cwd=ROOT, timeout=DEADLINE_S)
+    assert done.returncode == 0
+    wait_until(lambda: gone(int(done.stdout)), "the end of the process")
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
 
 
 def test_modules_and_files_are_run(tmp_path):

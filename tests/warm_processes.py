@@ -6,12 +6,14 @@ start more than a hundred. Not for processes whose memory, start or end with the
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing import reduction
 from pathlib import Path
@@ -60,6 +62,7 @@ class WarmProcess:
         )
         self._process = CONTEXT.Process(target=_become, args=(*arguments, *streams))
         self._process.start()
+        _STARTED.add(self)
         for descriptor in theirs:
             os.close(descriptor)
 
@@ -88,6 +91,16 @@ class WarmProcess:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+_STARTED: weakref.WeakSet[WarmProcess] = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_all() -> None:
+    """What a failed test has left: multiprocessing waits for its end, to which one that was stopped never comes."""
+    for process in _STARTED:
+        process.kill()
 
 
 class _Inherited:

@@ -85,11 +85,14 @@ def nccl_environment(timeout_s: float, host: str = "") -> dict[str, str]:
 
 
 def heap_environment() -> dict[str, str]:
-    """The environment of a process that trains on a CPU: its heap is in huge pages, and what is freed stays in it.
+    """Environment variables with which a trainer's rank must start: its heap then keeps what is freed, in huge pages.
 
-    Each pass of a model takes and frees the same blocks. glibc gives back what lies free at the end of its heap, and
-    the kernel clears the pages when the next pass takes them again, 4 KiB at a time: a tenth of a step's time. Settings
-    of the user's own (`GLIBC_TUNABLES`) are left alone. A C library other than glibc does not look at them.
+    On a CPU each pass of a model takes and frees the same blocks. glibc gives back what lies free at the end of its
+    heap, and the kernel clears the pages when the next pass takes them again, 4 KiB at a time. What that costs:
+    `benchmarks.speed.trainer_heap`.
+
+    glibc reads `GLIBC_TUNABLES` when a process starts: a rank that a launcher has started has that of the launcher.
+    Settings of the user's own are left alone, and other C libraries do not look at them.
     """
     tunables = f"glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold={2**32}:glibc.malloc.mmap_threshold={32 * 2**20}"
     return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", tunables)}

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from asyncrl.errors import ConfigError
 from asyncrl.trainer.world import World
 from asyncrl.weights.bytes.digest import digest
+from asyncrl.weights.bytes.shards import local_of
 
 REPLICA, SLICE = "replica", "slice"  # dimensions of the mesh where there are replicas
 
@@ -59,8 +60,9 @@ def differing_slice(world: World, tensors: Mapping[str, Tensor]) -> str | None:
     """The first of these tensors whose slice is not the same bits on counterparts, in words. All ranks call this."""
     if world.num_replicas == 1:
         return None
-    held = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
-    digests = {f"their slice of {name}": digest(own.detach().contiguous()) for name, own in held.items()}
+    digests = {
+        f"their slice of {name}": digest(local_of(tensor).detach().contiguous()) for name, tensor in tensors.items()
+    }
     return world.first_difference(digests, world.first_counterpart)
 
 

@@ -76,8 +76,8 @@ class Case:
         path.write_text(json.dumps(spec))
         return _ready(Side([peers, WORKER, path], self.folder / "trl.log", self.threads))
 
-    def asyncrl(self, settings: list[str]) -> Side:
-        """asyncrl's side, ready for its first step."""
+    def asyncrl(self, settings: list[str], heap: dict[str, str] | None = None) -> Side:
+        """asyncrl's side, ready for its first step; its heap is that of a trainer's rank unless `heap` says another."""
         overrides = [
             "run.name=benchmark",
             f"run.dir={self.folder / 'run'}",
@@ -99,7 +99,7 @@ class Case:
         path = self.folder / "config.yaml"
         path.write_text(to_yaml(load_config(None, overrides)))
         command: list[str | Path] = [sys.executable, "-m", "benchmarks.speed.learner_worker", path, self.batch]
-        environment = heap_environment() | {"PYTHONPATH": os.getcwd()}  # the heap of a trainer's rank
+        environment = (heap_environment() if heap is None else heap) | {"PYTHONPATH": os.getcwd()}
         return _ready(Side(command, self.folder / "asyncrl.log", self.threads, **environment))
 
 
@@ -176,7 +176,7 @@ def alternate(
         worker.ask()
     report.begin()
     for pair in range(options.pairs):
-        for side in ("asyncrl", "TRL") if pair % 2 == 0 else ("TRL", "asyncrl"):
+        for side in sides if pair % 2 == 0 else reversed(sides):
             with common.watch() as watch:
                 answers[side].append(sides[side].ask())
             report.watched(watch)

@@ -137,12 +137,12 @@ def train(config: Config, folder: Path) -> int:
     return resident("VmHWM")
 
 
-def resident(which: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def resident(which: str, process: int | str = "self") -> int:
+    """A line of /proc/PROCESS/status, in bytes."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{which}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {which}")
+    raise OSError(f"/proc/{process}/status has no {which}")
 
 
 if __name__ == "__main__":

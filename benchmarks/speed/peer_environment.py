@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -96,8 +97,11 @@ class Side:
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """The next line that it says by itself, as at its start."""
+        """The next line that it says by itself, as at its start. Raises RuntimeError when it ends or says nothing."""
         assert self._process.stdout is not None
+        # One line is asked for at a time, so none is left in the buffer, where `select` would not see it.
+        if not select.select([self._process.stdout], [], [], ANSWER_TIMEOUT_S)[0]:
+            raise RuntimeError(f"no answer within {ANSWER_TIMEOUT_S:g} s; {self._last_words()}")
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(self._last_words())
@@ -115,4 +119,4 @@ class Side:
             self._process.wait()
 
     def _last_words(self) -> str:
-        return f"{self._process.args} ended:\n{self.log.read_text(errors='replace')[-3000:]}"
+        return f"{self._process.args} said last:\n{self.log.read_text(errors='replace')[-3000:]}"

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import psutil
 import pytest
 import zmq
 
@@ -33,10 +33,9 @@ def run(tmp_path):
     run.close()
 
 
-def cpu_seconds(pid: int) -> float:
-    """Of one process: what it waits for while others have the CPU is not counted."""
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+def seconds_in_line(pid: int) -> float:
+    """What a process has waited for a CPU while others had them, by the kernel's own account of its first thread."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 def seconds_to_an_answer(address: str, hello: bytes, started: float) -> float:
@@ -63,15 +62,15 @@ def test_R12_a_killed_learner_that_is_started_again_answers_within_a_second(run)
     config = load_config(run.config_file)
     session = _session(config, claim_identity(run.run_dir / "generators", "g"))
     hello = encode(session._current_hello(), max_bytes=2**20)
-    took_s, used_s = [], []
+    took_s, alone_s = [], []
     for _ in range(RESTARTS):
         learner.signal(signal.SIGKILL)
         learner.process.wait()
         started = time.monotonic()
         learner = run.learner()
         took_s.append(seconds_to_an_answer(config.transport.address, hello, started))
-        used_s.append(cpu_seconds(learner.pid))
-    assert min(used_s) < ANSWER_S, f"in seconds of CPU: {used_s}; of the clock: {took_s}"
+        alone_s.append(took_s[-1] - seconds_in_line(learner.pid))
+    assert min(alone_s) < ANSWER_S, f"in seconds: {took_s}, and without waiting for others: {alone_s}"
     assert max(took_s) < ANSWER_S + LATE_S
 
 

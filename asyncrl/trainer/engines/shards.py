@@ -30,6 +30,7 @@ from asyncrl.storage.tensor_files import (
     write_tensors,
 )
 from asyncrl.trainer.engines.part import local
+from asyncrl.weights.bytes.shards import part_of_rows
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -79,8 +80,7 @@ def piece_to_write(tensor: Tensor, rank: int) -> HeldPiece | None:
         if placement == Replicate():
             copies, own = copies * size, own * size + number
     if copies > 1:
-        rows = extent.shape[0]
-        first, stop = rows * own // copies, rows * (own + 1) // copies
+        first, stop = part_of_rows(extent.shape[0], own, copies)
         shape, offsets = (stop - first, *extent.shape[1:]), (extent.offsets[0] + first, *extent.offsets[1:])
         extent, held = Extent(extent.whole, offsets, shape), held[first:stop]
     return HeldPiece(extent, held) if held.numel() else None

@@ -51,6 +51,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def part_of_rows(count: int, number: int, parts: int) -> tuple[int, int]:
+    """(first, stop) of one of `parts` equal parts of `count` rows that as many ranks hold."""
+    return count * number // parts, count * (number + 1) // parts
+
+
 def rows_of(tensor: torch.Tensor, run: Run) -> slice:
     """Which of the rows that this rank holds of a tensor are those of `run`."""
     shape = run.entry.shape
@@ -91,7 +96,7 @@ def _shares(entry: TensorEntry, holders: Sequence[Sequence[int]]) -> list[tuple[
     for index, ranks in enumerate(holders):
         first, count = min(index * chunk, rows), min(chunk, max(0, rows - index * chunk))
         for number, rank in enumerate(ranks):
-            low, high = (first + count * part // len(ranks) for part in (number, number + 1))
+            low, high = (first + row for row in part_of_rows(count, number, len(ranks)))
             if low < high:
                 size = aligned(entry.num_bytes) if high == rows else high * row_bytes
                 shares.append((rank, entry.offset + low * row_bytes, entry.offset + size))

@@ -77,7 +77,8 @@ MUTANTS = {
     "kl_per_rank": "kl_in_reward",
 }
 REPLICA_MUTANTS = {"replicas_by_themselves": "grpo"}
-VARIANTS = {"summed_each_pass": "ppo_shared_trunk"}  # of an engine that are no configuration
+# Of an engine, as it is on a GPU.
+VARIANTS = {"summed_each_pass": "ppo_shared_trunk", "summed_each_pass_offloaded": "offloaded"}
 SEQUENCE_MUTANTS = {
     "inputs_of_another_slice": "grpo",
     "positions_of_another_slice": "grpo",

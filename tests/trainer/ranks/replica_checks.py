@@ -32,6 +32,7 @@ from tests.trainer.ranks.loading_program import differences
 BUCKET_BYTES = 2048
 FLOAT32 = {"full": Case(PPO, dtype=torch.float32), "lora": Case(LORA, dtype=torch.float32)}
 LOADED = ("own critic", "lora in bfloat16")
+REFUSED = {"the policy": "lora", "the reference policy": "tied"}  # what is compared first, and in which case
 STEPS = 2
 
 
@@ -41,7 +42,7 @@ def look_at_replicas(world: World, folder: Path) -> list[dict[str, Any]]:
     seen = {
         "sent": {"full": sent(full, world), "lora": sent(lora, world)},
         "loaded": {name: differences(name, folder, world) for name in LOADED if (folder / name).is_dir()},
-        "other files": refused_files(world, folder),
+        "other files": {of: refused_files(name, world, folder) for of, name in REFUSED.items()},
         "norms": agreed(world),
         "diverged": {name: diverged(name, full) for name in ("weights", "moments", "critic")},
         "checkpoint": checkpoint(full, world, folder),
@@ -79,10 +80,10 @@ def sent(runner: StepRunner, world: World) -> dict[str, Any]:
     }
 
 
-def refused_files(world: World, folder: Path) -> str:
+def refused_files(name: str, world: World, folder: Path) -> str:
     """What is said where the hosts of the last replica have another model than the others."""
     is_last = world.rank >= world.size - world.size // world.num_replicas
-    config = loading_cases.config_of("lora", folder / ("other" if is_last else "lora in bfloat16"))
+    config = loading_cases.config_of(name, folder / ("other" if is_last else "lora in bfloat16"))
     try:
         load_fsdp_engines(config, CPU, world)
     except AsyncRLError as error:

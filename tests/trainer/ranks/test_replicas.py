@@ -80,9 +80,9 @@ def check_divergence(ranks, last: int, first: int) -> None:
             assert rank["diverged"][what].startswith(
                 f"trainer rank {last} and rank {first} differ in their slice of {name} ("
             )
-        other = rank["other files"]
-        assert other.startswith("ConfigError: trainer rank ") and " of the policy (" in other
-        assert other.endswith("): their hosts have different files; give all of them one model folder")
+        for of, said in rank["other files"].items():
+            assert said.startswith("ConfigError: trainer rank ") and f" of {of} (" in said
+            assert said.endswith("): their hosts have different files; give all of them one model folder")
 
 
 def check_checkpoints(ranks) -> None:

@@ -167,7 +167,7 @@ def spoil(mutant: str, runner: StepRunner):
             preparation._ranks = OneRank()
         case "replicas_by_themselves":
             pass  # see spoil_models
-        case "summed_each_pass":  # as on a GPU; this must be right
+        case "summed_each_pass" | "summed_each_pass_offloaded":  # this must be right
             for engine in runner.engines.all:
                 engine.sums_each_pass = True
         case _:
