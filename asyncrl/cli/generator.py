@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 from asyncrl.cli.common import command
 from asyncrl.config import Config
+from asyncrl.host.processes import leave, work_goes_on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (`asyncrl.cli.common.EXIT_CODES`)."""
-    return command("generator", argv, _start)
+    code = command("generator", argv, _start)
+    if work_goes_on():
+        leave(code)  # a signal came while the engine was being imported
+    return code
 
 
 def _start(config: Config) -> int:

@@ -108,7 +108,8 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
             write_finished(run_dir, config, state.policy.trained)
     from asyncrl.report.summary import report  # not at the start, which generators wait for
 
-    report(run_dir)  # summary.json, the picture, and the last lines on the terminal
+    # summary.json, the picture, and the last lines on the terminal; whoever stops a run does not wait for a picture.
+    report(run_dir, with_picture=stop.received is None)
     return code
 
 

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 END_TIMEOUT_S = 5.0
+UNSTOPPABLE_THREAD = "asyncrl: start engine"  # it imports vLLM, which takes seconds and cannot be broken off
 
 
 def cpu_problem(cpus: list[int], key: str) -> str | None:
@@ -124,6 +125,11 @@ def child_environment(threads: int, **changes: str) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         **changes,
     }
+
+
+def work_goes_on() -> bool:
+    """Whether a thread that nobody can stop is still at work: the interpreter's own end would wait for it."""
+    return any(thread.name == UNSTOPPABLE_THREAD for thread in threading.enumerate())
 
 
 def leave(code: int) -> NoReturn:

@@ -33,10 +33,11 @@ def test_one_command_trains_mends_a_dead_generator_and_ends_within_10_s_of_a_sig
     began = time.monotonic()
     command.signal(signal.SIGINT)
     assert command.exit_code() == 0
-    assert time.monotonic() - began < STOP_S
+    assert time.monotonic() - began < STOP_S, command.last_words()
     assert run.processes() == {}
     assert (run.run_dir / "checkpoints").is_dir()
     assert "checkpoint of version" in command.stderr
+    assert f"picture      python -m asyncrl.report.summary {run.run_dir} draws it" in command.stdout
     check_every_ordinal_once(run, max(record["version"] for record in run.records("step")))
 
 
@@ -51,6 +52,7 @@ def test_nothing_is_left_when_it_is_ended_while_all_are_starting(make_run, numbe
     assert command.exit_code() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
     wait_until(lambda: not run.processes(), 10.0, f"the end of {run.processes()}")
     assert time.monotonic() - began < STOP_S
+    assert "did not end in time" not in command.stderr, command.last_words()
 
 
 def test_a_generator_that_cannot_start_ends_the_run_and_says_why(make_run):

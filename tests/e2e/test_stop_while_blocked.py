@@ -16,7 +16,6 @@ pytestmark = pytest.mark.slow
 LEARNER_END_S = 5.0  # it waits for nothing of the task's
 GENERATOR_END_S = 8.0  # generator.drain_timeout_s and 2 s
 NOT_READY_S = 3600.0
-IMPORT_S = 45.0  # of vLLM, beside other tests: one that has begun is not broken off
 
 
 def blocked_run(make_run, folder: Path, **args: object) -> Run:
@@ -33,11 +32,11 @@ def wait_for_block(folder: Path, daemon: Daemon, others: int = 0) -> None:
     wait_until(lambda: len(list(folder.iterdir())) > others, START_S, "a call that blocks", [daemon])
 
 
-def check_end(run: Run, daemon: Daemon, limit_s: float, late_s: float = LATE_S) -> None:
+def check_end(run: Run, daemon: Daemon, limit_s: float) -> None:
     stopped_at = time.monotonic()
     daemon.signal(signal.SIGTERM)
     assert daemon.exit_code() == 0, daemon.last_words()
-    assert time.monotonic() - stopped_at < limit_s + late_s, daemon.last_words()
+    assert time.monotonic() - stopped_at < limit_s + LATE_S, daemon.last_words()
     assert "Traceback" not in daemon.stderr and " ERROR " not in daemon.stderr, daemon.last_words()
 
 
@@ -57,7 +56,7 @@ def test_the_generator_ends_while_the_constructor_blocks_in_its_reward_worker(ma
     wait_for_block(tmp_path / "marks", learner)
     generator = run.generator()
     wait_for_block(tmp_path / "marks", generator, others=1)
-    check_end(run, generator, GENERATOR_END_S, IMPORT_S)
+    check_end(run, generator, GENERATOR_END_S)  # in the middle of vLLM's import, which nobody can break off
     check_end(run, learner, LEARNER_END_S)
     assert run.processes() == {}
 

@@ -46,7 +46,7 @@ REPORT_SLACK_S = 0.7
 POLL_FIRST_S, POLL_MAX_S = 0.002, 0.05
 GPU_POLL_S = 0.05  # on GPUs vLLM prepares a step while the one before runs, and each question to workers stops that
 RPC_TIMEOUT_S = 5.0
-STOP_BUILDING_TIMEOUT_S = 8.0
+STOP_BUILDING_TIMEOUT_S = 1.0
 UNTOUCHED = "nothing is staged, the weights in use are untouched"
 TAINTED = "the engine is tainted: what it sampled is lost, and it samples nothing until a full sync"
 SHUTDOWN_TIMEOUT_S = 0.5  # the engine's processes hold nothing that a kill could damage
@@ -72,6 +72,7 @@ class VLLMEngine:
         self._worker_extension = worker_extension
         self._llm: Any = None
         self._building: asyncio.Future[Any] | None = None
+        self._given_up = False  # nobody waits for what `_building` brings
         self._version: int | None = None
         self._tainted = False
         self._dead: str | None = None
@@ -157,9 +158,13 @@ class VLLMEngine:
         try:
             config = AsyncEngineArgs(**arguments).create_engine_config()
             with forked_engine() if fork else contextlib.nullcontext():
-                return Engine.from_vllm_config(config, disable_log_stats=True)
+                llm = Engine.from_vllm_config(config, disable_log_stats=True)
         except Exception as error:
             raise EngineError(f"vLLM did not start: {error}; its log tells why") from error
+        if self._given_up:
+            llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+            raise EngineError("the engine was closed before it had started")
+        return llm
 
     async def close(self) -> None:
         """End the engine's processes. Idempotent."""
@@ -175,7 +180,11 @@ class VLLMEngine:
         await asyncio.to_thread(llm.shutdown, timeout=SHUTDOWN_TIMEOUT_S)
 
     async def _stop_building(self) -> None:
-        """A start under way ends soon once its process is gone; the thread that waits for it cannot be cancelled."""
+        """Ends a start under way by the end of its process, and gives up waiting for one that has none yet.
+
+        The thread of the start cannot be cancelled, and an import takes seconds. It goes on without us: `_build` ends
+        the engine that it may still start, and a command leaves without it (`work_goes_on`).
+        """
         building, self._building = self._building, None
         if building is None:
             return
@@ -184,6 +193,7 @@ class VLLMEngine:
             for child in multiprocessing.active_children():
                 child.kill()
             await asyncio.wait([building], timeout=POLL_MAX_S)
+        self._given_up = not building.done()
         if building.done() and building.exception() is None:
             self._llm = building.result()
 

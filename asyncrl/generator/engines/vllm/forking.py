@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from asyncrl.generator.engines.vllm.options import EngineOptions, follow_parent
+from asyncrl.host.processes import UNSTOPPABLE_THREAD
 
 _T = TypeVar("_T")
 
@@ -136,5 +137,5 @@ def in_thread(work: Callable[[], _T]) -> asyncio.Future[_T]:
             loop.call_soon_threadsafe(settle, result, error)
 
     # No daemon: Python must not end in the middle of an import, which is C++ that does not expect it.
-    threading.Thread(target=run, name="asyncrl: start engine").start()
+    threading.Thread(target=run, name=UNSTOPPABLE_THREAD).start()
     return future
