@@ -93,8 +93,14 @@ class Lease:
 # float32; a reward of 1e38 would make every step of its batch infinite.
 MAX_ABS_REWARD = 1e6
 MAX_REWARD_PARTS = 16  # with names of 40 characters they still fit into what a rollout may weigh on the wire
+MAX_PART_NAME = 40
 REWARD_PART_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}")
 REWARD_PART_NAME_RULE = "up to 40 letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a part of a reward may be called so. In a mix the name of the task and "/" stand before it."""
+    return len(name) <= MAX_PART_NAME and all(REWARD_PART_NAME.fullmatch(each) for each in name.split("/", 1))
 
 
 def weighted_sum(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -116,7 +122,7 @@ def reward_parts_problem(parts: Mapping[str, float]) -> str:
     if len(parts) > MAX_REWARD_PARTS:
         return f"the reward has {len(parts)} parts; at most {MAX_REWARD_PARTS} are allowed"
     for name, value in parts.items():
-        if not REWARD_PART_NAME.fullmatch(name):
+        if not is_part_name(name):
             return f"reward part {name!r:.100} must be named by {REWARD_PART_NAME_RULE}: metrics are named after it"
         if problem := reward_problem(value, f"reward part {name}"):
             return problem

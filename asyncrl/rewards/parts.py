@@ -26,6 +26,7 @@ import concurrent.futures
 import difflib
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ from asyncrl.types import (
     MAX_REWARD_PARTS,
     REWARD_PART_NAME,
     REWARD_PART_NAME_RULE,
+    is_part_name,
     reward_parts_problem,
     reward_problem,
     weighted_sum,
@@ -75,8 +77,9 @@ def check_reward_parts(
     """
     problems = [problem for name, spec in parts.items() for problem in _problems_of(name, spec, reward_timeout_s)]
     problems += _task_part_problems(task_parts or ())
-    if (count := len(parts) + len(task_parts or ())) > MAX_REWARD_PARTS:
-        own = f", and the task has {len(task_parts)} of its own" if task_parts else ""
+    num_own = _most_at_once(task_parts or ())
+    if (count := len(parts) + num_own) > MAX_REWARD_PARTS:
+        own = f", and the task has {num_own} of its own" if num_own else ""
         problems.append(f"reward.parts has {len(parts)} parts{own}: {count} of at most {MAX_REWARD_PARTS}")
     problems += [
         f"reward.parts.{name}: the task has a part of this name already; choose another"
@@ -86,11 +89,16 @@ def check_reward_parts(
     return problems + [problem for name, weight in weights.items() for problem in _weight_problems(name, weight, known)]
 
 
+def _most_at_once(names: Collection[str]) -> int:
+    """How many of a task's parts one reward may have: of a mix, those of one task."""
+    return max(Counter(str(name).rpartition("/")[0] for name in names).values(), default=0)
+
+
 def _task_part_problems(names: Collection[str]) -> list[str]:
     return [
         f"the task's reward part {name!r:.100} must be named by {REWARD_PART_NAME_RULE}: metrics are named after it"
         for name in names
-        if not isinstance(name, str) or not REWARD_PART_NAME.fullmatch(name)
+        if not isinstance(name, str) or not is_part_name(name)
     ]
 
 
@@ -225,6 +233,8 @@ class RewardParts:
         finally:
             for request in requests.values():
                 request.cancel()
+        if not values:
+            raise RewardError("the reward has no parts: the task gives none, and reward.parts is empty")
         if problem := reward_parts_problem(values) or reward_problem(
             weighted_sum(values, self._weights), "weighted sum of the reward's parts"
         ):
@@ -245,7 +255,8 @@ class RewardParts:
         """The task's own names are known for certain only now, unless it declares them."""
         if taken := own.keys() & (self._local.keys() | self._remote.keys()):
             raise RewardError(f"reward.parts.{min(taken)}: the task has a part of this name too; choose another")
-        names = set(getattr(self._task, "part_names", own))
+        said = getattr(self._task, "part_names", None)
+        names = set(own if said is None else said)
         if missing := self._named_by_weights - names:
             raise RewardError(
                 f"reward.weights.{min(missing)}: there is no such part; the task has {', '.join(sorted(names))}"

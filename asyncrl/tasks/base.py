@@ -42,7 +42,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
@@ -62,10 +62,12 @@ class Example:
     prompt is plain text, or chat messages (`{"role": ..., "content": ...}`) for the tokenizer's chat template.
     payload travels with the lease: texts, numbers, booleans, None, bytes, and lists and dicts of them, with texts for
     keys. Numbers of numpy are converted, tuples become lists, and anything else is refused by its key.
+    chat_template_args are handed to the chat template, such as {"enable_thinking": False}.
     """
 
     prompt: str | Messages
     payload: dict[str, Any] = field(default_factory=dict)
+    chat_template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -115,9 +117,12 @@ def load_task(path: str, args: dict[str, Any]) -> Task:
 def checked_reward(task: Task, completion: str, payload: dict[str, Any]) -> dict[str, float]:
     """The parts of the reward of one completion, each a finite float, and their sum too.
 
-    Raises RewardError when the task returned anything else; lets through what the task raises.
+    None at all is for tasks that have part_names: reward.parts make the whole reward then. Raises RewardError when the
+    task returned anything else; lets through what the task raises.
     """
     parts = awaited(task.reward(completion, payload))
+    if parts == {} and hasattr(task, "part_names"):
+        return {}
     checked = parts if _is_plain(parts) else _as_floats(parts)
     if not math.isfinite(sum(checked.values())):
         raise RewardError(f"reward parts must be finite, and so must their sum: {_shown(checked)}")

@@ -108,7 +108,8 @@ def _tokenizer_settings(config: Config) -> list[Setting]:
 def _source_settings(config: Config) -> list[Setting]:
     """The digest of every module that the task and reward functions are made of."""
     found: dict[str, str] = {}
-    for name in dict.fromkeys([config.task.path.partition(":")[0], *_modules_in(config.reward.parts)]):
+    named = [*_modules_in(config.task.args), *_modules_in(config.reward.parts)]
+    for name in dict.fromkeys([config.task.path.partition(":")[0], *named]):
         found.update(source_digests(name))
     return [Setting(f"file {name} (source)", digest) for name, digest in sorted(found.items())]
 

@@ -10,29 +10,23 @@ or, with `chat`, the question and a sentence on the form of the answer as one us
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
-from collections.abc import Iterable
 from decimal import Decimal
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from asyncrl.errors import TaskError
 from asyncrl.tasks.base import Example, Messages
+from asyncrl.tasks.data.answers import DIGITS, last_number
+from asyncrl.tasks.data.records import Table, is_local, open_table, usable
 from asyncrl.tasks.payloads import checked_text
 from asyncrl.tasks.shaping import has_form
 
 CHAT_INSTRUCTION = "Reason step by step. Write the answer alone on the last line, in the form: #### 42"
 MAX_HELD_OUT = 512
-MAX_LEFT_OUT = 16  # records that cannot be used: more than this, and more than a quarter of all, is an error
-MAX_LEFT_OUT_SHARE = 0.25
+HUB_SUBSET = "main"
 
-# 1,234.50 or 1234.50 or .5; a sign, before or after a $, counts unless it stands between two numbers (10-5).
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"((?<![\w.)])[-−]\$?|(?<![\w.)])\$-)?({_DIGITS})")
-_FINAL_LINE = rf"(?:.*\n)?#### ?-?\$?-?(?:{_DIGITS})"
+_FINAL_LINE = rf"(?:.*\n)?#### ?-?\$?-?(?:{DIGITS})"
 _CALCULATION = re.compile(r"<<[^>]*>>")
 
 
@@ -91,13 +85,13 @@ class Gsm8k:
     @cached_property
     def _splits(self) -> tuple[list[dict[str, str]], list[dict[str, str]], list[str]]:
         """Training and held-out records, and what was left out of them."""
-        if not _is_file_name(self._path):
-            train, left_out = _hub_records(self._path, "train")
-            test, more = _file_records(self._eval_path) if self._eval_path else _hub_records(self._path, "test")
-            return train, test, left_out + more
-        records, left_out = _file_records(self._path)
+        table = _open(self._path)
+        records, left_out = _records(table)
         if self._eval_path:
-            test, more = _file_records(self._eval_path)
+            test, more = _records(_open(self._eval_path))
+            return records, test, left_out + more
+        if not is_local(self._path):
+            test, more = _records(_open(self._path, "test"))
             return records, test, left_out + more
         # One at least, if one is left to train on: a run without any evaluation shows little.
         num_held_out = min(MAX_HELD_OUT, max(1, len(records) // 10), len(records) - 1)
@@ -123,102 +117,33 @@ def worked_answer(record: dict[str, str]) -> str:
     return "\n" + _CALCULATION.sub("", record["answer"])
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number in the text; commas between thousands and currency signs are no part of it."""
-    number = None
-    for number in _NUMBER.finditer(text):  # noqa: B007 - only the last is wanted
-        pass
-    if number is None:
-        return None
-    value = Decimal(number[2].replace(",", ""))
-    return -value if number[1] else value
-
-
 def read_records(path: str) -> list[dict[str, str]]:
     """Records of a JSON Lines file, each with `question` and `answer`; those that cannot be used are left out.
 
     Raises TaskError naming file and line when no record or less than three quarters can be used.
     """
-    return _file_records(path)[0]
+    return _records(_open(path))[0]
 
 
-def _file_records(path: str) -> tuple[list[dict[str, str]], list[str]]:
-    """The records of a JSON Lines file that can be used, and the others by line and reason."""
-    try:
-        content = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise TaskError(
-            f"{path} cannot be read ({error}); give a JSON Lines file with `question` and `answer`"
-        ) from None
-    # At "\n" alone: JSON texts may hold all else that Unicode calls a line end.
-    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    numbered = ((f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
-    return _usable(path, ((where, _parsed(line)) for where, line in numbered))
+def _open(path: str, split: str = "") -> Table:
+    return open_table(path, split=split) if is_local(path) else open_table(path, HUB_SUBSET, split)
 
 
-def _usable(source: str, records: Iterable[tuple[str, object]]) -> tuple[list[dict[str, str]], list[str]]:
-    """The records that can be used, and the others by place and reason; a record that is a text is itself a reason."""
-    usable: list[dict[str, str]] = []
-    left_out: list[str] = []
-    for where, record in records:
-        if fault := record if isinstance(record, str) else _fault(record):
-            left_out.append(f"{where} {fault}")
-        else:
-            assert isinstance(record, dict), "nothing else is without fault"
-            usable.append(record)
-    if not usable and not left_out:
-        raise TaskError(f"{source} holds no records")
-    if not usable or len(left_out) > max(MAX_LEFT_OUT, MAX_LEFT_OUT_SHARE * (len(usable) + len(left_out))):
-        raise TaskError(
-            f"{len(left_out)} of {len(usable) + len(left_out)} records of {source} cannot be used: "
-            f"{'; '.join(left_out[:3])}{'; ...' if len(left_out) > 3 else ''}"
-        )
-    return usable, left_out
+def _records(table: Table) -> tuple[list[dict[str, str]], list[str]]:
+    """The records that can be used, and the others by place and reason."""
+    return usable(table.name, table.rows(None), _checked)
 
 
-def _parsed(line: bytes) -> object:
-    """What a line holds; a text says why that cannot be read."""
-    try:
-        parsed = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return f"cannot be read: not UTF-8 ({error.reason} at byte {error.start})"
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON: {error}"
-    return parsed if isinstance(parsed, dict) else [parsed]
-
-
-def _fault(record: object) -> str:
-    """Why a record cannot be used; empty where it can."""
+def _checked(record: object) -> dict[str, str]:
+    """The record. Raises TaskError with the reason where it cannot be used."""
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("question", "answer")):
-        return "must be an object with the texts `question` and `answer`"
+        raise TaskError("must be an object with the texts `question` and `answer`")
     if not record["question"].strip():
-        return "has an empty question"
+        raise TaskError("has an empty question")
     try:
         checked_text(record["question"], "its question")
     except TaskError as error:
-        return f"is not text: {error}"
+        raise TaskError(f"is not text: {error}") from None
     if last_number(record["answer"]) is None:
-        return f"has no number in its answer: {record['answer'][-80:]!r}"
-    return ""
-
-
-def _is_file_name(path: str) -> bool:
-    return path.endswith((".json", ".jsonl")) or Path(path).expanduser().is_file()
-
-
-def _hub_records(name: str, split: str) -> tuple[list[dict[str, str]], list[str]]:
-    try:
-        import datasets
-    except ImportError:
-        raise TaskError(
-            f"task.args.path={name} is not a .jsonl file, and reading a Hugging Face data set needs the package "
-            f"`datasets`: pip install datasets, or give a file"
-        ) from None
-    try:
-        loaded = list(datasets.load_dataset(name, "main", split=split))
-    except Exception as error:
-        raise TaskError(
-            f"data set {name!r}, split {split!r}, cannot be loaded ({type(error).__name__}: {error}); "
-            f"give the path of a .jsonl file, or a data set with a configuration `main`"
-        ) from error
-    return _usable(f"{name}, split {split}", ((f"{name}, split {split}, record {n}", r) for n, r in enumerate(loaded)))
+        raise TaskError(f"has no number in its answer: {record['answer'][-80:]!r}")
+    return record

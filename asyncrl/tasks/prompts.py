@@ -113,7 +113,7 @@ class PromptSource:
             if not isinstance(example, Example):
                 raise TaskError(f"it must be an Example, not {type(example).__name__}")
             payload = plain_payload(example.payload, self._max_payload_bytes)
-            token_ids = self.encoder.encode(example.prompt)
+            token_ids = self.encoder.encode(example.prompt, example.chat_template_args)
         except NoChatTemplate:
             raise
         except TaskError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from asyncrl.errors import TaskError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SAMPLES = ("7", "a", "the", ".")  # any text that the vocabulary holds shows what is put around it
+_ALWAYS: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}  # of a chat template
 
 
 class NoChatTemplate(TaskError):
@@ -45,12 +47,15 @@ class PromptEncoder:
             )
         self._check_rows()
 
-    def encode(self, prompt: object) -> list[int]:
-        """Token ids of one prompt: a text, or chat messages.
+    def encode(self, prompt: object, template_args: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+        """Token ids of one prompt: a text, or chat messages, whose template is given `template_args`.
 
         Raises TaskError with the reason when it cannot be one, NoChatTemplate when no chat messages can.
         """
-        token_ids = self._encode_text(prompt) if isinstance(prompt, str) else self._encode_messages(prompt)
+        if isinstance(prompt, str):
+            token_ids = self._encode_text(prompt)
+        else:
+            token_ids = self._encode_messages(prompt, template_args)
         if not token_ids:
             raise TaskError("the prompt has no tokens")
         if self._num_rows is not None and max(token_ids) >= self._num_rows:
@@ -98,16 +103,15 @@ class PromptEncoder:
 
     # -- chat messages ---------------------------------------------------------------------------------------------
 
-    def _encode_messages(self, messages: object) -> list[int]:
+    def _encode_messages(self, messages: object, template_args: Mapping[str, Any]) -> list[int]:
         checked = _checked_messages(messages)
         if self._tokenizer.chat_template is None:
             raise NoChatTemplate(
                 "the task's prompts are chat messages, but the tokenizer has no chat template; use a chat model"
             )
+        self._check_template_args(template_args)
         try:
-            token_ids: Any = self._tokenizer.apply_chat_template(
-                checked, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            token_ids: Any = self._tokenizer.apply_chat_template(checked, **template_args, **_ALWAYS)
         except Exception as error:
             raise TaskError(
                 f"the tokenizer's chat template refuses the messages ({type(error).__name__}: {error})"
@@ -118,6 +122,16 @@ class PromptEncoder:
                 "part for add_generation_prompt?"
             )
         return list(token_ids)
+
+    def _check_template_args(self, template_args: object) -> None:
+        """Raises TaskError for arguments that are not for the template; says which of them it does not use."""
+        if not isinstance(template_args, Mapping):
+            raise TaskError(f"chat_template_args must be a mapping, not {template_args!r:.80}")
+        if taken := template_args.keys() & _ALWAYS.keys():
+            raise TaskError(f"chat_template_args has {min(taken)}, which is {_ALWAYS[min(taken)]} for every prompt")
+        for name in template_args:
+            if str(name) not in str(self._tokenizer.chat_template):
+                self._say_once(f"chat_template_args.{name}: the tokenizer's chat template does not use it")
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
