@@ -182,8 +182,7 @@ class VLLMEngine:
     async def _stop_building(self) -> None:
         """Ends a start under way by the end of its process, and gives up waiting for one that has none yet.
 
-        The thread of the start cannot be cancelled, and an import takes seconds. It goes on without us: `_build` ends
-        the engine that it may still start, and a command leaves without it (`work_goes_on`).
+        Its thread cannot be cancelled: `_build` ends what that may still start, and a command leaves (`work_goes_on`).
         """
         building, self._building = self._building, None
         if building is None:
