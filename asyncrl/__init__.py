@@ -9,7 +9,7 @@ What other programs may build on:
     asyncrl.rewards.base    a kind of reward of one's own
     asyncrl.config          the configuration as dataclasses; `asyncrl.config.loading.load_config` reads a file
     asyncrl.algorithms      advantages, losses, corrections and KL: pure functions of tensors, each with its paper
-    asyncrl.metrics         the records of metrics.jsonl; `asyncrl.report.summary` sums up a run
+    asyncrl.metrics         the records of metrics.jsonl; `asyncrl report` sums up a run
     asyncrl.errors, asyncrl.types
 
     from asyncrl import load_config, run_learner

@@ -124,7 +124,7 @@ GOOD_SAMPLE = """# A heading, with `code`
 
 [here](#a-heading-with-code), [there](CHANGELOG.md), [far](https://example.org/a.py), a file asyncrl/errors.py, one of
 asyncrl/: metrics/types.py, commands: bin/test, .venv/bin/asyncrl-learner configs/quickstart.yaml or configs/my.yaml,
-`python -m asyncrl.report.summary RUN_DIR`, task.path=asyncrl.tasks.arithmetic:Arithmetic, asyncrl.metrics.types.DERIVED
+`python -m asyncrl.metrics.glossary`, task.path=asyncrl.tasks.arithmetic:Arithmetic, asyncrl.metrics.types.DERIVED
 """
 
 

@@ -1,7 +1,10 @@
-"""The command `asyncrl`: a whole run on this host, or the files that start one on a cluster.
+"""The command `asyncrl`: a whole run on this host, the files that start one on a cluster, and what runs came to.
 
     asyncrl run CONFIG [key=value ...]                  learner and generators of this host, as one
     asyncrl launch slurm|kubernetes CONFIG ...          prints a complete, commented file
+    asyncrl report RUN                                  writes report.html and summary.json of a run
+    asyncrl watch RUN [--port PORT]                     the same page live, on loopback
+    asyncrl compare RUN RUN ...                         several runs in one table and on one page
 
 The daemons by themselves are `asyncrl-learner` and `asyncrl-generator`.
 """
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from asyncrl import __version__
 from asyncrl.cli.common import Parser, complain, exit_code_of, is_configuration, named_hardware, shipped_or_given
+from asyncrl.cli.runs.report import compare_command, report_command, watch_command
 from asyncrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from asyncrl.config import Config
 
 PROGRAM = "asyncrl"
+_REPORTING = {"report": report_command, "watch": watch_command, "compare": compare_command}
 EXAMPLE = "asyncrl run configs/quickstart.yaml run.steps=20"
 
 
@@ -41,6 +46,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return _run(given[1:])
     if arguments.command == "launch":
         return _launch(given[1:])
+    if (reporting := _REPORTING.get(arguments.command)) is not None:
+        return reporting(given[1:])
     raise ConfigError(f"give a command, for example: {EXAMPLE}")
 
 
@@ -50,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("run", "launch"),
+        choices=("run", "launch", *_REPORTING),
         help="run: learner and generators of this host, started, watched and stopped as one; launch: prints the file "
-        "that starts a run on a cluster",
+        "that starts a run on a cluster; report: writes the page of a run; watch: serves it live; compare: several",
     )
     return parser
 

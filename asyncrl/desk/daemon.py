@@ -106,10 +106,9 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
             write_finished(run_dir, config, state.policy.trained)
-    from asyncrl.report.summary import report  # not at the start, which generators wait for
+    from asyncrl.report.writing import report  # not at the start, which generators wait for
 
-    # summary.json, the picture, and the last lines on the terminal; whoever stops a run does not wait for a picture.
-    report(run_dir, with_picture=stop.received is None)
+    report(run_dir)  # summary.json, report.html, and the last lines on the terminal
     return code
 
 

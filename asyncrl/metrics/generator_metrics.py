@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from asyncrl.metrics.types import metric
+from asyncrl.metrics.declaring import metric
 
 
 @dataclass(slots=True, kw_only=True)

@@ -25,7 +25,7 @@ USAGE = "usage: python -m asyncrl.metrics.glossary [--write]"
 
 @dataclass(frozen=True, slots=True)
 class GlossaryEntry:
-    """One metric as the page shows it. `shown` names the places: line, summary, picture, alarm."""
+    """One metric as the page shows it. `shown` names the places: line, summary, report, alarm."""
 
     name: str
     unit: str

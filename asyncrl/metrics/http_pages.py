@@ -1,22 +1,19 @@
 """`/healthz` and `/metrics` of a daemon, over HTTP, from a thread of their own.
 
-The daemon's event loop only writes down what it does (`Pulse`, `Exposition`); it never waits for a reader. A reader has
-CLIENT_TIMEOUT_S for the whole exchange, and when there are too many, the one that is there longest goes.
+The daemon's event loop only writes down what it does (`Pulse`, `Exposition`); it never waits for a reader.
 
 Nothing secret is here, and no text of a prompt or completion: whoever reaches the address may read it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
 import os
 import resource
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -26,14 +23,11 @@ from asyncrl.errors import ConfigError
 from asyncrl.host.addresses import AUTO, OFF, http_address
 from asyncrl.metrics.exposition import CONTENT_TYPE, Exposition, Family
 from asyncrl.metrics.health import STALL_S, Pulse
+from asyncrl.metrics.http_server import HttpAnswer, HttpServer, Page
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-CLIENT_TIMEOUT_S = 5.0
-CLOSE_TIMEOUT_S = 2.0
-MAX_CLIENTS = 16
-MAX_REQUEST_BYTES = 8192
 FOLDER = "http"  # in run.dir: one file for each daemon, which Prometheus reads by file_sd_configs
 
 
@@ -46,7 +40,7 @@ class Vitals:
     pulse: Pulse
     figures: Exposition
 
-    def health(self) -> tuple[HTTPStatus, str, str]:
+    def health(self) -> HttpAnswer:
         """The answer to /healthz: 200 while the event loop turns, else 503; as JSON what the daemon does."""
         health = self.pulse.look()
         told = {
@@ -61,11 +55,12 @@ class Vitals:
             "pid": os.getpid(),
         }
         status = HTTPStatus.OK if health.turns else HTTPStatus.SERVICE_UNAVAILABLE
-        return status, "application/json", json.dumps(told) + "\n"
+        return HttpAnswer(status, "application/json", f"{json.dumps(told)}\n".encode())
 
-    def metrics(self) -> tuple[HTTPStatus, str, str]:
+    def metrics(self) -> HttpAnswer:
         """The answer to /metrics."""
-        return HTTPStatus.OK, CONTENT_TYPE, self.figures.render([*self._own(), *_process()])
+        page = self.figures.render([*self._own(), *_process()])
+        return HttpAnswer(HTTPStatus.OK, CONTENT_TYPE, page.encode())
 
     def _own(self) -> Iterator[Family]:
         health = self.pulse.look()
@@ -94,18 +89,12 @@ class HttpPages:
 
     def __init__(self, listening: socket.socket, vitals: Vitals, told: Path) -> None:
         """listening: a bound socket, which this closes. told: the file that says where it is, removed at the end."""
-        self.address: tuple[str, int] = listening.getsockname()[:2]
-        self._socket = listening
-        self._pages: dict[str, Callable[[], tuple[HTTPStatus, str, str]]] = {
-            "/healthz": vitals.health,
-            "/metrics": vitals.metrics,
+        pages: dict[str, Page] = {
+            "/healthz": lambda request: vitals.health(),
+            "/metrics": lambda request: vitals.metrics(),
         }
+        self.server = HttpServer(listening, pages)
         self._told = told
-        self._clients: dict[asyncio.StreamWriter, None] = {}  # the one that is there longest first
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        # A daemon thread: a process that ends without `close` does not wait for readers.
-        self._thread = threading.Thread(target=self._run, name="http pages", daemon=True)
 
     @classmethod
     def open(cls, address: str, key: str, vitals: Vitals, run_dir: Path) -> HttpPages | None:
@@ -126,26 +115,23 @@ class HttpPages:
             ) from error
         pages = cls(listening, vitals, run_dir / FOLDER / f"{vitals.daemon}.json")
         pages._tell(vitals)
-        pages._thread.start()
+        pages.server.start()
         return pages
 
     @property
-    def url(self) -> str:
-        """Where the pages are, without their names."""
-        host, port = self.address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    def address(self) -> tuple[str, int]:
+        """Host and port of the pages."""
+        return self.server.address
 
     def close(self) -> None:
         """Ends the thread; readers that are at it are cut off."""
         self._told.unlink(missing_ok=True)
-        with contextlib.suppress(RuntimeError):  # the loop ended by itself
-            self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(CLOSE_TIMEOUT_S)
+        self.server.close()
 
     def _tell(self, vitals: Vitals) -> None:
         """Logs the address and writes it where Prometheus can read it; a disk that refuses costs that file alone."""
-        log.info("health and metrics: %s/healthz and /metrics", self.url)
-        target = self.url.removeprefix("http://")
+        log.info("health and metrics: %s/healthz and /metrics", self.server.url)
+        target = self.server.url.removeprefix("http://")
         labels = {"run": vitals.run, "daemon": vitals.daemon, "host": socket.gethostname()}
         try:
             self._told.parent.mkdir(parents=True, exist_ok=True)
@@ -154,51 +140,3 @@ class HttpPages:
             fresh.replace(self._told)
         except OSError as error:
             log.warning("%s cannot be written (%s)", self._told, error)
-
-    # -- in the thread ---------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve())
-
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._client, sock=self._socket, limit=MAX_REQUEST_BYTES)
-        await self._stop.wait()
-        server.close()
-        for writer in list(self._clients):
-            writer.transport.abort()
-
-    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._clients) >= MAX_CLIENTS:
-            next(iter(self._clients)).transport.abort()
-        self._clients[writer] = None
-        try:
-            async with asyncio.timeout(CLIENT_TIMEOUT_S):
-                writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
-                writer.close()
-                await writer.wait_closed()
-        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # the reader left, dawdled or sent no request; it has no answer to expect
-        finally:
-            self._clients.pop(writer, None)
-            writer.transport.abort()
-
-    def _answer(self, request: bytes) -> bytes:
-        method, _, rest = request.split(b"\r\n", 1)[0].decode("latin-1").partition(" ")
-        page = self._pages.get(rest.partition(" ")[0].partition("?")[0])
-        if method not in ("GET", "HEAD"):
-            status, kind, text = _plain(HTTPStatus.METHOD_NOT_ALLOWED, "GET or HEAD")
-        elif page is None:
-            status, kind, text = _plain(HTTPStatus.NOT_FOUND, f"there are {' and '.join(self._pages)}")
-        else:
-            status, kind, text = page()
-        body = text.encode()
-        head = (
-            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-            "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
-        )
-        return head.encode() + (b"" if method == "HEAD" else body)
-
-
-def _plain(status: HTTPStatus, text: str) -> tuple[HTTPStatus, str, str]:
-    return status, "text/plain", f"{text}\n"

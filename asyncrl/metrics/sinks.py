@@ -77,7 +77,7 @@ class JsonlSink:
         """wall_s, in seconds, of the newest line that has one; 0.0 in a new file."""
         self._file.seek(max(0, self._good_bytes - TAIL_BYTES))
         for line in reversed(self._file.read().splitlines()):
-            record = _parsed(line)
+            record = parse_record(line)
             if record is not None and record.get("wall_s") is not None:
                 return float(record["wall_s"])
         return 0.0
@@ -91,7 +91,7 @@ class JsonlSink:
         torn = tail[tail.rfind(b"\n") + 1 :]
         if not torn:
             return size
-        if _parsed(torn) is not None:  # only its line end is missing
+        if parse_record(torn) is not None:  # only its line end is missing
             return size + self._file.write(b"\n")
         self._file.truncate(size - len(torn))
         log.warning("%s: removed a line that a crash had cut short", self.path)
@@ -121,7 +121,7 @@ def iterate_records(path: Path) -> Iterator[dict[str, Any] | None]:
     with path.open("rb") as file:
         for line in file:
             if line.strip():
-                yield _parsed(line)
+                yield parse_record(line)
 
 
 def newest_version(path: Path, kind: str) -> int:
@@ -132,7 +132,7 @@ def newest_version(path: Path, kind: str) -> int:
     try:
         with path.open("rb") as file:
             for line in _lines_backwards(file):
-                record = _parsed(line)
+                record = parse_record(line)
                 if record is not None and record.get("kind") == kind and isinstance(record.get("version"), int):
                     return int(record["version"])
     except FileNotFoundError:
@@ -152,7 +152,8 @@ def _lines_backwards(file: IO[bytes]) -> Iterator[bytes]:
     yield rest
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record that a line of a metrics file holds; None for a line that cannot be read."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -9,49 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
+
+from asyncrl.metrics.declaring import LINE, REPORT, SUMMARY, Derived, metric
 
 # Prefixes in the flat figures of a trainer's StepDone.
 REWARD_PART = "reward_part/"  # reward_part/NAME: the mean of one reward part
 AGE_PART = "age/"  # age/BUCKET/NAME: a figure over the tokens of one bucket of policy ages
 
-# Where a figure is shown besides metrics.jsonl (and Weights & Biases); alarms know their figures themselves.
-LINE = "line"  # the progress line of a step, or the line of an evaluation
-SUMMARY = "summary"  # summary.json, as it is or summed up over the run
-PICTURE = "picture"  # report.png
-
-
-def metric(
-    unit: str, sentence: str, default: Any = MISSING, *, shown: tuple[str, ...] = (), adds_up: bool = False
-) -> Any:
-    """Declares one figure: its unit, the sentence that defines it, and where it is shown.
-
-    adds_up says that the figures of several records make a total: Prometheus gets a counter. A list or dict default is
-    a new, empty one for each instance.
-    """
-    metadata = {"unit": unit, "sentence": sentence, "shown": shown, "adds_up": adds_up}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=type(default), metadata=metadata)
-    if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, slots=True)
-class Derived:
-    """How a property of StepMetrics is declared; the property's docstring is its sentence."""
-
-    unit: str
-    shown: tuple[str, ...] = ()
-
-
 DERIVED = {
-    "tokens_generated_per_s": Derived("tokens/s", (LINE, SUMMARY, PICTURE)),
-    "tokens_trained_per_s": Derived("tokens/s", (LINE, SUMMARY, PICTURE)),
-    "learner_idle_share": Derived("share", (LINE, SUMMARY, PICTURE)),
-    "generator_idle_share": Derived("share", (LINE, SUMMARY, PICTURE)),
-    "lost_share": Derived("share"),
+    "tokens_generated_per_s": Derived("tokens/s", (LINE, SUMMARY, REPORT)),
+    "tokens_trained_per_s": Derived("tokens/s", (LINE, SUMMARY, REPORT)),
+    "learner_idle_share": Derived("share", (LINE, SUMMARY, REPORT)),
+    "generator_idle_share": Derived("share", (LINE, SUMMARY, REPORT)),
+    "lost_share": Derived("share", (REPORT,)),
     "filtered_token_share": Derived("share", (SUMMARY,)),
 }
 
@@ -68,24 +40,29 @@ class StepMetrics:
 
     kind: ClassVar[str] = "step"
 
-    version: int = metric("steps", "Policy version that this step made.", shown=(LINE, SUMMARY, PICTURE))
+    version: int = metric("steps", "Policy version that this step made.", shown=(LINE, SUMMARY, REPORT))
     interval_s: float = metric(
         "s",
         "Time since the previous step ended; for the first step, since the trainer was ready.",
-        shown=(SUMMARY,),
+        shown=(SUMMARY, REPORT),
         adds_up=True,
     )
     wall_s: float | None = metric(
-        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, PICTURE)
+        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, REPORT)
     )
     step_s: float | None = metric(
-        "s", "Time of this step's forward passes, backward passes and optimizer.", None, adds_up=True
+        "s", "Time of this step's forward passes, backward passes and optimizer.", None, shown=(REPORT,), adds_up=True
     )
 
-    reward_mean: float = metric("reward", "Mean reward of the rollouts in this batch.", shown=(LINE, SUMMARY, PICTURE))
-    reward_std: float = metric("reward", "Standard deviation of the reward over all rollouts in this batch.")
+    reward_mean: float = metric("reward", "Mean reward of the rollouts in this batch.", shown=(LINE, SUMMARY, REPORT))
+    reward_std: float = metric(
+        "reward", "Standard deviation of the reward over all rollouts in this batch.", shown=(REPORT,)
+    )
     reward_parts: dict[str, float] = metric(
-        "reward", "Mean of each named part of the reward over the rollouts that have it, before its weight.", {}
+        "reward",
+        "Mean of each named part of the reward over the rollouts that have it, before its weight.",
+        {},
+        shown=(REPORT,),
     )
     groups_zero_variance: int = metric(
         "groups",
@@ -97,14 +74,20 @@ class StepMetrics:
         "share",
         "groups_zero_variance / groups in this batch, where algorithm.advantage compares rewards within groups.",
         None,
+        shown=(REPORT,),
     )
-    completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions in this batch.", None)
+    completion_tokens_mean: float | None = metric(
+        "tokens", "Mean length of the completions in this batch.", None, shown=(REPORT,)
+    )
     truncated_share: float | None = metric(
-        "share", "Completions that were cut off at sampling.max_new_tokens / completions in this batch.", None
+        "share",
+        "Completions that were cut off at sampling.max_new_tokens / completions in this batch.",
+        None,
+        shown=(REPORT,),
     )
 
-    policy_age_mean: float = metric("steps", "Mean age of the tokens in this batch.", shown=(LINE, SUMMARY, PICTURE))
-    policy_age_max: int = metric("steps", "Largest age of a token in this batch.", shown=(LINE, SUMMARY, PICTURE))
+    policy_age_mean: float = metric("steps", "Mean age of the tokens in this batch.", shown=(LINE, SUMMARY, REPORT))
+    policy_age_max: int = metric("steps", "Largest age of a token in this batch.", shown=(LINE, SUMMARY, REPORT))
 
     tokens_generated: int = metric(
         "tokens",
@@ -115,21 +98,25 @@ class StepMetrics:
     )
     tokens_trained: int = metric("tokens", "Completion tokens in this batch.", 0, shown=(SUMMARY,), adds_up=True)
     rollouts_acked: int = metric(
-        "rollouts", "Rollouts that were written to the journal and acknowledged.", 0, shown=(SUMMARY,), adds_up=True
+        "rollouts",
+        "Rollouts that were written to the journal and acknowledged.",
+        0,
+        shown=(SUMMARY, REPORT),
+        adds_up=True,
     )
     rollouts_trained: int = metric("rollouts", "Rollouts in this batch.", 0, shown=(SUMMARY,), adds_up=True)
     rollouts_dropped: int = metric(
         "rollouts",
         "Acknowledged rollouts that were thrown away because they were over age.",
         0,
-        shown=(SUMMARY,),
+        shown=(SUMMARY, REPORT),
         adds_up=True,
     )
     groups_filtered: int = metric(
         "groups",
         "Groups with equal rewards that algorithm.dynamic_sampling left out and replaced.",
         0,
-        shown=(SUMMARY,),
+        shown=(SUMMARY, REPORT),
         adds_up=True,
     )
     tokens_filtered: int = metric(
@@ -144,6 +131,7 @@ class StepMetrics:
         "Examples that no prompt could be made of: at fault (the log names each) or longer than "
         "model.max_length - sampling.max_new_tokens.",
         0,
+        shown=(REPORT,),
         adds_up=True,
     )
     dropped_by_length_decile: list[int] = metric(
@@ -151,15 +139,24 @@ class StepMetrics:
         "Rollouts dropped since the learner started, in ten classes: the shortest tenth of all rollouts first, the "
         "longest last.",
         [],
-        shown=(SUMMARY,),
+        shown=(SUMMARY, REPORT),
     )
     rollouts_failed: dict[str, int] = metric(
-        "rollouts", "By reason, the rollouts of leases that ended without a group.", {}, shown=(SUMMARY,), adds_up=True
+        "rollouts",
+        "By reason, the rollouts of leases that ended without a group.",
+        {},
+        shown=(SUMMARY, REPORT),
+        adds_up=True,
     )
-    buffer_groups: int | None = metric("groups", "Groups that wait in the replay buffer at the end of the step.", None)
+    buffer_groups: int | None = metric(
+        "groups", "Groups that wait in the replay buffer at the end of the step.", None, shown=(REPORT,)
+    )
     buffer_bytes: int | None = metric("bytes", "Size of the groups that wait in the replay buffer.", None)
     generators_alive: int | None = metric(
-        "generators", "Generators whose newest beat is within its deadline at the end of the step.", None
+        "generators",
+        "Generators whose newest beat is within its deadline at the end of the step.",
+        None,
+        shown=(REPORT,),
     )
 
     learner_idle_s: float = metric(
@@ -183,7 +180,10 @@ class StepMetrics:
     )
     policy_loss: float | None = metric("nats", "The part of `loss` that is neither KL nor entropy.", None)
     kl_reference: float | None = metric(
-        "nats", "Mean over tokens of the KL to the reference policy, estimated by algorithm.kl_estimator.", None
+        "nats",
+        "Mean over tokens of the KL to the reference policy, estimated by algorithm.kl_estimator.",
+        None,
+        shown=(REPORT,),
     )
     kl_coef: float | None = metric(
         "1",
@@ -194,6 +194,7 @@ class StepMetrics:
         "nats",
         "Mean over tokens of behaviour - current log-prob: estimates the KL from the behaviour to the current policy.",
         None,
+        shown=(REPORT,),
     )
     logprob_gap: float | None = metric("nats", "Mean over tokens of |current - behaviour log-prob|.", None)
     logprob_gap_age0: float | None = metric(
@@ -204,40 +205,42 @@ class StepMetrics:
         "The part of logprob_gap that is there with one version at both ends, rounding on the wire included: "
         "canary_mean_abs_diff of the newest sync.",
         None,
-        shown=(SUMMARY, PICTURE),
+        shown=(SUMMARY, REPORT),
     )
     gap_drift: float | None = metric(
         "nats",
         "The rest of logprob_gap, logprob_gap - gap_engine and at least 0: the policy moved by no less than this.",
         None,
-        shown=(SUMMARY, PICTURE),
+        shown=(SUMMARY, REPORT),
     )
     clip_fraction: float | None = metric(
-        "share", "Tokens whose gradient the clip of the loss removed / tokens.", None, shown=(PICTURE,)
+        "share", "Tokens whose gradient the clip of the loss removed / tokens.", None, shown=(REPORT,)
     )
     cap_fraction: float | None = metric(
         "share", "Tokens whose importance weight algorithm.tis_cap truncated / tokens.", None
     )
     masked_share: float | None = metric(
-        "share", "Tokens that algorithm.masks left out of the loss / tokens.", None, shown=(PICTURE,)
+        "share", "Tokens that algorithm.masks left out of the loss / tokens.", None, shown=(REPORT,)
     )
     ratio_mean: float | None = metric("ratio", "Mean ratio over tokens; 1 when nothing moved.", None)
-    ratio_max: float | None = metric("ratio", "Largest ratio of a token.", None, shown=(PICTURE,))
+    ratio_max: float | None = metric("ratio", "Largest ratio of a token.", None, shown=(REPORT,))
     ess_share: float | None = metric(
         "share",
         "Effective sample size / N of the ratios w: (sum w)^2 / (N sum w^2); 1 when all are equal.",
         None,
-        shown=(SUMMARY, PICTURE),
+        shown=(SUMMARY, REPORT),
     )
     age_health: dict[str, dict[str, float]] = metric(
         "mixed",
         "By the age of the token (0, 1, 2-3, 4-7, ... 64+; ages without tokens are absent): tokens, ratio_mean, "
         "ratio_max, clip_fraction, kl_behaviour, ess_share and masked_share, each as for the whole batch.",
         {},
-        shown=(SUMMARY, PICTURE),
+        shown=(SUMMARY, REPORT),
     )
-    entropy: float | None = metric("nats", "Mean entropy of the current policy at the tokens of this batch.", None)
-    grad_norm: float | None = metric("norm", "L2 norm of the gradient before learner.grad_clip.", None)
+    entropy: float | None = metric(
+        "nats", "Mean entropy of the current policy at the tokens of this batch.", None, shown=(REPORT,)
+    )
+    grad_norm: float | None = metric("norm", "L2 norm of the gradient before learner.grad_clip.", None, shown=(REPORT,))
     lr: float | None = metric("1", "AdamW learning rate of this step, its warm-up included.", None)
     value_loss: float | None = metric(
         "reward^2", "Half the mean squared difference between the critic's values and their targets.", None
@@ -248,6 +251,7 @@ class StepMetrics:
         "1 - variance of (target - value) / variance of target, over tokens; below 0 the critic predicts worse than a "
         "constant.",
         None,
+        shown=(REPORT,),
     )
     value_clip_fraction: float | None = metric(
         "share", "Tokens whose gradient critic.value_clip removed / tokens.", None
@@ -259,7 +263,7 @@ class StepMetrics:
         None,
     )
     alarms: list[str] = metric(
-        "names", "Alarms that are on after this step, by the figure they watch.", [], shown=(LINE, SUMMARY, PICTURE)
+        "names", "Alarms that are on after this step, by the figure they watch.", [], shown=(LINE, SUMMARY, REPORT)
     )
     extra: dict[str, float] = metric(
         "mixed",
@@ -319,15 +323,17 @@ class SyncMetrics:
 
     version: int = metric("steps", "Policy version that was broadcast.")
     total_ms: float = metric(
-        "ms", "Time from the moment the snapshot was ready to the last commit.", shown=(LINE, SUMMARY)
+        "ms", "Time from the moment the snapshot was ready to the last commit.", shown=(LINE, SUMMARY, REPORT)
     )
     generators_committed: int = metric(
         "generators",
         "Generators that hold the version now, which digests and canary proved.",
-        shown=(SUMMARY,),
+        shown=(SUMMARY, REPORT),
     )
-    generators_failed: int = metric("generators", "Generators that the round had to leave out.", 0, adds_up=True)
-    members: list[str] = metric("names", "Generators that were offered the version.", [])
+    generators_failed: int = metric(
+        "generators", "Generators that the round had to leave out.", 0, shown=(REPORT,), adds_up=True
+    )
+    members: list[str] = metric("names", "Generators that were offered the version.", [], shown=(REPORT,))
     retries: int = metric(
         "rounds",
         "Failed rounds in a row before this one, counted for the member that has most of them.",
@@ -335,17 +341,17 @@ class SyncMetrics:
         shown=(SUMMARY,),
     )
     catch_up: bool = metric(
-        "flag", "True when the round was for one generator alone, which was new or had failed.", False
+        "flag", "True when the round was for one generator alone, which was new or had failed.", False, shown=(REPORT,)
     )
     wall_s: float | None = metric(
-        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(SUMMARY,)
+        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(SUMMARY, REPORT)
     )
 
     snapshot_ms: float | None = metric(
         "ms",
         "Copying the parameters to the staging buffer, for which the trainer stands still.",
         None,
-        shown=(SUMMARY,),
+        shown=(SUMMARY, REPORT),
     )
     encode_ms: float | None = metric(
         "ms", "Comparing this version with the one before it, while training goes on.", None
@@ -354,6 +360,7 @@ class SyncMetrics:
         "ms",
         "Sending the version, the wait for all members to take part included; training and generation go on.",
         None,
+        shown=(REPORT,),
     )
     receive_ms: float | None = metric("ms", "Receiving the version, from taking part to the last byte.", None)
     transfer_gb_per_s: float | None = metric(
@@ -366,10 +373,10 @@ class SyncMetrics:
     )
     stage_ms: float | None = metric("ms", "All of receiving, decoding, verifying and preparing.", None)
     pause_ms: float | None = metric(
-        "ms", "Swapping in what is staged, during which no token is sampled.", None, shown=(SUMMARY,)
+        "ms", "Swapping in what is staged, during which no token is sampled.", None, shown=(SUMMARY, REPORT)
     )
     canary_ms: float | None = metric(
-        "ms", "Scoring the canary after the swap, while generation goes on.", None, shown=(SUMMARY,)
+        "ms", "Scoring the canary after the swap, while generation goes on.", None, shown=(SUMMARY, REPORT)
     )
 
     apply: str | None = metric(
@@ -399,7 +406,7 @@ class EvalMetrics:
 
     version: int = metric("steps", "Policy version that was evaluated.", shown=(LINE,))
     prompts: int = metric("prompts", "Held-out prompts that got a reward.", shown=(LINE,))
-    reward_mean: float = metric("reward", "Mean reward of those prompts.", shown=(LINE, SUMMARY, PICTURE))
+    reward_mean: float = metric("reward", "Mean reward of those prompts.", shown=(LINE, SUMMARY, REPORT))
     reward_parts: dict[str, float] = metric(
         "reward",
         "Mean of each named part of the reward over the prompts that have it, before its weight.",
@@ -409,9 +416,9 @@ class EvalMetrics:
     prompts_failed: int = metric(
         "prompts", "Held-out prompts without a reward; they do not count as 0.", 0, shown=(LINE,)
     )
-    completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions.", None)
+    completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions.", None, shown=(REPORT,))
     wall_s: float | None = metric(
-        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, PICTURE)
+        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, REPORT)
     )
 
 

@@ -1,24 +1,18 @@
-"""The end of a run: summary.json, the picture and the last lines, all worked out from metrics.jsonl.
-
-`python -m asyncrl.report.summary RUN_DIR` repeats it at any time.
-"""
+"""What a run came to, in figures: summary.json and the last lines, worked out from metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncrl.errors import AsyncRLError
 from asyncrl.metrics.alarms import RULES
 from asyncrl.metrics.sinks import clock_time
-from asyncrl.report.picture import draw
-from asyncrl.report.run_records import AgeRecord, RunRecords, mean, measured, middle, total
+from asyncrl.report.run_records import RunRecords, mean, measured, middle, total
 
 SUMMARY_FILE = "summary.json"
 MAX_WINDOW_STEPS = 10
@@ -55,6 +49,11 @@ class Flow:
     filtered_token_share: float | None
     dropped_by_length_decile: Sequence[int]
     rollouts_failed: Mapping[str, int]
+
+    @property
+    def num_failed(self) -> int:
+        """Rollouts that failed for any reason; what a stopping generator gave back has not."""
+        return sum(count for reason, count in self.rollouts_failed.items() if reason != "returned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +125,11 @@ def summarize(run: RunRecords) -> RunSummary:
     )
 
 
-def write_summary(run_dir: str | Path) -> RunSummary:
+def write_summary(run: RunRecords) -> RunSummary:
     """Works out the summary of a run, writes it to summary.json in one move, and returns it.
 
-    Raises UserError when run_dir has no metrics file, OSError when summary.json cannot be written.
+    Raises OSError when it cannot be written.
     """
-    run = RunRecords(run_dir)
     summary = summarize(run)
     target = run.run_dir / SUMMARY_FILE
     partial = target.with_suffix(".partial")
@@ -198,11 +196,11 @@ def _health(run: RunRecords) -> Health:
     )
 
 
-def _over_steps(steps: Sequence[AgeRecord]) -> dict[str, float]:
+def _over_steps(steps: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     """Figures of one bucket of ages over the run: the sum of tokens, the largest ratio_max, else means over tokens."""
     health: dict[str, float] = {}
-    for name in sorted({name for step in steps for name in step.figures}):
-        figures = [(step.figures.get(name), step.figures.get("tokens") or 0) for step in steps]
+    for name in sorted({name for step in steps for name in step}):
+        figures = [(step.get(name), step.get("tokens") or 0) for step in steps]
         known = [(value, weight) for value, weight in figures if value is not None]
         tokens = sum(weight for _, weight in known)
         if name == "tokens":
@@ -245,7 +243,7 @@ def _idle(run: RunRecords) -> Idle:
 # -- the last lines ------------------------------------------------------------------------------------------
 
 
-def summary_lines(summary: RunSummary, run_dir: str | Path, picture: str | Path) -> list[str]:
+def summary_lines(summary: RunSummary, run_dir: str | Path, page: str | Path) -> list[str]:
     """The last lines of a run: rewards, evaluation, throughput, off-policy health, and where the rest is."""
     outcome, flow = summary.outcome, summary.flow
     health, syncs = summary.health, summary.syncs
@@ -276,20 +274,8 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, picture: str | Path)
             f"{_shown(syncs.sync_snapshot_ms_median, '.1f')} ms (medians of {syncs.sync_count})"
         ),
         f"summary      {Path(run_dir) / SUMMARY_FILE}",
-        f"picture      {picture}",
+        f"report       {page}",
     ]
-
-
-def report(run_dir: str | Path, *, with_picture: bool = True) -> None:
-    """Writes summary.json and the picture of a run, and prints the last lines.
-
-    with_picture: False tells instead how to draw it; to draw takes 3 s, on a busy machine 10.
-
-    Raises UserError when run_dir has no metrics file, OSError when one of the two cannot be written.
-    """
-    summary = write_summary(run_dir)
-    picture = draw(run_dir) if with_picture else f"python -m asyncrl.report.summary {run_dir} draws it"
-    print("\n".join(summary_lines(summary, run_dir, picture)), flush=True)
 
 
 def _alarms_shown(alarms: Mapping[str, int]) -> str:
@@ -298,21 +284,3 @@ def _alarms_shown(alarms: Mapping[str, int]) -> str:
 
 def _shown(value: float | None, form: str = ".3f") -> str:
     return format(value, form) if value is not None else "-"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m asyncrl.report.summary RUN_DIR`; exit code 2 when that is no run."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m asyncrl.report.summary RUN_DIR", file=sys.stderr)
-        return 2
-    try:
-        report(arguments[0])
-    except AsyncRLError as error:
-        print(f"asyncrl.report.summary: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,9 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records
 from asyncrl.metrics.types import DERIVED
-from asyncrl.report.picture import PICTURE_FILE
+from asyncrl.report.page.document import PAGE_FILE
+from asyncrl.report.run_records import RunRecords
 from asyncrl.report.summary import SUMMARY_FILE, write_summary
 from tests.e2e.daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
+from tests.report.pages import Page
 
 STEPS = 8
 SUMMARY_KEYS = [
@@ -57,7 +59,7 @@ def run(module_run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def summary(run: Run) -> dict:
-    return write_summary(run.run_dir).to_json()
+    return write_summary(RunRecords(run.run_dir)).to_json()
 
 
 def test_both_commands_end_with_exit_code_0_by_themselves(run):
@@ -92,11 +94,11 @@ def test_the_summary_holds_everything_and_nothing_is_missing_a_measurement(run, 
     assert summary["steps"] == STEPS
 
 
-def test_the_learner_prints_a_line_per_step_and_the_summary_and_draws_the_picture(run):
-    picture = run.run_dir / PICTURE_FILE
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def test_the_learner_prints_a_line_per_step_and_the_summary_and_writes_the_report(run):
+    page = run.run_dir / PAGE_FILE
+    assert Page(page.read_text(encoding="utf-8")).data["step"] == STEPS
     out = run.daemons[0].stdout
-    assert str(picture) in out
+    assert str(page) in out
     assert f"{STEPS}/{STEPS}" in out
     assert "evaluation" in out
 

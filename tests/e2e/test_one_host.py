@@ -37,7 +37,8 @@ def test_one_command_trains_mends_a_dead_generator_and_ends_within_10_s_of_a_sig
     assert run.processes() == {}
     assert (run.run_dir / "checkpoints").is_dir()
     assert "checkpoint of version" in command.stderr
-    assert f"picture      python -m asyncrl.report.summary {run.run_dir} draws it" in command.stdout
+    assert (run.run_dir / "report.html").is_file(), "after a signal too"
+    assert f"report       {run.run_dir}/report.html" in command.stdout
     check_every_ordinal_once(run, max(record["version"] for record in run.records("step")))
 
 

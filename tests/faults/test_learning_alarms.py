@@ -29,7 +29,7 @@ def alarms_of(run_dir, groups_of_step, overrides=(), steps=6):
         metrics.log_step(StepMetrics.of_step(figures, version=version + 1, interval_s=1.0))
     metrics.close()
     records = RunRecords(run_dir)
-    lines = summary_lines(summarize(records), run_dir, run_dir / "run.png")
+    lines = summary_lines(summarize(records), run_dir, run_dir / "report.html")
     return lines, records.alarm_steps()
 
 

@@ -660,6 +660,7 @@ def test_U9_the_wheel_has_types_configurations_and_the_warm_up(tmp_path):
     shipped = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert shipped and {path.name for path in (package / "configs").glob("*.yaml")} == shipped
     assert (package / "cli" / "warmup.py").is_file()
+    assert {path.name for path in (package / "report" / "page").glob("page.*")} == {"page.css", "page.js"}
     (metadata,) = site.glob("asyncrl-*.dist-info/entry_points.txt")
     assert "asyncrl-warmup = asyncrl.cli.warmup:main" in metadata.read_text()
 

@@ -11,10 +11,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl.errors import ConfigError
-from asyncrl.metrics import StepMetrics, http_pages
+from asyncrl.metrics import StepMetrics, http_server
 from asyncrl.metrics.exposition import Exposition
 from asyncrl.metrics.health import STALL_S, DaemonState, Pulse
-from asyncrl.metrics.http_pages import MAX_CLIENTS, HttpPages, Vitals
+from asyncrl.metrics.http_pages import HttpPages, Vitals
+from asyncrl.metrics.http_server import MAX_CLIENTS, is_local_name
 from tests.waits import LATE_S, wait_until
 
 
@@ -107,13 +108,13 @@ def test_readers_that_say_nothing_are_cut_off_and_never_in_the_way(serve, monkey
     silent = [socket.create_connection(served.pages.address, timeout=10) for _ in range(MAX_CLIENTS + 8)]
     began = time.monotonic()
     assert [served.get("/healthz")[0] for _ in range(20)] == [200] * 20
-    assert time.monotonic() - began < http_pages.CLIENT_TIMEOUT_S, "nobody waits for those who say nothing"
+    assert time.monotonic() - began < http_server.CLIENT_TIMEOUT_S, "nobody waits for those who say nothing"
     for client in silent:
         client.close()
 
 
 def test_a_reader_that_takes_nothing_ends_at_its_deadline(serve, monkeypatch):
-    monkeypatch.setattr(http_pages, "CLIENT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http_server, "CLIENT_TIMEOUT_S", 0.3)
     served = serve()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -124,7 +125,7 @@ def test_a_reader_that_takes_nothing_ends_at_its_deadline(serve, monkeypatch):
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
         assert time.monotonic() - began < 5 + LATE_S
-    wait_until(lambda: not served.pages._clients, "the end of the exchange")
+    wait_until(lambda: not served.pages.server.clients, "the end of the exchange")
 
 
 def test_the_address_is_written_where_prometheus_reads_it_and_goes_with_the_daemon(serve):
@@ -138,7 +139,7 @@ def test_the_address_is_written_where_prometheus_reads_it_and_goes_with_the_daem
     served.pages.close()
     assert not served.told.exists()
     assert other.told.exists()
-    assert not any(thread is served.pages._thread for thread in threading.enumerate())
+    assert not any(thread is served.pages.server.thread for thread in threading.enumerate())
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(served.pages.address, timeout=5)
 
@@ -149,3 +150,15 @@ def test_a_port_that_is_taken_is_a_sentence_and_off_is_nothing(serve, tmp_path):
         serve(f"{host}:{port}")
     vitals = Vitals("learner", "blue", Pulse(), Exposition(StepMetrics))
     assert HttpPages.open("off", "learner.http", vitals, tmp_path) is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:80", "localhost", "LOCALHOST:1", "[::1]:9", "127.8.9.1", "[::1]"])
+def test_names_of_this_host_that_no_site_can_own(host):
+    assert is_local_name(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["", "example.org", "127.0.0.1.example.org", "localhost.example.org:80", "10.0.0.1", "[::2]"]
+)
+def test_other_names_are_not_local(host):
+    assert not is_local_name(host)

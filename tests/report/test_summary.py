@@ -1,4 +1,4 @@
-"""The summary, the picture and the last lines of a run."""
+"""The summary and the last lines of a run, and both files at its end."""
 
 import json
 import subprocess
@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from asyncrl.errors import UserError
-from asyncrl.metrics import METRICS_FILE, EvalMetrics, StepMetrics, SyncMetrics
-from asyncrl.metrics.sinks import JsonlSink
-from asyncrl.report.picture import PICTURE_FILE, TimeUnit, draw, shade_alarms
+from asyncrl.metrics import METRICS_FILE
+from asyncrl.report.page.document import PAGE_FILE
 from asyncrl.report.run_records import RunRecords
-from asyncrl.report.summary import SUMMARY_FILE, main, report, summary_lines, write_summary
+from asyncrl.report.summary import SUMMARY_FILE, summary_lines, write_summary
+from asyncrl.report.writing import report
+from tests.report.runs import evaluation, health, step, sync, write_run
 
 PROMISED = [
     "reward_first",
@@ -43,55 +43,10 @@ PROMISED = [
 ]
 
 
-def health(tokens, **given):
-    figures = {"ratio_mean": 1.0, "ratio_max": 2.0, "clip_fraction": 0.1, "kl_behaviour": 0.01, "masked_share": 0.0}
-    return {"tokens": tokens, **figures, **given}
-
-
-def step(version, **given):
-    measured = {
-        "interval_s": 2.0,
-        "wall_s": 2.0 * version,
-        "reward_mean": version / 100,
-        "reward_std": 0.1,
-        "policy_age_mean": 1.0,
-        "policy_age_max": 2,
-        "tokens_generated": 1000,
-        "tokens_trained": 800,
-        "rollouts_acked": 16,
-        "rollouts_trained": 16,
-        "learner_idle_s": 0.2,
-        "generator_busy_s": 1.5,
-        "generator_idle_s": 0.5,
-        "ess_share": 0.9,
-        "gap_engine": 0.001,
-        "gap_drift": 0.02,
-        "age_health": {"0": health(200, ess_share=1.0), "1": health(600, ess_share=0.8)},
-    }
-    return StepMetrics(version=version, **{**measured, **given})
-
-
-def sync(version, **given):
-    measured = {"wall_s": 2.0 * version, "total_ms": 80.0, "pause_ms": 10.0, "generators_committed": 1}
-    return SyncMetrics(
-        version=version, **{**measured, "canary_max_abs_diff": 1e-6, "canary_mean_abs_diff": 1e-7, **given}
-    )
-
-
-def evaluation(version, reward):
-    return EvalMetrics(
-        version=version, wall_s=2.0 * version, prompts=8, reward_mean=reward, reward_parts={"correct": reward}
-    )
-
-
 @pytest.fixture
 def write(tmp_path):
     def write(*metrics):
-        sink = JsonlSink(tmp_path / METRICS_FILE)
-        for record in metrics:
-            sink.write(record)
-        sink.close()
-        return tmp_path
+        return write_run(tmp_path, metrics)
 
     return write
 
@@ -105,14 +60,14 @@ def whole_run(write):
 
 
 def test_the_summary_holds_every_promised_figure(whole_run):
-    summary = write_summary(whole_run).to_json()
+    summary = write_summary(RunRecords(whole_run)).to_json()
     assert set(PROMISED) <= set(summary)
     assert all(summary[name] is not None for name in PROMISED)
     assert json.loads((whole_run / SUMMARY_FILE).read_text()) == summary
 
 
 def test_totals_means_and_medians_agree_with_a_count_by_hand(whole_run):
-    summary = write_summary(whole_run).to_json()
+    summary = write_summary(RunRecords(whole_run)).to_json()
     expected = {
         "steps": 100,
         "reward_first": pytest.approx(sum(range(1, 11)) / 1000),
@@ -137,19 +92,19 @@ def test_totals_means_and_medians_agree_with_a_count_by_hand(whole_run):
 
 def test_filtered_groups_are_added_up_and_their_share_is_of_all_tokens(write):
     folder = write(step(1, groups_filtered=3, tokens_filtered=400, tokens_trained=800), step(2, tokens_trained=800))
-    summary = write_summary(folder).to_json()
+    summary = write_summary(RunRecords(folder)).to_json()
     assert (summary["groups_filtered"], summary["filtered_token_share"]) == (3, pytest.approx(0.2))
 
 
 def test_policy_age_is_weighted_by_tokens(write):
     folder = write(step(1, policy_age_mean=0.0, tokens_trained=300), step(2, policy_age_mean=4.0, tokens_trained=100))
-    assert write_summary(folder).to_json()["policy_age_mean"] == pytest.approx(1.0)
+    assert write_summary(RunRecords(folder)).to_json()["policy_age_mean"] == pytest.approx(1.0)
 
 
 def test_a_version_trained_again_after_a_crash_counts_once_but_its_increments_add_up(write):
     before = [step(1), step(2, reward_mean=0.1, rollouts_dropped=8)]
     again = [step(2, reward_mean=0.3, tokens_generated=0, rollouts_acked=0), step(3)]
-    summary = write_summary(write(*before, *again)).to_json()
+    summary = write_summary(RunRecords(write(*before, *again))).to_json()
     assert (summary["steps"], summary["tokens_trained"], summary["rollouts_trained"]) == (3, 2400, 48)
     assert (summary["tokens_generated"], summary["rollouts_acked"], summary["rollouts_dropped"]) == (
         3000,
@@ -163,7 +118,7 @@ def test_failed_syncs_are_counted_apart_from_the_times(write):
         sync(1),
         sync(2, total_ms=30_000.0, pause_ms=None, generators_committed=0, generators_failed=1),
     ]
-    summary = write_summary(write(step(1), *metrics)).to_json()
+    summary = write_summary(RunRecords(write(step(1), *metrics))).to_json()
     assert (summary["sync_count"], summary["sync_failed"], summary["sync_total_ms_median"]) == (1, 1, 80.0)
 
 
@@ -174,12 +129,12 @@ def test_what_syncs_took_of_training_and_network_is_in_the_summary(write):
         )
         for version in (1, 2, 3)
     ]
-    run_summary = write_summary(write(step(1), *timed))
+    run_summary = write_summary(RunRecords(write(step(1), *timed)))
     summary = run_summary.to_json()
     expected = {"snapshot_ms": 6.0, "verify_ms": 2.0, "canary_ms": 7.0, "gb_per_s": 2.0}
     assert {name: summary[f"sync_{name}_median"] for name in expected} == expected
     assert summary["sync_retries"] == 6
-    lines = summary_lines(run_summary, "run", Path("run/report.png"))
+    lines = summary_lines(run_summary, "run", Path("run/report.html"))
     assert any("generation paused 10 ms and training 6.0 ms" in line for line in lines)
 
 
@@ -188,11 +143,11 @@ def test_failures_are_counted_by_reason(write):
         step(1, rollouts_failed={"deadline": 8}),
         step(2, rollouts_failed={"deadline": 8, "reward_error": 8}),
     ]
-    assert write_summary(write(*lines)).to_json()["rollouts_failed"] == {"deadline": 16, "reward_error": 8}
+    assert write_summary(RunRecords(write(*lines))).to_json()["rollouts_failed"] == {"deadline": 16, "reward_error": 8}
 
 
 def test_what_was_never_measured_is_null(write):
-    summary = write_summary(write(sync(0, canary_max_abs_diff=None))).to_json()
+    summary = write_summary(RunRecords(write(sync(0, canary_max_abs_diff=None)))).to_json()
     for name in ("reward_first", "eval_last", "policy_age_max", "canary_max_abs_diff", "learner_idle_share"):
         assert summary[name] is None
     assert summary["steps"] == 0
@@ -205,7 +160,7 @@ def test_off_policy_health_is_summed_up_over_steps_and_by_age(write):
         step(3, ess_share=0.3, gap_drift=0.06, alarms=["ess_share", "kl_behaviour"], age_health={}),
     ]
     lines[1].age_health["2-3"] = health(50, ratio_max=9.0)
-    summary = write_summary(write(*lines)).to_json()
+    summary = write_summary(RunRecords(write(*lines))).to_json()
     assert (summary["ess_share_min"], summary["ess_share_median"], summary["gap_drift_median"]) == (0.2, 0.3, 0.02)
     assert summary["alarms"] == {"ess_share": 2, "kl_behaviour": 1}
     young, old = summary["age_health"]["0"], summary["age_health"]["2-3"]
@@ -215,43 +170,15 @@ def test_off_policy_health_is_summed_up_over_steps_and_by_age(write):
 
 
 def test_a_step_trained_again_counts_its_alarm_once(write):
-    summary = write_summary(write(step(1, alarms=["ess_share"]), step(1, alarms=["ess_share"]))).to_json()
+    summary = write_summary(RunRecords(write(step(1, alarms=["ess_share"]), step(1, alarms=["ess_share"])))).to_json()
     assert summary["alarms"] == {"ess_share": 1}
 
 
 def test_a_torn_line_does_not_spoil_the_summary(whole_run):
     with (whole_run / METRICS_FILE).open("a") as file:
         file.write('{"kind": "step", "ver')
-    summary = write_summary(whole_run).to_json()
+    summary = write_summary(RunRecords(whole_run)).to_json()
     assert (summary["steps"], summary["unreadable_lines"]) == (100, 1)
-
-
-def test_the_picture_is_a_png_of_readable_size(whole_run):
-    path = draw(whole_run)
-    content = path.read_bytes()
-    assert path == whole_run / PICTURE_FILE
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
-    assert width >= 1800 and height >= 1000
-
-
-def test_a_run_without_off_policy_figures_gets_a_picture_of_training_alone(write):
-    folder = write(step(1, ess_share=None), step(2, ess_share=None))
-    width = int.from_bytes(draw(folder).read_bytes()[16:20], "big")
-    assert 900 <= width < 1100
-
-
-def test_a_run_from_before_ages_were_told_apart_is_drawn(write):
-    steps = [step(version, age_health={}, gap_engine=None, gap_drift=None) for version in (1, 2)]
-    assert draw(write(*steps)).is_file()
-
-
-def test_times_with_an_alarm_are_shaded_in_the_picture(write):
-    on = {2, 3, 6}
-    run = RunRecords(write(*(step(version, alarms=["ess_share"] if version in on else []) for version in range(1, 8))))
-    axis = Figure().subplots()
-    shade_alarms(axis, run, TimeUnit("s", 1.0))
-    assert [(span.get_x(), span.get_x() + span.get_width()) for span in axis.patches] == [(4.0, 6.0), (12.0, 12.0)]
 
 
 @pytest.mark.parametrize(
@@ -259,10 +186,10 @@ def test_times_with_an_alarm_are_shaded_in_the_picture(write):
 )
 def test_a_run_that_hardly_began_can_be_reported(write, metrics):
     folder = write(*metrics)
-    assert summary_lines(write_summary(folder), folder, draw(folder))
+    assert report(folder) == folder / PAGE_FILE
 
 
-def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whole_run, capsys):
+def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_page(whole_run, capsys):
     report(whole_run)
     text = capsys.readouterr().out
     for part in (
@@ -273,32 +200,24 @@ def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_picture(whol
         "80 ms, of it generation paused 10 ms",
         "ESS median 0.90   min 0.90   gap engine 1.0e-03   drift 2.0e-02 nats",
         "alarms       none",
-        str(whole_run / PICTURE_FILE),
+        str(whole_run / PAGE_FILE),
         str(whole_run / SUMMARY_FILE),
     ):
         assert part in text
-    assert text.splitlines()[-1].endswith(PICTURE_FILE)
+    assert text.splitlines()[-1].endswith(PAGE_FILE)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl: there is no such file"):
-        write_summary(tmp_path)
-    assert main([str(tmp_path)]) == 2
-    assert "there is no such file" in capsys.readouterr().err
+        report(tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b"]])
-def test_wrong_arguments_get_the_usage(arguments, capsys):
-    assert main(arguments) == 2
-    assert "usage: python -m asyncrl.report.summary RUN_DIR" in capsys.readouterr().err
-
-
-def test_it_runs_as_a_module_without_torch_or_a_display(whole_run):
+def test_both_files_are_written_without_what_is_slow_to_import(whole_run):
+    """No numpy either: a run that a signal ends does not wait for its report."""
     script = (
-        "import runpy, sys; sys.argv = ['report', sys.argv[1]]\n"
-        "try: runpy.run_module('asyncrl.report.summary', run_name='__main__')\n"
-        "except SystemExit as end: sys.exit(end.code or ('torch' in sys.modules))\n"
+        "import sys; from asyncrl.report.writing import report; report(sys.argv[1]); "
+        "sys.exit(' '.join({'torch', 'numpy', 'matplotlib', 'wandb', 'rich'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", script, whole_run], capture_output=True, text=True, timeout=60, env={})
     assert (done.returncode, done.stderr) == (0, "")
-    assert (whole_run / PICTURE_FILE).is_file() and (whole_run / SUMMARY_FILE).is_file()
+    assert (whole_run / PAGE_FILE).is_file() and (whole_run / SUMMARY_FILE).is_file()
