@@ -13,6 +13,7 @@ from typing import Any
 from asyncrl.config import Config
 from asyncrl.config.keys import Key, keys, shown, value_of
 from asyncrl.config.method_checks import METHOD_RULES
+from asyncrl.config.method_sections import MIN_TEMPERATURE
 from asyncrl.errors import BindError, ConfigError
 from asyncrl.host.addresses import (
     AUTO,
@@ -62,14 +63,14 @@ def _broken_rule(key: Key, value: Any) -> str | None:
 
 
 def largest_group_bytes(config: Config) -> int:
-    """Upper bound of one GroupResult frame, in bytes: prompt + group_size x (tokens, log-probs, spans, reward parts).
+    """Upper bound of one GroupResult frame, in bytes: prompt + rollouts x (tokens, log-probs, spans, reward parts).
 
     A completion crosses at most one version boundary per step of its allowed age, so it has at most max_age + 2 spans.
     """
     sampling = config.sampling
     rollout = sampling.max_new_tokens * TOKEN_BYTES
     rollout += (config.staleness.max_age + 2) * SPAN_BYTES + ROLLOUT_OVERHEAD_BYTES
-    return GROUP_OVERHEAD_BYTES + 4 * config.model.max_length + sampling.group_size * rollout
+    return GROUP_OVERHEAD_BYTES + 4 * config.model.max_length + max(sampling.group_size, config.eval.samples) * rollout
 
 
 def _names_fit(config: Config) -> str | None:
@@ -106,13 +107,27 @@ def _completion_leaves_room_for_a_prompt(config: Config) -> str | None:
 
 
 def _engine_holds_one_group(config: Config) -> str | None:
-    room, size = config.generator.max_sequences, config.sampling.group_size
+    sizes = {"sampling.group_size": config.sampling.group_size, "eval.samples": config.eval.samples}
+    name, size = max(sizes.items(), key=lambda item: item[1])
+    room = config.generator.max_sequences
     if room >= size:
         return None
     return (
-        f"generator.max_sequences={room} is less than sampling.group_size={size}: a lease is one whole group; "
+        f"generator.max_sequences={room} is less than {name}={size}: a lease is one whole group; "
         f"set generator.max_sequences to a multiple of {size}"
     )
+
+
+def _evaluation_can_differ(config: Config) -> str | None:
+    samples, temperature = config.eval.samples, config.eval.temperature
+    if samples > 1 and temperature == 0.0:
+        return f"eval.samples={samples} greedy completions of a prompt are all equal: set eval.temperature above 0"
+    if 0.0 < temperature < MIN_TEMPERATURE:
+        return (
+            f"eval.temperature={temperature:g} is below {MIN_TEMPERATURE:g}, at which vLLM would sample instead; "
+            "set that, or 0 for greedy completions"
+        )
+    return None
 
 
 def _sequence_fits_micro_batch(config: Config) -> str | None:
@@ -340,6 +355,7 @@ RULES: tuple[Callable[[Config], str | None], ...] = (
     _task_is_an_import_path,
     _completion_leaves_room_for_a_prompt,
     _engine_holds_one_group,
+    _evaluation_can_differ,
     _sequence_fits_micro_batch,
     _betas_are_a_pair,
     _cpus_fit_threads,

@@ -8,6 +8,8 @@ from typing import Any
 from asyncrl.config.declaration import ACCEPTED, REFUSED, RULED, key
 from asyncrl.config.methods import METHODS
 
+MIN_TEMPERATURE = 0.01  # what vLLM samples at instead of anything lower
+
 
 @dataclass
 class ModelConfig:
@@ -77,9 +79,9 @@ class SamplingConfig:
     )
     temperature: float = key(
         1.0,
-        "Softmax temperature at which training rollouts are sampled; evaluation is greedy. Below the least one, vLLM "
-        "would sample at that, and the learner compute with another; above the largest, vLLM refuses every request.",
-        minimum=0.01,
+        "Softmax temperature at which training rollouts are sampled. Below the least one, vLLM would sample at that, "
+        "and the learner compute with another; above the largest, vLLM refuses every request.",
+        minimum=MIN_TEMPERATURE,
         maximum=2.0,
         if_changed=REFUSED,
     )
@@ -337,7 +339,7 @@ class StalenessConfig:
 
 @dataclass
 class EvalConfig:
-    """Greedy evaluation on held-out prompts, which generators answer between training rollouts."""
+    """Evaluation on held-out prompts, which generators answer between training rollouts."""
 
     every: int = key(
         0,
@@ -349,5 +351,20 @@ class EvalConfig:
         128,
         "Held-out prompts in each evaluation; 0 = no evaluation at all.",
         minimum=0,
+        if_changed=ACCEPTED,
+    )
+    samples: int = key(
+        1,
+        "Completions of each held-out prompt. Of several, the figures are the mean (avg@k) and the mean of the best of "
+        "each prompt (pass@k).",
+        minimum=1,
+        maximum=4096,
+        if_changed=ACCEPTED,
+    )
+    temperature: float = key(
+        0.0,
+        "Softmax temperature at which they are sampled; 0 = greedy.",
+        minimum=0.0,
+        maximum=2.0,
         if_changed=ACCEPTED,
     )

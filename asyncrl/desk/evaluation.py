@@ -1,4 +1,4 @@
-"""Greedy evaluation of one policy version on held-out prompts, carried by leases marked `eval`.
+"""Evaluation of one policy version on held-out prompts, carried by leases marked `eval`.
 
 Training does not stop for it: the generators that hold the version answer its leases between their training leases, and
 only their next weight swap waits (`LeaseBook.eval_holders`). Every token of a result comes from the version it reports.
@@ -7,8 +7,10 @@ only their next weight swap waits (`LeaseBook.eval_holders`). Every token of a r
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from asyncrl.config import Config
 from asyncrl.desk.acknowledgements import Acknowledgements
@@ -19,6 +21,14 @@ from asyncrl.types import Group, means_of_parts
 log = logging.getLogger(__name__)
 
 
+class EvalAnswer(NamedTuple):
+    """What is kept of one completion of an evaluation."""
+
+    reward: float
+    parts: dict[str, float]
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class EvalResults:
     """Results of the evaluation of one version as they come in. Its prompts have the ordinals from first_ordinal on."""
@@ -26,33 +36,48 @@ class EvalResults:
     version: int
     first_ordinal: int
     num_prompts: int
-    rewards: dict[int, float] = field(default_factory=dict)  # ordinal -> reward
-    parts: dict[int, dict[str, float]] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)
+    temperature: float = 0.0
+    answers: dict[int, list[EvalAnswer]] = field(default_factory=dict)  # ordinal -> its completions
 
     def add(self, group: Group) -> None:
         """Counts the first result of each prompt; those of an evaluation before this one are left out."""
         ordinal = group.key.ordinal
-        if ordinal in self.rewards or not 0 <= ordinal - self.first_ordinal < self.num_prompts:
+        if ordinal in self.answers or not 0 <= ordinal - self.first_ordinal < self.num_prompts:
             return
-        rollout = group.rollouts[0]
-        self.rewards[ordinal] = rollout.reward
-        self.parts[ordinal] = rollout.reward_parts
-        self.lengths[ordinal] = rollout.num_tokens
+        self.answers[ordinal] = [
+            EvalAnswer(rollout.reward, rollout.reward_parts, rollout.num_tokens) for rollout in group.rollouts
+        ]
 
     def metrics(self) -> EvalMetrics | None:
         """Means over the prompts that were answered; None if none was. Prompts that failed do not count as zeros."""
-        count = len(self.rewards)
+        count = len(self.answers)
         if count == 0:
             return None
+        every = [answer for answers in self.answers.values() for answer in answers]
+        samples = len(every) // count
+        several = list(self.answers.values()) if samples > 1 else []
+        best = [max(answer.reward for answer in answers) for answers in several]
         return EvalMetrics(
             version=self.version,
             prompts=count,
+            samples=samples,
+            temperature=self.temperature,
             prompts_failed=self.num_prompts - count,
-            reward_mean=sum(self.rewards.values()) / count,
-            reward_parts=means_of_parts(self.parts.values()),
-            completion_tokens_mean=sum(self.lengths.values()) / count,
+            reward_mean=math.fsum(answer.reward for answer in every) / len(every),
+            reward_parts=means_of_parts(answer.parts for answer in every),
+            reward_best_mean=math.fsum(best) / count if best else None,
+            reward_parts_best=means_of_parts(_best_parts(answers) for answers in several),
+            completion_tokens_mean=sum(answer.num_tokens for answer in every) / len(every),
         )
+
+
+def _best_parts(answers: Iterable[EvalAnswer]) -> dict[str, float]:
+    """The best value of each part over the completions of one prompt."""
+    best: dict[str, float] = {}
+    for answer in answers:
+        for name, value in answer.parts.items():
+            best[name] = max(value, best.get(name, value))
+    return best
 
 
 def evaluation_due(version: int, last_step: int, every: int, prompts: int, done: set[int]) -> bool:
@@ -123,7 +148,7 @@ class Evaluator:
     def describe(self) -> str:
         """What the evaluation waits for, in words for the log."""
         if self._running is not None:
-            answered = f"{len(self._running.rewards)} of {self._num_prompts} prompts are answered"
+            answered = f"{len(self._running.answers)} of {self._num_prompts} prompts are answered"
             return f"evaluation of version {self._running.version}: {answered}"
         if self._due is not None and self._num_prompts is None:
             return f"the evaluation of version {self._due} waits for its prompts"
@@ -147,7 +172,8 @@ class Evaluator:
             return
         self._due = None
         leased = self._leases.start_eval(version, self._num_prompts, self._config.generator.lease_timeout_s, now)
-        self._running = EvalResults(version, leased.first_ordinal, self._num_prompts)
+        temperature = self._config.eval.temperature
+        self._running = EvalResults(version, leased.first_ordinal, self._num_prompts, temperature)
 
     def prompts_are_there(self, count: int, now: float) -> None:
         """The held-out prompts are made, `count` of them; asked again, this changes nothing."""

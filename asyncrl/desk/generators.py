@@ -387,7 +387,7 @@ class Generators:
         is_eval = key.kind is LeaseKind.EVAL
         prompt = self._prompts.of(key)
         seed = None
-        if sampling.repeatable and not is_eval:
+        if sampling.repeatable and not (is_eval and self._config.eval.temperature == 0.0):
             seed = self._config.run.seed * RUN_SEED_STRIDE + key.ordinal * ORDINAL_SEED_STRIDE
         return Lease(
             key=key,
@@ -397,7 +397,7 @@ class Generators:
             payload=prompt.payload,
             num_rollouts=self._num_rollouts(key),
             max_new_tokens=sampling.max_new_tokens,
-            temperature=0.0 if is_eval else sampling.temperature,
+            temperature=self._config.eval.temperature if is_eval else sampling.temperature,
             pinned_version=record.pinned_version,
             seed=seed,
             greedy_baseline=self._wants_baseline(key),
@@ -406,7 +406,7 @@ class Generators:
         )
 
     def _num_rollouts(self, key: LeaseKey) -> int:
-        return 1 if key.kind is LeaseKind.EVAL else self._config.sampling.group_size
+        return self._config.eval.samples if key.kind is LeaseKind.EVAL else self._config.sampling.group_size
 
     def _wants_baseline(self, key: LeaseKey) -> bool:
         return key.kind is LeaseKind.TRAIN and self._config.algorithm.advantage == "remax"

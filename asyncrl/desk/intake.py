@@ -95,7 +95,8 @@ class Intake:
             return Taken(self._refuse(session, message.seq, NackCode.UNKNOWN_LEASE, _no_ticket(message), now))
         try:
             sampling = self._config.sampling
-            check_lengths(message, max_rollouts=sampling.group_size, max_new_tokens=sampling.max_new_tokens)
+            most = max(sampling.group_size, self._config.eval.samples)
+            check_lengths(message, max_rollouts=most, max_new_tokens=sampling.max_new_tokens)
             group = result_to_group(message)
             if self._is_late_eval(group.key):
                 # Not wrong: the learner that wanted it was restarted, or the evaluation was given up.
@@ -180,7 +181,7 @@ class Intake:
         pinned = None
         if kind is LeaseKind.EVAL:
             assert self._leases.evaluation is not None, "late results of evaluations are left out before"
-            num_rollouts, pinned = 1, self._leases.evaluation.version
+            num_rollouts, pinned = self._num_rollouts(kind), self._leases.evaluation.version
         else:
             if not self._leases.in_range(ordinal):
                 raise ProtocolError(f"ordinal {ordinal} is outside of this run")
@@ -249,9 +250,12 @@ class Intake:
         return Taken(self._sessions.answer_duplicate(session, seq) if seen is Seen.DUPLICATE else None)
 
     def _fail_lease(self, message: GroupResult | LeaseFailed, reason: str, now: float, detail: str) -> None:
-        num_rollouts = self._config.sampling.group_size if message.kind is LeaseKind.TRAIN else 1
-        self._counters.lease_failed(reason, num_rollouts)
+        self._counters.lease_failed(reason, self._num_rollouts(message.kind))
         self._leases.fail(message.key, reason, now, detail)
+
+    def _num_rollouts(self, kind: LeaseKind) -> int:
+        """Of a lease of this kind."""
+        return self._config.sampling.group_size if kind is LeaseKind.TRAIN else self._config.eval.samples
 
     def _refuse(self, session: DeskSession, seq: int, code: NackCode, reason: str, now: float) -> Message:
         self._repeats.warn("a result refused", f"{session.generator_id}: result {seq} refused ({code}): {reason}", now)

@@ -26,6 +26,7 @@ MAX_LABEL = 80  # characters
 # How the parts of a figure are labelled; names of generators (`members`) would be a time series for each life of one.
 LABELS: dict[str, tuple[str, ...]] = {
     "reward_parts": ("part",),
+    "reward_parts_best": ("part",),
     "rollouts_failed": ("reason",),
     "dropped_by_length_decile": ("decile",),
     "age_health": ("age", "figure"),

@@ -240,10 +240,13 @@ def step_line(step: StepMetrics, total_steps: int, sync: SyncMetrics | None) -> 
 def eval_line(result: EvalMetrics) -> str:
     """The line of one evaluation."""
     parts = "".join(f"  {name} {value:.3f}" for name, value in result.reward_parts.items())
+    best = "".join(f"  {name} {value:.3f}" for name, value in result.reward_parts_best.items())
+    at_k = f"  pass@{result.samples}:{best}" if best else ""
     failed = f", {result.prompts_failed} failed" if result.prompts_failed else ""
+    how = "greedy" if result.temperature == 0.0 else f"{result.samples} at temperature {result.temperature:g}"
     return (
-        f"{clock_time(result.wall_s)} eval of version {result.version}: reward {result.reward_mean:.3f}{parts}"
-        f"  ({result.prompts} prompts{failed}, greedy)"
+        f"{clock_time(result.wall_s)} eval of version {result.version}: reward {result.reward_mean:.3f}{parts}{at_k}"
+        f"  ({result.prompts} prompts{failed}, {how})"
     )
 
 

@@ -400,18 +400,30 @@ class SyncMetrics:
 
 @dataclass(slots=True, kw_only=True)
 class EvalMetrics:
-    """One greedy evaluation on held-out prompts, all tokens from one policy version."""
+    """One evaluation on held-out prompts, all tokens from one policy version."""
 
     kind: ClassVar[str] = "eval"
 
     version: int = metric("steps", "Policy version that was evaluated.", shown=(LINE,))
     prompts: int = metric("prompts", "Held-out prompts that got a reward.", shown=(LINE,))
-    reward_mean: float = metric("reward", "Mean reward of those prompts.", shown=(LINE, SUMMARY, REPORT))
+    samples: int = metric("completions", "Completions of each of those prompts.", 1, shown=(LINE,))
+    temperature: float = metric("1", "Softmax temperature of these; 0 = greedy.", 0.0, shown=(LINE,))
+    reward_mean: float = metric("reward", "Mean reward of those completions.", shown=(LINE, SUMMARY, REPORT))
     reward_parts: dict[str, float] = metric(
         "reward",
-        "Mean of each named part of the reward over the prompts that have it, before its weight.",
+        "Mean of each named part of the reward over the completions that have it, before its weight.",
         {},
         shown=(LINE, SUMMARY),
+    )
+    reward_best_mean: float | None = metric(
+        "reward", "Mean, over those prompts, of the best reward of each; nothing where each has one completion.", None
+    )
+    reward_parts_best: dict[str, float] = metric(
+        "reward",
+        "Mean, over the prompts that have a part, of its best value: pass@k of a part that is 0 or 1. Nothing where "
+        "each prompt has one completion.",
+        {},
+        shown=(LINE,),
     )
     prompts_failed: int = metric(
         "prompts", "Held-out prompts without a reward; they do not count as 0.", 0, shown=(LINE,)

@@ -1,4 +1,4 @@
-"""Leases of evaluations: greedy completions of held-out prompts, every token from one policy version."""
+"""Leases of evaluations: completions of held-out prompts, every token from one policy version."""
 
 from __future__ import annotations
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from asyncrl.desk.evaluation import EvalResults, Evaluator, evaluation_due
-from tests.desk.desk_parts import MetricsLog, eval_group, make_parts, small_config
+from tests.desk.desk_parts import MetricsLog, eval_group, make_parts, make_rollout, small_config
 
 PROMPTS = 3
 
@@ -148,3 +150,52 @@ def test_what_was_evaluated_before_a_restart_is_not_evaluated_again(tmp_path):
     world.evaluator.advance(0, {0})
     assert world.evaluator.idle
     world.parts.journal.close()
+
+
+# -- several completions of each prompt --------------------------------------------------------------------------------
+
+
+def sampled(ordinal: int, *rewards: float):
+    """A result with a completion for each reward."""
+    group = eval_group(ordinal, prompt=40)
+    group.rollouts = [make_rollout(reward) for reward in rewards]
+    return group
+
+
+def test_of_several_completions_the_mean_and_the_best_of_each_prompt_are_reported():
+    evaluation = EvalResults(4, first_ordinal=0, num_prompts=4, temperature=0.7)
+    for ordinal, rewards in enumerate([(0.0, 1.0), (0.0, 0.0), (0.5, 0.25)]):
+        evaluation.add(sampled(ordinal, *rewards))
+    figures = evaluation.metrics()
+    assert (figures.prompts, figures.prompts_failed, figures.samples, figures.temperature) == (3, 1, 2, 0.7)
+    assert figures.reward_mean == pytest.approx(1.75 / 6)
+    assert figures.reward_parts == {"exact": pytest.approx(1.75 / 6)}
+    assert figures.reward_best_mean == pytest.approx(0.5)
+    assert figures.reward_parts_best == {"exact": pytest.approx(0.5)}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3), min_size=1, max_size=8))
+def test_the_best_of_a_part_that_is_0_or_1_is_pass_at_k(rewards):
+    evaluation = EvalResults(0, first_ordinal=0, num_prompts=len(rewards))
+    for ordinal, each in enumerate(rewards):
+        evaluation.add(sampled(ordinal, *each))
+    figures = evaluation.metrics()
+    assert figures.reward_parts_best["exact"] == pytest.approx(sum(any(each) for each in rewards) / len(rewards))
+    assert figures.reward_mean == pytest.approx(sum(map(sum, rewards)) / (3 * len(rewards)))
+
+
+def test_the_best_of_a_part_counts_the_completions_that_have_it():
+    evaluation = EvalResults(0, first_ordinal=0, num_prompts=2)
+    group = sampled(0, 0.0, 0.0)
+    group.rollouts[0].reward_parts = {"math/exact": -1.0}
+    group.rollouts[1].reward_parts = {"math/exact": -2.0, "extra": 3.0}
+    evaluation.add(group)
+    assert evaluation.metrics().reward_parts_best == {"extra": 3.0, "math/exact": -1.0}
+
+
+def test_of_one_completion_there_is_no_best():
+    evaluation = EvalResults(0, first_ordinal=0, num_prompts=1)
+    evaluation.add(sampled(0, 1.0))
+    figures = evaluation.metrics()
+    assert (figures.samples, figures.reward_best_mean, figures.reward_parts_best) == (1, None, {})

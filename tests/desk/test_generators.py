@@ -422,3 +422,15 @@ def test_a_generator_that_weights_cannot_reach_is_refused_with_the_reason(world)
     assert (peer, refusal.code) == (b"a", "config") and "one PID namespace" in refusal.reason
     assert [session.generator_id for session in world.generators.alive()] == ["b"]
     assert {name: receiver.backend for name, receiver in world.planner.receivers.items()} == {"b": "ipc"}
+
+
+@pytest.mark.parametrize("repeatable", [False, True])
+def test_an_evaluation_leases_as_many_completions_at_the_temperature_that_was_asked_for(tmp_path, repeatable):
+    world = World(tmp_path, eval__samples=8, eval__temperature=0.6, sampling__repeatable=repeatable)
+    world.join("a", wanted=1)
+    world.parts.leases.start_eval(0, 1, 60.0, 0.1)
+    world.generators.grant(0.2)
+    ((_, grant),) = world.wire.take(messages.LeaseGrant)
+    assert (grant.kind, grant.num_rollouts, grant.temperature) == ("eval", 8, 0.6)
+    assert (grant.seed is not None) == repeatable
+    world.parts.journal.close()

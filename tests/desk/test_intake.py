@@ -438,3 +438,19 @@ def test_the_baseline_is_in_the_journal_and_an_evaluation_needs_none(tmp_path):
     (stored,) = records(parts, StoredGroup)
     assert result_to_group(decode_body(GroupResult, stored.body)).baseline_reward == 0.25
     parts.journal.close()
+
+
+def test_an_evaluated_group_has_as_many_completions_as_were_leased(tmp_path):
+    parts = make_parts(tmp_path, small_config(eval__samples=2, eval__temperature=1.0))
+    try:
+        session = parts.connect()
+        parts.leases.start_eval(0, 3, 60.0, 0.0)
+        parts.leases.grant("g1", 0, 2, 0, 0.0)
+        whole, short = eval_group(0, prompt=40), eval_group(1, prompt=40)
+        whole.rollouts = whole.rollouts * 2
+        assert parts.deliver(session, whole, seq=1) is None
+        assert isinstance(parts.deliver(session, short, seq=2), Nack)
+        parts.make_durable()
+        assert [len(group.rollouts) for group in parts.acknowledgements.take_evaluated()] == [2]
+    finally:
+        parts.journal.close()

@@ -48,7 +48,9 @@ def test_a_chat_file_and_another_task_are_trained_and_evaluated_each_by_its_name
         "letters": {"path": "letters_task:Letters"},
     }
     run = make_run(chat_model(tmp_path / "model", tied_model_dir)).configure(
-        run={"steps": STEPS}, task={"path": "asyncrl.tasks.mix:Mix", "args": {"tasks": tasks}}
+        run={"steps": STEPS},
+        task={"path": "asyncrl.tasks.mix:Mix", "args": {"tasks": tasks}},
+        eval={"prompts": 4, "samples": 3, "temperature": 0.8},
     )
     command = run.one_host("transport.address=auto")
     run.wait_for_version(STEPS, command, timeout_s=START_S)
@@ -59,6 +61,10 @@ def test_a_chat_file_and_another_task_are_trained_and_evaluated_each_by_its_name
     assert [record["version"] for record in steps] == list(range(1, STEPS + 1))
     assert {name for record in steps for name in record["reward_parts"]} == names
     assert {record["version"] for record in evals} == {0, STEPS}
-    assert all(record["reward_parts"].keys() == names and record["prompts"] == 4 for record in evals)
+    for record in evals:
+        assert (record["prompts"], record["samples"], record["temperature"]) == (4, 3, 0.8)
+        assert record["reward_parts"].keys() == record["reward_parts_best"].keys() == names
+        assert all(best > record["reward_parts"][name] - 1e-9 for name, best in record["reward_parts_best"].items())
+        assert record["reward_best_mean"] > record["reward_mean"]
     assert all(record["rollouts_failed"] == {} for record in steps)
     check_every_ordinal_once(run, STEPS)

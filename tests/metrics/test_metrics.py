@@ -290,6 +290,19 @@ def test_an_evaluation_is_always_printed_after_the_step_before_it():
     assert "eval of version 2: reward 0.812  correct 0.750  (8 prompts, 1 failed, greedy)" in result
 
 
+def test_an_evaluation_with_several_completions_says_how_and_what_the_best_come_to():
+    sink, _, stream = console()
+    figures = {
+        "samples": 4,
+        "temperature": 0.7,
+        "reward_parts": {"correct": 0.25},
+        "reward_parts_best": {"correct": 0.5},
+    }
+    sink.write(evaluation(2, **figures))
+    line = stream.getvalue().splitlines()[-1]
+    assert "reward 0.250  correct 0.250  pass@4:  correct 0.500  (8 prompts, 4 at temperature 0.7)" in line
+
+
 def test_a_closed_stream_does_not_stop_the_run():
     sink, clock, stream = console()
     stream.close()

@@ -67,7 +67,7 @@ def test_the_page_has_each_run_in_its_color_on_every_chart(make):
     document = Page(page(comparison_page(compared)))
     reward = document.root.one("figure", id="reward")
     labels = [entry.one("span").text for entry in reward.one("ul").all("li")]
-    assert labels == ["a", "a: held-out, greedy", "<b>", "<b>: held-out, greedy"]
+    assert labels == ["a", "a: held-out", "<b>", "<b>: held-out"]
     colors = [entry.one("path").attributes["class"].split()[1] for entry in reward.one("ul").all("li")]
     assert colors == ["c0", "c0", "c1", "c1"]
     curves = document.data["charts"]["reward"]["curves"]

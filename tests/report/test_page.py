@@ -84,7 +84,7 @@ def test_it_can_be_read_without_seeing_it(page_of):
     assert len(drawings) == len(root.all("figure")) > 8
     assert all(drawing.attributes["role"] == "img" and drawing.attributes["aria-label"] for drawing in drawings)
     reward = figure(page_of(*whole(40)), "reward").one("svg", of="drawing").attributes["aria-label"]
-    assert "training: first 0.01, last 0.4, least 0.01, largest 0.4; held-out, greedy: first 0.25, last 0.875" in reward
+    assert "training: first 0.01, last 0.4, least 0.01, largest 0.4; held-out: first 0.25, last 0.875" in reward
     assert all(cell.attributes.get("scope") in ("row", "col") for cell in root.all("th"))
     assert all(choice.parent.tag == "label" for choice in root.all("input"))
     assert len(root.all("details")) == len(drawings)

@@ -66,7 +66,7 @@ LEARNING = (
         "Reward",
         "mean of each batch, and of held-out prompts",
         (StepLine("training", lambda step: step.reward_mean, noisy=True, compared=True),),
-        evals=(EvalLine("held-out, greedy", lambda result: result.reward_mean, compared=True, style="dots"),),
+        evals=(EvalLine("held-out", lambda result: result.reward_mean, compared=True, style="dots"),),
     ),
     ChartPlan(
         "reward_std",

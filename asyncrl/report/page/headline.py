@@ -136,7 +136,7 @@ def _learned(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
     yield Tile(
         "Evaluation",
         f"{shown(outcome.eval_first)} → {shown(outcome.eval_last)}",
-        f"{_counted(len(run.evals), 'evaluation')} of held-out prompts, greedy",
+        f"{_counted(len(run.evals), 'evaluation')} of held-out prompts",
         "reward" if run.evals else "",
     )
     yield Tile(
