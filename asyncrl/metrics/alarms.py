@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from asyncrl.metrics.types import StepMetrics, youngest_age
 
@@ -231,28 +232,60 @@ class Alarms:
         return Change(rule.figure, not was_on, line)
 
 
+class AlarmedStep(Protocol):
+    """What an explanation reads of a step: StepMetrics as it is measured, or a record of it read back."""
+
+    @property
+    def reward_mean(self) -> float | None:
+        """As in StepMetrics, and so are the others."""
+
+    @property
+    def rollouts_failed(self) -> Mapping[str, int]:
+        """By reason."""
+
+    @property
+    def rollouts_dropped(self) -> int | None:
+        """Those that were over age."""
+
+    @property
+    def gap_engine(self) -> float | None:
+        """In nats."""
+
+    @property
+    def gap_drift(self) -> float | None:
+        """In nats."""
+
+    @property
+    def age_health(self) -> Mapping[str, Mapping[str, float | None]]:
+        """By bucket of ages."""
+
+
+def explain(rule: AlarmRule, step: AlarmedStep) -> tuple[str, str]:
+    """Likely cause and remedy of an alarm, as far as a step at which it is on tells them."""
+    if rule.figure == "lost_share":
+        return _most_lost(step) or rule.cause, rule.remedy
+    if rule.figure == "reward_std" and step.reward_mean is not None:
+        every = f"every reward is {step.reward_mean:.3f}"
+        return f"{every}: the reward tells no completion from another, or all are wrong", rule.remedy
+    return (rule.cause, rule.remedy) if rule.cause else _off_policy(rule, step)
+
+
 def _onset(rule: AlarmRule, value: float, step: StepMetrics) -> str:
     """The warning of an alarm that goes on: value, limit, likely cause and remedy."""
     beyond = f"alarm at step {step.version}: {rule.figure} {value:.3g} is {rule.side} {rule.limit:.3g}"
-    cause, remedy = rule.cause, rule.remedy
-    if rule.figure == "lost_share":
-        cause = _most_lost(step) or cause
-    elif rule.figure == "reward_std":
-        cause = f"every reward is {step.reward_mean:.3f}: the reward tells no completion from another, or all are wrong"
-    elif not cause:
-        cause, remedy = _off_policy(rule, step)
+    cause, remedy = explain(rule, step)
     return f"{beyond} for {rule.steps} steps; {cause}; {remedy}"
 
 
-def _most_lost(step: StepMetrics) -> str:
+def _most_lost(step: AlarmedStep) -> str:
     """The commonest reason why rollouts were lost in this step; empty when this very step lost none."""
     reasons = Counter({reason: count for reason, count in step.rollouts_failed.items() if reason != "returned"})
-    reasons["over age"] = step.rollouts_dropped
+    reasons["over age"] = step.rollouts_dropped or 0
     (reason, count), *_ = reasons.most_common(1)
     return f"most of them: {reason} ({count} rollouts in this step)" if count else ""
 
 
-def _off_policy(rule: AlarmRule, step: StepMetrics) -> tuple[str, str]:
+def _off_policy(rule: AlarmRule, step: AlarmedStep) -> tuple[str, str]:
     """Cause and remedy, by whether the engine or the policy opened the gap to what sampled the tokens."""
     engine, drift = step.gap_engine, step.gap_drift
     if engine is not None and drift is not None and engine > drift:
@@ -267,9 +300,9 @@ def _off_policy(rule: AlarmRule, step: StepMetrics) -> tuple[str, str]:
     return cause, f"lower {_age_to_try(rule, by_age)}or learner.lr; {rule.remedy}"
 
 
-def _by_age(figure: str, step: StepMetrics) -> dict[str, float]:
+def _by_age(figure: str, step: AlarmedStep) -> dict[str, float]:
     buckets = sorted(step.age_health, key=youngest_age)
-    return {bucket: step.age_health[bucket][figure] for bucket in buckets if figure in step.age_health[bucket]}
+    return {bucket: value for bucket in buckets if (value := step.age_health[bucket].get(figure)) is not None}
 
 
 def _age_to_try(rule: AlarmRule, by_age: dict[str, float]) -> str:

@@ -13,7 +13,7 @@ from asyncrl.report.page.charts import SECTIONS, ChartLine, ChartPlan, Record
 from asyncrl.report.page.points import Column, Grid, running_mean
 from asyncrl.report.run_records import EvalRecord, RunRecords, StepRecord, SyncRecord
 
-NEAR = 3.0  # curves that come within this factor of a limit are shown with it
+NEAR = 2.0  # curves that come within this factor of a limit are shown with it
 MAX_PARTS = 16
 COMPARED_STYLES: tuple[Style, ...] = ("line", "dashed", "dotted")
 

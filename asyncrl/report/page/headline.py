@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from asyncrl.metrics.alarms import RULES
+from asyncrl.metrics.alarms import RULES, explain
 from asyncrl.report.page.charts import CHART_OF_ALARM
 from asyncrl.report.page.markup import Html, joined, markup, shown
 from asyncrl.report.run_records import RunRecords, StepRecord, mean
@@ -27,7 +27,7 @@ class Episode:
     steps: int
     times: int
     first: int
-    last: int
+    last: StepRecord
     is_on: bool
 
 
@@ -58,7 +58,7 @@ def _episode(name: str, steps: Sequence[StepRecord]) -> Episode:
         steps=sum(map(len, runs)),
         times=len(runs),
         first=newest[0].version,
-        last=newest[-1].version,
+        last=newest[-1],
         is_on=newest[-1] is steps[-1],
     )
 
@@ -66,7 +66,9 @@ def _episode(name: str, steps: Sequence[StepRecord]) -> Episode:
 def _note(episode: Episode, steps: Sequence[StepRecord]) -> Html:
     rule = next((rule for rule in RULES if rule.figure == episode.name), None)
     when = (
-        f"since step {episode.first}" if episode.is_on else f"the last time in steps {episode.first} to {episode.last}"
+        f"since step {episode.first}"
+        if episode.is_on
+        else f"the last time in steps {episode.first} to {episode.last.version}"
     )
     said = f"{'still on' if episode.is_on else 'over'}: {when}; on in {_counted(episode.steps, 'step')}"
     if episode.times > 1:
@@ -81,14 +83,16 @@ def _note(episode: Episode, steps: Sequence[StepRecord]) -> Html:
     if (chart := CHART_OF_ALARM.get(episode.name)) is not None:
         name = markup('<a href="#{}">{}</a>', chart, episode.name)
     beyond = f"{rule.side} {rule.limit:g}{' of weights.canary_tolerance' if rule.of_canary_tolerance else ''}"
+    cause, remedy = explain(rule, episode.last)
     return markup(
-        '<article class="note {}"><h3>{} {}</h3><p>{}</p><p><strong>What helps:</strong> {}</p>'
-        '<p class="why">{}</p></article>',
+        '<article class="note {}"><h3>{} {}</h3><p>{}</p><p><strong>Likely cause:</strong> {}</p>'
+        '<p><strong>What helps:</strong> {}</p><p class="why">{}</p></article>',
         "on" if episode.is_on else "off",
         name,
         beyond,
         said,
-        rule.advice,
+        cause,
+        remedy,
         rule.why,
     )
 
