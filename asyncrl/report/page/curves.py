@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
@@ -166,17 +166,34 @@ def _parts(plan: ChartPlan, source: Source) -> Iterable[Curve]:
     """One curve for each name; of one name alone, none: it says no more than the whole."""
     assert plan.parts is not None
     rows = [plan.parts(step) for step in source.steps]
-    names = list(dict.fromkeys(name for row in rows for name in row))[:MAX_PARTS]
-    sums = [sum(value or 0.0 for value in row.values()) for row in rows]
-    for place, name in enumerate(names if len(names) > 1 else []):
-        figures = [row.get(name) for row in rows]
-        if plan.stacked:
-            figures = [
-                (value or 0.0) / whole if whole > 0 else None for value, whole in zip(figures, sums, strict=True)
-            ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if len(names) < 2:
+        return
+    if plan.stacked:
+        yield from _layers(rows, names, source.step_grid)
+        return
+    for place, name in enumerate(names[:MAX_PARTS]):
         style: Style = "line" if place < len(COLORS) else "dashed"
-        color = COLORS[place % len(COLORS)]
-        yield _smoothed(name, color, source.step_grid, figures, style, noisy=not plan.stacked)
+        figures = [row.get(name) for row in rows]
+        yield _smoothed(name, COLORS[place % len(COLORS)], source.step_grid, figures, style, noisy=True)
+
+
+def _layers(rows: Sequence[Mapping[str, float | None]], names: Sequence[str], grid: Grid) -> Iterable[Curve]:
+    """The share of each name in the sum of a row, the largest at the bottom; of many names the smallest as one."""
+    whole = [sum(value or 0.0 for value in row.values()) for row in rows]
+    totals = {name: sum(row.get(name) or 0.0 for row in rows) for name in names}
+    ordered = sorted(names, key=lambda name: -totals[name])
+    room = len(COLORS) if len(names) <= len(COLORS) else len(COLORS) - 1
+    layers = [(name, [name]) for name in ordered[:room]]
+    if len(ordered) > room:
+        layers.append((f"{len(ordered) - room} others", ordered[room:]))
+    for (label, members), color in zip(layers, COLORS, strict=False):
+        taken = [sum(row.get(name) or 0.0 for name in members) for row in rows]
+        column = grid.column(
+            [part / all_of_it if all_of_it > 0 else None for part, all_of_it in zip(taken, whole, strict=True)]
+        )
+        means = running_mean(column.means, max(1, len(grid) // 20))
+        yield Curve(label, color, grid, Column(means, means, means), raw=column, sparse=True)
 
 
 # -- alarms ----------------------------------------------------------------------------------------------------
