@@ -2,7 +2,8 @@
 
 Generators report cumulative counters per incarnation; rates are differences over the time between two steps. A
 generator that restarts starts again at zero: what its new incarnation reports counts from there, so nothing is lost
-and no sum falls.
+and no sum falls. The same holds of the time of a trainer that dies; what it did since its last report, and the time
+until the next one begins, is `restart`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from asyncrl.link.limits import MAX_GENERATORS
 from asyncrl.link.messages import Beat
 from asyncrl.link.trainer_messages import StepDone
 from asyncrl.metrics import StepMetrics, SyncMetrics
+from asyncrl.metrics.ledger import GeneratorActivity, LearnerActivity, add, known_seconds, since
 from asyncrl.metrics.types import AGE_PART, REWARD_PART
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.weights.plan.records import Committed, RoundEnded
@@ -35,11 +37,12 @@ class RunTotals:
 
 @dataclass(slots=True)
 class GeneratorTotals:
-    """What generators did: tokens sampled, and seconds in which they were busy and idle."""
+    """What generators did: tokens sampled, seconds in which they were busy and idle, and seconds by activity."""
 
     tokens_generated: int = 0
     busy_s: float = 0.0
     idle_s: float = 0.0
+    time_s: dict[str, float] = field(default_factory=dict)
 
 
 class Counters:
@@ -50,6 +53,9 @@ class Counters:
         self._reported = RunTotals()  # the totals at the last step
         self._generators = GeneratorTotals()  # since the last step
         self._newest: dict[str, tuple[int, GeneratorTotals]] = {}  # generator -> (incarnation, its newest report)
+        self._trainer: dict[str, float] = {}  # the newest report of the trainer that lives: its time by activity
+        self._trainer_lost = False  # since the last step
+        self._overlapped: dict[str, float] = {}  # since the last step
         self._gap_engine: float | None = None  # mean canary difference of the newest sync that somebody committed
 
     def state(self) -> RunTotals:
@@ -63,7 +69,8 @@ class Counters:
 
     def beat(self, name: str, incarnation: int, beat: Beat) -> None:
         """Takes in a beat. Of a generator that was not known, counting starts with its first one."""
-        report = GeneratorTotals(beat.tokens_generated, beat.busy_s, beat.idle_s)
+        time_s = known_seconds(beat.time_s, GeneratorActivity)
+        report = GeneratorTotals(beat.tokens_generated, beat.busy_s, beat.idle_s, time_s)
         known = self._newest.pop(name, None)
         self._newest[name] = (incarnation, report)  # behind all others: heard of last
         if len(self._newest) > MAX_GENERATORS:
@@ -75,17 +82,48 @@ class Counters:
         self._generators.tokens_generated += max(0, report.tokens_generated - before.tokens_generated)
         self._generators.busy_s += max(0.0, report.busy_s - before.busy_s)
         self._generators.idle_s += max(0.0, report.idle_s - before.idle_s)
+        add(self._generators.time_s, since(before.time_s, report.time_s))
 
     def lease_failed(self, reason: str, num_rollouts: int) -> None:
         """A lease ended without a group, and its rollouts are lost."""
         self.totals.rollouts_failed[reason] = self.totals.rollouts_failed.get(reason, 0) + num_rollouts
+
+    def trainer_lost(self) -> None:
+        """The trainer died; the next one counts its time from zero."""
+        self._trainer, self._trainer_lost = {}, True
+
+    def checkpoint_saved(self, seconds: float) -> None:
+        """A checkpoint took so long, beside training."""
+        add(self._overlapped, {"checkpoint": seconds})
+
+    def _learner_time(self, time_s: dict[str, float], interval_s: float) -> dict[str, float]:
+        """By activity, the time since the last step that was reported; `time_s` is the trainer's own, since its start.
+
+        Where nothing is known of that, as of a trainer that died while its report was on its way, it is lost. Waiting
+        beyond a trainer's first interval is from before a generator could work: start-up, and no wait for data.
+        """
+        if not time_s:
+            return {str(LearnerActivity.RESTART): interval_s} if self._trainer_lost else {}
+        report = known_seconds(time_s, LearnerActivity)
+        spent, self._trainer = since(self._trainer, report), report
+        if self._trainer_lost:
+            self._trainer_lost = False
+            add(spent, since({}, {str(LearnerActivity.RESTART): interval_s - sum(spent.values())}))
+        waited_s = spent.get(LearnerActivity.DATA, 0.0)
+        early_s = waited_s - max(0.0, interval_s)
+        if LearnerActivity.START in spent and early_s > 0.0:
+            spent[str(LearnerActivity.DATA)] = waited_s - early_s
+            add(spent, {str(LearnerActivity.START): early_s})
+        return spent
 
     def step_metrics(self, done: StepDone, interval_s: float, buffer: ReplayBuffer, num_alive: int) -> StepMetrics:
         """Everything since the previous step, joined with what the trainer measured in this one.
 
         interval_s is the time since the previous step, num_alive the number of generators whose beats come.
         """
+        learner_time_s = self._learner_time(done.time_s, interval_s)
         generators, self._generators = self._generators, GeneratorTotals()
+        overlapped_s, self._overlapped = self._overlapped, {}
         before, self._reported = self._reported, copy.deepcopy(self.totals)
         totals = self.totals
         parts, figures = _split_off(REWARD_PART, done.metrics)
@@ -99,7 +137,10 @@ class Counters:
             version=done.version,
             interval_s=interval_s,
             step_s=done.step_s,
-            learner_idle_s=min(done.idle_s, interval_s),
+            learner_time_s=learner_time_s,
+            generator_time_s=generators.time_s,
+            overlapped_s=overlapped_s,
+            learner_idle_s=min(learner_time_s.get(LearnerActivity.DATA, 0.0), interval_s),
             tokens_generated=generators.tokens_generated,
             generator_busy_s=generators.busy_s,
             generator_idle_s=generators.idle_s,
@@ -121,6 +162,9 @@ class Counters:
     def sync_metrics(self, ended: RoundEnded) -> SyncMetrics:
         """One round of weight sync; each time is that of the slowest generator."""
         committed = ended.committed
+        stage_ms = sum(receiver.timings_ms.get("stage_ms", 0.0) for receiver in committed)
+        took_ms = {"encode": ended.encode_ms, "transfer": ended.transfer_ms, "stage": stage_ms}
+        add(self._overlapped, {work: ms / 1e3 for work, ms in took_ms.items() if ms > 0.0})
         canary_means = [c.canary_mean_diff for c in committed]
         if canary_means:
             self._gap_engine = fmean(canary_means)

@@ -238,7 +238,7 @@ class Desk:
                 self.ranks.request(peer, message)
             case trainer_messages.StepDone():
                 self.bad_batches.stepped(message.version)
-                self.ranks.step_done(message, len(self.generators.alive()), now)
+                self.ranks.step_done(peer, message, len(self.generators.alive()), now)
                 self.evaluator.advance(self.state.policy.trained, self.versions)
             case trainer_messages.CheckpointDone():
                 self.ranks.checkpoint_done(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ class Ranks:
         self._checkpoints = checkpoints
         self._peers: dict[int, bytes] = {}  # rank -> routing id
         self._step_ended_at = time.monotonic()
+        self._has_logged = False  # a step of this life of the learner
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -89,6 +91,7 @@ class Ranks:
         """The trainer died; another one will say hello."""
         self._peers.clear()
         self._dealer.forget_ranks()
+        self._counters.trainer_lost()
 
     def stop(self, finished: bool, reason: str) -> None:
         """Tells the ranks to save and end; when the run is finished, they export the model too."""
@@ -138,12 +141,17 @@ class Ranks:
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
-    def step_done(self, done: trainer_messages.StepDone, num_alive: int, now: float) -> None:
+    def step_done(self, peer: bytes, done: trainer_messages.StepDone, num_alive: int, now: float) -> None:
         """A step was made. It is reported once, however often it is trained again; num_alive counts generators."""
-        interval_s, self._step_ended_at = now - self._step_ended_at, now
+        if peer not in self._peers.values():
+            done = dataclasses.replace(done, time_s={})  # it died, and its successor counts from zero
         self._policy.step_made(done.version)
-        if done.version > self._last_logged_version:
-            self._last_logged_version = done.version
+        is_new = done.version > self._last_logged_version
+        interval_s = now - self._step_ended_at
+        if is_new or not self._has_logged:  # what a restart repeats is part of the interval of the next new step
+            self._step_ended_at = now
+        if is_new:
+            self._last_logged_version, self._has_logged = done.version, True
             figures = self._counters.step_metrics(done, interval_s, self._state.buffer, num_alive)
             self._metrics.log_step(figures)
 
@@ -153,6 +161,7 @@ class Ranks:
             log.error("checkpoint of version %d failed, training goes on: %s", done.version, done.error)
             return
         log.info("checkpoint of version %d in %.1f s: %s", done.version, done.seconds, done.path)
+        self._counters.checkpoint_saved(done.seconds)
         # By the oldest checkpoint that is kept: a recovery may have to fall back to it, and needs the journal since.
         self._journal.delete_before(oldest_version(self._checkpoints) or 0)
 

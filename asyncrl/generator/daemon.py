@@ -30,6 +30,7 @@ import numpy as np
 
 from asyncrl.config import Config
 from asyncrl.errors import ProtocolError
+from asyncrl.generator.activities import Situation, activity_of, busy_s, idle_s
 from asyncrl.generator.engines.base import RolloutEngine
 from asyncrl.generator.engines.vllm.engine import VLLMEngine
 from asyncrl.generator.engines.vllm.options import EngineOptions
@@ -47,8 +48,9 @@ from asyncrl.link.sockets import AsyncClientSocket
 from asyncrl.metrics.exposition import Exposition
 from asyncrl.metrics.generator_metrics import GeneratorMetrics
 from asyncrl.metrics.health import DaemonState, Pulse
+from asyncrl.metrics.ledger import GeneratorActivity, Ledger, in_words
 from asyncrl.rewards.pool import RewardPool
-from asyncrl.types import Group, Lease
+from asyncrl.types import Group, Lease, LeaseKind
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class GeneratorDaemon:
         parts: GeneratorParts,
     ) -> None:
         self.config = config
+        self.ledger = Ledger(GeneratorActivity.START)
         self.pulse = Pulse()
         self.figures = Exposition(GeneratorMetrics)
         self.session = session
@@ -92,6 +95,7 @@ class GeneratorDaemon:
         self.rewards = rewards
         self.link = LearnerLink(config, session, socket)
         self.sync = parts.weight_sync(engine, self.link.send)
+        self.sync.on_change = self._account
         self.runner = parts.lease_runner(
             engine,
             rewards,
@@ -99,8 +103,9 @@ class GeneratorDaemon:
             commit_timeout_s=2 * config.weights.timeout_s,
             on_sequence_end=self._sequence_ended,
             prompt_text=prompt_text,
+            on_change=self._account,
         )
-        self.leases = HeldLeases(self.runner, config.generator.max_sequences, self._report)
+        self.leases = HeldLeases(self.runner, config.generator.max_sequences, self._report, self._account)
         self._announced_room = 0  # sequences, in the last beat
         self._ended_since_beat = 0  # sequences
         self._beat_at = time.monotonic()  # when the last one was due
@@ -122,6 +127,8 @@ class GeneratorDaemon:
         finally:
             await self._end(loops)
             await self._say_bye()
+            spent = self.ledger.seconds()
+            log.info("the time of this generator, %.2f s: %s", sum(spent.values()), in_words(spent))
         return 0
 
     def stop(self, why: str, *, run_finished: bool = False) -> None:
@@ -131,6 +138,7 @@ class GeneratorDaemon:
         self._why_stopping = why
         self._run_finished = run_finished or self._run_finished
         self._stopping.set()
+        self._account()
 
     # -- what the learner says -------------------------------------------------------------------------------------
 
@@ -162,6 +170,7 @@ class GeneratorDaemon:
                 self._learner_stops(message)
             case messages.SyncOffer() | messages.SyncSwap() | messages.SyncCommit() | messages.SyncAbort():
                 self.sync.handle(message)
+        self._account()  # an acknowledgement may have made room
 
     def _welcome(self, welcome: messages.Welcome) -> None:
         if welcome.run_epoch != self._run_epoch:
@@ -190,12 +199,14 @@ class GeneratorDaemon:
             return messages.LeaseFailed(seq, run_epoch, kind, ordinal, attempt, outcome.reason, detail, lease.ticket)
 
         self.link.deliver(result, self.sync.held_version)
+        self._account()
         self._progress.set()
         if not self.leases or self._announced_room == 0 or isinstance(outcome, LeaseFailure):
             self._beat_soon.set()  # in all other cases its sequences asked for more when they ended
 
     def _sequence_ended(self) -> None:
         """Asks for the next lease when there is room for one, which may be long before a lease in hand ends."""
+        self._account()
         self._ended_since_beat += 1
         if self._ended_since_beat >= self.config.sampling.group_size:
             self._beat_soon.set()
@@ -213,7 +224,7 @@ class GeneratorDaemon:
             if self._ready:
                 # Also without leases, when no probe is due: a learner must not go on offering weights to a dead engine.
                 self.engine.check_alive()
-            self.leases.tick()
+            self._account()
             self._show_pulse()
             now = time.monotonic()
             if self._beat_soon.is_set() or now >= self._beat_at + self.session.beat_s:
@@ -239,13 +250,15 @@ class GeneratorDaemon:
             self.pulse.turn(DaemonState.GENERATING, ready=True)
         else:
             self.pulse.turn(DaemonState.WAITING, "leases", ready=True)
+        time_s = self.ledger.seconds()
         figures = GeneratorMetrics(
             tokens_generated=self.engine.tokens_generated,
             rollouts_completed=self.runner.rollouts_completed,
             generations_failed=self.runner.generations_failed,
             rewards_failed=self.runner.rewards_failed,
-            busy_s=self.leases.clock.busy_s,
-            idle_s=self.leases.clock.idle_s,
+            time_s=time_s,
+            busy_s=busy_s(time_s),
+            idle_s=idle_s(time_s),
             leases=len(self.leases),
             outbox_bytes=self.session.outbox_bytes,
             held_version=held,
@@ -253,7 +266,7 @@ class GeneratorDaemon:
         self.figures.replace(figures)
 
     def _beat(self) -> messages.Beat:
-        self.leases.tick()
+        time_s = self.ledger.seconds()
         self._announced_room = self._room()
         self._ended_since_beat = 0
         active = [messages.ActiveLease(*lease.key, lease.issued_version) for lease in self.leases]
@@ -265,14 +278,15 @@ class GeneratorDaemon:
             tokens_generated=self.engine.tokens_generated,
             rollouts_completed=self.runner.rollouts_completed,
             rewards_failed=self.runner.rewards_failed,
-            busy_s=self.leases.clock.busy_s,
-            idle_s=self.leases.clock.idle_s,
+            busy_s=busy_s(time_s),
+            idle_s=idle_s(time_s),
             outbox_bytes=self.session.outbox_bytes,
             held_version=self.sync.held_version,
             generations_failed=self.runner.generations_failed,
             ready=self._ready,
             sequences_received=self.leases.sequences_received,
             tickets=[lease.ticket for lease in self.leases],
+            time_s=time_s,
         )
 
     def _room(self) -> int:
@@ -280,6 +294,22 @@ class GeneratorDaemon:
         if not self._ready or self._stopping.is_set() or not self.session.has_room:
             return 0
         return self.leases.room()
+
+    def _account(self) -> None:
+        """Time goes to what the generator does now; to be called when that may have changed."""
+        training, evaluating = self.leases.samples(LeaseKind.TRAIN), self.leases.samples(LeaseKind.EVAL)
+        situation = Situation(
+            ready=self._ready,
+            swapping=self.sync.swapping,
+            training=training,
+            evaluating=evaluating,
+            scoring=len(self.leases) > self.runner.num_unproven,
+            in_hand=bool(self.leases),
+            held=self.sync.held_version is not None,
+            blocked=self.session.blocked,
+            stopping=self._stopping.is_set(),
+        )
+        self.ledger.switch(activity_of(situation))
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
@@ -294,8 +324,8 @@ class GeneratorDaemon:
         log.info("starting the engine")
         await asyncio.gather(self.rewards.start(), self.engine.start())
         log.info("engine ready after %.1f s", loop.time() - started)
-        self.leases.clock.start()
         self._ready = True
+        self._account()
         self._beat_soon.set()
         await watch_engine(self.engine, self.sync)
 

@@ -6,12 +6,12 @@ import asyncio
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 
+from asyncrl.generator.engines.base import nothing
 from asyncrl.generator.lease_runner import LeaseFailure, LeaseRunner
 from asyncrl.link.wire_types import FailureReason
-from asyncrl.types import Group, Lease, LeaseKey
+from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
 
 log = logging.getLogger(__name__)
 
@@ -21,43 +21,21 @@ BACKLOG_SHARE = 0.25  # leases waiting behind a full engine, so that it never ru
 Report = Callable[[Lease, Group | LeaseFailure], None]
 
 
-class EngineClock:
-    """How long the engine was busy, and how long idle: by whether leases were in hand, from its start on."""
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.busy_s = 0.0
-        self.idle_s = 0.0
-        self._now = now
-        self._since: float | None = None  # None: the engine is not up yet, which is neither
-
-    def start(self) -> None:
-        """The engine is up."""
-        self._since = self._now()
-
-    def tick(self, busy: bool) -> None:
-        """Adds the time since the last call. To be called before `busy` changes."""
-        if self._since is None:
-            return
-        now = self._now()
-        if busy:
-            self.busy_s += now - self._since
-        else:
-            self.idle_s += now - self._since
-        self._since = now
-
-
 class HeldLeases:
     """Takes leases, runs each and reports how it ended.
 
-    max_sequences is what the engine samples at once. `report` is called once per lease, when it is in hand no more.
+    max_sequences is what the engine samples at once. `report` is called once per lease, when it is in hand no more;
+    on_change, whenever there are other leases in hand than before.
     """
 
-    def __init__(self, runner: LeaseRunner, max_sequences: int, report: Report) -> None:
-        self.clock = EngineClock()
+    def __init__(
+        self, runner: LeaseRunner, max_sequences: int, report: Report, on_change: Callable[[], None] = nothing
+    ) -> None:
         self.sequences_received = 0  # of all grants of this run epoch, repeated ones too: the learner counts likewise
         self._runner = runner
         self._capacity = math.ceil(max_sequences * (1 + BACKLOG_SHARE))
         self._report = report
+        self._on_change = on_change
         self._leases: dict[LeaseKey, Lease] = {}
         self._tasks: dict[LeaseKey, asyncio.Task[Group | LeaseFailure]] = {}
         self._why_returned: dict[LeaseKey, str] = {}
@@ -73,11 +51,11 @@ class HeldLeases:
         self.sequences_received += lease.num_sequences
         if lease.key in self._leases:
             return
-        self.tick()
         self._leases[lease.key] = lease
         task = asyncio.create_task(self._runner.run(lease))
         task.add_done_callback(functools.partial(self._ended, lease))
         self._tasks[lease.key] = task
+        self._on_change()
 
     def room(self) -> int:
         """Sequences it could take now, a small backlog behind the full engine included."""
@@ -99,14 +77,14 @@ class HeldLeases:
         self.give_back(list(self._tasks), why)
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def tick(self) -> None:
-        """Brings the clock up to now."""
-        self.clock.tick(busy=bool(self._leases))
+    def samples(self, kind: LeaseKind) -> bool:
+        """Whether a lease of this kind has sequences that have not ended."""
+        return any(lease.key.kind is kind and self._runner.sequences_left(lease) > 0 for lease in self._leases.values())
 
     def _ended(self, lease: Lease, task: asyncio.Task[Group | LeaseFailure]) -> None:
         """The end of the task, not of what runs in it: one that is cancelled before its first step runs nothing."""
-        self.tick()
         del self._leases[lease.key], self._tasks[lease.key]
+        self._on_change()
         why_returned = self._why_returned.pop(lease.key, "abandoned")
         if task.cancelled():
             outcome: Group | LeaseFailure = LeaseFailure(FailureReason.RETURNED, why_returned)

@@ -32,7 +32,8 @@ def no_text(token_ids: np.ndarray) -> str:
 class LeaseRunner:
     """Turns leases into groups. Between leases it keeps counters alone.
 
-    prompt_text turns a prompt's tokens into the text that parts of the reward see.
+    prompt_text turns a prompt's tokens into the text that parts of the reward see. on_change is called when a lease
+    begins to wait for the proof of its versions.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LeaseRunner:
         commit_timeout_s: float,
         on_sequence_end: Callable[[], None] = nothing,
         prompt_text: Callable[[np.ndarray], str] = no_text,
+        on_change: Callable[[], None] = nothing,
     ) -> None:
         self._engine = engine
         self._rewards = rewards
@@ -51,6 +53,8 @@ class LeaseRunner:
         self._commit_timeout_s = commit_timeout_s
         self._on_sequence_end = on_sequence_end
         self._prompt_text = prompt_text
+        self._on_change = on_change
+        self.num_unproven = 0  # leases that have rewards, and wait for the proof of their versions
         self._left: dict[LeaseKey, int] = {}  # sequences still to be sampled, of leases at work
         self.rollouts_completed = 0
         self.rewards_failed = 0
@@ -97,11 +101,15 @@ class LeaseRunner:
             )
         # Rewards run while the commit may still be on its way: both are waited for, neither delays the other.
         outcomes = await self._score(lease, completions)
+        self.num_unproven += 1
+        self._on_change()
         try:
             await self._sync.wait_proven(versions, self._commit_timeout_s, since=began_at)
         except EngineError as error:
             self.generations_failed += 1
             return LeaseFailure(FailureReason.TAINTED, str(error))
+        finally:
+            self.num_unproven -= 1
         return self._group(lease, completions, outcomes)
 
     async def _sample(self, lease: Lease, request_id: str) -> list[Completion]:

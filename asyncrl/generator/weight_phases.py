@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from asyncrl.errors import AsyncRLError, EngineError
-from asyncrl.generator.engines.base import RolloutEngine
+from asyncrl.generator.engines.base import RolloutEngine, nothing
 from asyncrl.link.messages import SyncAbort, SyncCommit, SyncOffer, SyncReply, SyncSwap
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.wire_types import SyncPhase
@@ -30,9 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class WeightSync:
-    """Answers the phases of weight syncs, one sync at a time. The newest offer wins."""
+    """Answers the phases of weight syncs, one sync at a time. The newest offer wins.
+
+    on_change is called whenever `swapping` or `held_version` is another than before.
+    """
 
     def __init__(self, engine: RolloutEngine, send: Callable[[Message], None]) -> None:
+        self.on_change: Callable[[], None] = nothing
         self._engine = engine
         self._send = send
         self._task: asyncio.Task[None] | None = None
@@ -162,6 +166,7 @@ class WeightSync:
         self._proven.discard(swap.version)
         try:
             self._swapping = True
+            self.on_change()
             report = await self._engine.swap_weights(swap.version, swap.timeout_s)
         except (AsyncRLError, TimeoutError) as error:
             await self._settle(None)
@@ -169,6 +174,7 @@ class WeightSync:
             return
         finally:
             self._swapping = False
+            self.on_change()
             self._count_load(swap.version)
         try:
             loop = asyncio.get_running_loop()
@@ -222,6 +228,7 @@ class WeightSync:
         async with self._changed:
             self._held, self._loaded = held, None
             self._changed.notify_all()
+        self.on_change()
 
     def _reply(self, request: SyncOffer | SyncSwap, phase: SyncPhase, *, error: str = "", **fields: Any) -> None:
         if error:

@@ -101,6 +101,11 @@ class GeneratorSession:
         """Whether the outbox may grow: leases are to be taken only while it may."""
         return self.outbox_bytes < self._budget_bytes
 
+    @property
+    def blocked(self) -> bool:
+        """Whether results cannot leave as they come: the outbox is full, or the desk takes none for now."""
+        return not self.has_room or (self.welcomed and self._credit_bytes <= 0 and bool(self._unacked))
+
     def unacked_leases(self) -> list[ActiveLease]:
         """The leases whose results are in the outbox, for Beat.active."""
         return [item.lease for item in self._unacked.values()]

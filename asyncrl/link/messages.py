@@ -42,13 +42,14 @@ from asyncrl.link.wire_types import (
     Tag,
     Text,
     Ticket,
+    Times,
     Timings,
     Tokens,
     WorkerDigests,
 )
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 # -- records inside messages ------------------------------------------------------------------------------------------
@@ -114,8 +115,8 @@ class Beat(RunMessage):
     tokens_generated: Count  # cumulative
     rollouts_completed: Count  # cumulative
     rewards_failed: Count  # cumulative
-    busy_s: Seconds  # cumulative seconds with at least one sequence in the engine
-    idle_s: Seconds  # cumulative seconds without
+    busy_s: Seconds  # cumulative; these two are sums of parts of time_s
+    idle_s: Seconds  # cumulative
     outbox_bytes: Count
     held_version: Number | None = None
     generations_failed: Count = 0  # cumulative
@@ -123,6 +124,7 @@ class Beat(RunMessage):
     sequences_received: Count = 0  # cumulative: the part of sequences_wanted that was leased to it
     # Of the leases in `active` that have an issued_version, in their order.
     tickets: Annotated[list[Ticket], AtMost(MAX_LEASES)] = field(default_factory=list)
+    time_s: Times = field(default_factory=dict)  # cumulative, by activity: all of its time
 
 
 @message(3)

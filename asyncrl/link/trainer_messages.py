@@ -28,6 +28,7 @@ from asyncrl.link.wire_types import (
     Size,
     Tag,
     Ticket,
+    Times,
 )
 
 Epochs = Annotated[list[Number], AtMost(65_536)]
@@ -62,7 +63,7 @@ class StepDone(Message):
     version: Number
     metrics: Figures
     step_s: Seconds
-    idle_s: Seconds  # waiting for the batch
+    time_s: Times  # by activity, since the process of this trainer began
 
 
 @message(43)

@@ -46,6 +46,7 @@ Canary = Annotated[list[Tokens], AtMost(4096)]  # one array for each canary sequ
 WorkerDigests = Annotated[list[Annotated[list[Digest], AtMost(2**20)]], AtMost(MAX_WORKERS)]  # one for each bucket
 Figures = Annotated[dict[Label, FloatOrNaN], AtMost(4096)]
 Timings = Annotated[dict[Label, Milliseconds], AtMost(256)]
+Times = Annotated[dict[Label, Seconds], AtMost(64)]  # by activity, see metrics.ledger
 _SETTING = Fields((("name", Label), ("value", Annotated[str, AtMost(65_536)])))
 Settings = Annotated[list[Annotated[Setting, _SETTING]], AtMost(1024)]
 LeaseName = Annotated[LeaseKey, Fields((("ordinal", Number), ("attempt", Number)))]

@@ -32,6 +32,10 @@ LABELS: dict[str, tuple[str, ...]] = {
     "age_health": ("age", "figure"),
     "alarms": ("alarm",),
     "extra": ("figure",),
+    "learner_time_s": ("activity",),
+    "generator_time_s": ("activity",),
+    "overlapped_s": ("work",),
+    "time_s": ("activity",),
 }
 
 Record = AnyMetrics | GeneratorMetrics

@@ -14,6 +14,7 @@ from pathlib import Path
 from asyncrl.metrics.alarms import RULES, AlarmRule
 from asyncrl.metrics.exposition import Record, families_of
 from asyncrl.metrics.generator_metrics import GeneratorMetrics
+from asyncrl.metrics.ledger import Activity, GeneratorActivity, LearnerActivity
 from asyncrl.metrics.types import DERIVED, EvalMetrics, StepMetrics, SyncMetrics
 
 README = Path(__file__).with_name("README.md")
@@ -50,7 +51,7 @@ def derived_entries() -> Iterator[GlossaryEntry]:
 
 
 def glossary() -> str:
-    """The generated part of README.md: a table for each kind of line, one for the derived figures, one for alarms."""
+    """The generated part of README.md: a table for each kind of line, for activities, derived figures, and alarms."""
     blocks = []
     for kind in (StepMetrics, SyncMetrics, EvalMetrics):
         blocks.append(f'### Lines with `"kind": "{kind.kind}"`')
@@ -58,6 +59,10 @@ def glossary() -> str:
         blocks.append(_metrics_table(entries(kind)))
     blocks.append('### Derived figures, written into the lines with `"kind": "step"`')
     blocks.append(_metrics_table(derived_entries()))
+    for title, activities in (("learner_time_s", LearnerActivity), ("generator_time_s", GeneratorActivity)):
+        blocks.append(f"### Activities in `{title}`")
+        blocks.extend(_paragraphs(activities.__doc__ or ""))
+        blocks.append(_activities_table(activities))
     blocks.append("### Of a generator, at its `/metrics` alone")
     blocks.append(_metrics_table(entries(GeneratorMetrics)))
     blocks.append("### Counters at `/metrics`")
@@ -105,6 +110,10 @@ def _paragraphs(docstring: str) -> list[str]:
 def _metrics_table(metrics: Iterator[GlossaryEntry]) -> str:
     rows = [[f"`{entry.name}`", entry.unit, entry.sentence, ", ".join(entry.shown)] for entry in metrics]
     return _table(["metric", "unit", "what it is", "shown in"], rows)
+
+
+def _activities_table(activities: type[Activity]) -> str:
+    return _table(["activity", "what it is"], [[f"`{activity}`", activity.sentence] for activity in activities])
 
 
 def _counters_table() -> str:

@@ -43,7 +43,8 @@ class StepMetrics:
     version: int = metric("steps", "Policy version that this step made.", shown=(LINE, SUMMARY, REPORT))
     interval_s: float = metric(
         "s",
-        "Time since the previous step ended; for the first step, since the trainer was ready.",
+        "Time since the previous step ended, steps that a restart repeats included; for the first step, since the "
+        "first generator could work.",
         shown=(SUMMARY, REPORT),
         adds_up=True,
     )
@@ -159,18 +160,33 @@ class StepMetrics:
         shown=(REPORT,),
     )
 
+    learner_time_s: dict[str, float] = metric(
+        "s", "All of the trainer's time since its last report, by activity.", {}, shown=(SUMMARY,), adds_up=True
+    )
+    generator_time_s: dict[str, float] = metric(
+        "s", "All of the generators' time, by activity, summed over them.", {}, shown=(SUMMARY,), adds_up=True
+    )
+    overlapped_s: dict[str, float] = metric(
+        "s",
+        "What was done beside those activities, and ended since the step before: encode and transfer (a version, by "
+        "the publisher), stage (it, summed over generators that committed it), checkpoint (its writing, the copy "
+        "included).",
+        {},
+        shown=(SUMMARY,),
+        adds_up=True,
+    )
     learner_idle_s: float = metric(
         "s", "Time within interval_s in which the trainer waited for a batch.", 0.0, shown=(SUMMARY,), adds_up=True
     )
     generator_busy_s: float = metric(
         "s",
-        "Time with at least one sequence in the engine, summed over generators.",
+        "Time with at least one sequence in the engine, summed over generators: swap, decode and eval.",
         0.0,
         shown=(SUMMARY,),
         adds_up=True,
     )
     generator_idle_s: float = metric(
-        "s", "Time without any sequence in the engine, summed over generators.", 0.0, shown=(SUMMARY,), adds_up=True
+        "s", "The rest of their time since their engines were up.", 0.0, shown=(SUMMARY,), adds_up=True
     )
 
     loss: float | None = metric(

@@ -59,6 +59,9 @@ class StepRecord:
     rollouts_failed: Mapping[str, int] = field(default_factory=dict)
     buffer_groups: int | None = None
     generators_alive: int | None = None
+    learner_time_s: Mapping[str, float | None] = field(default_factory=dict)
+    generator_time_s: Mapping[str, float | None] = field(default_factory=dict)
+    overlapped_s: Mapping[str, float | None] = field(default_factory=dict)
     learner_idle_s: float | None = None
     generator_busy_s: float | None = None
     generator_idle_s: float | None = None
@@ -247,6 +250,16 @@ def measured(figures: Iterable[T | None]) -> list[T]:
 def total(figures: Iterable[Number | None]) -> Number:
     """The sum of what was measured; 0 where nothing was."""
     return sum(measured(figures))
+
+
+def totals(parts: Iterable[Mapping[str, Number | None]]) -> dict[str, Number]:
+    """The sum of what was measured of each part, in the order in which the parts came up."""
+    found: dict[str, Number] = {}
+    for part in parts:
+        for name, figure in part.items():
+            if figure is not None:
+                found[name] = found[name] + figure if name in found else figure
+    return found
 
 
 def mean(figures: Iterable[float | None]) -> float | None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.metrics.alarms import RULES
+from asyncrl.metrics.ledger import in_words, shares
 from asyncrl.metrics.sinks import clock_time
-from asyncrl.report.run_records import RunRecords, mean, measured, middle, total
+from asyncrl.report.advisor import bottleneck
+from asyncrl.report.run_records import RunRecords, mean, measured, middle, total, totals
 
 SUMMARY_FILE = "summary.json"
 MAX_WINDOW_STEPS = 10
@@ -94,6 +96,19 @@ class Idle:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeSpent:
+    """Where the time of learner and generators went, by activity; and what went on beside."""
+
+    learner_time_s: Mapping[str, float]
+    generator_time_s: Mapping[str, float]  # summed over generators
+    learner_time_share: Mapping[str, float]
+    generator_time_share: Mapping[str, float]
+    overlapped_s: Mapping[str, float]
+    bounded_by: str | None
+    bounded_because: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunSummary:
     """A whole run in figures. What was never measured is None."""
 
@@ -102,12 +117,13 @@ class RunSummary:
     health: Health
     syncs: Syncs
     idle: Idle
+    time: TimeSpent
     wall_s: float
     unreadable_lines: int
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json: all figures in one mapping; unreadable_lines only where there are any."""
-        parts = (self.outcome, self.flow, self.health, self.syncs, self.idle)
+        parts = (self.outcome, self.flow, self.health, self.syncs, self.idle, self.time)
         content = {name: value for part in parts for name, value in asdict(part).items()} | {"wall_s": self.wall_s}
         return content | ({"unreadable_lines": self.unreadable_lines} if self.unreadable_lines else {})
 
@@ -120,6 +136,7 @@ def summarize(run: RunRecords) -> RunSummary:
         health=_health(run),
         syncs=_syncs(run),
         idle=_idle(run),
+        time=_time(run),
         wall_s=run.wall_s,
         unreadable_lines=run.unreadable_lines,
     )
@@ -240,6 +257,21 @@ def _idle(run: RunRecords) -> Idle:
     )
 
 
+def _time(run: RunRecords) -> TimeSpent:
+    learner_s = totals(line.learner_time_s for line in run.step_lines)
+    generator_s = totals(line.generator_time_s for line in run.step_lines)
+    bound = bottleneck(learner_s, generator_s)
+    return TimeSpent(
+        learner_time_s=learner_s,
+        generator_time_s=generator_s,
+        learner_time_share=shares(learner_s),
+        generator_time_share=shares(generator_s),
+        overlapped_s=totals(line.overlapped_s for line in run.step_lines),
+        bounded_by=bound.name if bound else None,
+        bounded_because=bound.evidence if bound else None,
+    )
+
+
 # -- the last lines ------------------------------------------------------------------------------------------
 
 
@@ -259,6 +291,9 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, page: str | Path) ->
             f"idle         learner {_shown(summary.idle.learner_idle_share, '.0%')}"
             f"   generator {_shown(summary.idle.generator_idle_share, '.0%')}"
         ),
+        f"learner      {in_words(summary.time.learner_time_s)}",
+        f"generators   {in_words(summary.time.generator_time_s)}",
+        *_bound_shown(summary.time),
         f"policy age   mean {_shown(flow.policy_age_mean, '.2f')}   max {_shown(flow.policy_age_max, 'd')}",
         (
             f"off-policy   ESS median {_shown(health.ess_share_median, '.2f')}"
@@ -276,6 +311,10 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, page: str | Path) ->
         f"summary      {Path(run_dir) / SUMMARY_FILE}",
         f"report       {page}",
     ]
+
+
+def _bound_shown(time: TimeSpent) -> list[str]:
+    return [] if time.bounded_by is None else [f"bounded by   {time.bounded_by}: {time.bounded_because}"]
 
 
 def _alarms_shown(alarms: Mapping[str, int]) -> str:

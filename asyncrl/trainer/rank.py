@@ -24,7 +24,7 @@ import torch
 from asyncrl.config import Config
 from asyncrl.config.loading import load_config
 from asyncrl.errors import AsyncRLError, CheckpointError, ConfigError, PeerUnreachable, RankLost, UserError
-from asyncrl.host.processes import die_with_parent, leave, pin_to
+from asyncrl.host.processes import die_with_parent, leave, pin_to, process_age_s
 from asyncrl.link.codec import decode_body
 from asyncrl.link.messages import GroupResult
 from asyncrl.link.rollouts import result_to_group
@@ -40,6 +40,7 @@ from asyncrl.link.trainer_messages import (
     TrainerWelcome,
 )
 from asyncrl.link.weight_records import Placement
+from asyncrl.metrics.ledger import LearnerActivity, Ledger, in_words
 from asyncrl.metrics.types import REWARD_PART
 from asyncrl.storage.checkpoint_files import is_empty, unreadable
 from asyncrl.trainer.agreement import CHECK_EVERY, check_agreement, check_start
@@ -67,9 +68,12 @@ CHECKPOINT_DEADLINE_S = 1800.0  # how long a rank may write its part of a checkp
 
 
 class Rank:
-    """One rank: the steps and its part of checkpoints; on rank 0 the link to the desk and the publisher as well."""
+    """One rank: the steps and its part of checkpoints; on rank 0 the link to the desk and the publisher as well.
 
-    def __init__(self, config: Config, desk_address: str, device: torch.device, world: World) -> None:
+    ledger  where its time goes; only rank 0 keeps it up to date
+    """
+
+    def __init__(self, config: Config, desk_address: str, device: torch.device, world: World, ledger: Ledger) -> None:
         """Loads the initial model, or the newest checkpoint of this run.
 
         Raises ModelError, ConfigError and CheckpointError for what the user must put right.
@@ -77,6 +81,7 @@ class Rank:
         self.config = config
         self.desk_address = desk_address
         self.world = world
+        self.ledger = ledger
         self.run_dir = Path(config.run.dir)
         torch.manual_seed(config.run.seed)
         engines = _load_engines(config, device, world)
@@ -109,11 +114,14 @@ class Rank:
         welcome = self._greet()
         self.run_epoch = welcome.run_epoch
         self.publisher = self._start_publisher(welcome.replay_to)
+        self.ledger.switch(LearnerActivity.OTHER)
+        self.world.meeting = lambda: self.ledger.during(LearnerActivity.RANKS)
         while True:
-            answer, idle_s = self._ask(BatchRequest(0, self.runner.version))
+            with self.ledger.during(LearnerActivity.DATA):
+                answer = self._ask(BatchRequest(0, self.runner.version))
             match answer:
                 case Batch():
-                    self._train(answer, idle_s)
+                    self._train(answer)
                 case TrainerStop():
                     return self._finish(answer)
                 case _:
@@ -167,7 +175,7 @@ class Rank:
     def _greet(self) -> TrainerWelcome:
         # One to the desk, however many there are: it deals whole batches.
         hello = TrainerHello(0, 1, self.runner.version, os.getpid(), self._placement())
-        answer, _ = self._ask(hello)
+        answer = self._ask(hello)
         if not isinstance(answer, TrainerWelcome):
             raise AsyncRLError(f"the desk answered a trainer's hello with {type(answer).__name__}")
         return answer
@@ -202,8 +210,9 @@ class Rank:
 
     def _publish(self, publisher: Publisher) -> None:
         """The policy as it is now: all ranks score the canary, then each copies what it holds."""
-        self.world.tell(Order.PUBLISH, publisher.begin())
-        publisher.publish(self.runner.version, self.actor.score(self.canary))
+        with self.ledger.during(LearnerActivity.SNAPSHOT):
+            self.world.tell(Order.PUBLISH, publisher.begin())
+            publisher.publish(self.runner.version, self.actor.score(self.canary))
 
     def _publish_shard(self, slot: int) -> None:
         assert self.shard_publisher is not None, "rank 0 opens the publisher first"
@@ -230,14 +239,16 @@ class Rank:
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
-    def _train(self, batch: Batch, idle_s: float) -> None:
+    def _train(self, batch: Batch) -> None:
         if batch.version != self.runner.version:
             log.warning("batch for version %d ignored, at %d", batch.version, self.runner.version)
             return
         started = time.monotonic()
-        groups = [result_to_group(decode_body(GroupResult, body)) for body in batch.groups]
-        self.world.tell(Order.STEP, self.runner.version)
-        result = self.runner.step(groups)
+        with self.ledger.during(LearnerActivity.MESSAGES):
+            groups = [result_to_group(decode_body(GroupResult, body)) for body in batch.groups]
+        with self.ledger.during(LearnerActivity.COMPUTE):
+            self.world.tell(Order.STEP, self.runner.version)
+            result = self.runner.step(groups)
         step_s = time.monotonic() - started
         metrics = result.metrics | outcome_metrics(groups)
         self.desk_state = batch.desk_state
@@ -246,7 +257,8 @@ class Rank:
             began = time.monotonic()
             self._publish(self.publisher)
             metrics["publish_blocked_ms"] = (time.monotonic() - began) * 1e3
-        self.link.send(StepDone(result.version, metrics, step_s, idle_s))
+        with self.ledger.during(LearnerActivity.MESSAGES):
+            self.link.send(StepDone(result.version, metrics, step_s, self.ledger.seconds()))
         if result.version % CHECK_EVERY == 0:
             self._all(Order.CHECK)
         self._checkpoint(batch.checkpoint)
@@ -272,7 +284,8 @@ class Rank:
             log.info("version %d is not saved yet: the checkpoint before is still being written", self.runner.version)
             return
         self._checkpoint_due = False
-        self._all(Order.CHECKPOINT)
+        with self.ledger.during(LearnerActivity.CHECKPOINT):
+            self._all(Order.CHECKPOINT)
 
     def _report_checkpoint(self, timeout_s: float = 0.0) -> str:
         """Tells the desk of a checkpoint that is durable, or failed: training then goes on with the older ones intact.
@@ -303,32 +316,34 @@ class Rank:
         if self.publisher:
             self.publisher.stop(STOP_TIMEOUT_S)
         try:
-            problem = self._report_checkpoint(SAVE_TIMEOUT_S)
-            if stop.checkpoint and self.desk_state and not self.checkpoints.is_busy:
-                self._all(Order.CHECKPOINT)
+            with self.ledger.during(LearnerActivity.CHECKPOINT):
                 problem = self._report_checkpoint(SAVE_TIMEOUT_S)
+                if stop.checkpoint and self.desk_state and not self.checkpoints.is_busy:
+                    self._all(Order.CHECKPOINT)
+                    problem = self._report_checkpoint(SAVE_TIMEOUT_S)
             if stop.export:
                 self._all(Order.EXPORT)
             self.world.tell(Order.STOP)
             self.world.close()
         finally:
             self.link.close(flush_s=5.0)
+            spent = self.ledger.seconds()
+            log.info("the time of this trainer, %.2f s: %s", sum(spent.values()), in_words(spent))
         if problem:
             raise CheckpointError(problem)
         return 0
 
-    def _ask(self, request: Message) -> tuple[Message, float]:
-        """Sends `request` until an answer comes; returns it and the seconds waited.
+    def _ask(self, request: Message) -> Message:
+        """Sends `request` until an answer comes, and returns that.
 
         There is no end to the wait for a batch: the desk knows and says what it waits for, and takes this process
         with it when it dies.
         """
-        started = time.monotonic()
         while True:
             self.world.tell(Order.WAIT)
             self.link.send(request)
             if (message := self.link.receive(ASK_AGAIN_S)) is not None:
-                return message, time.monotonic() - started
+                return message
             self._check_publisher()
             self._report_checkpoint()
 
@@ -380,11 +395,12 @@ def _be_deterministic() -> None:
 def main() -> int:
     """Entry point of a rank's process."""
     die_with_parent()
-    return run_rank(*sys.argv[1:3])
+    return run_rank(*sys.argv[1:3], age_s=process_age_s())
 
 
-def run_rank(config_file: str, desk_address: str) -> int:
-    """Runs the rank that the environment says this process is; returns its exit code."""
+def run_rank(config_file: str, desk_address: str, *, age_s: float = 0.0) -> int:
+    """Runs the rank that the environment says this process is, since age_s seconds; returns its exit code."""
+    ledger = Ledger(LearnerActivity.START, age_s=age_s)
     config = load_config(config_file, [])
     place = RankPlace.from_environment()
     who = f"rank {place.rank} " if place.size > 1 else ""
@@ -401,7 +417,7 @@ def run_rank(config_file: str, desk_address: str) -> int:
         check_start(world, config)
         world.share_sequences(config.learner.sequence_parallel)
         world.hold_replicas(config.learner.replicas)
-        return Rank(config, desk_address, device, world).run()
+        return Rank(config, desk_address, device, world, ledger).run()
     except (UserError, CheckpointError, PeerUnreachable) as error:
         # Starting again would end the same way: the desk tells the user instead.
         print(f"{LAST_WORDS}{error}", file=sys.stderr, flush=True)

@@ -103,6 +103,8 @@ class World:
         self.num_replicas = 1
         self.replica_group: Any = None  # the ranks of this one's replica; None where there is one replica
         self.counterpart_group: Any = None  # those that hold the same slices; None where there is one replica
+        # What is entered for as long as rank 0 waits for the others and for nothing else; for its time ledger.
+        self.meeting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     @classmethod
     def alone(cls) -> World:
@@ -258,7 +260,7 @@ class World:
         if self.size == 1:
             assert parts is not None
             return parts[0]
-        with _lost(f"rank {self.rank} of {self.size} in the scattering of a batch"):
+        with self.meeting(), _lost(f"rank {self.rank} of {self.size} in the scattering of a batch"):
             if self.rank == 0:
                 assert parts is not None and len(parts) == self.size
                 sizes = torch.tensor([len(part) for part in parts], dtype=torch.int64)
@@ -292,8 +294,9 @@ class World:
         if self.size == 1:
             return values
         with _lost(f"rank {self.rank} of {self.size} in a reduction"):
-            own = values.detach().cpu().clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(own, op=operation, group=self._control)
+            own = values.detach().cpu().clone(memory_format=torch.contiguous_format)  # waits for a GPU, not for a rank
+            with self.meeting():
+                dist.all_reduce(own, op=operation, group=self._control)
         return own.to(values.device)
 
     def gather(self, values: Tensor) -> tuple[Tensor, int]:
@@ -303,11 +306,13 @@ class World:
         with _lost(f"rank {self.rank} of {self.size} in a gathering"):
             counts = torch.zeros(self.size, dtype=torch.int64)
             counts[self.rank] = len(values)
-            dist.all_reduce(counts, group=self._control)
-            padded = torch.zeros(int(counts.max()), dtype=values.dtype)
-            padded[: len(values)] = values.detach().cpu()
-            parts = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(parts, padded, group=self._control)
+            own = values.detach().cpu()
+            with self.meeting():
+                dist.all_reduce(counts, group=self._control)
+                padded = torch.zeros(int(counts.max()), dtype=values.dtype)
+                padded[: len(values)] = own
+                parts = [torch.empty_like(padded) for _ in range(self.size)]
+                dist.all_gather(parts, padded, group=self._control)
         whole = torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
         return whole.to(values.device), int(counts[: self.rank].sum())
 

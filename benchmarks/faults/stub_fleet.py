@@ -260,7 +260,7 @@ class StubTrainer:
                 self.send(trainer_messages.BatchRequest(0, self.version))
             case trainer_messages.Batch() if message.version == self.version:
                 self.version += 1
-                self.send(trainer_messages.StepDone(self.version, FIGURES, 0.0, 0.0))
+                self.send(trainer_messages.StepDone(self.version, FIGURES, 0.0, {}))
                 if self.wanted:
                     self.offer()
                 self.send(trainer_messages.BatchRequest(0, self.version))

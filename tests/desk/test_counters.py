@@ -12,10 +12,10 @@ from asyncrl.weights.plan.records import Committed, RoundEnded
 from tests.desk.desk_parts import beat
 
 
-def step(counters: Counters, version: int = 1, **metrics: float):
+def step(counters: Counters, version: int = 1, *, time_s=None, interval_s: float = 2.0, **metrics: float):
     figures = {"reward_mean": 0.5, "reward_std": 0.1, "policy_age_mean": 0.0, "policy_age_max": 0.0} | metrics
-    done = StepDone(version, figures, step_s=0.5, idle_s=9.0)
-    return counters.step_metrics(done, 2.0, ReplayBuffer(Pacing(2, 1, 5)), 1)
+    done = StepDone(version, figures, step_s=0.5, time_s=time_s or {})
+    return counters.step_metrics(done, interval_s, ReplayBuffer(Pacing(2, 1, 5)), 1)
 
 
 def test_tokens_of_a_step_are_those_sampled_since_the_step_before():
@@ -81,8 +81,89 @@ def test_restored_counters_go_on_where_the_checkpoint_was():
     assert (figures.rollouts_acked, figures.rollouts_failed) == (3, {"engine": 0})
 
 
-def test_idle_time_is_never_longer_than_the_step():
-    assert step(Counters()).learner_idle_s == 2.0
+# -- where the time goes
+
+
+def test_waiting_from_before_a_generator_could_work_is_start_up_and_no_idling():
+    figures = step(Counters(), time_s={"start": 6.0, "data": 9.0, "compute": 0.5})
+    assert figures.learner_idle_s == 2.0
+    assert figures.learner_time_s == {"start": 13.0, "data": 2.0, "compute": 0.5}
+
+
+def test_the_trainers_time_is_what_its_totals_grew_by():
+    counters = Counters()
+    first = step(counters, time_s={"start": 6.0, "data": 1.5, "compute": 0.5})
+    second = step(counters, 2, time_s={"start": 6.0, "data": 2.0, "compute": 1.5, "checkpoint": 0.5})
+    assert first.learner_time_s == {"start": 6.0, "data": 1.5, "compute": 0.5}
+    assert second.learner_time_s == {"data": 0.5, "compute": 1.0, "checkpoint": 0.5}
+    assert second.learner_idle_s == 0.5
+
+
+def test_after_a_trainers_death_what_nobody_reported_is_lost_and_nothing_counts_twice():
+    """It reported 10 s and died 5 s later; the next one came 1 s after that and needed 4 s to get back."""
+    counters = Counters()
+    step(counters, 1, time_s={"start": 4.0, "compute": 6.0}, interval_s=6.0)
+    counters.trainer_lost()
+    again = step(counters, 2, time_s={"start": 3.0, "compute": 1.0}, interval_s=10.0)
+    after = step(counters, 3, time_s={"start": 3.0, "compute": 3.0}, interval_s=2.0)
+    assert again.learner_time_s == {"start": 3.0, "compute": 1.0, "restart": 6.0}
+    assert after.learner_time_s == {"compute": 2.0}
+
+
+def test_a_report_that_a_dead_trainer_left_behind_counts_no_time_for_its_successor():
+    counters = Counters()
+    step(counters, 1, time_s={"compute": 6.0}, interval_s=6.0)
+    counters.trainer_lost()
+    left_behind = step(counters, 2, interval_s=1.0)
+    again = step(counters, 3, time_s={"start": 3.0, "compute": 2.0}, interval_s=8.0)
+    assert left_behind.learner_time_s == {"restart": 1.0}
+    assert again.learner_time_s == {"start": 3.0, "compute": 2.0, "restart": 3.0}
+
+
+def test_a_trainer_that_says_nothing_of_its_time_has_none():
+    figures = step(Counters())
+    assert (figures.learner_time_s, figures.learner_idle_s) == ({}, 0.0)
+
+
+def test_the_time_of_generators_is_summed_over_them_by_activity():
+    counters = Counters()
+    counters.beat("a", 1, beat(time_s={"start": 5.0}))
+    counters.beat("b", 1, beat(time_s={"start": 7.0, "decode": 1.0}))
+    counters.beat("a", 1, beat(time_s={"start": 6.0, "decode": 1.5, "leases": 0.5}))
+    counters.beat("b", 1, beat(time_s={"start": 7.0, "decode": 4.0}))
+    first = step(counters)
+    counters.beat("a", 1, beat(time_s={"start": 6.0, "decode": 2.0, "leases": 0.5}))
+    assert first.generator_time_s == {"start": 1.0, "decode": 4.5, "leases": 0.5}
+    assert step(counters, 2).generator_time_s == {"decode": 0.5}
+
+
+def test_a_generator_that_joins_late_leaves_or_is_replaced_counts_each_second_once():
+    counters = Counters()
+    counters.beat("a", 1, beat(time_s={"decode": 100.0}))  # from before this learner, or before it was there
+    counters.beat("a", 1, beat(time_s={"decode": 103.0}))
+    counters.beat("a", 2, beat(time_s={"start": 9.0}))  # the next process under its name begins at zero
+    counters.beat("a", 2, beat(time_s={"start": 9.0, "decode": 1.0}))
+    counters.beat("a", 2, beat(time_s={"start": 9.0, "decode": 1.0}))  # and then it is gone
+    assert step(counters).generator_time_s == {"decode": 4.0, "start": 9.0}
+    assert step(counters, 2).generator_time_s == {}
+
+
+def test_no_sum_falls_and_no_name_is_made_up_by_what_a_generator_says():
+    counters = Counters()
+    counters.beat("a", 1, beat(time_s={"decode": 5.0}))
+    counters.beat("a", 1, beat(time_s={"decode": 4.0, "swap": 1.0, "a name": 2.0, "another": 3.0}))
+    assert step(counters).generator_time_s == {"swap": 1.0, "other": 5.0}
+
+
+def test_work_beside_training_is_reported_apart():
+    counters = Counters()
+    counters.sync_metrics(ended(committed("a", stage_ms=300.0), committed("b", stage_ms=500.0), encode_ms=250.0))
+    counters.sync_metrics(ended(committed("a")))
+    counters.checkpoint_saved(1.5)
+    figures = step(counters, time_s={"compute": 2.0})
+    assert figures.overlapped_s == pytest.approx({"encode": 0.25, "transfer": 0.08, "stage": 0.8, "checkpoint": 1.5})
+    assert figures.learner_time_s == {"compute": 2.0}
+    assert step(counters, 2).overlapped_s == {}
 
 
 def test_reward_parts_are_split_from_the_trainers_figures():

@@ -94,7 +94,7 @@ def test_the_run_ends_when_the_trainer_that_lives_has_made_the_last_step(world):
     world.trainer()
     world.asks_from(STEPS - 1)
     assert world.desk._stopping_since is None
-    world.desk._from_trainer(b"trainer", trainer_messages.StepDone(STEPS, FIGURES, 0.1, 0.0), b"", 0.0)
+    world.desk._from_trainer(b"trainer", trainer_messages.StepDone(STEPS, FIGURES, 0.1, {}), b"", 0.0)
     assert world.parts.state.policy.trained == STEPS
     assert [figures.version for figures in world.log.steps] == [STEPS]
     world.desk._over(0.0)
@@ -108,6 +108,36 @@ def test_the_run_ends_when_the_trainer_that_lives_has_made_the_last_step(world):
     world.asks_from(STEPS, peer=b"next")
     assert not world.desk._over(0.0)
     assert world.desk._stopping_since is not None
+
+
+def report(world, version, now, *, peer=b"trainer", **time_s):
+    world.desk._from_trainer(peer, trainer_messages.StepDone(version, FIGURES, 0.1, time_s), b"", now)
+
+
+def test_the_time_of_steps_is_that_between_new_ones_also_where_a_trainer_dies_in_between(world):
+    """Version 2 was made by the first trainer; the second makes it again, and then version 3."""
+    world.asks_from(0)
+    report(world, 1, 100.0, start=5.0, compute=1.0)
+    report(world, 2, 103.0, start=5.0, compute=4.0)
+    world.ranks.lost()
+    world.asks_from(1, peer=b"next")
+    report(world, 2, 120.0, peer=b"next", start=6.0, compute=3.0)
+    report(world, 3, 123.0, peer=b"next", start=6.0, compute=6.0)
+    _, second, third = world.log.steps
+    assert (second.interval_s, second.learner_time_s) == (3.0, {"compute": 3.0})
+    assert (third.interval_s, third.learner_time_s) == (20.0, {"start": 6.0, "compute": 6.0, "restart": 8.0})
+
+
+def test_a_report_that_comes_after_its_trainers_death_was_heard_of_takes_nothing_from_the_next_one(world):
+    world.asks_from(0)
+    report(world, 1, 100.0, compute=1.0)
+    world.ranks.lost()
+    report(world, 2, 101.0, compute=2.0)
+    world.asks_from(2, peer=b"next")
+    report(world, 3, 111.0, peer=b"next", start=4.0, compute=2.0)
+    _, late, third = world.log.steps
+    assert (late.interval_s, late.learner_time_s) == (1.0, {"restart": 1.0})
+    assert (third.interval_s, third.learner_time_s) == (10.0, {"start": 4.0, "compute": 2.0, "restart": 4.0})
 
 
 def test_each_turn_shows_what_the_learner_does_and_what_it_waits_for(world):

@@ -144,6 +144,7 @@ class Run:
         self.config_file = folder / "run.yaml"
         self.daemons: list[Daemon] = []
         self.pages: dict[str, str] = {}  # answers of the daemons over HTTP that a test keeps
+        self.moments: dict[str, float] = {}  # by the clock of the calendar, that a test keeps
         self.mark = uuid.uuid4().hex
         self._started = 0
 

@@ -151,5 +151,26 @@ def test_every_commit_was_proven_and_no_token_was_too_old(story):
     assert max(record["policy_age_max"] for record in story.run.records("step")) <= 2
 
 
+def test_no_second_of_the_learner_counts_twice_or_is_missing_where_a_trainer_was_killed(story):
+    """Of a learner's first step `start` is from before its interval began."""
+    steps = story.run.records("step")
+    killed = [step for step in steps if "restart" in step["learner_time_s"]]
+    assert len(killed) == 1, "one trainer died while its desk lived"
+    assert killed[0]["learner_time_s"]["restart"] >= 1.0, "the desk waits so long before it starts another"
+    firsts = [step["version"] for step in steps if "start" in step["learner_time_s"] and step is not killed[0]]
+    assert len(firsts) == 2, "of two learners"
+    rest = [step for step in steps if step["version"] not in firsts]
+    measured_s = sum(step["interval_s"] for step in rest)
+    assert sum(sum(step["learner_time_s"].values()) for step in rest) == pytest.approx(measured_s, rel=0.01)
+
+
+def test_no_second_of_a_generator_counts_twice_where_one_is_killed_and_one_joins_late(story):
+    """There was never more than one; a beat or two may be missing where each came or went, and at the end."""
+    steps = story.run.records("step")
+    told_s = sum(sum(step["generator_time_s"].values()) for step in steps)
+    assert told_s <= steps[-1]["wall_s"] + 1.5
+    assert told_s >= 0.5 * sum(step["interval_s"] for step in steps)
+
+
 def test_nothing_is_left_behind(story):
     wait_until(lambda: not story.run.processes(), 10.0, f"no process of the run: {story.run.processes()}")

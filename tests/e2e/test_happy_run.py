@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.request
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,26 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records
+from asyncrl.metrics.ledger import GeneratorActivity, LearnerActivity
 from asyncrl.metrics.types import DERIVED
 from asyncrl.report.page.document import PAGE_FILE
 from asyncrl.report.run_records import RunRecords
 from asyncrl.report.summary import SUMMARY_FILE, write_summary
-from tests.e2e.daemons import START_S, STEP_S, Run, check_every_ordinal_once, check_results_have_no_gap, wait_until
+from tests.e2e.daemons import (
+    START_S,
+    STEP_S,
+    Daemon,
+    Run,
+    check_every_ordinal_once,
+    check_results_have_no_gap,
+    wait_until,
+)
 from tests.report.pages import Page
 
 STEPS = 8
+TRAINER_BEGAN, GENERATOR_BEGAN = "trainer started (pid", "the engine computes on"
+TRAINER_ENDED, GENERATOR_ENDED = "the time of this trainer, ", "the time of this generator, "
+SEEN_S = 0.2  # how late a line of a log is seen, and what goes on between a line and the moment that it tells of
 SUMMARY_KEYS = [
     *("reward_first", "reward_last", "eval_first", "eval_last", "steps", "tokens_generated", "tokens_trained"),
     *("policy_age_mean", "policy_age_max", "rollouts_acked", "rollouts_trained", "rollouts_dropped", "sync_count"),
@@ -45,13 +59,27 @@ def are_ready(pages: dict[str, str]) -> bool:
     return all(json.loads(page)["ready"] for name, page in pages.items() if name.endswith("healthz"))
 
 
+def note_moments(run: Run, logs: dict[str, Daemon]) -> None:
+    """Waits until each text is in the log of its daemon, and keeps when that was."""
+
+    def look() -> bool:
+        for text, daemon in logs.items():
+            if text not in run.moments and text in daemon.stderr:
+                run.moments[text] = time.time()
+        return logs.keys() <= run.moments.keys()
+
+    wait_until(look, START_S, "these lines of the logs", list(logs.values()))
+
+
 @pytest.fixture(scope="module")
 def run(module_run: Run) -> Run:
     """Learner and generator from start to end."""
     learner, generator = module_run.learner(), module_run.generator()
+    note_moments(module_run, {TRAINER_BEGAN: learner, GENERATOR_BEGAN: generator})
     module_run.wait_for_version(1, learner, generator, timeout_s=START_S)
     wait_until(lambda: are_ready(read_pages(module_run.run_dir)), STEP_S, "pages that say ready", [learner, generator])
     module_run.pages.update(read_pages(module_run.run_dir))
+    note_moments(module_run, {GENERATOR_ENDED: generator})
     learner.exit_code(STEP_S)
     generator.exit_code()
     return module_run
@@ -127,6 +155,71 @@ def test_every_metrics_line_has_exactly_its_declared_fields(run):
     declared["step"] |= set(DERIVED)
     for record in records:
         assert set(record) - {"kind"} == declared[record["kind"]]
+
+
+def told_s(log: str, text: str) -> float:
+    """The sum over all activities that a daemon said at its end."""
+    return float(re.search(rf"{text}([\d.]+) s: ", log).group(1))
+
+
+def test_every_second_of_the_trainer_is_told_by_its_activity(run):
+    """By another clock than the ledger's own: the lines of its log bear the time of day."""
+    log = (run.run_dir / "trainer.log").read_text()
+    (line,) = (line for line in log.splitlines() if TRAINER_ENDED in line)
+    ended = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    lasted_s = ended - run.moments[TRAINER_BEGAN]
+    assert told_s(log, TRAINER_ENDED) == pytest.approx(lasted_s, rel=0.01, abs=SEEN_S)
+
+
+def test_every_second_of_a_step_is_told_by_the_learners_activity(run):
+    """The desk measures from one report to the next; the first step begins with the first generator that can work."""
+    steps = run.records("step")
+    measured_s = sum(step["interval_s"] for step in steps[1:])
+    assert sum(sum(step["learner_time_s"].values()) for step in steps[1:]) == pytest.approx(measured_s, rel=0.01)
+    told = {activity for step in steps for activity in step["learner_time_s"]}
+    assert {"start", "data", "compute", "snapshot", "checkpoint", "messages"} <= told <= {*map(str, LearnerActivity)}
+    assert "restart" not in told
+    for step in steps:
+        time_s = step["learner_time_s"]
+        assert step["learner_idle_s"] == pytest.approx(time_s.get("data", 0.0), abs=0.01)
+        assert step["learner_idle_s"] <= step["interval_s"]
+        assert time_s["compute"] == pytest.approx(step["step_s"], rel=0.1, abs=0.05)
+    assert {"encode", "transfer", "stage", "checkpoint"} & {work for step in steps for work in step["overlapped_s"]}
+
+
+def test_every_second_of_the_generator_is_told_by_its_activity(run):
+    lasted_s = run.moments[GENERATOR_ENDED] - run.moments[GENERATOR_BEGAN]
+    assert told_s(run.daemons[1].stderr, GENERATOR_ENDED) == pytest.approx(lasted_s, rel=0.01, abs=SEEN_S)
+
+
+def test_the_time_that_the_desk_adds_up_is_that_of_the_generator(run):
+    """A beat comes once a second at least: so much may be missing at each end, and nothing in between."""
+    steps = run.records("step")
+    added_up_s = sum(sum(step["generator_time_s"].values()) for step in steps[1:])
+    measured_s = sum(step["interval_s"] for step in steps[1:])
+    assert measured_s - 1.5 <= added_up_s <= measured_s + 1.5
+    told = {activity for step in steps for activity in step["generator_time_s"]}
+    assert {"start", "swap", "decode", "weights"} <= told <= {*map(str, GeneratorActivity)}
+    for step in steps:
+        time_s = step["generator_time_s"]
+        busy_s = sum(time_s.get(name, 0.0) for name in ("swap", "decode", "eval"))
+        assert step["generator_busy_s"] == pytest.approx(busy_s, abs=1e-6)
+        idle_s = sum(time_s.values()) - busy_s - time_s.get("start", 0.0)
+        assert step["generator_idle_s"] == pytest.approx(idle_s, abs=1e-6)
+    samples = [
+        sample
+        for family in text_string_to_metric_families(run.pages["generator metrics"])
+        for sample in family.samples
+        if sample.name == "asyncrl_generator_time_seconds_total"
+    ]
+    assert {"start", "decode"} <= {sample.labels["activity"] for sample in samples}
+
+
+def test_the_last_lines_say_where_the_time_went(run, summary):
+    out = run.daemons[0].stdout
+    for side, shares in (("learner", summary["learner_time_share"]), ("generators", summary["generator_time_share"])):
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert re.search(rf"^{side:<13}{max(shares, key=shares.get)} \d+%", out, re.MULTILINE)
 
 
 def test_every_prompt_was_trained_once(run):

@@ -107,6 +107,12 @@ def test_no_rollout_is_lost_and_every_prompt_is_trained_once(story):
     assert sum(record["rollouts_dropped"] for record in story.run.records("step")) == 0
 
 
+def test_the_first_rank_tells_how_long_it_waited_for_the_others(story):
+    told = [step["learner_time_s"] for step in story.run.records("step")]
+    assert told[1]["ranks"] > 0.0, "of two ranks"
+    assert "ranks" not in told[-1], "of one"
+
+
 def test_generators_compute_what_all_ranks_together_hold(story):
     syncs = [record for record in story.run.records("sync") if record["generators_committed"]]
     assert len(syncs) >= STEPS // 2

@@ -145,7 +145,7 @@ class Trainer:
             match self.inbox.popleft():
                 case trainer_messages.Batch(version) if version == self.version:
                     self.version += 1
-                    self.say(trainer_messages.StepDone(self.version, FIGURES, 0.1, 0.0))
+                    self.say(trainer_messages.StepDone(self.version, FIGURES, 0.1, {}))
                     self.say(trainer_messages.BatchRequest(0, self.version))
                 case trainer_messages.OpenChannel(epoch):
                     self.say(trainer_messages.ChannelReady(epoch, "127.0.0.1", 1234, "", "gloo", self.published))
@@ -186,7 +186,8 @@ class Peer:
         tickets = [grant.ticket for grant in self.leases]
         progress = self.chance.randrange(2**40)
         changes = {"sequences_wanted": self.wanted, "sequences_received": self.received, "tokens_generated": progress}
-        return beat(active=active, tickets=tickets, held_version=self.held, **changes)
+        time_s = {"decode": 1.0 * self.received, "other": 0.5}
+        return beat(active=active, tickets=tickets, held_version=self.held, time_s=time_s, **changes)
 
     def result(self):
         grant = self.leases.pop(0)

@@ -419,7 +419,7 @@ def die_of(world, version, now):
     world.asks_from(0)
     for step in range(version):
         world.desk.ranks.deal()
-        world.desk._from_trainer(b"trainer", StepDone(step + 1, FIGURES, 0.1, 0.0), b"", now)
+        world.desk._from_trainer(b"trainer", StepDone(step + 1, FIGURES, 0.1, {}), b"", now)
         world.desk._from_trainer(b"trainer", BatchRequest(0, step + 1), b"", now)
     world.desk.ranks.decide(now)
     world.desk.ranks.deal()
@@ -435,7 +435,7 @@ def test_R2_steps_trained_again_are_no_progress_and_the_batch_is_named_at_the_en
     desk.asks_from(0)
     desk.desk.ranks.decide(0.0)
     desk.desk.ranks.deal()
-    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, 0.0), b"", 0.0)
+    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, {}), b"", 0.0)
     fill(desk, [2, 3])
     die_of(desk, 1, now=1.0)
     with pytest.raises(TrainerFailed) as error:
@@ -451,7 +451,7 @@ def test_R2_a_new_version_sets_the_count_back(desk):
     die_of(desk, 0, now=1.0)
     desk.asks_from(0)
     desk.desk.ranks.deal()
-    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, 0.0), b"", 2.0)
+    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, {}), b"", 2.0)
     assert desk.process.failures == 0
     fill(desk, [2, 3])
     die_of(desk, 1, now=3.0)
@@ -476,7 +476,7 @@ def test_R2_a_bad_batch_is_left_out_where_the_user_says_so_and_stays_out_after_a
     desk.asks_from(0)
     desk.desk.ranks.decide(0.0)
     desk.desk.ranks.deal()
-    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, 0.0), b"", 0.0)
+    desk.desk._from_trainer(b"trainer", StepDone(1, FIGURES, 0.1, {}), b"", 0.0)
     fill(desk, [2, 3])
     die_of(desk, 1, now=1.0)
     die_of(desk, 1, now=2.0)
@@ -492,7 +492,7 @@ def test_R2_a_bad_batch_is_left_out_where_the_user_says_so_and_stays_out_after_a
     desk.desk.ranks.decide(3.0)
     desk.desk.ranks.deal()
     assert [ordinal for ordinal, _ in desk.ranks._dealer.in_hand.groups] == [4, 5]
-    desk.desk._from_trainer(b"next", StepDone(2, FIGURES, 0.1, 0.0), b"", 4.0)
+    desk.desk._from_trainer(b"next", StepDone(2, FIGURES, 0.1, {}), b"", 4.0)
     plan = replay_plan(0, Frontier(), desk.parts.journal.read_all())
     assert [[ordinal for ordinal, _ in step.groups] for step in plan.steps] == [[0, 1], [4, 5]]
 

@@ -43,6 +43,7 @@ class FakeEngine:
         self.swap_held_up: asyncio.Event | None = None
         self.aborted: list[str] = []
         self.tainted = False
+        self.tokens_generated = 0
 
     def _called(self, name: str, argument: Any = None) -> None:
         self.calls.append((name, argument))

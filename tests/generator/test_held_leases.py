@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from asyncrl.generator.held_leases import EngineClock, HeldLeases
+from asyncrl.generator.held_leases import HeldLeases
 from asyncrl.generator.lease_runner import LeaseFailure
 from asyncrl.types import Group, Lease, LeaseKey, LeaseKind
 
@@ -125,11 +125,17 @@ def test_room_follows_the_sequences_left_and_is_bounded_by_those_in_hand():
     assert rooms == [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
-def test_the_clock_counts_busy_and_idle_from_the_start_of_the_engine():
-    times = iter([2.0, 5.0, 6.5])
-    clock = EngineClock(now=lambda: next(times))
-    clock.tick(busy=True)  # the engine is not up: nothing is counted
-    clock.start()
-    clock.tick(busy=False)
-    clock.tick(busy=True)
-    assert (clock.idle_s, clock.busy_s) == (3.0, 1.5)
+def test_sequences_that_are_left_are_told_by_kind_and_every_change_is_told():
+    async def work(leases, runner):
+        changes, seen = [], []
+        leases._on_change = lambda: changes.append(len(leases))
+        leases.take(lease(1))
+        seen.append((leases.samples(LeaseKind.TRAIN), leases.samples(LeaseKind.EVAL)))
+        runner.left[lease(1).key] = 0
+        seen.append((leases.samples(LeaseKind.TRAIN), leases.samples(LeaseKind.EVAL)))
+        await leases.give_back_all("over")
+        return changes, seen
+
+    (changes, seen), _ = with_leases(work)
+    assert seen == [(True, False), (False, False)]
+    assert changes == [1, 0]

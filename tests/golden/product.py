@@ -405,6 +405,7 @@ def example_messages() -> list[Any]:
         m.Beat(
             3, 640, [m.ActiveLease(train, 11, 1, 5), m.ActiveLease(evaluate, 2, 0, 6), m.ActiveLease(train, 12, 0)],
             123_456, 789, 3, 512.5, 7.25, 65_536, 6, 4, False, 632, [b"ticket of 11.1", b"ticket of 2.0"],
+            {"decode": 500.25, "swap": 12.25},
         ),
         result,
         m.LeaseFailed(
@@ -431,7 +432,9 @@ def example_messages() -> list[Any]:
         m.Abandon(3, [LeaseKey(train, 11, 1), LeaseKey(evaluate, 2, 0)]),
         trainer_messages.TrainerHello(1, 2, 6, 4321, Placement("boot-of-a-host", "1000@4026531836", ("c0ffee00",))),
         trainer_messages.BatchRequest(1, 6),
-        trainer_messages.StepDone(7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, 0.25),
+        trainer_messages.StepDone(
+            7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, {"compute": 2.25, "data": 0.25}
+        ),
         trainer_messages.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta),
         trainer_messages.ChannelReady(4, "10.0.0.1", 40123, "address in use", "nccl", 6),
         trainer_messages.BroadcastDone(7, 2, 4, "a peer vanished", 42.5, 640, 3072, 1.75),

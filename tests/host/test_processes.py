@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,11 @@ def test_a_heap_that_the_user_has_set_up_is_left_alone(monkeypatch):
     assert rank_environment(1, 10.0, "")["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
     monkeypatch.delenv("GLIBC_TUNABLES")
     assert rank_environment(1, 10.0, "")["GLIBC_TUNABLES"] == heap_environment()["GLIBC_TUNABLES"]
+
+
+def test_a_process_knows_its_age_from_before_its_first_line():
+    script = "import time; from asyncrl.host.processes import process_age_s; print(time.time() - process_age_s())"
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    # A hundredth is what the kernel counts in.
+    assert before - 0.02 <= float(done.stdout) <= before + 0.5 * (time.time() - before) + 0.02

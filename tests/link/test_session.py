@@ -188,13 +188,14 @@ def test_credit_zero_stops_all_results():
     session.put(failed(), 0.0)
     assert sent(session, 0.0) == []
     assert session.next_due(0.0) == limits.SUSPECT_S
+    assert session.blocked and session.has_room
 
 
 def test_the_outbox_reports_when_its_budget_is_spent_but_takes_finished_work():
     session = generator(outbox_bytes=frame_size())
-    assert session.has_room
+    assert session.has_room and not session.blocked
     session.put(failed(), 0.0)
-    assert not session.has_room
+    assert not session.has_room and session.blocked
     assert session.put(failed(), 0.0) == 2
 
 

@@ -62,6 +62,22 @@ def test_parts_of_a_figure_are_labels_and_any_text_in_them_survives():
     assert samples["asyncrl_step_dropped_by_length_decile", (("decile", "1"),)] == 7
 
 
+def test_time_by_activity_is_a_counter_in_seconds():
+    figures = Exposition(StepMetrics)
+    figures.write(step(1, learner_time_s={"compute": 1.5, "data": 0.5}, overlapped_s={"transfer": 0.25}))
+    figures.write(step(2, learner_time_s={"compute": 1.0}, generator_time_s={"decode": 3.0}))
+    samples, types = read(figures.render())
+    assert samples["asyncrl_step_learner_time_seconds_total", (("activity", "compute"),)] == 2.5
+    assert samples["asyncrl_step_learner_time_seconds_total", (("activity", "data"),)] == 0.5
+    assert samples["asyncrl_step_generator_time_seconds_total", (("activity", "decode"),)] == 3.0
+    assert samples["asyncrl_step_overlapped_seconds_total", (("work", "transfer"),)] == 0.25
+    assert types["asyncrl_step_learner_time_seconds"] == "counter"
+    own = Exposition(GeneratorMetrics)
+    for seconds in (1.0, 4.0):
+        own.replace(GeneratorMetrics(time_s={"decode": seconds}))
+    assert read(own.render())[0]["asyncrl_generator_time_seconds_total", (("activity", "decode"),)] == 4.0
+
+
 def test_a_figure_that_is_no_number_is_shown_as_what_it_is():
     figures = Exposition(StepMetrics)
     figures.write(step(loss=math.nan, grad_norm=math.inf))

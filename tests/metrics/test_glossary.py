@@ -11,6 +11,7 @@ from asyncrl.metrics.alarms import RULES
 from asyncrl.metrics.declaring import LINE, REPORT, SUMMARY
 from asyncrl.metrics.exposition import families_of
 from asyncrl.metrics.generator_metrics import GeneratorMetrics
+from asyncrl.metrics.ledger import GeneratorActivity, LearnerActivity
 from asyncrl.metrics.types import DERIVED, EvalMetrics, StepMetrics, SyncMetrics
 
 KINDS = [StepMetrics, SyncMetrics, EvalMetrics, GeneratorMetrics]
@@ -25,10 +26,11 @@ def test_the_page_shows_what_the_types_declare():
     assert text == glossary.page(text), "run `python -m asyncrl.metrics.glossary --write`"
 
 
-def test_every_metric_and_alarm_has_a_row():
+def test_every_metric_activity_and_alarm_has_a_row():
     rows = glossary.glossary().splitlines()
     names = [entry.name for kind in KINDS for entry in fields(kind)] + list(DERIVED) + [rule.figure for rule in RULES]
     names += [family.name for kind in KINDS for family, _ in families_of(kind).values() if family.kind == "counter"]
+    names += [str(activity) for kind in (LearnerActivity, GeneratorActivity) for activity in kind]
     assert len([row for row in rows if row.startswith("| `")]) == len(names)
     for name in names:
         assert any(row.startswith(f"| `{name}` |") for row in rows), name
@@ -45,10 +47,11 @@ def test_bars_do_not_cut_a_row_of_the_table():
     header, *rows = [line for line in glossary.glossary().splitlines() if line.startswith("|")]
     assert len(header.replace("\\|", "").split("|")) == 6
     assert {len(row.replace("\\|", "").split("|")) for row in rows} == {
+        4,
         5,
         6,
         8,
-    }  # counters have 3 columns, metrics 4, alarms 6
+    }  # activities have 2 columns, counters 3, metrics 4, alarms 6
 
 
 def test_text_around_the_tables_is_kept_and_missing_markers_are_named():

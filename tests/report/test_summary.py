@@ -83,6 +83,9 @@ def test_totals_means_and_medians_agree_with_a_count_by_hand(whole_run):
         "rollouts_acked": 1600,
         "sync_count": 100,
         "sync_total_ms_median": 80.0,
+        "learner_time_s": pytest.approx({"compute": 140.0, "data": 30.0, "snapshot": 29.9, "messages": 0.1}),
+        "generator_time_share": {"decode": 0.5, "leases": 0.25, "swap": 0.25},
+        "overlapped_s": {"transfer": 25.0},
         "learner_idle_share": pytest.approx(0.1),
         "generator_idle_share": pytest.approx(0.25),
         "wall_s": 200.0,
@@ -174,6 +177,14 @@ def test_a_step_trained_again_counts_its_alarm_once(write):
     assert summary["alarms"] == {"ess_share": 1}
 
 
+def test_a_run_from_before_time_was_told_by_activity_is_summed_up(write):
+    folder = write(step(1, learner_time_s={}, generator_time_s={}, overlapped_s={}))
+    run_summary = write_summary(RunRecords(folder))
+    summary = run_summary.to_json()
+    assert (summary["learner_time_share"], summary["bounded_by"]) == ({}, None)
+    assert "learner      -" in summary_lines(run_summary, "run", "picture")
+
+
 def test_a_torn_line_does_not_spoil_the_summary(whole_run):
     with (whole_run / METRICS_FILE).open("a") as file:
         file.write('{"kind": "step", "ver')
@@ -197,6 +208,9 @@ def test_the_last_lines_show_rewards_throughput_idle_shares_and_the_page(whole_r
         "first 0.250   last 0.875",
         "generated 500   trained 400",
         "learner 10%   generator 25%",
+        "learner      compute 70%   data 15%   snapshot 15%\n",
+        "generators   decode 50%   leases 25%   swap 25%\n",
+        "bounded by   generators: the learner waited 15% of its time for data; engines sampled for 50% of theirs\n",
         "80 ms, of it generation paused 10 ms",
         "ESS median 0.90   min 0.90   gap engine 1.0e-03   drift 2.0e-02 nats",
         "alarms       none",

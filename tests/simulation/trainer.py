@@ -146,7 +146,7 @@ class Trainer:
         self.place.stepped(self.policy)
         if batch.publish:
             self.publisher.publish(self.policy)
-        self.link.send_message(trainer_messages.StepDone(self.policy.version, FIGURES, 0.1, 0.0))
+        self.link.send_message(trainer_messages.StepDone(self.policy.version, FIGURES, 0.1, {}))
         if batch.checkpoint:
             await asyncio.sleep(self.place.chance.uniform(0.0, 0.3))
             self._save()

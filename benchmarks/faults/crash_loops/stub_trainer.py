@@ -86,7 +86,7 @@ class StubTrainer:
         self.ledger.made(MadeStep(self.version, self.chain.hex(), step))
         if batch.publish:
             self._publish()
-        self.link.send(messages.StepDone(self.version, FIGURES, self.step_s, 0.0))
+        self.link.send(messages.StepDone(self.version, FIGURES, self.step_s, {}))
         if batch.checkpoint:
             self._save()
 
