@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from asyncrl import __version__
 from asyncrl.cli.common import Parser, complain, exit_code_of, is_configuration, named_hardware, shipped_or_given
-from asyncrl.cli.runs.report import compare_command, report_command, watch_command
+from asyncrl.cli.reading.report import compare_command, report_command, watch_command
 from asyncrl.errors import ConfigError
 
 if TYPE_CHECKING:

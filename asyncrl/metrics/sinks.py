@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from asyncrl.metrics.types import AnyMetrics, EvalMetrics, StepMetrics, SyncMetrics, to_record
+from asyncrl.metrics.json_records import to_record
+from asyncrl.metrics.types import AnyMetrics, EvalMetrics, StepMetrics, SyncMetrics
 
 log = logging.getLogger(__name__)
 

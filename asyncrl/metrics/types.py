@@ -161,10 +161,10 @@ class StepMetrics:
     )
 
     learner_time_s: dict[str, float] = metric(
-        "s", "All of the trainer's time since its last report, by activity.", {}, shown=(SUMMARY,), adds_up=True
+        "s", "All of the trainer's time since its last report, by activity.", {}, shown=(SUMMARY, REPORT), adds_up=True
     )
     generator_time_s: dict[str, float] = metric(
-        "s", "All of the generators' time, by activity, summed over them.", {}, shown=(SUMMARY,), adds_up=True
+        "s", "All of the generators' time, by activity, summed over them.", {}, shown=(SUMMARY, REPORT), adds_up=True
     )
     overlapped_s: dict[str, float] = metric(
         "s",
@@ -429,17 +429,20 @@ class EvalMetrics:
         "reward",
         "Mean of each named part of the reward over the completions that have it, before its weight.",
         {},
-        shown=(LINE, SUMMARY),
+        shown=(LINE, SUMMARY, REPORT),
     )
     reward_best_mean: float | None = metric(
-        "reward", "Mean, over those prompts, of the best reward of each; nothing where each has one completion.", None
+        "reward",
+        "Mean, over those prompts, of the best reward of each; nothing where each has one completion.",
+        None,
+        shown=(REPORT,),
     )
     reward_parts_best: dict[str, float] = metric(
         "reward",
         "Mean, over the prompts that have a part, of its best value: pass@k of a part that is 0 or 1. Nothing where "
         "each prompt has one completion.",
         {},
-        shown=(LINE,),
+        shown=(LINE, REPORT),
     )
     prompts_failed: int = metric(
         "prompts", "Held-out prompts without a reward; they do not count as 0.", 0, shown=(LINE,)
@@ -464,36 +467,6 @@ def _as_declared(name: str, value: float) -> float | int:
 
 
 _COUNTS = frozenset(entry.name for entry in fields(StepMetrics) if str(entry.type).startswith("int"))
-
-
-def to_record(metrics: AnyMetrics) -> dict[str, Any]:
-    """A mapping that is valid JSON: kind, every field, and the derived figures of a step.
-
-    JSON has no NaN or infinity: such a figure becomes null and its name goes to `non_finite`.
-    """
-    record: dict[str, Any] = {"kind": metrics.kind}
-    record.update((entry.name, getattr(metrics, entry.name)) for entry in fields(metrics))
-    if isinstance(metrics, StepMetrics):
-        record.update((name, getattr(metrics, name)) for name in DERIVED)
-    non_finite: list[str] = []
-    record = {name: _json_ready(name, value, non_finite) for name, value in record.items()}
-    if non_finite:
-        record["non_finite"] = non_finite
-    return record
-
-
-def _json_ready(name: str, value: Any, non_finite: list[str]) -> Any:
-    if isinstance(value, dict):
-        return {str(part): _json_ready(f"{name}.{part}", inner, non_finite) for part, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_ready(f"{name}.{place}", inner, non_finite) for place, inner in enumerate(value)]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    number = float(value)  # numpy scalars included
-    if math.isfinite(number):
-        return number
-    non_finite.append(name)
-    return None
 
 
 def _ratio(part: float, whole: float) -> float | None:

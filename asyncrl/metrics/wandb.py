@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from asyncrl.metrics.types import AnyMetrics, to_record
+from asyncrl.metrics.json_records import to_record
+from asyncrl.metrics.types import AnyMetrics
 
 log = logging.getLogger(__name__)
 

@@ -114,7 +114,9 @@ class EvalRecord:
     version: int
     wall_s: float | None = None
     reward_mean: float | None = None
+    reward_best_mean: float | None = None
     reward_parts: Mapping[str, float | None] = field(default_factory=dict)
+    reward_parts_best: Mapping[str, float | None] = field(default_factory=dict)
     completion_tokens_mean: float | None = None
 
 

@@ -17,8 +17,9 @@ import pytest
 from asyncrl.config import Config
 from asyncrl.metrics import METRICS_FILE, EvalMetrics, Metrics, StepMetrics, SyncMetrics
 from asyncrl.metrics.alarms import Alarms
+from asyncrl.metrics.json_records import to_record
 from asyncrl.metrics.sinks import ConsoleSink, JsonlSink, clock_time, read_records
-from asyncrl.metrics.types import DERIVED, to_record, youngest_age
+from asyncrl.metrics.types import DERIVED, youngest_age
 from asyncrl.metrics.wandb import WandbRun, WandbSink, flat_record, has_wandb_key, kept_id
 
 

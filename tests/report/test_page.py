@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -238,6 +239,25 @@ def test_figures_by_age_have_a_line_each_and_one_over_all(page_of):
     assert points_of(document, "ess", 2)[1] == [0.1] * 3
 
 
+def test_the_time_of_both_sides_is_told_by_activity_or_by_idle_shares_where_there_is_no_more(page_of):
+    document = page_of(*whole(4))
+    labels = [entry.text for entry in figure(document, "learner_time").one("ul").all("li")]
+    assert labels == ["compute 70 %", "data 15 %", "snapshot 15 %", "messages 0.05 %"]
+    assert len(figure(document, "generator_time").one("svg", of="by-time").all("path", of="layer")) == 3
+    document = page_of(*whole(4, learner_time_s={}, generator_time_s={}), folder="older")
+    assert "training is the bottleneck" in document.root.one("section", id="figures").text
+    assert not {"learner_time", "generator_time"} & set(document.data["charts"])
+
+
+def test_of_several_completions_of_a_prompt_the_best_is_shown_beside_the_mean(page_of):
+    best = {"reward_best_mean": 0.75, "reward_parts_best": {"correct": 0.75}}
+    document = page_of(step(1), replace(evaluation(0, 0.25), **best), replace(evaluation(1, 0.5), **best))
+    assert points_of(document, "reward", 2) == ([0, 1], [0.75, 0.75])
+    labels = [entry.one("span").text for entry in figure(document, "eval_parts").one("ul").all("li")]
+    assert labels == ["correct", "correct, best"]
+    assert [points_of(document, "eval_parts", curve)[1] for curve in (0, 1)] == [[0.25, 0.5], [0.75, 0.75]]
+
+
 # -- alarms
 
 
@@ -268,7 +288,8 @@ def test_a_run_without_alarms_begins_with_its_figures(page_of):
     texts = [tile.text for tile in main.all("div", of="tile")]
     assert texts[0].startswith("Reward0.01 → 0.1")
     assert texts[1].startswith("Evaluation0.25 → 0.875")
-    assert "25% · 10%" in "".join(texts) and "training is the bottleneck" in "".join(texts)
+    assert "25% · 10%" in "".join(texts)
+    assert "bounded by generators: the learner waited 15% of its time for data" in "".join(texts)
     assert "Nothing was lost" in main.one("section", id="losses").text
 
 

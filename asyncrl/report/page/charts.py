@@ -41,6 +41,7 @@ class ChartPlan:
     rounds   lines over versions: of each, its slowest round of weight sync
     by_age   a figure of `age_health`: one line for each bucket of ages
     parts    one line for each name in a mapping; with `stacked`, each name's share of their sum
+    eval_parts    the same of evaluations
     alarms   whose limits and times it shows, by the figures they watch
     """
 
@@ -52,6 +53,7 @@ class ChartPlan:
     rounds: tuple[SyncLine, ...] = ()
     by_age: str = ""
     parts: Callable[[StepRecord], Mapping[str, float | None]] | None = None
+    eval_parts: Callable[[EvalRecord], Mapping[str, float | None]] | None = None
     alarms: tuple[str, ...] = ()
     unit: str = ""
     percent: bool = False
@@ -66,7 +68,12 @@ LEARNING = (
         "Reward",
         "mean of each batch, and of held-out prompts",
         (StepLine("training", lambda step: step.reward_mean, noisy=True, compared=True),),
-        evals=(EvalLine("held-out", lambda result: result.reward_mean, compared=True, style="dots"),),
+        evals=(
+            EvalLine("held-out", lambda result: result.reward_mean, compared=True, style="dots"),
+            EvalLine(
+                "held-out, best of each prompt", lambda result: result.reward_best_mean, style="dots", color=COLORS[2]
+            ),
+        ),
     ),
     ChartPlan(
         "reward_std",
@@ -77,6 +84,15 @@ LEARNING = (
         edges=(0.0,),
     ),
     ChartPlan("parts", "Parts of the reward", "mean of each, before its weight", parts=lambda step: step.reward_parts),
+    ChartPlan(
+        "eval_parts",
+        "Parts of the reward in evaluations",
+        "mean over completions; best: mean over prompts of the best completion",
+        eval_parts=lambda result: {
+            **result.reward_parts,
+            **{f"{name}, best": value for name, value in result.reward_parts_best.items()},
+        },
+    ),
     ChartPlan(
         "no_signal",
         "Groups without a signal",
@@ -211,6 +227,22 @@ SPEED = (
         ),
         percent=True,
         edges=(0.0, 1.0),
+    ),
+    ChartPlan(
+        "learner_time",
+        "Time of the learner",
+        "what it did, as shares; data: it waited for a batch",
+        parts=lambda step: step.learner_time_s,
+        stacked=True,
+        percent=True,
+    ),
+    ChartPlan(
+        "generator_time",
+        "Time of the generators",
+        "what they did, as shares; leases: they waited for work",
+        parts=lambda step: step.generator_time_s,
+        stacked=True,
+        percent=True,
     ),
     ChartPlan(
         "step_time",

@@ -104,7 +104,10 @@ def _curves(plan: ChartPlan, source: Source) -> Iterable[Curve]:
     for sync in plan.rounds:
         yield from _curve(sync, source.rounds, source.round_grid, sync.color or next(colors))
     if plan.parts is not None:
-        yield from _parts(plan, source)
+        rows = [plan.parts(step) for step in source.steps]
+        yield from (_layers if plan.stacked else _parts)(rows, source.step_grid)
+    if plan.eval_parts is not None:
+        yield from _parts([plan.eval_parts(result) for result in source.evals], source.eval_grid)
 
 
 def _compared(plan: ChartPlan, sources: Sequence[Source]) -> Iterable[Curve]:
@@ -162,24 +165,23 @@ def _ages(figure: str, source: Source) -> Iterable[Curve]:
             yield Curve(f"age {bucket}", color, source.step_grid, smooth, raw=column, sparse=True)
 
 
-def _parts(plan: ChartPlan, source: Source) -> Iterable[Curve]:
-    """One curve for each name; of one name alone, none: it says no more than the whole."""
-    assert plan.parts is not None
-    rows = [plan.parts(step) for step in source.steps]
+def _names_in(rows: Sequence[Mapping[str, float | None]]) -> list[str]:
+    """The names in the order in which they came up; none where there is one alone: it says no more than the whole."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    if len(names) < 2:
-        return
-    if plan.stacked:
-        yield from _layers(rows, names, source.step_grid)
-        return
-    for place, name in enumerate(names[:MAX_PARTS]):
+    return names if len(names) > 1 else []
+
+
+def _parts(rows: Sequence[Mapping[str, float | None]], grid: Grid) -> Iterable[Curve]:
+    """One curve for each name."""
+    for place, name in enumerate(_names_in(rows)[:MAX_PARTS]):
         style: Style = "line" if place < len(COLORS) else "dashed"
         figures = [row.get(name) for row in rows]
-        yield _smoothed(name, COLORS[place % len(COLORS)], source.step_grid, figures, style, noisy=True)
+        yield _smoothed(name, COLORS[place % len(COLORS)], grid, figures, style, noisy=True)
 
 
-def _layers(rows: Sequence[Mapping[str, float | None]], names: Sequence[str], grid: Grid) -> Iterable[Curve]:
+def _layers(rows: Sequence[Mapping[str, float | None]], grid: Grid) -> Iterable[Curve]:
     """The share of each name in the sum of a row, the largest at the bottom; of many names the smallest as one."""
+    names = _names_in(rows)
     whole = [sum(value or 0.0 for value in row.values()) for row in rows]
     totals = {name: sum(row.get(name) or 0.0 for row in rows) for name in names}
     ordered = sorted(names, key=lambda name: -totals[name])

@@ -10,7 +10,7 @@ from asyncrl.metrics.alarms import RULES, explain
 from asyncrl.report.page.charts import CHART_OF_ALARM
 from asyncrl.report.page.markup import Html, joined, markup, shown
 from asyncrl.report.run_records import RunRecords, StepRecord, mean
-from asyncrl.report.summary import Idle, RunSummary
+from asyncrl.report.summary import RunSummary
 
 NEWEST_STEPS = 10  # what is told beside the figures of the whole run
 TELLING = 0.1  # by so much the idle shares of two sides differ where one of them is the bottleneck
@@ -130,11 +130,11 @@ def tiles(run: RunRecords, summary: RunSummary) -> Html:
 
 def _learned(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
     outcome, health = summary.outcome, summary.health
-    window = _counted(outcome.reward_window_steps, "step")
+    steps = outcome.reward_window_steps
     yield Tile(
         "Reward",
         f"{shown(outcome.reward_first)} → {shown(outcome.reward_last)}",
-        f"means of the first and the last {window}",
+        "of the first and the last step" if steps == 1 else f"means of the first and the last {steps} steps",
         "reward" if run.steps else "",
     )
     yield Tile(
@@ -172,7 +172,7 @@ def _ran(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
     yield Tile(
         "Idle",
         f"{shown(idle.generator_idle_share, '.0%')} · {shown(idle.learner_idle_share, '.0%')}",
-        f"generators and learner; {_bottleneck(idle)}",
+        f"generators and learner; {_bounded(summary)}",
         "idle" if run.steps else "",
     )
     yield Tile(
@@ -190,8 +190,11 @@ def _ran(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
     )
 
 
-def _bottleneck(idle: Idle) -> str:
-    learner, generators = idle.learner_idle_share, idle.generator_idle_share
+def _bounded(summary: RunSummary) -> str:
+    """What bounds the run; by the idle shares alone where its time was not told by activity."""
+    if summary.time.bounded_by is not None:
+        return f"bounded by {summary.time.bounded_by}: {summary.time.bounded_because}"
+    learner, generators = summary.idle.learner_idle_share, summary.idle.generator_idle_share
     if learner is None or generators is None:
         return "not measured"
     if learner > generators + TELLING:
