@@ -477,7 +477,7 @@ def send(rollout, weights=None, **changes):
     )  # fmt: skip
 
 
-BAD_NAMES = ["", "a" * 41, "two words", "a\nb", "\x1b[31mred", "ä", "-x", ".x", "a/b", "{answer}", "a\x00"]
+BAD_NAMES = ["", "a" * 41, "two words", "a\nb", "\x1b[31mred", "ä", "-x", ".x", "a/b/c", "{answer}", "a\x00"]
 BAD_PARTS = [{name: 1.0} for name in BAD_NAMES] + [
     {f"p{n}": 0.0 for n in range(17)},
     {f"p{n}": 0.0 for n in range(32_000)},

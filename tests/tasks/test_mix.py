@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.errors import RewardError, TaskError
+from asyncrl.rewards.parts import check_reward_parts
 from asyncrl.tasks.base import Example, checked_reward, load_task
 from asyncrl.tasks.mix import NAME_KEY, Mix, eval_counts
 from asyncrl.types import is_part_name, reward_parts_problem
@@ -220,6 +221,12 @@ def test_a_task_without_training_examples_and_a_payload_with_the_name_are_refuse
         Mix({"none": {"path": f"{HERE}:Empty"}}).train_example(0)
     with pytest.raises(TaskError, match="the payload of the task clash has a task_name of its own"):
         Mix({"clash": {"path": f"{HERE}:Endless", "args": {"clash": True}}}).train_example(0)
+
+
+def test_parts_of_the_configuration_may_not_be_named_so():
+    length = {"kind": "length", "max_tokens": 8}
+    assert check_reward_parts({"length": length}, {}) == []
+    assert "reward.parts.math/length: a name has" in check_reward_parts({"math/length": length}, {})[0]
 
 
 @pytest.mark.parametrize("name", ["exact", "math/exact", "a.b-c/d_e", "x" * 40, "x" * 19 + "/" + "y" * 20])
