@@ -31,7 +31,7 @@ FLOORS = [
     {"config"},
     {"link", "metrics", "storage", "tasks"},
     {"replay", "report", "rewards", "weights"},
-    {"desk", "trainer", "generator"},
+    {"desk", "trainer", "generator", "simulator"},
     {"cli"},
 ]
 PURE = {"algorithms"}  # these know the nouns and nothing else, not even the configuration

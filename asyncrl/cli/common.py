@@ -107,7 +107,7 @@ def _run(role: str, argv: Sequence[str] | None, start: Callable[[Config], int]) 
     config, model = _load_checked(role, arguments.config, arguments.overrides, hardware)
     if arguments.dry_run:
         return _print_dry_run(config, role, hardware)
-    _log_from(config.log.level)
+    start_log(config.log.level)
     from asyncrl.cli.run import use_folder
 
     use_folder(config, model)
@@ -173,7 +173,8 @@ def _print_dry_run(config: Config, role: str, named: Hardware | None) -> int:
     return 2 if result.problems else 0
 
 
-def _log_from(level: str) -> None:
+def start_log(level: str) -> None:
+    """Logs to stderr from this level on."""
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 

@@ -5,6 +5,11 @@
     asyncrl report RUN                                  writes report.html and summary.json of a run
     asyncrl watch RUN [--port PORT]                     the same page live, on loopback
     asyncrl compare RUN RUN ...                         several runs in one table and on one page
+    asyncrl bench CONFIG [key=value ...]                how fast it is on this machine, and what bounds it
+    asyncrl simulate                                    how fast a run would be, without a model
+    asyncrl inspect RUN                                 what is in the folder of a run
+    asyncrl replay RUN                                  trains a run again from its journal, and compares
+    asyncrl what-if RUN key=value ...                   trains its rollouts under other settings
 
 The daemons by themselves are `asyncrl-learner` and `asyncrl-generator`.
 """
@@ -15,13 +20,12 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncrl import __version__
 from asyncrl.cli.common import Parser, complain, exit_code_of, is_configuration, named_hardware, shipped_or_given
-from asyncrl.cli.reading.report import compare_command, report_command, watch_command
 from asyncrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,8 +34,19 @@ if TYPE_CHECKING:
     from asyncrl.config import Config
 
 PROGRAM = "asyncrl"
-_REPORTING = {"report": report_command, "watch": watch_command, "compare": compare_command}
 EXAMPLE = "asyncrl run configs/quickstart.yaml run.steps=20"
+COMMANDS = {
+    "run": "learner and generators of this host, started, watched and stopped as one",
+    "launch": "prints the file that starts a run on a cluster",
+    "bench": "how fast a configuration is on this machine, and what bounds it",
+    "simulate": "how fast a run would be, for any number of generators, without a model",
+    "inspect": "what is in the folder of a run",
+    "replay": "trains a run again from its journal, without generators, and compares",
+    "what-if": "trains the recorded rollouts of a run under other settings",
+    "report": "writes the page of a run",
+    "watch": "serves the page of a run live",
+    "compare": "several runs in one table and on one page",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,14 +56,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(given[:1])
-    if arguments.command == "run":
-        return _run(given[1:])
-    if arguments.command == "launch":
-        return _launch(given[1:])
-    if (reporting := _REPORTING.get(arguments.command)) is not None:
-        return reporting(given[1:])
-    raise ConfigError(f"give a command, for example: {EXAMPLE}")
+    name = _parser().parse_args(given[:1]).command
+    if name is None:
+        raise ConfigError(f"give a command, for example: {EXAMPLE}")
+    return _command(name)(given[1:])
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """What runs the command; only its own modules are imported."""
+    if name == "run":
+        return _run
+    if name == "launch":
+        return _launch
+    if name == "simulate":
+        from asyncrl.cli.measuring.simulate import simulate
+
+        return simulate
+    if name == "inspect":
+        from asyncrl.cli.reading.inspect import inspect
+
+        return inspect
+    if name == "bench":
+        from asyncrl.cli.measuring.bench import bench
+
+        return bench
+    if name in ("replay", "what-if"):
+        from asyncrl.cli.reading.replay import replay, what_if
+
+        return replay if name == "replay" else what_if
+    from asyncrl.cli.reading.report import compare_command, report_command, watch_command
+
+    return {"report": report_command, "watch": watch_command, "compare": compare_command}[name]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,9 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("run", "launch", *_REPORTING),
-        help="run: learner and generators of this host, started, watched and stopped as one; launch: prints the file "
-        "that starts a run on a cluster; report: writes the page of a run; watch: serves it live; compare: several",
+        choices=tuple(COMMANDS),
+        help="; ".join(f"{name}: {what}" for name, what in COMMANDS.items()),
     )
     return parser
 

@@ -29,6 +29,12 @@ class RunConfig:
         above=0.0,
         if_changed=ACCEPTED,
     )
+    journal_keep: bool = key(
+        False,
+        "Keep the whole journal, within run.journal_max_gib, so that `asyncrl replay` and `asyncrl what-if` can train "
+        "the run again; else what no checkpoint needs is deleted. A learner that starts again reads all that is kept.",
+        if_changed=ACCEPTED,
+    )
     min_free_gib: float = key(
         1.0,
         "Free space on the disk of run.dir, in GiB, below which no rollouts are taken, until there is room again; "

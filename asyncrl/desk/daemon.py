@@ -206,6 +206,7 @@ def _ranks(
         metrics=surroundings.metrics,
         last_logged_version=newest_version(Path(config.run.dir) / METRICS_FILE, StepMetrics.kind),
         checkpoints=checkpoint_folder(config),
+        keeps_journal=config.run.journal_keep,
     )
 
 

@@ -25,7 +25,7 @@ class Ranks:
     """All ranks of the trainer.
 
     last_logged_version is the newest step that is in the metrics already; checkpoints is the folder in which the run
-    keeps its checkpoints.
+    keeps its checkpoints; keeps_journal says that no segment of the journal is deleted.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Ranks:
         metrics: Metrics,
         last_logged_version: int,
         checkpoints: Path,
+        keeps_journal: bool = False,
     ) -> None:
         self.socket = socket
         self._state = state
@@ -49,6 +50,7 @@ class Ranks:
         self._metrics = metrics
         self._last_logged_version = last_logged_version
         self._checkpoints = checkpoints
+        self._keeps_journal = keeps_journal
         self._peers: dict[int, bytes] = {}  # rank -> routing id
         self._step_ended_at = time.monotonic()
         self._has_logged = False  # a step of this life of the learner
@@ -162,6 +164,8 @@ class Ranks:
             return
         log.info("checkpoint of version %d in %.1f s: %s", done.version, done.seconds, done.path)
         self._counters.checkpoint_saved(done.seconds)
+        if self._keeps_journal:
+            return
         # By the oldest checkpoint that is kept: a recovery may have to fall back to it, and needs the journal since.
         self._journal.delete_before(oldest_version(self._checkpoints) or 0)
 

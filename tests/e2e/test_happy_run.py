@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import fields
@@ -268,3 +271,53 @@ def _logprobs(model, sequence: list[int]) -> np.ndarray:
     with torch.no_grad():
         logits = model(torch.tensor([sequence])).logits[0, :-1]
     return logits.log_softmax(-1).gather(1, torch.tensor(sequence[1:])[:, None])[:, 0].numpy()
+
+
+def asyncrl(run: Run, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "asyncrl.cli.main", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=STEP_S
+    )
+
+
+def test_a_replay_without_generators_gives_the_same_figures_and_weights_to_the_last_bit(run):
+    before = (run.run_dir / "metrics.jsonl").read_bytes()
+    done = asyncrl(run, "replay", str(run.run_dir))
+    assert done.returncode == 0, done.stderr
+    assert f"{STEPS} steps trained again from the journal" in done.stdout
+    assert "figures      equal to the last bit" in done.stdout and "weights      equal" in done.stdout
+    again = run.run_dir / "replays" / "replay-1"
+    losses = [
+        [record["loss"] for record in read_records(folder / "metrics.jsonl")[0] if record["kind"] == "step"]
+        for folder in (run.run_dir, again)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    assert (run.run_dir / "metrics.jsonl").read_bytes() == before, "the run is only read"
+
+
+def test_other_settings_train_the_same_rollouts_to_other_weights_and_say_that_it_is_counterfactual(run):
+    into = run.folder / "other"
+    done = asyncrl(run, "what-if", str(run.run_dir), "learner.lr=1e-2", "--steps", "4", "--into", str(into))
+    assert done.returncode == 0, done.stderr
+    assert "4 steps, learner.lr=1e-2" in done.stdout and "counterfactual" in done.stdout
+    steps = [record for record in read_records(into / "metrics.jsonl")[0] if record["kind"] == "step"]
+    recorded = [record for record in run.records("step") if record["version"] <= 4]
+    assert [step["reward_mean"] for step in steps] == [step["reward_mean"] for step in recorded]
+    assert steps[0]["loss"] == recorded[0]["loss"], "the first step begins with the same weights"
+    assert steps[-1]["grad_norm"] != recorded[-1]["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["replay", "nowhere"], "holds no run"),
+        (["replay", "{run}", "--steps", "9"], "--steps 9: the journal of {run} holds 8 steps"),
+        (["what-if", "{run}", "sampling.group_size=2"], "are what they are"),
+        (["what-if", "{run}", "learner.groups_per_step=2"], "are what they are"),
+        (["what-if", "{run}", "algorithm.clip_hihg=2"], "clip_high"),
+    ],
+)
+def test_what_cannot_be_trained_again_is_refused(run, arguments, words):
+    done = asyncrl(run, *(argument.format(run=run.run_dir) for argument in arguments))
+    assert done.returncode == 2 and words.format(run=run.run_dir) in done.stderr, done.stderr

@@ -1,1 +1,1 @@
-"""Commands that read what runs have written: `asyncrl report`, `asyncrl watch` and `asyncrl compare`."""
+"""Commands that read a run that was made: report, watch, compare, inspect, replay, what-if."""

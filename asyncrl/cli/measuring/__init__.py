@@ -1,0 +1,1 @@
+"""Commands that say how fast a configuration is: by running it (bench), or by thinking it over (simulate)."""

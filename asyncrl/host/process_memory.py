@@ -1,0 +1,36 @@
+"""The memory of a process and all its descendants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def memory_of_tree(root: int) -> int:
+    """Bytes that the process `root` and its descendants hold in memory; what they share counts once.
+
+    A process that ends meanwhile counts as nothing.
+    """
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue  # it has ended
+    return sum(_proportional_bytes(pid) for pid in parents if _descends(pid, root, parents))
+
+
+def _descends(pid: int, root: int, parents: dict[int, int]) -> bool:
+    while pid and pid != root:
+        pid = parents.get(pid, 0)
+    return pid == root
+
+
+def _proportional_bytes(pid: int) -> int:
+    """The proportional set size: each shared page divided by the number of processes that share it."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return 0
+    return 0

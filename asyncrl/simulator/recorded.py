@@ -1,0 +1,207 @@
+"""Service times and lengths of a run that was made, so that it can be simulated with other sizes.
+
+What a run writes down is taken as it is: lengths from the journal, the times of steps and of weight syncs from
+metrics.jsonl. Two things it does not write down are found by simulating the run itself: the speed of the engine, so
+that tokens per busy second of the generators agree, and, where learner and generators share cores, the time of a step
+on cores of its own. `Fit.ratio` says how well the simulation of the run then agrees with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from asyncrl.config import Config
+from asyncrl.config.gpus import has_gpu
+from asyncrl.config.host_checks import is_on_gpu
+from asyncrl.errors import UserError
+from asyncrl.metrics import METRICS_FILE, iterate_records
+from asyncrl.metrics.types import StepMetrics, SyncMetrics
+from asyncrl.simulator.model import Service, SharedCores, Sizes
+from asyncrl.simulator.outcome import SimulatedOutcome
+from asyncrl.simulator.run import SimulatedRun
+from asyncrl.simulator.times import Constant, Distribution, Measured, measured
+from asyncrl.storage.journal_reader import JournalReader
+from asyncrl.storage.records import StoredGroup
+
+MIN_STEPS = 10
+WARM_UP_SHARE = 0.2  # of a run's steps: its first batches wait for the first tokens
+GRANT_S = 0.02  # a beat, its gathering and the lease
+FIXED_SHARE = 0.5  # of the decode step of a full engine, where the run cannot tell
+ROUNDS = 8
+CLOSE_ENOUGH = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class RunFigures:
+    """What a run measured, over its steps after the first fifth. Rates are per second, tokens completion tokens."""
+
+    steps: int
+    tokens_per_s: float
+    age_mean: float
+    step_s: tuple[float, ...]
+    busy_tokens_per_s: float
+    generators: int
+    snapshot_s: tuple[float, ...]
+    stage_s: tuple[float, ...]
+    pause_s: tuple[float, ...]
+    commit_s: tuple[float, ...]
+    lengths: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A run as it can be simulated, and the simulation of the run itself beside what it measured."""
+
+    sizes: Sizes
+    service: Service
+    shared: SharedCores | None
+    figures: RunFigures
+    itself: SimulatedOutcome
+
+    @property
+    def ratio(self) -> float:
+        """Simulated tokens per second / measured ones."""
+        return self.itself.tokens_per_s / self.figures.tokens_per_s
+
+
+def read_figures(folder: Path) -> RunFigures:
+    """Reads metrics and journal of a run.
+
+    Raises UserError where there is no run, or one of fewer than MIN_STEPS steps.
+    """
+    path = folder / METRICS_FILE
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; give the run.dir of a run that has trained")
+    records = [record for record in iterate_records(path) if record is not None]
+    steps = [record for record in records if record.get("kind") == StepMetrics.kind]
+    if len(steps) < MIN_STEPS:
+        raise UserError(f"{folder} has {len(steps)} steps; a run of {MIN_STEPS} or more can be simulated")
+    steps = steps[int(WARM_UP_SHARE * len(steps)) :]
+    syncs = [
+        record
+        for record in records
+        if record.get("kind") == SyncMetrics.kind and not record.get("catch_up") and not record.get("generators_failed")
+    ]
+    trained = _total(steps, "tokens_trained")
+    seconds = _total(steps, "interval_s")
+    busy_s = _total(steps, "generator_busy_s")
+    if not trained or not seconds or not busy_s:
+        raise UserError(f"{path} has no tokens or no times: it cannot be simulated")
+    aged = [(float(step["policy_age_mean"]), float(step["tokens_trained"])) for step in steps]
+    pauses, canaries = _ms(syncs, "pause_ms"), _ms(syncs, "canary_ms")
+    rest = fmean(pauses or [0.0]) + fmean(canaries or [0.0])
+    return RunFigures(
+        steps=len(steps),
+        tokens_per_s=trained / seconds,
+        age_mean=sum(age * tokens for age, tokens in aged) / trained,
+        step_s=tuple(float(step["step_s"]) for step in steps if step.get("step_s")),
+        busy_tokens_per_s=_total(steps, "tokens_generated") / busy_s,
+        generators=max(int(step.get("generators_alive") or 1) for step in steps),
+        snapshot_s=_ms(steps, "publish_blocked_ms"),
+        stage_s=tuple(max(0.0, total - rest) for total in _ms(syncs, "total_ms")),
+        pause_s=pauses,
+        commit_s=canaries,
+        lengths=tuple(read_lengths(folder / "journal")),
+    )
+
+
+def read_lengths(folder: Path) -> list[float]:
+    """Completion tokens of every rollout in the journal; empty without one."""
+    lengths: list[float] = []
+    for path in sorted(folder.glob("*.segment")):
+        try:
+            entries = list(JournalReader(folder, [int(path.stem)]))
+        except FileNotFoundError:
+            continue  # the learner deleted it meanwhile
+        groups = (entry.record for entry in entries if isinstance(entry.record, StoredGroup))
+        lengths += [float(tokens) for group in groups for tokens in group.num_tokens]
+    return lengths
+
+
+def fit_run(folder: Path, config: Config, *, shared: SharedCores | None, seed: int = 0) -> Fit:
+    """Makes a run that can be simulated out of one that was made.
+
+    config: what the run was started with. shared: the cores that its sides shared (`shared_cores`), None without any.
+
+    Raises UserError as `read_figures`.
+    """
+    figures = read_figures(folder)
+    sizes = Sizes(
+        generators=figures.generators,
+        max_sequences=config.generator.max_sequences,
+        group_size=config.sampling.group_size,
+        groups_per_step=config.learner.groups_per_step,
+        max_age=config.staleness.max_age,
+        steps=max(60, min(200, figures.steps)),
+        cell_size=config.weights.cell_size,
+    )
+    service = _first_guess(figures, sizes)
+    decode_scale = step_scale = 1.0
+    scaled = service
+    for _ in range(ROUNDS):
+        scaled = _scaled(service, decode_scale, step_scale)
+        itself = SimulatedRun(sizes, scaled, shared=shared, seed=seed).run()
+        faster = itself.generated_per_busy_s / figures.busy_tokens_per_s
+        shorter = fmean(figures.step_s) / itself.step_s_mean
+        if abs(faster - 1) < CLOSE_ENOUGH and (shared is None or abs(shorter - 1) < CLOSE_ENOUGH):
+            break
+        decode_scale *= faster
+        step_scale *= shorter if shared is not None else 1.0
+    return Fit(sizes, scaled, shared, figures, itself)
+
+
+def _first_guess(figures: RunFigures, sizes: Sizes) -> Service:
+    """As if the engines had been full whenever they were busy, and every step had had the cores for itself."""
+    decode_step_s = sizes.max_sequences / figures.busy_tokens_per_s
+    step_s: Distribution = Measured(figures.step_s) if figures.step_s else Constant(1.0)
+    return Service(
+        completion_tokens=measured(figures.lengths, 1.0),
+        decode_s=FIXED_SHARE * decode_step_s,
+        decode_sequence_s=(1 - FIXED_SHARE) * decode_step_s / sizes.max_sequences,
+        step_s=step_s,
+        snapshot_s=measured(figures.snapshot_s, 0.0),
+        stage_s=measured(figures.stage_s, 0.0),
+        pause_s=measured(figures.pause_s, 0.0),
+        commit_s=measured(figures.commit_s, 0.0),
+        grant_s=GRANT_S,
+    )
+
+
+def _scaled(service: Service, decode: float, step: float) -> Service:
+    assert isinstance(service.step_s, Measured | Constant)
+    if isinstance(service.step_s, Measured):
+        step_s: Distribution = Measured(tuple(step * value for value in service.step_s.values))
+    else:
+        step_s = Constant(step * service.step_s.value)
+    return replace(
+        service,
+        decode_s=decode * service.decode_s,
+        decode_sequence_s=decode * service.decode_sequence_s,
+        step_s=step_s,
+    )
+
+
+def shared_cores(config: Config) -> SharedCores | None:
+    """The cores of this host, where both sides compute on the CPU and meet on one host; None elsewhere."""
+    devices = (config.learner.device, config.generator.device)
+    address = config.transport.address
+    one_host = address == "auto" or address.startswith(("ipc://", "tcp://127.", "tcp://localhost"))
+    if not one_host or any(is_on_gpu(device, gpu_here=has_gpu()) for device in devices):
+        return None
+    cores = len(os.sched_getaffinity(0))
+    # `asyncrl run` gives each side all cores that nobody is pinned to; the run folder has the learner's settings alone.
+    generator_threads = len(config.generator.cpus) or cores
+    return SharedCores(cores, config.learner.threads, generator_threads)
+
+
+def _total(records: Iterable[Mapping[str, Any]], name: str) -> float:
+    return sum(float(record.get(name) or 0) for record in records)
+
+
+def _ms(records: Iterable[Mapping[str, Any]], name: str) -> tuple[float, ...]:
+    return tuple(float(value) / 1e3 for record in records if (value := record.get(name)) is not None)
