@@ -5,6 +5,7 @@
     asyncrl report RUN                                  writes report.html and summary.json of a run
     asyncrl watch RUN [--port PORT]                     the same page live, on loopback
     asyncrl compare RUN RUN ...                         several runs in one table and on one page
+    asyncrl rollouts RUN [--step N | --eval] ...        what the model said, token by token
     asyncrl bench CONFIG [key=value ...]                how fast it is on this machine, and what bounds it
     asyncrl simulate                                    how fast a run would be, without a model
     asyncrl inspect RUN                                 what is in the folder of a run
@@ -46,6 +47,7 @@ COMMANDS = {
     "report": "writes the page of a run",
     "watch": "serves the page of a run live",
     "compare": "several runs in one table and on one page",
+    "rollouts": "shows what the model said in a run, token by token",
 }
 
 
@@ -84,6 +86,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from asyncrl.cli.reading.replay import replay, what_if
 
         return replay if name == "replay" else what_if
+    if name == "rollouts":
+        from asyncrl.cli.reading.rollouts import rollouts_command
+
+        return rollouts_command
     from asyncrl.cli.reading.report import compare_command, report_command, watch_command
 
     return {"report": report_command, "watch": watch_command, "compare": compare_command}[name]

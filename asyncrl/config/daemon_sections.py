@@ -404,3 +404,31 @@ class LogConfig:
         choices=("debug", "info", "warning", "error"),
         if_changed=ACCEPTED,
     )
+    rollouts_every: int = key(
+        20,
+        "Write rollouts of every so many steps to run.dir/rollouts, and of the first and the last step; 0 = of none. "
+        "`asyncrl rollouts RUN` shows them.",
+        minimum=0,
+        if_changed=ACCEPTED,
+    )
+    rollouts_per_step: int = key(
+        12,
+        "How many of such a step: about a third with the best rewards, as many with the worst, and others at random.",
+        minimum=1,
+        maximum=4096,
+        if_changed=ACCEPTED,
+    )
+    rollouts_per_eval: int = key(
+        128,
+        "Held-out prompts whose completions are written of each evaluation: the first so many, the same ones each "
+        "time; 0 = none.",
+        minimum=0,
+        if_changed=ACCEPTED,
+    )
+    rollouts_max_mib: float = key(
+        256.0,
+        "Size of run.dir/rollouts in MiB. Beyond it the oldest files go, those of the first step and the first "
+        "evaluation last; one file takes a quarter of it at most, and lines that would not fit are left out.",
+        minimum=1.0,
+        if_changed=ACCEPTED,
+    )

@@ -12,11 +12,19 @@ tells them, and the evaluator takes its results.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from asyncrl.desk.counters import Counters
 from asyncrl.link.desk_session import DeskSession, DeskSessions
 from asyncrl.storage.journal import Journal
 from asyncrl.types import Group
+
+
+class Evaluated(NamedTuple):
+    """The result of an evaluation, and the generator that it came from."""
+
+    group: Group
+    generator_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class Acknowledgements:
         self._counters = counters
         self._owed: list[_Owed] = []
         self._due: dict[str, DeskSession] = {}  # generator id -> session with something new
-        self._evaluated: list[Group] = []
+        self._evaluated: list[Evaluated] = []
 
     def add(self, session: DeskSession, seq: int, *, num_rollouts: int = 0, evaluated: Group | None = None) -> None:
         """Result `seq` of this session is in the journal, and acknowledged once that is durable.
@@ -64,14 +72,14 @@ class Acknowledgements:
             self._counters.totals.rollouts_acked += result.num_rollouts
             self._due[result.session.generator_id] = result.session
             if result.evaluated is not None:
-                self._evaluated.append(result.evaluated)
+                self._evaluated.append(Evaluated(result.evaluated, result.session.generator_id))
 
     def take_sessions(self) -> list[DeskSession]:
         """Sessions with results that became durable since the last call: send each of them an Ack."""
         due, self._due = list(self._due.values()), {}
         return due
 
-    def take_evaluated(self) -> list[Group]:
+    def take_evaluated(self) -> list[Evaluated]:
         """Results of evaluations that became durable since the last call."""
         evaluated, self._evaluated = self._evaluated, []
         return evaluated

@@ -28,10 +28,11 @@ class DecidedStep:
 
 @dataclass(frozen=True, slots=True)
 class DealtBatch:
-    """What the ranks have in hand to make `version` + 1: (ordinal, attempt) of each group."""
+    """What the ranks have in hand to make `version` + 1: (ordinal, attempt) of each group, and who made it."""
 
     version: int
     groups: tuple[tuple[int, int], ...]
+    generator_ids: tuple[str, ...] = ()
 
 
 class BatchDealer:
@@ -139,7 +140,11 @@ class BatchDealer:
         publish = version + 1 >= self._policy.replay_to
         for rank, bodies in enumerate(_shards(step.groups, self.world_size)):
             send(rank, Batch(version, rank, bodies, step.desk_state, checkpoint, publish))
-        self.in_hand = DealtBatch(version, tuple((group.ordinal, group.attempt) for group in step.groups))
+        self.in_hand = DealtBatch(
+            version,
+            tuple((group.ordinal, group.attempt) for group in step.groups),
+            tuple(group.generator_id for group in step.groups),
+        )
         self._requests.clear()
         return True
 

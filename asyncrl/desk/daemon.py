@@ -45,6 +45,9 @@ from asyncrl.metrics import METRICS_FILE, EvalMetrics, Metrics, StepMetrics, Syn
 from asyncrl.metrics.exposition import Exposition
 from asyncrl.metrics.health import Pulse
 from asyncrl.metrics.http_pages import HttpPages, Vitals
+from asyncrl.report.rollouts.files import ROLLOUTS_FOLDER
+from asyncrl.report.rollouts.jobs import WriterSetup
+from asyncrl.report.rollouts.writer import CLOSE_TIMEOUT_S, RolloutWriter
 from asyncrl.storage.room import GIB
 from asyncrl.tasks.helper import TaskHelper
 from asyncrl.tasks.trial import helper_setup
@@ -53,6 +56,7 @@ from asyncrl.weights.plan.planner import SyncPlanner
 log = logging.getLogger(__name__)
 
 MIN_RECEIVED_BYTES = 4 * 2**20  # a beat with its leases and their tickets, the digests of a large model
+SHORT_CLOSE_S = 2.0  # for rollouts that are still being written when a signal ends the run
 # Nats, where weights.canary_tolerance is 0. On GPUs vLLM multiplies in TF32 inside of its attention also in float32.
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.35}
 GPU_CANARY_TOLERANCE = {"float32": 0.02, "bfloat16": 0.35}
@@ -60,7 +64,10 @@ GPU_CANARY_TOLERANCE = {"float32": 0.02, "bfloat16": 0.35}
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the desk is connected to: the two sockets, the trainer's process, the metrics, the signals, its pulse."""
+    """What the desk is connected to: the two sockets, the trainer's process, the metrics, the signals, its pulse.
+
+    rollouts writes some of them; None: none are written.
+    """
 
     rollout_socket: ServerSocket
     trainer_socket: ServerSocket
@@ -68,6 +75,7 @@ class Surroundings:
     metrics: Metrics
     stop: StopSignal
     pulse: Pulse = field(default_factory=Pulse)
+    rollouts: RolloutWriter | None = None
 
 
 def run_learner(config: Config, stop: StopSignal | None = None) -> int:
@@ -88,6 +96,9 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         vitals = Vitals("learner", config.run.name, Pulse(), Exposition(StepMetrics, SyncMetrics, EvalMetrics))
         if (pages := HttpPages.open(config.learner.http, "learner.http", vitals, run_dir)) is not None:
             open_things.enter_context(closing(pages))
+        rollouts = _rollout_writer(config)
+        # Whoever stops a run does not wait for what it said.
+        open_things.callback(lambda: rollouts.close(CLOSE_TIMEOUT_S if stop.received is None else SHORT_CLOSE_S))
         # Beside all else: it imports the tokenizer's library and reads the task's data, which takes seconds.
         helper = open_things.enter_context(closing(TaskHelper(helper_setup(config))))
         helper.start(time.monotonic())
@@ -101,7 +112,7 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         tolerance = _alarmed_tolerance(config)
         metrics = open_things.enter_context(closing(Metrics.open(config, tolerance, more=[vitals.figures])))
         open_things.callback(process.kill)  # before all else: closing the metrics may wait for the network
-        surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop, vitals.pulse)
+        surroundings = Surroundings(rollout_socket, trainer_socket, process, metrics, stop, vitals.pulse, rollouts)
         state = restore_run(config, run_epoch, run.journal, run.saved)
         code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
@@ -132,9 +143,11 @@ def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundi
         acknowledgements=acknowledgements,
         metrics=metrics,
         done=state.evals_done,
+        prompts=prompts,
+        rollouts=surroundings.rollouts,
     )
     dealer = _dealer(config, state)
-    ranks = _ranks(config, state, acknowledgements, dealer, surroundings)
+    ranks = _ranks(config, state, acknowledgements, dealer, prompts, surroundings)
     versions = Versions(
         planner=_sync_planner(config, state),
         socket=surroundings.trainer_socket,
@@ -196,6 +209,7 @@ def _ranks(
     state: RunState,
     acknowledgements: Acknowledgements,
     dealer: BatchDealer,
+    prompts: LeasedPrompts,
     surroundings: Surroundings,
 ) -> Ranks:
     return Ranks(
@@ -203,10 +217,12 @@ def _ranks(
         state=state,
         acknowledgements=acknowledgements,
         dealer=dealer,
+        prompts=prompts,
         metrics=surroundings.metrics,
         last_logged_version=newest_version(Path(config.run.dir) / METRICS_FILE, StepMetrics.kind),
         checkpoints=checkpoint_folder(config),
         keeps_journal=config.run.journal_keep,
+        rollouts=surroundings.rollouts,
     )
 
 
@@ -261,6 +277,13 @@ def _trainer_process(config: Config, config_file: Path, desk_address: str) -> Tr
         weights_timeout_s=config.weights.timeout_s,
         weights_host=config.weights.host,
     )
+
+
+def _rollout_writer(config: Config) -> RolloutWriter:
+    """What writes rollouts beside; its process is started when there are some to write."""
+    folder = Path(config.run.dir) / ROLLOUTS_FOLDER
+    max_bytes = int(config.log.rollouts_max_mib * 2**20)
+    return RolloutWriter(WriterSetup(str(folder), config.model.path, max_bytes, config.log.level))
 
 
 def _say_finished(config: Config, run_dir: Path) -> None:

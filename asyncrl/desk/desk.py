@@ -10,6 +10,7 @@ One thread, one poll, no waits: every handler returns at once, every deadline is
     trainer rank    TrainerHello                  ranks: from where to train again
                     BatchRequest                  ranks: decides the batch, journals it, deals the shards
                     StepDone, CheckpointDone      ranks: counts, trims the journal
+                    StepRollouts                  ranks: to be written beside, with what the desk knows of them
     publisher       SnapshotReady, ChannelReady,  versions: the planner's next phase
                     BroadcastDone
 
@@ -63,6 +64,7 @@ FROM_TRAINER = frozenset(
         trainer_messages.TrainerHello,
         trainer_messages.BatchRequest,
         trainer_messages.StepDone,
+        trainer_messages.StepRollouts,
         trainer_messages.CheckpointDone,
         trainer_messages.SnapshotReady,
         trainer_messages.ChannelReady,
@@ -240,6 +242,8 @@ class Desk:
                 self.bad_batches.stepped(message.version)
                 self.ranks.step_done(peer, message, len(self.generators.alive()), now)
                 self.evaluator.advance(self.state.policy.trained, self.versions)
+            case trainer_messages.StepRollouts():
+                self.ranks.step_rollouts(message)
             case trainer_messages.CheckpointDone():
                 self.ranks.checkpoint_done(message)
             case trainer_messages.SnapshotReady() if self.ranks.present:  # else its memory died with the trainer

@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from asyncrl.config import Config
-from asyncrl.desk.acknowledgements import Acknowledgements
+from asyncrl.desk.acknowledgements import Acknowledgements, Evaluated
+from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.metrics import EvalMetrics, Metrics
 from asyncrl.replay.lease_book import LeaseBook
-from asyncrl.types import Group, means_of_parts
+from asyncrl.report.rollouts.jobs import JobEntry, RolloutJob
+from asyncrl.report.rollouts.records import kept_answers
+from asyncrl.report.rollouts.writer import RolloutWriter
+from asyncrl.types import Group, LeaseKind, means_of_parts
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +41,18 @@ class EvalResults:
     first_ordinal: int
     num_prompts: int
     temperature: float = 0.0
+    num_kept: int = 0  # the answers to so many prompts, from the first on, are kept
     answers: dict[int, list[EvalAnswer]] = field(default_factory=dict)  # ordinal -> its completions
+    kept: dict[int, Evaluated] = field(default_factory=dict)  # by place
 
-    def add(self, group: Group) -> None:
+    def add(self, group: Group, generator_id: str = "") -> None:
         """Counts the first result of each prompt; those of an evaluation before this one are left out."""
         ordinal = group.key.ordinal
-        if ordinal in self.answers or not 0 <= ordinal - self.first_ordinal < self.num_prompts:
+        place = ordinal - self.first_ordinal
+        if ordinal in self.answers or not 0 <= place < self.num_prompts:
             return
+        if place < self.num_kept:
+            self.kept[place] = Evaluated(group, generator_id)
         self.answers[ordinal] = [
             EvalAnswer(rollout.reward, rollout.reward_parts, rollout.num_tokens) for rollout in group.rollouts
         ]
@@ -96,7 +105,8 @@ class Evaluator:
     An evaluation that is due starts with the first version, at or above the due one, that a generator proves: versions
     in between may never reach a generator. While it runs, generators that hold its version keep it. `done` are the
     versions whose evaluation was asked for; it is changed here, and saved with the run's state. num_prompts is None
-    where the held-out prompts are still to be made (`prompts_are_there`).
+    where the held-out prompts are still to be made (`prompts_are_there`). rollouts writes the answers to the first of
+    `prompts`; without one of the two none are written.
     """
 
     def __init__(
@@ -108,6 +118,8 @@ class Evaluator:
         acknowledgements: Acknowledgements,
         metrics: Metrics,
         done: set[int],
+        prompts: LeasedPrompts | None = None,
+        rollouts: RolloutWriter | None = None,
     ) -> None:
         self._config = config
         self._num_prompts = num_prompts  # None until they are made
@@ -116,6 +128,8 @@ class Evaluator:
         self._acknowledgements = acknowledgements
         self._metrics = metrics
         self._done = done
+        self._prompts = prompts
+        self._rollouts = rollouts
         self._due: int | None = None
         self._running: EvalResults | None = None
 
@@ -173,7 +187,8 @@ class Evaluator:
         self._due = None
         leased = self._leases.start_eval(version, self._num_prompts, self._config.generator.lease_timeout_s, now)
         temperature = self._config.eval.temperature
-        self._running = EvalResults(version, leased.first_ordinal, self._num_prompts, temperature)
+        num_kept = 0 if self._rollouts is None else self._config.log.rollouts_per_eval
+        self._running = EvalResults(version, leased.first_ordinal, self._num_prompts, temperature, num_kept)
 
     def prompts_are_there(self, count: int, now: float) -> None:
         """The held-out prompts are made, `count` of them; asked again, this changes nothing."""
@@ -186,9 +201,9 @@ class Evaluator:
             self.version_proven(self._proven_too_early, now)
 
     def _collect(self) -> None:
-        for group in self._acknowledgements.take_evaluated():
+        for group, generator_id in self._acknowledgements.take_evaluated():
             if self._running is not None:
-                self._running.add(group)
+                self._running.add(group, generator_id)
 
     def _finish(self) -> None:
         assert self._running is not None
@@ -199,3 +214,15 @@ class Evaluator:
             log.error("evaluation of version %d got no result at all", results.version)
         else:
             self._metrics.log_eval(figures)
+            self._write(results)
+
+    def _write(self, results: EvalResults) -> None:
+        """Has the answers written that were kept, in the order of their prompts."""
+        if self._rollouts is None or self._prompts is None:
+            return
+        entries = [
+            JobEntry(kept, generator_id, self._prompts.held_out_payload(place))
+            for place, (group, generator_id) in sorted(results.kept.items())
+            for kept in kept_answers(group, place)
+        ]
+        self._rollouts.write(RolloutJob(LeaseKind.EVAL, results.version, entries))

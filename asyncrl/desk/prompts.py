@@ -7,8 +7,8 @@ prompt can be made of is left out: it is settled in the lease book, and the next
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.lease_records import LeaseRecord
@@ -154,6 +154,15 @@ class LeasedPrompts:
         assert self._maker.evals is not None, "no evaluation starts before its prompts are there"
         return self._maker.evals[self._leases.evaluation.prompt_index(key.ordinal)]
 
+    def payloads(self, ordinals: Iterable[int]) -> dict[int, Mapping[str, Any]]:
+        """What the task gives the reward of these training prompts, by ordinal: of those that are still kept."""
+        return {n: prompt.payload for n in ordinals if (prompt := self._prompts.get(n)) is not None}
+
+    def held_out_payload(self, place: int) -> Mapping[str, Any]:
+        """What the task gives the reward of a held-out prompt."""
+        assert self._maker.evals is not None, "no evaluation starts before its prompts are there"
+        return self._maker.evals[place].payload
+
     def take_left_out(self) -> list[PromptMade]:
         """Ordinals left out since the last call, for the journal."""
         news, self._left_out = self._left_out, []
@@ -179,7 +188,8 @@ class LeasedPrompts:
                 if (running := self._leases.settle_without_prompt(made.ordinal, now)) is not None:
                     self._needless.append(running)
         if len(self._prompts) > self._look_through_at:
-            self._prompts = {n: prompt for n, prompt in self._prompts.items() if not self._leases.is_done(n)}
+            # Those of groups that wait for their step stay: their payloads are written with rollouts of it.
+            self._prompts = {n: prompt for n, prompt in self._prompts.items() if not self._leases.is_settled(n)}
             self._look_through_at = 2 * len(self._prompts) + AHEAD
         while len(self._prompts) > KEPT:
             del self._prompts[next(iter(self._prompts))]

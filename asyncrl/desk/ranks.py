@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.batches import BatchDealer, DecidedStep
+from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.run_state import RunState
 from asyncrl.link import trainer_messages
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.metrics import Metrics
 from asyncrl.replay.recovery import steps_to_repeat
+from asyncrl.report.rollouts.jobs import JobEntry, RolloutJob
+from asyncrl.report.rollouts.writer import RolloutWriter
 from asyncrl.storage.checkpoint_files import oldest_version
 from asyncrl.storage.records import GroupsDropped, StepTaken, StoredGroup
+from asyncrl.types import LeaseKind
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +31,8 @@ class Ranks:
     """All ranks of the trainer.
 
     last_logged_version is the newest step that is in the metrics already; checkpoints is the folder in which the run
-    keeps its checkpoints; keeps_journal says that no segment of the journal is deleted.
+    keeps its checkpoints; keeps_journal says that no segment of the journal is deleted; rollouts writes those of some
+    steps, None writes none.
     """
 
     def __init__(
@@ -35,10 +42,12 @@ class Ranks:
         state: RunState,
         acknowledgements: Acknowledgements,
         dealer: BatchDealer,
+        prompts: LeasedPrompts,
         metrics: Metrics,
         last_logged_version: int,
         checkpoints: Path,
         keeps_journal: bool = False,
+        rollouts: RolloutWriter | None = None,
     ) -> None:
         self.socket = socket
         self._state = state
@@ -47,10 +56,13 @@ class Ranks:
         self._counters = state.counters
         self._acknowledgements = acknowledgements
         self._dealer = dealer
+        self._prompts = prompts
         self._metrics = metrics
         self._last_logged_version = last_logged_version
         self._checkpoints = checkpoints
         self._keeps_journal = keeps_journal
+        self._rollouts = rollouts
+        self._payloads: dict[int, Mapping[str, Any]] = {}  # by ordinal, of the batch decided last
         self._peers: dict[int, bytes] = {}  # rank -> routing id
         self._step_ended_at = time.monotonic()
         self._has_logged = False  # a step of this life of the learner
@@ -121,6 +133,8 @@ class Ranks:
         if not buffer.can_take(version, leases.running_by_version):
             return False
         batch = buffer.take(version)
+        if self._rollouts is not None:
+            self._payloads = self._prompts.payloads(group.ordinal for group in batch)
         leases.train(group.key for group in batch)
         self._journal.append(StepTaken(version, tuple((g.ordinal, g.attempt) for g in batch)), now)
         self._acknowledgements.make_durable()  # the decision is durable before any rank sees a group
@@ -156,6 +170,18 @@ class Ranks:
             self._last_logged_version, self._has_logged = done.version, True
             figures = self._counters.step_metrics(done, interval_s, self._state.buffer, num_alive)
             self._metrics.log_step(figures)
+
+    def step_rollouts(self, message: trainer_messages.StepRollouts) -> None:
+        """Rollouts of a step, to be written beside. What is not known of them any more stays out."""
+        batch = self._dealer.in_hand
+        if self._rollouts is None or batch is None or batch.version + 1 != message.version:
+            return
+        by_ordinal = dict(zip((ordinal for ordinal, _ in batch.groups), batch.generator_ids, strict=True))
+        entries = [
+            JobEntry(rollout, by_ordinal.get(ordinal), self._payloads.get(ordinal))
+            for ordinal, rollout in zip(message.ordinals, message.rollouts, strict=True)
+        ]
+        self._rollouts.write(RolloutJob(LeaseKind.TRAIN, message.version, entries))
 
     def checkpoint_done(self, done: trainer_messages.CheckpointDone) -> None:
         """A checkpoint was saved, or could not be: then the one before stays. Trims the journal."""

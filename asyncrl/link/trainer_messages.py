@@ -66,6 +66,18 @@ class StepDone(Message):
     time_s: Times  # by activity, since the process of this trainer began
 
 
+@message(47)
+class StepRollouts(Message):
+    """Rollouts of the step that made `version`, which comes to be known right after: they are to be written.
+
+    The desk passes them on unread (`report.rollouts.records.KeptRollout`); `ordinals` are those of their prompts.
+    """
+
+    version: Number
+    ordinals: Annotated[list[Number], AtMost(4096)]
+    rollouts: Annotated[list[Held], AtMost(4096)]
+
+
 @message(43)
 class SnapshotReady(Message):
     """The publisher holds a snapshot of `version`, ready to broadcast."""

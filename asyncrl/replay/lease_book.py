@@ -116,6 +116,10 @@ class LeaseBook:
         """Whether an ordinal needs no lease any more: its group is there, or it is settled."""
         return ordinal in self._accepted or ordinal in self._settled
 
+    def is_settled(self, ordinal: int) -> bool:
+        """Whether an ordinal is finished with: its group does not wait for a step either."""
+        return ordinal in self._settled
+
     def upcoming(self, count: int) -> list[int]:
         """Ordinals that are leased next, the very next one among them, and up to `count` of those after all others."""
         end = min(self._next_ordinal + count, self._end)
@@ -181,8 +185,7 @@ class LeaseBook:
             or not 0 <= key.attempt < self._first_attempt
             or not self._maybe_leased_before(ordinal)
             or ordinal in self._running
-            or ordinal in self._accepted
-            or ordinal in self._settled
+            or self.is_done(ordinal)
             or self.num_admitted >= self._pacing.ceiling(issued_version)
         ):
             return False
@@ -196,10 +199,7 @@ class LeaseBook:
 
         `by` is the generator that brought it; empty where that is not known.
         """
-        if key.kind == LeaseKind.EVAL:
-            accepted = self._evals.accept(key)
-        else:
-            accepted = self._accept(key, now)
+        accepted = self._evals.accept(key) if key.kind == LeaseKind.EVAL else self._accept(key, now)
         if accepted.superseded is not None:
             self.outcomes.took_back(accepted.superseded.holder, accepted.superseded.key, now)
         if by and accepted.verdict is not Verdict.UNKNOWN:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -56,6 +56,10 @@ class MiniBatch:
     num_sequences: int  # rollouts
 
 
+def _none() -> np.ndarray:
+    return np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
     """A whole batch cut into mini-batches. Counts are over ALL ranks, as in `MiniBatch`."""
@@ -66,6 +70,8 @@ class BatchPlan:
     is_flat: np.ndarray  # bool [G], groups whose rewards are all equal
     num_tokens: int  # completion tokens
     num_rollouts: int
+    kept: np.ndarray = field(default_factory=_none)  # int64 [K], rollouts that are written: `trainer.kept_rollouts`
+    kept_tokens: np.ndarray = field(default_factory=_none)  # int64 [K], completion tokens of each
 
 
 @dataclass(slots=True)

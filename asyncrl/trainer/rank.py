@@ -35,6 +35,7 @@ from asyncrl.link.trainer_messages import (
     BatchRequest,
     CheckpointDone,
     StepDone,
+    StepRollouts,
     TrainerHello,
     TrainerStop,
     TrainerWelcome,
@@ -42,6 +43,7 @@ from asyncrl.link.trainer_messages import (
 from asyncrl.link.weight_records import Placement
 from asyncrl.metrics.ledger import LearnerActivity, Ledger, in_words
 from asyncrl.metrics.types import REWARD_PART
+from asyncrl.report.rollouts.choice import is_due
 from asyncrl.storage.checkpoint_files import is_empty, unreadable
 from asyncrl.trainer.agreement import CHECK_EVERY, check_agreement, check_start
 from asyncrl.trainer.checkpoint import SAVE_TIMEOUT_S, load_checkpoint
@@ -248,7 +250,7 @@ class Rank:
             groups = [result_to_group(decode_body(GroupResult, body)) for body in batch.groups]
         with self.ledger.during(LearnerActivity.COMPUTE):
             self.world.tell(Order.STEP, self.runner.version)
-            result = self.runner.step(groups)
+            result = self.runner.step(groups, keep=self._num_kept(batch.version + 1))
         step_s = time.monotonic() - started
         metrics = result.metrics | outcome_metrics(groups)
         self.desk_state = batch.desk_state
@@ -258,10 +260,18 @@ class Rank:
             self._publish(self.publisher)
             metrics["publish_blocked_ms"] = (time.monotonic() - began) * 1e3
         with self.ledger.during(LearnerActivity.MESSAGES):
+            if result.kept:
+                ordinals = [kept.ordinal for kept in result.kept]
+                self.link.send(StepRollouts(result.version, ordinals, [kept.to_bytes() for kept in result.kept]))
             self.link.send(StepDone(result.version, metrics, step_s, self.ledger.seconds()))
         if result.version % CHECK_EVERY == 0:
             self._all(Order.CHECK)
         self._checkpoint(batch.checkpoint)
+
+    def _num_kept(self, step: int) -> int:
+        """How many rollouts of the step that makes version `step` are written."""
+        log_config = self.config.log
+        return log_config.rollouts_per_step if is_due(step, self.config.run.steps, log_config.rollouts_every) else 0
 
     def _check_publisher(self) -> None:
         """Raises AsyncRLError when the publisher's thread has died: without it no generator gets a new policy.

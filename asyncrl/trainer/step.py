@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,11 @@ from asyncrl.algorithms.value_targets import value_loss
 from asyncrl.config import Config
 from asyncrl.config.method_checks import COMPARING
 from asyncrl.errors import NonFiniteError
+from asyncrl.report.rollouts.choice import choose
+from asyncrl.report.rollouts.records import KeptRollout
 from asyncrl.trainer.batch import MicroBatchData, MiniBatchData, Preparation
 from asyncrl.trainer.engines.base import Engines, EngineState, Gradients, Outputs, Want
+from asyncrl.trainer.kept_rollouts import TokenFigures, TokenNotes, kept_rollouts
 from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import sorted_groups
 from asyncrl.trainer.plan import BatchPlan
@@ -38,6 +42,7 @@ class StepResult:
 
     version: int  # the version that now exists
     metrics: dict[str, float]
+    kept: list[KeptRollout] = field(default_factory=list)  # on rank 0, as many as were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,10 @@ class StepRunner:
         self.preparation = Preparation(config, engines, self.world.data_ranks)
         self._objective = ActorObjective(config)
 
-    def step(self, groups: Sequence[Group]) -> StepResult:
+    def step(self, groups: Sequence[Group], *, keep: int = 0) -> StepResult:
         """Trains on one batch: weights and optimizer state move to version + 1. Rank 0 has the batch; others `follow`.
+
+        keep  how many rollouts of the batch are kept in the result, with what the step made of their tokens
 
         Raises NonFiniteError when a log-prob, a loss or a gradient is NaN or infinite, and ShapeError or
         ProtocolError when a group does not fit (see `pack_groups`). If that happens before the first update, and
@@ -80,6 +87,11 @@ class StepRunner:
         groups, version = sorted_groups(groups), self.version
         plan = self.preparation.plan(groups, version)
         assert plan.num_tokens > 0, "a step needs at least one group"
+        choices = choose(plan.rewards.rewards, plan.advantages, keep, (self.config.run.seed, version)) if keep else []
+        if choices:
+            lengths = [rollout.num_tokens for group in groups for rollout in group.rollouts]
+            kept = np.array([choice.number for choice in choices], dtype=np.int64)
+            plan = replace(plan, kept=kept, kept_tokens=np.array(lengths, dtype=np.int64)[kept])
         own = plan
         if self.world.size > 1:
             packed = [pack_share(share) for share in deal(plan, self.world.num_shares)]
@@ -89,23 +101,30 @@ class StepRunner:
         metrics = batch_metrics(groups, plan.is_flat, version) | layout_metrics(plan)
         if self.config.algorithm.advantage in COMPARING:
             metrics["zero_variance_share"] = float(plan.is_flat.mean())
-        return StepResult(self.version + 1, metrics | self._train(own))
+        trained, figures = self._train(own)
+        return StepResult(self.version, metrics | trained, kept_rollouts(groups, plan, choices, figures))
 
     def follow(self) -> None:
         """Takes this rank's part in the step that rank 0 makes; raises as `step` does, NonFiniteError on all ranks."""
         self._train(unpack_share(self.world.scatter(None)))
 
-    def _train(self, plan: BatchPlan) -> dict[str, float]:
-        """All updates of a step, from this rank's share of its plan. The figures are those of all ranks."""
+    def _train(self, plan: BatchPlan) -> tuple[dict[str, float], list[TokenFigures]]:
+        """All updates of a step, from this rank's share of its plan. The figures are those of all ranks.
+
+        Of the tokens of rollouts that are kept, too: in the order of `plan.kept`.
+        """
+        notes = TokenNotes(plan)
         mini_batches = self.preparation.forward(plan)
         self.preparation.finish(plan, mini_batches, self.kl_coef)
         lr = warmed_up_lr(self.config.learner.lr, self.config.learner.lr_warmup_steps, self.version)
         self.engines.actor.set_lr(lr)
-        updates = [self._update(mini_batch) for _ in range(self.config.learner.epochs) for mini_batch in mini_batches]
+        epochs = range(self.config.learner.epochs)
+        updates = [self._update(mini_batch, notes) for _ in epochs for mini_batch in mini_batches]
         metrics = update_metrics(updates) | {"lr": lr}
         metrics |= self._adapt_kl(metrics)
+        figures = notes.collect(mini_batches, self.world.data_ranks, one_update=len(updates) == 1)
         self.version += 1
-        return metrics
+        return metrics, figures
 
     def state(self) -> StepState:
         """Version, weights, optimizer and random state."""
@@ -134,10 +153,10 @@ class StepRunner:
     def _trains_actor(self) -> bool:
         return not self.engines.has_critic or self.version >= self.config.critic.warmup_steps
 
-    def _update(self, mini_batch: MiniBatchData) -> Gradients:
+    def _update(self, mini_batch: MiniBatchData, notes: TokenNotes) -> Gradients:
         """One optimizer update from one mini-batch, of all engines or of none."""
         try:
-            gradients = self._gradients(mini_batch)
+            gradients = self._gradients(mini_batch, notes)
             _require_finite(gradients)
         except BaseException:
             # Whatever ends an update, an interrupt too, must leave no gradient for the next one to add to.
@@ -148,13 +167,15 @@ class StepRunner:
             engine.update()
         return gradients
 
-    def _gradients(self, mini_batch: MiniBatchData) -> Gradients:
+    def _gradients(self, mini_batch: MiniBatchData, notes: TokenNotes) -> Gradients:
         """Gradients of every engine, accumulated over the micro-batches."""
         rows = [data.rows for data in mini_batch.micro_batches]
         actor, critic = self.engines.actor, self.engines.critic
         temperature, max_norm = self.config.sampling.temperature, self.config.learner.grad_clip
 
         def actor_loss(index: int, outputs: Outputs) -> tuple[Tensor, Sums]:
+            assert outputs.logprobs is not None
+            notes.take(mini_batch.micro_batches[index], outputs.logprobs)
             loss, sums = self._actor_loss(mini_batch, index, outputs)
             return _without_weight(outputs, sums) if mini_batch.micro_batches[index].is_dummy else (loss, sums)
 

@@ -30,6 +30,7 @@ from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
 from asyncrl.replay.pacing import Pacing
+from asyncrl.report.rollouts.jobs import RolloutJob
 from asyncrl.storage.journal import Journal
 from asyncrl.tasks.prompts import Prompt
 from asyncrl.types import FinishReason, Group, LeaseKey, LeaseKind, Rollout, VersionSpan
@@ -48,6 +49,14 @@ class MetricsLog:
         self.log_step = self.steps.append
         self.log_eval = self.evals.append
         self.log_sync = self.syncs.append
+
+
+class RolloutJobs:
+    """Takes what would be written to run.dir/rollouts."""
+
+    def __init__(self) -> None:
+        self.jobs: list[RolloutJob] = []
+        self.write = self.jobs.append
 
 
 class Prompts:

@@ -17,7 +17,7 @@ from asyncrl.errors import CheckpointError, JournalError, TrainerFailed
 from asyncrl.link import messages, trainer_messages
 from asyncrl.link.sockets import ServerSocket
 from asyncrl.link.trainer_link import LAST_WORDS
-from tests.desk.desk_parts import MEBIBYTE, VOCAB, MetricsLog, hello, make_parts, small_config
+from tests.desk.desk_parts import MEBIBYTE, VOCAB, MetricsLog, RolloutJobs, hello, make_parts, small_config
 from tests.weights.manifests import manifest_of
 
 STEPS = 5
@@ -52,7 +52,8 @@ class World:
         )
         self.stop = Stop()
         self.log = MetricsLog()
-        surroundings = Surroundings(*self.sockets, self.process, self.log, self.stop)
+        self.rollouts = RolloutJobs()
+        surroundings = Surroundings(*self.sockets, self.process, self.log, self.stop, rollouts=self.rollouts)
         self.desk = make_desk(config, self.parts.state, self.parts.prompts, surroundings)
         self.ranks = self.desk.ranks
         self.evaluator = self.desk.evaluator

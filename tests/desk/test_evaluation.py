@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncrl.desk.acknowledgements import Evaluated
 from asyncrl.desk.evaluation import EvalResults, Evaluator, evaluation_due
-from tests.desk.desk_parts import MetricsLog, eval_group, make_parts, make_rollout, small_config
+from asyncrl.report.rollouts.choice import Why
+from asyncrl.types import LeaseKind
+from tests.desk.desk_parts import MetricsLog, RolloutJobs, eval_group, make_parts, make_rollout, small_config
 
 PROMPTS = 3
 
@@ -37,6 +40,7 @@ class World:
         self.parts = make_parts(folder, small_config(eval__every=2, eval__prompts=PROMPTS))
         self.log = MetricsLog()
         self.results = Results()
+        self.rollouts = RolloutJobs()
         self.evaluator = Evaluator(
             self.parts.config,
             num_prompts=PROMPTS,
@@ -44,6 +48,8 @@ class World:
             acknowledgements=self.results,
             metrics=self.log,
             done=set(done),
+            prompts=self.parts.prompts,
+            rollouts=self.rollouts,
         )
 
     def answer(self, version, rewards, now=0.0):
@@ -54,7 +60,7 @@ class World:
                 record.key.ordinal, prompt=40, version=version, reward=reward, attempt=record.key.attempt
             )
             self.parts.leases.accept(group.key)
-            self.results.accepted.append(group)
+            self.results.accepted.append(Evaluated(group, "g"))
 
 
 @pytest.fixture
@@ -131,6 +137,30 @@ def test_what_was_answered_of_an_evaluation_that_is_given_up_is_reported(world):
     world.evaluator.give_up()
     assert [(figures.prompts, figures.prompts_failed) for figures in world.log.evals] == [(2, 1)]
     assert world.evaluator.idle
+
+
+def test_the_answers_to_the_first_prompts_are_written_each_time_with_what_the_reward_got(world):
+    world.parts.config.log.rollouts_per_eval = 2
+    for version in (0, 2):
+        world.evaluator.advance(version, {version})
+        world.evaluator.version_proven(version, 0.0)
+        world.answer(version, [1.0, 0.0, 0.5])
+        world.evaluator.advance(version, {version})
+    assert [(job.kind, job.version) for job in world.rollouts.jobs] == [(LeaseKind.EVAL, 0), (LeaseKind.EVAL, 2)]
+    for job in world.rollouts.jobs:
+        kept = [entry.rollout for entry in job.rollouts]
+        assert [(rollout.ordinal, rollout.why) for rollout in kept] == [(0, Why.EVALUATED), (1, Why.EVALUATED)]
+        assert [rollout.rollout.reward for rollout in kept] == [1.0, 0.0]
+        assert [(entry.generator, entry.payload) for entry in job.rollouts] == [("g", {"index": -1})] * 2
+
+
+def test_of_an_evaluation_that_was_cut_short_what_was_answered_is_written(world):
+    world.evaluator.advance(0, {0})
+    world.evaluator.version_proven(0, 0.0)
+    world.answer(0, [1.0])
+    world.evaluator.give_up()
+    (job,) = world.rollouts.jobs
+    assert [entry.rollout.ordinal for entry in job.rollouts] == [0]
 
 
 def test_while_it_runs_training_goes_on_and_a_later_evaluation_waits_its_turn(world):

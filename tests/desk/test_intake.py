@@ -245,7 +245,9 @@ def test_evaluated_groups_reach_the_evaluation_once_durable_and_never_the_buffer
     parts.deliver(session, eval_group(0, prompt=40), seq=1)
     assert parts.acknowledgements.take_evaluated() == []
     parts.make_durable()
-    assert [group.key for group in parts.acknowledgements.take_evaluated()] == [LeaseKey(LeaseKind.EVAL, 0, 0)]
+    assert [(group.key, generator) for group, generator in parts.acknowledgements.take_evaluated()] == [
+        (LeaseKey(LeaseKind.EVAL, 0, 0), "g1")
+    ]
     assert len(parts.buffer) == 0
     assert parts.totals.rollouts_acked == 0
 
@@ -451,6 +453,6 @@ def test_an_evaluated_group_has_as_many_completions_as_were_leased(tmp_path):
         assert parts.deliver(session, whole, seq=1) is None
         assert isinstance(parts.deliver(session, short, seq=2), Nack)
         parts.make_durable()
-        assert [len(group.rollouts) for group in parts.acknowledgements.take_evaluated()] == [2]
+        assert [len(group.rollouts) for group, _ in parts.acknowledgements.take_evaluated()] == [2]
     finally:
         parts.journal.close()

@@ -17,12 +17,20 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from asyncrl.link.codec import decode_body
+from asyncrl.link.messages import GroupResult
+from asyncrl.link.rollouts import result_to_group
 from asyncrl.metrics import EvalMetrics, StepMetrics, SyncMetrics, read_records
 from asyncrl.metrics.ledger import GeneratorActivity, LearnerActivity
 from asyncrl.metrics.types import DERIVED
 from asyncrl.report.page.document import PAGE_FILE
+from asyncrl.report.rollouts.choice import Why
+from asyncrl.report.rollouts.files import files_in, read_file
+from asyncrl.report.rollouts.records import RolloutRecord
 from asyncrl.report.run_records import RunRecords
 from asyncrl.report.summary import SUMMARY_FILE, write_summary
+from asyncrl.storage.records import StoredGroup
+from asyncrl.types import LeaseKind
 from tests.e2e.daemons import (
     START_S,
     STEP_S,
@@ -30,11 +38,13 @@ from tests.e2e.daemons import (
     Run,
     check_every_ordinal_once,
     check_results_have_no_gap,
+    steps_in,
     wait_until,
 )
 from tests.report.pages import Page
 
 STEPS = 8
+KEPT_STEPS = (1, STEPS)  # the first and the last: log.rollouts_every is more
 TRAINER_BEGAN, GENERATOR_BEGAN = "trainer started (pid", "the engine computes on"
 TRAINER_ENDED, GENERATOR_ENDED = "the time of this trainer, ", "the time of this generator, "
 SEEN_S = 0.2  # how late a line of a log is seen, and what goes on between a line and the moment that it tells of
@@ -228,6 +238,76 @@ def test_the_last_lines_say_where_the_time_went(run, summary):
 def test_every_prompt_was_trained_once(run):
     check_every_ordinal_once(run, STEPS)
     check_results_have_no_gap(run)
+
+
+@pytest.fixture(scope="module")
+def said(run: Run) -> dict[tuple[LeaseKind, int], list[RolloutRecord]]:
+    """What was written of what the model said, by kind and version."""
+    found = {}
+    for file in files_in(run.run_dir / "rollouts"):
+        records, problems = read_file(file)
+        assert problems == []
+        found[file.kind, file.version] = records
+    return found
+
+
+def test_rollouts_of_the_first_and_the_last_step_and_of_both_evaluations_are_written(said):
+    steps = {(LeaseKind.TRAIN, version): 12 for version in KEPT_STEPS}
+    evals = {(LeaseKind.EVAL, version): 4 for version in (0, STEPS)}
+    assert {which: len(records) for which, records in said.items()} == steps | evals
+
+
+def test_their_text_is_that_of_their_tokens(run, said, tied_model_dir):
+    from asyncrl.host.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tied_model_dir))
+    for (kind, version), records in said.items():
+        for record in records:
+            assert record.prompt == tokenizer.decode(record.prompt_ids, skip_special_tokens=False)
+            assert record.completion == tokenizer.decode(record.token_ids, skip_special_tokens=True)
+            assert "".join(record.token_texts) == tokenizer.decode(record.token_ids, skip_special_tokens=False)
+            name = f"train{record.ordinal}" if kind is LeaseKind.TRAIN else f"eval{record.ordinal}"
+            assert record.prompt == f"{name}:"
+            assert record.payload == {"index": record.ordinal if kind is LeaseKind.TRAIN else -1}
+            assert record.generator and record.version == version
+            assert record.truncated == (record.token_ids[-1] != tokenizer.eos_token_id)
+
+
+def test_their_versions_and_log_probs_are_those_of_the_run(run, said):
+    for (kind, version), records in said.items():
+        newest, oldest = version, version
+        if kind is LeaseKind.TRAIN:
+            newest, oldest = version - 1, max(0, version - 1 - run.config["staleness"]["max_age"])
+        for record in records:
+            assert all(oldest <= token <= newest for token in record.token_versions)
+            assert np.isfinite(record.behaviour_logprobs).all() and max(record.behaviour_logprobs) <= 1e-6
+            assert record.mismatches is None if kind is LeaseKind.EVAL else record.advantage is not None
+            assert record.advantage in (None, 0.0) or record.mismatches is not None
+            mismatches = record.mismatches or []
+            assert np.isfinite(mismatches).all()
+            if set(record.token_versions) == {newest}:  # else the engine attends to keys of an older policy
+                assert np.abs(mismatches).max(initial=0.0) <= 1e-4, "one policy in two engines"
+
+
+@pytest.mark.parametrize("step", KEPT_STEPS)
+def test_the_best_and_the_worst_are_those_of_the_batch_that_the_journal_has(run, said, step):
+    groups = {(r.ordinal, r.attempt): r for r in run.journal() if isinstance(r, StoredGroup)}
+    batch = [groups[key] for key in steps_in(run.journal())[0][step - 1]]
+    rollouts = {
+        (record.ordinal, place): rollout
+        for record in batch
+        for place, rollout in enumerate(result_to_group(decode_body(GroupResult, record.body)).rollouts)
+    }
+    by_reward = sorted(rollout.reward for rollout in rollouts.values())
+    kept = {why: [record for record in said[LeaseKind.TRAIN, step] if record.why is why] for why in Why}
+    assert [record.reward for record in kept[Why.BEST]] == by_reward[::-1][:4]
+    assert [record.reward for record in kept[Why.WORST]] == by_reward[:4]
+    assert len({(record.ordinal, record.place) for record in said[LeaseKind.TRAIN, step]}) == 12
+    for record in said[LeaseKind.TRAIN, step]:
+        stored = rollouts[record.ordinal, record.place]
+        assert record.token_ids == stored.token_ids.tolist()
+        assert (record.reward, record.reward_parts) == (stored.reward, stored.reward_parts)
+        assert record.generator == next(g.generator_id for g in batch if g.ordinal == record.ordinal)
 
 
 def test_training_changed_the_policy_and_raised_the_reward_of_what_it_saw(run):

@@ -435,6 +435,7 @@ def example_messages() -> list[Any]:
         trainer_messages.StepDone(
             7, {"loss": -0.125, "grad_norm": 1.5, "age/0/tokens": 96.0}, 2.5, {"compute": 2.25, "data": 0.25}
         ),
+        trainer_messages.StepRollouts(7, [11, 12], [b"\x81\xa4name\x01", b"\x80"]),
         trainer_messages.SnapshotReady(7, manifest, [ids, ids[:8]], [logprobs, logprobs[:4]], 8.5, delta),
         trainer_messages.ChannelReady(4, "10.0.0.1", 40123, "address in use", "nccl", 6),
         trainer_messages.BroadcastDone(7, 2, 4, "a peer vanished", 42.5, 640, 3072, 1.75),

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from asyncrl.algorithms.reducer import OneRank
 from asyncrl.errors import AsyncRLError
+from asyncrl.report.rollouts.records import KeptRollout
 from asyncrl.trainer import step as step_module
 from asyncrl.trainer.agreement import check_agreement, check_start
 from asyncrl.trainer.engines import fsdp as fsdp_module
@@ -41,6 +42,8 @@ from tests.trainer.ranks.cases import (
     runner_of,
 )
 from tests.trainer.ranks.replica_checks import look_at_replicas
+
+KEPT = 2  # rollouts, of batches of two and more
 
 
 def main() -> None:
@@ -118,7 +121,9 @@ def compare(case: Case, world: World, steps: int, runner: StepRunner | None = No
         assert alone is not None
         expected_gradients = recorded(alone, None) if is_last else {}
         groups = groups_of(case, number)
-        figures, expected = runner.step(groups).metrics, alone.step(groups).metrics
+        ours, theirs = runner.step(groups, keep=KEPT), alone.step(groups, keep=KEPT)
+        figures, expected = ours.metrics, theirs.metrics
+        worst["rollouts kept"] = max(worst.get("rollouts kept", 0.0), kept_difference(ours.kept, theirs.kept))
         dummies += int(-figures["micro_batches"] % world.num_shares)
         worst |= dict.fromkeys(figures.keys() ^ expected.keys(), 1e9)  # there in one of them only
         for name, value in expected.items():
@@ -128,6 +133,20 @@ def compare(case: Case, world: World, steps: int, runner: StepRunner | None = No
             off = float((gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-12))
             worst[f"gradient of {name}"] = off
     return {"worst": worst, "dummies": dummies}
+
+
+def kept_difference(ours: list[KeptRollout], theirs: list[KeptRollout]) -> float:
+    """The largest difference of what is said of the tokens that are kept, relative to the largest there is."""
+    worst = 0.0 if len(ours) == len(theirs) == KEPT else 1e9
+    for one, other in zip(ours, theirs, strict=False):
+        for name in ("old_logprobs", "current_logprobs", "token_advantages"):
+            mine, expected = getattr(one, name), getattr(other, name)
+            if mine is None or expected is None:
+                worst = max(worst, 0.0 if mine is expected else 1e9)
+                continue
+            off = float(abs(mine - expected).max() / max(1.0, abs(expected).max()))
+            worst = max(worst, off if off == off else 1e9)
+    return worst
 
 
 def recorded(runner: StepRunner, world: World | None) -> dict[str, torch.Tensor]:
