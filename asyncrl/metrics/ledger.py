@@ -76,7 +76,7 @@ class GeneratorActivity(Activity):
     """What a generator does. Of those that hold at one time, the first in this order counts."""
 
     START = "start", "Connects to the learner and starts its engine."
-    SWAP = "swap", "The engine stands still while new weights are swapped in."
+    SWAP = "swap", "Swaps in new weights, from the order to the end; for pause_ms of it the engine stands still."
     DECODE = "decode", "The engine has sequences to train on, running or queued."
     EVAL = "eval", "The engine has sequences, all of them of evaluations."
     REWARDS = "rewards", "The engine has no sequence; what it sampled waits for its rewards."

@@ -170,7 +170,7 @@ def test_every_metrics_line_has_exactly_its_declared_fields(run):
         assert set(record) - {"kind"} == declared[record["kind"]]
 
 
-def told_s(log: str, text: str) -> float:
+def said_s(log: str, text: str) -> float:
     """The sum over all activities that a daemon said at its end."""
     return float(re.search(rf"{text}([\d.]+) s: ", log).group(1))
 
@@ -181,14 +181,16 @@ def test_every_second_of_the_trainer_is_told_by_its_activity(run):
     (line,) = (line for line in log.splitlines() if TRAINER_ENDED in line)
     ended = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f").timestamp()
     lasted_s = ended - run.moments[TRAINER_BEGAN]
-    assert told_s(log, TRAINER_ENDED) == pytest.approx(lasted_s, rel=0.01, abs=SEEN_S)
+    assert said_s(log, TRAINER_ENDED) == pytest.approx(lasted_s, rel=0.01, abs=SEEN_S)
 
 
 def test_every_second_of_a_step_is_told_by_the_learners_activity(run):
     """The desk measures from one report to the next; the first step begins with the first generator that can work."""
     steps = run.records("step")
     measured_s = sum(step["interval_s"] for step in steps[1:])
-    assert sum(sum(step["learner_time_s"].values()) for step in steps[1:]) == pytest.approx(measured_s, rel=0.01)
+    told_s = sum(sum(step["learner_time_s"].values()) for step in steps[1:])
+    # The desk may be late to read the first report or the last, by which few steps differ.
+    assert told_s == pytest.approx(measured_s, rel=0.01, abs=0.1)
     told = {activity for step in steps for activity in step["learner_time_s"]}
     assert {"start", "data", "compute", "snapshot", "checkpoint", "messages"} <= told <= {*map(str, LearnerActivity)}
     assert "restart" not in told
@@ -202,7 +204,7 @@ def test_every_second_of_a_step_is_told_by_the_learners_activity(run):
 
 def test_every_second_of_the_generator_is_told_by_its_activity(run):
     lasted_s = run.moments[GENERATOR_ENDED] - run.moments[GENERATOR_BEGAN]
-    assert told_s(run.daemons[1].stderr, GENERATOR_ENDED) == pytest.approx(lasted_s, rel=0.01, abs=SEEN_S)
+    assert said_s(run.daemons[1].stderr, GENERATOR_ENDED) == pytest.approx(lasted_s, rel=0.01, abs=SEEN_S)
 
 
 def test_the_time_that_the_desk_adds_up_is_that_of_the_generator(run):
