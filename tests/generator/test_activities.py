@@ -17,7 +17,7 @@ from asyncrl.metrics.ledger import GeneratorActivity, Ledger
 from asyncrl.rewards.pool import RewardOutcome
 from asyncrl.types import LeaseKind
 from tests.desk.desk_parts import hello
-from tests.generator.fake_engine import FakeEngine
+from tests.generator.fake_engine import FakeEngine, completion
 from tests.generator.test_lease_runner import lease
 from tests.metrics.test_ledger import FakeClock
 
@@ -121,6 +121,9 @@ class World:
         await self.until("weights" if not self.daemon.leases else "decode")
         self.engine.swap_held_up.clear()
         self.clock.now += 2.0
+        self.commits(version)
+
+    def commits(self, version):
         self.daemon._handle(messages.SyncCommit(1, version, 0))
 
     def take(self, **changes):
@@ -185,6 +188,24 @@ def test_a_swap_interrupts_decoding_and_nothing_else_does():
         world.clock.now += 6.0
 
     assert in_a_loop(story) == pytest.approx({"swap": 2.0, "weights": 2.0, "decode": 13.0})
+
+
+def test_groups_that_have_their_rewards_wait_for_the_proof_of_their_version():
+    async def story(world):
+        world.is_ready()
+        await world.loads(0)
+        await world.until("leases")
+        world.engine.sample = lambda request: [completion(spans=((0, 2, 1),))] * request.num_rollouts
+        world.take()
+        world.commits = lambda version: None
+        await world.loads(1)
+        await work_through(world, decode_s=5.0, rewards_s=6.0, then="weights")
+        world.clock.now += 8.0
+        del world.commits
+        world.commits(1)
+        await world.until("leases")
+
+    assert in_a_loop(story) == pytest.approx({"swap": 2.0, "weights": 10.0, "decode": 7.0, "rewards": 6.0})
 
 
 def test_an_engine_with_sequences_of_evaluations_alone_evaluates():
