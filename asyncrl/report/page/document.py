@@ -28,6 +28,7 @@ from asyncrl.report.run_records import RunRecords
 from asyncrl.report.summary import RunSummary
 
 PAGE_FILE = "report.html"
+ROLLOUTS_FOLDER = "rollouts"  # in run.dir
 PLACES = {  # sections that the top of a page links to, as far as it has them
     "figures": "Figures",
     "learning": "Learning",
@@ -60,6 +61,11 @@ def content_of(run: RunRecords, summary: RunSummary) -> PageContent:
         parts.append(section_of(section.key, section.title, [*([rounds] if section.key == "sync" else []), *figures]))
     if rounds and not any(section.key == "sync" for section in found):
         parts.append(section_of("sync", "Weight sync", [rounds]))
+    if (run.run_dir / ROLLOUTS_FOLDER).is_dir():
+        from asyncrl.report.page.rollouts import rollouts_of  # it reads numpy, which takes longer than all of the page
+
+        if articles := rollouts_of(run.run_dir):
+            parts.append(section_of("rollouts", "Rollouts", articles))
     parts += [losses(run, summary), data_block(found, axes)]
     name = run.run_dir.resolve().name
     return PageContent(name, joined([_heading(name, summary), *parts]))

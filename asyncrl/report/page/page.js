@@ -157,12 +157,14 @@
 
   const replace = (markup) => {
     const main = byId("main");
+    const chosen = [...main.querySelectorAll("input:checked")].map((choice) => choice.id);
     const open = [...main.querySelectorAll("details[open]")].map((details) => details.id);
     const focused = document.activeElement?.closest?.("figure")?.id;
     const kept = at;
     main.innerHTML = markup;
     begin();
     for (const id of open) if (byId(id)) byId(id).open = true;
+    for (const id of chosen) if (byId(id)) byId(id).checked = true;
     if (focused) byId(focused)?.querySelector(".drawing")?.focus({ preventScroll: true });
     if (kept !== null) read(kept);
   };
