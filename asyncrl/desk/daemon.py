@@ -55,6 +55,7 @@ from asyncrl.weights.plan.planner import SyncPlanner
 
 log = logging.getLogger(__name__)
 
+MAX_HURRIED_BYTES = 32 * 2**20  # of metrics, about 10,000 steps: a second or two to report on
 MIN_RECEIVED_BYTES = 4 * 2**20  # a beat with its leases and their tickets, the digests of a large model
 SHORT_CLOSE_S = 2.0  # for rollouts that are still being written when a signal ends the run
 # Nats, where weights.canary_tolerance is 0. On GPUs vLLM multiplies in TF32 inside of its attention also in float32.
@@ -117,10 +118,21 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
             write_finished(run_dir, config, state.policy.trained)
+    _report(run_dir, hurried=stop.received is not None)
+    return code
+
+
+def _report(run_dir: Path, *, hurried: bool) -> None:
+    """Writes summary.json and report.html, and prints the last lines.
+
+    hurried: somebody waits for the end, so that a long run, whose report takes seconds, gets none.
+    """
+    if hurried and (run_dir / METRICS_FILE).stat().st_size > MAX_HURRIED_BYTES:
+        log.info("the run is long, and somebody waits for its end: `asyncrl report %s` writes its report", run_dir)
+        return
     from asyncrl.report.writing import report  # not at the start, which generators wait for
 
-    report(run_dir)  # summary.json, report.html, and the last lines on the terminal
-    return code
+    report(run_dir)
 
 
 def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundings: Surroundings) -> Desk:

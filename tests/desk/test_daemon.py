@@ -1,7 +1,8 @@
-"""What a learner that was started again knows before its trainer is up."""
+"""What a learner knows that was started again, before its trainer is up; what it writes at its end."""
 
 from __future__ import annotations
 
+from asyncrl.desk import daemon
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.intake import Intake
 from asyncrl.desk.opening.restoring import restore_run
@@ -13,6 +14,7 @@ from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
 from tests.desk.desk_parts import VOCAB, Prompts, hello, small_config, train_group
 from tests.replay.replay_making import make_group
+from tests.report.runs import whole, write_run
 
 
 def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_trainer_is_not_up_yet(
@@ -58,3 +60,18 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
             assert (answer is None) == taken, answer
     finally:
         journal.close()
+
+
+def test_whoever_stops_a_long_run_does_not_wait_for_its_report(tmp_path, monkeypatch, caplog, capsys):
+    folder = write_run(tmp_path / "run", whole(5))
+    size = (folder / "metrics.jsonl").stat().st_size
+    monkeypatch.setattr(daemon, "MAX_HURRIED_BYTES", size - 1)
+    with caplog.at_level("INFO"):
+        daemon._report(folder, hurried=True)
+    assert not (folder / "report.html").exists() and f"asyncrl report {folder}" in caplog.text
+    daemon._report(folder, hurried=False)
+    assert (folder / "report.html").exists() and (folder / "summary.json").exists()
+    (folder / "report.html").unlink()
+    monkeypatch.setattr(daemon, "MAX_HURRIED_BYTES", size)
+    daemon._report(folder, hurried=True)
+    assert (folder / "report.html").exists()
