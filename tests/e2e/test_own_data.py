@@ -41,7 +41,7 @@ def test_a_chat_file_and_another_task_are_trained_and_evaluated_each_by_its_name
         "path": write_chats(tmp_path / "chats.jsonl", 40),
         "prompt": "messages",
         "chat_template_args": {"enable_thinking": False},
-        "rewards": {"right": {"kind": "regex", "pattern": r"(\d+)"}, "letters": "own_rewards:letters"},
+        "rewards": {"right": {"kind": "regex", "pattern": r"(\d+)"}, "letters": "letters_rewards:letters"},
     }
     tasks = {
         "chats": {"path": "asyncrl.tasks.dataset:Dataset", "args": chats, "weight": 3, "evals": 2},
