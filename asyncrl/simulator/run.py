@@ -32,12 +32,20 @@ Event = Callable[[float], None]
 
 @dataclass(slots=True)
 class _Cell:
-    """Generators that take each version together. Only those with sequences (`active`) notice a swap at once."""
+    """Generators that take each version together. Only those with sequences (`active`) notice a swap.
+
+    While a round is at work, swap_at, next_version and pause_s say when it swaps in what, and for how long its engines
+    stand still; a swap that nobody notices is no event.
+    """
 
     held: int = 0  # proven
     sampling: int = 0
     at_work: bool = False
     active: set[int] = field(default_factory=set)
+    swap_at: float = 0.0
+    next_version: int = 0
+    pause_s: float = 0.0
+    swap_foreseen: bool = False
 
 
 class SimulatedRun:
@@ -71,6 +79,8 @@ class SimulatedRun:
         self._published = 0
         self._newest_held = 0
         self._cells_at_work = 0
+        self._refused_at = -1  # no lease is allowed at this version or an older one, until a result or a step comes
+        self._first_commit_of = 0  # the newest version that a cell holds
         self._snapshot_wanted = True
         self._in_step: list[StoredGroup] = []
         self._work_left = 0.0
@@ -133,7 +143,11 @@ class SimulatedRun:
     # -- leases ----------------------------------------------------------------------------------------------------
 
     def _grant(self, now: float) -> None:
-        if not self._wanting or not self._leases.may_grant(self._trained):
+        self._refused_at = -1
+        if not self._wanting:
+            return
+        if not self._leases.may_grant(self._trained):
+            self._refused_at = self._trained
             return
         refused_at = -1
         for place in [place for _, place in zip(range(TURNS_AT_ONCE), self._wanting, strict=False)]:
@@ -141,6 +155,7 @@ class SimulatedRun:
             if held > refused_at and not self._grant_to(place, held, now):
                 refused_at = held
             if refused_at >= self._newest_held:
+                self._refused_at = refused_at
                 return
 
     def _grant_to(self, place: int, held: int, now: float) -> bool:
@@ -161,6 +176,10 @@ class SimulatedRun:
 
     def _lease_arrived(self, place: int, group: SimulatedGroup, now: float) -> None:
         engine, cell = self._engines[place], self._cell_of(place)
+        if cell.at_work and now >= cell.swap_at:
+            cell.sampling = cell.next_version
+        elif cell.at_work:
+            self._foresee_swap(cell)
         engine.begin_at(cell.sampling, now)
         cell.active.add(place)
         self._on_their_way[place] -= self._sizes.group_size
@@ -294,19 +313,27 @@ class SimulatedRun:
     def _begin_round(self, cell: _Cell, now: float) -> None:
         if cell.at_work or cell.held >= self._published:
             return
-        cell.at_work = True
+        cell.at_work, cell.swap_foreseen = True, False
         self._cells_at_work += 1
-        when = now + self._service.stage_s.draw(self._rng)
-        self._at(when, partial(self._swap, cell, self._published))
+        draw = self._rng
+        cell.swap_at = now + self._service.stage_s.draw(draw)
+        cell.next_version, cell.pause_s = self._published, self._service.pause_s.draw(draw)
+        if cell.active:
+            self._foresee_swap(cell)
+        committed_at = cell.swap_at + cell.pause_s + self._service.commit_s.draw(draw)
+        self._at(committed_at, partial(self._commit, cell, self._published))
+
+    def _foresee_swap(self, cell: _Cell) -> None:
+        if not cell.swap_foreseen:
+            cell.swap_foreseen = True
+            self._at(cell.swap_at, partial(self._swap, cell, cell.next_version))
 
     def _swap(self, cell: _Cell, version: int, now: float) -> None:
         cell.sampling = version
         for place in cell.active:
             self._engines[place].swap(version, now)
-        pause_s = self._service.pause_s.draw(self._rng)
         self._adjust_pace(now)
-        self._at(now + pause_s, partial(self._resume, cell, list(cell.active)))
-        self._at(now + pause_s + self._service.commit_s.draw(self._rng), partial(self._commit, cell, version))
+        self._at(now + cell.pause_s, partial(self._resume, cell, list(cell.active)))
 
     def _resume(self, cell: _Cell, paused: list[int], now: float) -> None:
         for place in paused:
@@ -317,14 +344,18 @@ class SimulatedRun:
 
     def _commit(self, cell: _Cell, version: int, now: float) -> None:
         cell.held, cell.at_work = version, False
+        cell.sampling = version
         self._newest_held = max(self._newest_held, version)
         self._cells_at_work -= 1
         if not self._cells_at_work:
             self._want_snapshot(version, now)
-        elif version == self._published:
+        elif version > self._first_commit_of:
+            self._first_commit_of = version
             self._at(now + CELL_GRACE_S, partial(self._want_snapshot, version))
         self._begin_round(cell, now)  # it was late, and a newer version is there
-        self._turn(now)
+        if version > self._refused_at:  # else the rule allows no more, as it did when it was asked last
+            self._grant(now)
+            self._adjust_pace(now)
 
     def _want_snapshot(self, version: int, now: float) -> None:
         """Asks for a snapshot newer than `version`, once."""
