@@ -31,7 +31,7 @@ from asyncrl.desk.desk import FROM_GENERATOR, FROM_TRAINER, Desk
 from asyncrl.host.garbage import rare_collections
 from asyncrl.link.codec import decode_body, encode_body
 from asyncrl.link.limits import MAX_BEAT_S
-from asyncrl.link.messages import Hello, LeaseGrant
+from asyncrl.link.messages import PROTOCOL_VERSION, Hello, LeaseGrant
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.link.sockets import SocketPoller
 from asyncrl.storage.journal_index import JournalIndex
@@ -137,7 +137,7 @@ def restart(folder: Path, generators: int, leases: int) -> dict[str, float]:
     wire: list[float] = []
     for number in range(generators):
         name, peer = f"g{number}", b"a%d" % number
-        hello = Hello(4, name, 1, 1, "model", "tokenizer", "stub:Task", 1, 1, 0, name)
+        hello = Hello(PROTOCOL_VERSION, name, 1, 1, "model", "tokenizer", "stub:Task", 1, 1, 0, name)
         desk.generators.hello(peer, hello, 0.0)
         session = desk.state.sessions.get(name)
         assert session is not None
@@ -162,7 +162,7 @@ def restart(folder: Path, generators: int, leases: int) -> dict[str, float]:
 def results(folder: Path, seconds: float) -> dict[str, float]:
     """Results a second that a desk takes from one frame to its acknowledgement, in process: frames as they come."""
     desk = make_stub_desk(folder, settings(10**6))
-    hello = Hello(4, "g0", 1, 0, "model", "tokenizer", "stub:Task", 1, 1, 0, "g0")
+    hello = Hello(PROTOCOL_VERSION, "g0", 1, 0, "model", "tokenizer", "stub:Task", 1, 1, 0, "g0")
     desk.generators.hello(b"ag0", hello, 0.0)
     session = desk.state.sessions.get("g0")
     assert session is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,11 @@ def test_a_script_that_fails_is_named_and_the_others_run(capfd, monkeypatch):
     assert entry.main(["--quick", "speed.digest", "speed.transport"]) == 1
     assert [command[2] for command in ran] == ["benchmarks.speed.digest", "benchmarks.speed.transport"]
     assert "failed: speed.digest" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_desks_load_is_measured_to_its_end():
+    """Its stub generators speak the protocol of the desk. Whether its bars hold says a quiet machine."""
+    command = [sys.executable, "-m", "benchmarks.speed.desk_load", "--quick"]
+    done = subprocess.run(command, cwd=entry.HERE.parent, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from asyncrl.cli.main import main
-from asyncrl.cli.measuring.bench_figures import advice, bounded_by, interval, measure, table
+from asyncrl.cli.measuring.bench_figures import advice, interval, measure, measured_lines, table
 from asyncrl.host.process_memory import memory_of_tree
+from asyncrl.report.advisor import bottleneck
 
 
 def steps(count: int = 20, *, tokens: float = 1000.0, seconds: float = 2.0, ess: float = 0.9, noise: float = 0.0):
@@ -65,12 +66,15 @@ def test_the_least_age_that_cannot_be_told_from_the_best_is_advised():
     assert len({len(line) for line in table(results)}) == 1
 
 
-@pytest.mark.parametrize(
-    ("learner_idle", "generator_idle", "side"),
-    [(0.4, 0.0, "the generators"), (0.0, 0.4, "the learner"), (0.3, 0.3, "the bound"), (0.02, 0.05, "both alike")],
-)
-def test_the_side_that_never_waits_bounds_the_run(learner_idle, generator_idle, side):
-    assert bounded_by(learner_idle, generator_idle, 1).startswith(side)
+def test_what_bounds_the_run_is_said_as_at_the_end_of_a_run():
+    times = {"learner_time_s": {"compute": 1.2, "data": 0.8}, "generator_time_s": {"decode": 1.9, "swap": 0.1}}
+    lines = [{**line, **times} for line in steps()]
+    found = bottleneck({"compute": 24.0, "data": 16.0}, {"decode": 38.0, "swap": 2.0})
+    assert found is not None and found.name == "generators"
+    result = measure(2, lines, ready_s=20.0, memory_bytes=1)
+    assert result.bounded_by == f"{found.name}: {found.evidence}"
+    assert any("compute 60%   data 40%" in line for line in measured_lines(result))
+    assert advice([result]) == [f"bounded by {result.bounded_by}"]
 
 
 FORKS = """

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from asyncrl.metrics.ledger import add, in_words, shares
+from asyncrl.report.advisor import bottleneck
+
 RESAMPLES = 500
 CONFIDENCE = 0.9
-BUSY_SHARE = 0.1  # a side that waits less than this is at its limit
 MB = 1e6
 
 
@@ -72,6 +74,8 @@ def measure(max_age: int, steps: Sequence[Mapping[str, Any]], *, ready_s: float,
     learner_idle = learner_idle_s / seconds
     generator_idle = idle_s / (busy_s + idle_s) if busy_s + idle_s else 0.0
     generators = (busy_s + idle_s) / seconds
+    learner_time_s, generator_time_s = _time(steps, "learner_time_s"), _time(steps, "generator_time_s")
+    found = bottleneck(learner_time_s, generator_time_s)
     return BenchResult(
         max_age=max_age,
         steps=len(steps),
@@ -89,21 +93,10 @@ def measure(max_age: int, steps: Sequence[Mapping[str, Any]], *, ready_s: float,
         step_s=fmean(float(step.get("step_s") or 0.0) for step in steps),
         ready_s=ready_s,
         memory_bytes=memory_bytes,
-        bounded_by=bounded_by(learner_idle, generator_idle, max_age),
-        learner_time=_shares(steps, "learner_time_s"),
-        generator_time=_shares(steps, "generator_time_s"),
+        bounded_by=f"{found.name}: {found.evidence}" if found is not None else "-",
+        learner_time=shares(learner_time_s),
+        generator_time=shares(generator_time_s),
     )
-
-
-def bounded_by(learner_idle: float, generator_idle: float, max_age: int) -> str:
-    """Which side holds the run back, in words."""
-    if learner_idle >= BUSY_SHARE and generator_idle >= BUSY_SHARE:
-        return f"the bound: both sides wait for each other; max_age={max_age} or sync times hold them back"
-    if learner_idle >= BUSY_SHARE:
-        return "the generators: the learner waits for rollouts"
-    if generator_idle >= BUSY_SHARE:
-        return "the learner: generators wait for leases"
-    return "both alike: neither side waits"
 
 
 def interval(steps: Sequence[Mapping[str, Any]], amount: Callable[[Mapping[str, Any]], float]) -> Interval:
@@ -131,13 +124,12 @@ def _total(steps: Sequence[Mapping[str, Any]], name: str) -> float:
     return sum(float(step.get(name) or 0.0) for step in steps)
 
 
-def _shares(steps: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
-    sums: dict[str, float] = {}
+def _time(steps: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """Seconds by activity, added up over the steps."""
+    total: dict[str, float] = {}
     for step in steps:
-        for activity, seconds in (step.get(name) or {}).items():
-            sums[activity] = sums.get(activity, 0.0) + float(seconds or 0.0)
-    whole = sum(sums.values())
-    return {activity: seconds / whole for activity, seconds in sums.items()} if whole else {}
+        add(total, step.get(name) or {})
+    return total
 
 
 # -- what is said --------------------------------------------------------------------------------------------
@@ -156,10 +148,9 @@ def measured_lines(result: BenchResult) -> list[str]:
         ),
         f"  memory of all processes {result.memory_bytes / MB:,.0f} MB at most",
     ]
-    for side, shares in (("learner", result.learner_time), ("generators", result.generator_time)):
-        if shares:
-            parts = sorted(shares.items(), key=lambda part: -part[1])
-            lines.append(f"  {side}: {', '.join(f'{name} {share:.0%}' for name, share in parts if share >= 0.005)}")
+    for side, shares_of_side in (("learner", result.learner_time), ("generators", result.generator_time)):
+        if shares_of_side:
+            lines.append(f"  {side}: {in_words(shares_of_side)}")
     return lines
 
 

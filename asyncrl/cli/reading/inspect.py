@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from asyncrl.cli.common import Parser
+from asyncrl.cli.reading.report import RUN_HELP
 from asyncrl.errors import UserError
 
 MB = 1e6
@@ -74,14 +76,17 @@ def inspect(argv: Sequence[str]) -> int:
         "reads, and works beside a running learner.",
         epilog="example: asyncrl inspect runs/quickstart",
     )
-    parser.add_argument("run", type=Path, help="the run.dir of a run")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
     arguments = parser.parse_args(argv)
-    contents = read_contents(arguments.run)
+    from asyncrl.report.run_records import run_folder
+
+    folder = run_folder(arguments.run)
+    contents = read_contents(folder)
     if arguments.json:
         print(json.dumps(asdict(contents), indent=1), flush=True)
         return 0
-    print("\n".join([*contents_lines(contents, time.time()), *_what_it_came_to(arguments.run)]), flush=True)
+    print("\n".join([*contents_lines(contents, time.time()), *_what_it_came_to(folder)]), flush=True)
     return 0
 
 
@@ -162,9 +167,10 @@ def _checkpoints(root: Path) -> list[CheckpointContents]:
     found = []
     for path in complete_folders(root) if root.is_dir() else ():
         try:
-            manifest = read_manifest(path)
-        except CheckpointError:
-            continue  # deleted meanwhile, or damaged: then a start says so
+            manifest = read_manifest(path, verify=False)
+        except CheckpointError as error:
+            print(f"asyncrl inspect: {error}", file=sys.stderr)  # damaged, or deleted meanwhile
+            continue
         found.append(CheckpointContents(manifest.version, manifest.num_bytes, manifest.created))
     return sorted(found, key=lambda checkpoint: checkpoint.version)
 

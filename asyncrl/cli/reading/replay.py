@@ -18,10 +18,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from asyncrl.cli.common import Parser, start_log
+from asyncrl.cli.reading.report import RUN_HELP
 from asyncrl.config import Config
 from asyncrl.errors import ConfigError, UserError
 from asyncrl.metrics import METRICS_FILE, iterate_records
 from asyncrl.metrics.types import StepMetrics
+from asyncrl.report.run_records import run_folder
 
 # Sections whose keys say how a batch is trained on, and not which batches there are.
 TRAINING_SECTIONS = ("algorithm", "critic", "update", "learner")
@@ -81,7 +83,7 @@ def replay(argv: Sequence[str]) -> int:
     )
     _add_common(parser)
     arguments = parser.parse_intermixed_args(argv)
-    recorded = read_recorded(Path(arguments.run), arguments.steps)
+    recorded = read_recorded(run_folder(arguments.run), arguments.steps)
     again = train_again(recorded, _folder(recorded, arguments.into, "replay"), arguments.settings)
     comparison = compare(recorded, again)
     print("\n".join(comparison_lines(comparison)), flush=True)
@@ -100,14 +102,14 @@ def what_if(argv: Sequence[str]) -> int:
     _add_common(parser)
     arguments = parser.parse_intermixed_args(argv)
     check_settings(arguments.settings)
-    recorded = read_recorded(Path(arguments.run), arguments.steps)
+    recorded = read_recorded(run_folder(arguments.run), arguments.steps)
     again = train_again(recorded, _folder(recorded, arguments.into, "what-if"), arguments.settings)
     print("\n".join(side_by_side(recorded, again, arguments.settings)), flush=True)
     return 0
 
 
 def _add_common(parser: Parser) -> None:
-    parser.add_argument("run", help="the run.dir of a run that no learner is at work on")
+    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP}; no learner may be at work on it")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="wins over what the run was started with")
     parser.add_argument("--steps", type=int, metavar="N", help="only the first N steps")
     parser.add_argument("--into", type=Path, help="folder for what is trained (default RUN/replays/NAME-N)")
