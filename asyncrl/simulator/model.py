@@ -13,6 +13,8 @@ class Sizes:
     """The numbers of a run that its configuration sets.
 
     max_sequences is of one generator. cell_size is how many generators share a weight channel.
+    eval_every and checkpoint_every are in steps, 0 for none; an evaluation asks for eval_samples completions of each
+    of eval_prompts prompts.
     """
 
     generators: int
@@ -22,6 +24,10 @@ class Sizes:
     max_age: int
     steps: int
     cell_size: int = 8
+    eval_every: int = 0
+    eval_prompts: int = 0
+    eval_samples: int = 1
+    checkpoint_every: int = 0
 
     def check(self) -> None:
         """Raises ConfigError for sizes that no run can have."""
@@ -30,6 +36,9 @@ class Sizes:
                 raise ConfigError(f"{name}={getattr(self, name)}: a run has 1 at least")
         if self.max_age < 0:
             raise ConfigError(f"max_age={self.max_age}: 0 is the least, for synchronous training")
+        for name in ("eval_every", "eval_prompts", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: 0 is the least, for none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,8 @@ class Service:
     pause_s            a swap, during which a generator samples nothing
     commit_s           from the swap to the proof that the learner grants leases by
     grant_s            from the moment a generator has room to the lease at its engine
+    checkpoint_s       for which training stands still when a checkpoint begins
+    checkpoint_write_s for which it is written beside training; no other begins meanwhile
     """
 
     completion_tokens: Distribution
@@ -60,6 +71,8 @@ class Service:
     pause_s: Distribution = field(default_factory=lambda: Constant(0.0))
     commit_s: Distribution = field(default_factory=lambda: Constant(0.0))
     grant_s: float = 0.0
+    checkpoint_s: Distribution = field(default_factory=lambda: Constant(0.0))
+    checkpoint_write_s: Distribution = field(default_factory=lambda: Constant(0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +86,7 @@ class SharedCores:
     learner_threads: int
     generator_threads: int
 
-    def pace(self, *, learner_works: bool, generators_working: int) -> float:
-        """The speed of each, 1 where all at work have cores for themselves."""
-        threads = self.learner_threads * learner_works + self.generator_threads * generators_working
+    def pace(self, *, learner_works: bool, generators_working: int, writers: int = 0) -> float:
+        """The speed of each, 1 where all at work have cores for themselves. writers: threads that write checkpoints."""
+        threads = self.learner_threads * learner_works + self.generator_threads * generators_working + writers
         return min(1.0, self.cores / threads) if threads else 1.0

@@ -30,7 +30,8 @@ class SimulatedOutcome:
     wasted_share     completion tokens that were sampled and not trained on / sampled ones, over the whole run
     wall_s           time to the last step, from the first lease on
     step_s_mean      of one optimizer step, slowed down by shared cores where there are such
-    generated_per_busy_s  completion tokens of a generator per second in which it has a sequence, over the whole run
+    generated_per_busy_s  completion tokens of a generator per second in which it has a sequence, over the whole run,
+                     those of evaluations included
     """
 
     steps: int
@@ -54,8 +55,12 @@ def outcome(
     busy_s: float,
     generators: int,
     generated_tokens: int,
+    evaluated_tokens: int = 0,
 ) -> SimulatedOutcome:
-    """Sums up. tokens_by_age is over the steps that count; busy_s over all generators and the whole run."""
+    """Sums up. tokens_by_age is over the steps that count; busy_s over all generators and the whole run.
+
+    generated_tokens are all that were sampled, evaluated_tokens those of them that answered evaluations.
+    """
     assert steps, "a run has a step"
     first = warm_up_steps(len(steps))
     begin = steps[first - 1].at if first else 0.0
@@ -75,7 +80,7 @@ def outcome(
         age_shares=tuple(tokens_by_age.get(age, 0) / max(1, aged) for age in range(max(tokens_by_age, default=0) + 1)),
         learner_idle_share=sum(step.waited_s for step in counted) / seconds,
         generator_idle_share=max(0.0, 1 - busy_s / (generators * max(wall_s, math.ulp(1.0)))),
-        wasted_share=max(0.0, 1 - trained / max(1, generated_tokens)),
+        wasted_share=max(0.0, 1 - trained / max(1, generated_tokens - evaluated_tokens)),
         step_s_mean=sum(step.step_s for step in counted) / len(counted),
         generated_per_busy_s=generated_tokens / max(busy_s, math.ulp(1.0)),
     )

@@ -1,8 +1,8 @@
 """A run as a sequence of events: leases, completions, results, steps, weight syncs. No model, no socket, no clock.
 
 What decides who may work on what and when a batch is taken is the learner's own code: `replay.lease_book`,
-`replay.buffer` and `replay.pacing`. What takes time (`simulator.model`) is drawn. Start-up, evaluations, failures and
-restarts are not part of it: a run is simulated from the moment when every generator holds version 0.
+`replay.buffer` and `replay.pacing`. What takes time (`simulator.model`) is drawn. Start-up, failures and restarts are
+not part of it: a run is simulated from the moment when every generator holds version 0.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from itertools import count
 
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.lease_book import LeaseBook
+from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.replay.pacing import Pacing
 from asyncrl.simulator.decoding import SimulatedEngine, SimulatedGroup
 from asyncrl.simulator.model import Service, SharedCores, Sizes
 from asyncrl.simulator.outcome import SimulatedOutcome, SimulatedStep, outcome, warm_up_steps
 from asyncrl.storage.records import StoredGroup
+from asyncrl.types import LeaseKind
 
 BACKLOG_SHARE = 0.25  # as `generator.held_leases`: leases that wait behind a full engine
 CELL_GRACE_S = 1.0  # as `weights.plan.planner`: how long a slow cell keeps the others from a newer snapshot
@@ -38,6 +40,7 @@ class _Cell:
     stand still; a swap that nobody notices is no event.
     """
 
+    members: range
     held: int = 0  # proven
     sampling: int = 0
     at_work: bool = False
@@ -70,7 +73,10 @@ class SimulatedRun:
             SimulatedEngine(sizes.max_sequences, service.decode_s, service.decode_sequence_s)
             for _ in range(sizes.generators)
         ]
-        self._cells = [_Cell() for _ in range(-(-sizes.generators // sizes.cell_size))]
+        self._cells = [
+            _Cell(range(first, min(first + sizes.cell_size, sizes.generators)))
+            for first in range(0, sizes.generators, sizes.cell_size)
+        ]
         self._capacity = int(sizes.max_sequences * (1 + BACKLOG_SHARE) + 0.999)
         self._on_their_way = [0] * sizes.generators  # sequences of granted leases
         self._wanting: dict[int, None] = dict.fromkeys(range(sizes.generators))  # in the order of their turns
@@ -87,14 +93,21 @@ class SimulatedRun:
         self._work_at = 0.0
         self._work_stamp = 0
         self._in_snapshot = False
+        self._in_checkpoint = False
+        self._checkpoint_due = False
+        self._checkpoint_began_at = 0.0
+        self._writes_checkpoint = False
+        self._eval_due = False
+        self._evaluates = False
         self._step_began_at = 0.0
         self._waiting_since: float | None = 0.0
         self._waited_s = 0.0
-        self._snapshots_s = 0.0  # while it waited
+        self._snapshots_s = 0.0  # while it waited, and for checkpoints
         self._pace = 1.0
         self._steps: list[SimulatedStep] = []
         self._tokens_by_age: dict[int, int] = {}
         self._generated_tokens = 0
+        self._evaluated_tokens = 0
 
     def run(self) -> SimulatedOutcome:
         """Simulates all steps."""
@@ -112,6 +125,7 @@ class SimulatedRun:
             busy_s=sum(engine.busy_s for engine in self._engines),
             generators=self._sizes.generators,
             generated_tokens=self._generated_tokens,
+            evaluated_tokens=self._evaluated_tokens,
         )
 
     # -- events ----------------------------------------------------------------------------------------------------
@@ -130,7 +144,11 @@ class SimulatedRun:
         if self._shared is None:
             return
         working = sum(engine.works for engine in self._engines)
-        pace = self._shared.pace(learner_works=bool(self._in_step), generators_working=working)
+        pace = self._shared.pace(
+            learner_works=bool(self._in_step) or self._in_checkpoint,
+            generators_working=working,
+            writers=int(self._writes_checkpoint),
+        )
         if pace == self._pace:
             return
         self._advance_work(now)
@@ -146,15 +164,16 @@ class SimulatedRun:
         self._refused_at = -1
         if not self._wanting:
             return
-        if not self._leases.may_grant(self._trained):
+        if not self._evaluates and not self._leases.may_grant(self._trained):
             self._refused_at = self._trained
             return
         refused_at = -1
         for place in [place for _, place in zip(range(TURNS_AT_ONCE), self._wanting, strict=False)]:
             held = self._cell_of(place).held
-            if held > refused_at and not self._grant_to(place, held, now):
-                refused_at = held
-            if refused_at >= self._newest_held:
+            # An evaluation's leases are for one version alone, whatever the rule says of newer ones.
+            if (held > refused_at or self._evaluates) and not self._grant_to(place, held, now):
+                refused_at = max(refused_at, held)
+            if refused_at >= self._newest_held and not self._evaluates:
                 self._refused_at = refused_at
                 return
 
@@ -166,10 +185,13 @@ class SimulatedRun:
             if not records:
                 self._wanting[place] = None  # behind all others
                 return False
-            group = SimulatedGroup(records[0], self._sizes.group_size)
-            self._on_their_way[place] += self._sizes.group_size
+            group = SimulatedGroup(records[0], self._sequences_of(records[0]))
+            self._on_their_way[place] += group.left
             self._at(now + self._service.grant_s, partial(self._lease_arrived, place, group))
         return True
+
+    def _sequences_of(self, lease: LeaseRecord) -> int:
+        return self._sizes.eval_samples if lease.key.kind is LeaseKind.EVAL else self._sizes.group_size
 
     def _room(self, place: int) -> int:
         return self._capacity - self._engines[place].sequences_left - self._on_their_way[place]
@@ -182,9 +204,9 @@ class SimulatedRun:
             self._foresee_swap(cell)
         engine.begin_at(cell.sampling, now)
         cell.active.add(place)
-        self._on_their_way[place] -= self._sizes.group_size
+        self._on_their_way[place] -= group.left
         draw = self._service.completion_tokens.draw
-        engine.add(group, [max(1, round(draw(self._rng))) for _ in range(self._sizes.group_size)], now)
+        engine.add(group, [max(1, round(draw(self._rng))) for _ in range(group.left)], now)
         self._adjust_pace(now)
         self._foresee_end(place)
 
@@ -219,6 +241,13 @@ class SimulatedRun:
     def _result(self, group: SimulatedGroup, now: float) -> None:
         lease = group.lease
         self._leases.accept(lease.key, lease.holder, now)
+        if lease.key.kind is LeaseKind.EVAL:
+            self._evaluated_tokens += sum(group.lengths)
+            self._evaluates = self._leases.eval_is_running
+            for cell in [self._cell_of(int(lease.holder))] if self._evaluates else self._cells:
+                self._begin_round(cell, now)
+            self._turn(now)
+            return
         self._groups[lease.key.ordinal] = group
         stored = StoredGroup(
             generator_id=lease.holder,
@@ -239,7 +268,7 @@ class SimulatedRun:
 
     def _decide(self, now: float) -> None:
         """Begins the next step when its batch is there."""
-        if self._in_step or self._in_snapshot or self._trained >= self._sizes.steps:
+        if self._in_step or self._in_snapshot or self._in_checkpoint or self._trained >= self._sizes.steps:
             return
         for dropped in self._buffer.drop_over_age(self._trained):
             self._leases.drop(dropped.key, now)
@@ -273,7 +302,11 @@ class SimulatedRun:
         self._in_step = []
         self._trained += 1
         self._waiting_since = now
+        sizes = self._sizes
+        self._eval_due |= bool(sizes.eval_prompts and sizes.eval_every) and self._trained % sizes.eval_every == 0
+        self._checkpoint_due |= bool(sizes.checkpoint_every) and self._trained % sizes.checkpoint_every == 0
         self._snapshot_if_wanted(now)
+        self._checkpoint_if_due(now)
         self._turn(now)
 
     def _count_step(self, now: float) -> None:
@@ -297,7 +330,7 @@ class SimulatedRun:
     def _snapshot_if_wanted(self, now: float) -> None:
         """A version goes out between two steps, or while the learner waits for a batch."""
         due = self._snapshot_wanted and self._published < self._trained
-        if due and not self._in_step and not self._in_snapshot:
+        if due and not self._in_step and not self._in_snapshot and not self._in_checkpoint:
             self._in_snapshot, self._snapshot_wanted = True, False
             snapshot_s = self._service.snapshot_s.draw(self._rng)
             self._snapshots_s += snapshot_s
@@ -308,10 +341,11 @@ class SimulatedRun:
         self._published = self._trained
         for cell in self._cells:
             self._begin_round(cell, now)
+        self._checkpoint_if_due(now)
         self._turn(now)
 
     def _begin_round(self, cell: _Cell, now: float) -> None:
-        if cell.at_work or cell.held >= self._published:
+        if cell.at_work or cell.held >= self._published or self._holds_for_evaluation(cell):
             return
         cell.at_work, cell.swap_foreseen = True, False
         self._cells_at_work += 1
@@ -347,6 +381,7 @@ class SimulatedRun:
         cell.sampling = version
         self._newest_held = max(self._newest_held, version)
         self._cells_at_work -= 1
+        self._begin_evaluation(version, now)
         if not self._cells_at_work:
             self._want_snapshot(version, now)
         elif version > self._first_commit_of:
@@ -362,3 +397,39 @@ class SimulatedRun:
         if version == self._published and not self._snapshot_wanted:
             self._snapshot_wanted = True
             self._snapshot_if_wanted(now)
+
+    # -- evaluations and checkpoints ---------------------------------------------------------------------------------
+
+    def _begin_evaluation(self, version: int, now: float) -> None:
+        """One that is due begins with the next version that a cell proves, as `desk.evaluation`."""
+        if self._eval_due and not self._evaluates:
+            self._eval_due, self._evaluates = False, True
+            self._leases.start_eval(version, self._sizes.eval_prompts, NEVER_S, now)
+            self._wanting = dict.fromkeys(place for place in range(self._sizes.generators) if self._room(place) > 0)
+
+    def _holds_for_evaluation(self, cell: _Cell) -> bool:
+        """Whether a generator of this cell must keep its version for the evaluation that runs."""
+        if not self._evaluates:
+            return False
+        held: dict[str, int | None] = {str(place): cell.held for place in cell.members}
+        return not self._leases.eval_holders(held).isdisjoint(held)
+
+    def _checkpoint_if_due(self, now: float) -> None:
+        """Training stands still for it between two steps; one at a time."""
+        at_rest = not self._in_step and not self._in_snapshot and not self._in_checkpoint
+        if self._checkpoint_due and at_rest and not self._writes_checkpoint:
+            self._checkpoint_due, self._in_checkpoint = False, True
+            self._checkpoint_began_at = now
+            self._at(now + self._service.checkpoint_s.draw(self._rng), self._checkpoint_begun)
+
+    def _checkpoint_begun(self, now: float) -> None:
+        self._in_checkpoint, self._writes_checkpoint = False, True
+        self._snapshots_s += now - self._checkpoint_began_at
+        self._at(now + self._service.checkpoint_write_s.draw(self._rng), self._checkpoint_written)
+        self._snapshot_if_wanted(now)
+        self._turn(now)
+
+    def _checkpoint_written(self, now: float) -> None:
+        self._writes_checkpoint = False
+        self._checkpoint_if_due(now)
+        self._adjust_pace(now)

@@ -116,6 +116,34 @@ def test_shared_cores_slow_both_sides_while_both_work():
     assert SimulatedRun(sizes(max_age=2, steps=40), times).run().steps_per_s == pytest.approx(1.0, rel=0.05)
 
 
+def test_an_evaluation_takes_the_engine_before_the_next_batch_gets_it():
+    """max_age=0: eight answers, then the eight rollouts of the batch, a second each."""
+    times = service(step_s=Constant(0.5))
+    without = SimulatedRun(sizes(max_age=0), times).run()
+    each = SimulatedRun(sizes(max_age=0, eval_every=1, eval_prompts=8), times).run()
+    assert without.wall_s == pytest.approx(20 * 1.5)
+    assert each.wall_s == pytest.approx(20 * 1.5 + 19 * 1.0)
+    sampled_twice = SimulatedRun(sizes(max_age=0, eval_every=4, eval_prompts=8, eval_samples=2), times).run()
+    assert sampled_twice.wall_s == pytest.approx(20 * 1.5 + 4 * 2.0)  # of versions 4, 8, 12 and 16
+    assert each.wasted_share == without.wasted_share == 0
+
+
+def test_every_generator_that_answers_keeps_its_version_and_others_go_on():
+    result = SimulatedRun(sizes(generators=12, eval_every=3, eval_prompts=40, max_age=3, steps=60), service()).run()
+    assert result.steps == 60 and result.age_max <= 3 and result.wasted_share >= 0
+
+
+def test_training_stands_still_for_a_checkpoint_and_goes_on_while_it_is_written():
+    fed = {"generators": 4, "max_age": 2, "steps": 40}
+    times = service(step_s=Constant(3.0), checkpoint_s=Constant(1.0))
+    assert SimulatedRun(sizes(**fed), times).run().steps_per_s == pytest.approx(1 / 3)
+    assert SimulatedRun(sizes(**fed, checkpoint_every=1), times).run().steps_per_s == pytest.approx(1 / 4)
+    assert SimulatedRun(sizes(**fed, checkpoint_every=2), times).run().steps_per_s == pytest.approx(1 / 3.5, rel=0.02)
+    slow_disk = service(step_s=Constant(3.0), checkpoint_s=Constant(1.0), checkpoint_write_s=Constant(3.9))
+    every_other = SimulatedRun(sizes(**fed, checkpoint_every=1), slow_disk).run()  # the next one waits for it
+    assert every_other.steps_per_s == pytest.approx(1 / 3.5, rel=0.02)
+
+
 def test_a_wider_bound_is_never_slower_where_times_are_constant():
     times = service(stage_s=Constant(0.2), pause_s=Constant(0.05), commit_s=Constant(0.1))
     rates = [SimulatedRun(sizes(max_age=age, steps=100), times).run().tokens_per_s for age in (0, 1, 2, 4)]
@@ -127,6 +155,15 @@ def test_a_slow_cell_costs_the_others_a_second_and_no_more():
     times = service(stage_s=Measured((*[0.0] * 49, 20.0)), step_s=Constant(1.0))
     result = SimulatedRun(sizes(generators=8, max_age=8, steps=100, cell_size=4), times).run()
     assert result.steps_per_s > 0.9
+
+
+def test_a_writer_of_checkpoints_takes_a_core_that_is_shared():
+    shared = SharedCores(2, 2, 2)
+    assert shared.pace(learner_works=True, generators_working=0, writers=1) == pytest.approx(2 / 3)
+    fed = {"generators": 1, "max_age": 2, "steps": 40, "checkpoint_every": 1}
+    free = SimulatedRun(sizes(**fed), service(), shared=shared).run()
+    beside = SimulatedRun(sizes(**fed), service(checkpoint_write_s=Constant(0.4)), shared=shared).run()
+    assert beside.steps_per_s < 0.95 * free.steps_per_s
 
 
 def test_sizes_that_no_run_can_have_are_refused():
