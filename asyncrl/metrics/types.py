@@ -284,7 +284,9 @@ class StepMetrics:
     extra: dict[str, float] = metric(
         "mixed",
         "What else the trainer counted in this step: groups_trained, micro_batches, model_inputs (tokens that a "
-        "forward pass over those computes) and tokens_without_gradient (tokens of groups that have no gradient).",
+        "forward pass over those computes), tokens_without_gradient (tokens of groups that have no gradient); and of "
+        "the passes that made gradients on rank 0 how many (passes), their inputs, the squares of these, their "
+        "seconds, and the sum of inputs x seconds: a pass is taken to be a + b x inputs.",
         {},
     )
 

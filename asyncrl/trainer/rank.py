@@ -252,7 +252,7 @@ class Rank:
             self.world.tell(Order.STEP, self.runner.version)
             result = self.runner.step(groups, keep=self._num_kept(batch.version + 1))
         step_s = time.monotonic() - started
-        metrics = result.metrics | outcome_metrics(groups)
+        metrics = result.metrics | result.times | outcome_metrics(groups)
         self.desk_state = batch.desk_state
         if self.publisher and batch.publish:
             self._check_publisher()

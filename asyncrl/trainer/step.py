@@ -31,17 +31,21 @@ from asyncrl.trainer.objective import ActorObjective
 from asyncrl.trainer.packing import sorted_groups
 from asyncrl.trainer.plan import BatchPlan
 from asyncrl.trainer.shares import deal, pack_share, unpack_share
-from asyncrl.trainer.step_metrics import batch_metrics, layout_metrics, update_metrics
+from asyncrl.trainer.step_metrics import batch_metrics, layout_metrics, pass_metrics, update_metrics
 from asyncrl.trainer.world import World
 from asyncrl.types import Group
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step measured; the names are those of `trainer.step_metrics`."""
+    """What one step measured; the names are those of `trainer.step_metrics`.
+
+    Equal batches give equal metrics; times are beside them.
+    """
 
     version: int  # the version that now exists
     metrics: dict[str, float]
+    times: dict[str, float]
     kept: list[KeptRollout] = field(default_factory=list)  # on rank 0, as many as were asked for
 
 
@@ -74,6 +78,7 @@ class StepRunner:
         self.world = world or World.alone()
         self.preparation = Preparation(config, engines, self.world.data_ranks)
         self._objective = ActorObjective(config)
+        self._passes: list[tuple[int, float]] = []  # inputs and seconds of each, in the step before
 
     def step(self, groups: Sequence[Group], *, keep: int = 0) -> StepResult:
         """Trains on one batch: weights and optimizer state move to version + 1. Rank 0 has the batch; others `follow`.
@@ -102,7 +107,8 @@ class StepRunner:
         if self.config.algorithm.advantage in COMPARING:
             metrics["zero_variance_share"] = float(plan.is_flat.mean())
         trained, figures = self._train(own)
-        return StepResult(self.version, metrics | trained, kept_rollouts(groups, plan, choices, figures))
+        kept_now = kept_rollouts(groups, plan, choices, figures)
+        return StepResult(self.version, metrics | trained, pass_metrics(self._passes), kept_now)
 
     def follow(self) -> None:
         """Takes this rank's part in the step that rank 0 makes; raises as `step` does, NonFiniteError on all ranks."""
@@ -114,6 +120,7 @@ class StepRunner:
         Of the tokens of rollouts that are kept, too: in the order of `plan.kept`.
         """
         notes = TokenNotes(plan)
+        self._passes = []
         mini_batches = self.preparation.forward(plan)
         self.preparation.finish(plan, mini_batches, self.kl_coef)
         lr = warmed_up_lr(self.config.learner.lr, self.config.learner.lr_warmup_steps, self.version)
@@ -163,6 +170,8 @@ class StepRunner:
             for engine in self.engines.all:
                 engine.discard()
             raise
+        inputs = [data.rows.num_inputs for data in mini_batch.micro_batches]
+        self._passes += zip(inputs, gradients.pass_s, strict=True)
         for engine in self.engines.all:
             engine.update()
         return gradients

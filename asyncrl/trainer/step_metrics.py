@@ -6,7 +6,7 @@ Keys whose quantity was not measured in a step are absent, never zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -51,6 +51,21 @@ def layout_metrics(plan: BatchPlan) -> dict[str, float]:
         "micro_batches": float(len(rows)),
         "model_inputs": float(sum(batch.num_inputs for batch in rows)),
         "tokens_without_gradient": float(plan.num_tokens - sum(batch.num_tokens for batch in rows)),
+    }
+
+
+def pass_metrics(passes: Iterable[tuple[int, float]]) -> dict[str, float]:
+    """From the inputs and seconds of each pass of this rank: what a line through them is found by.
+
+    passes, pass_inputs, pass_inputs_squared, pass_s, pass_inputs_s (the sum of inputs x seconds).
+    """
+    known = list(passes)
+    return {
+        "passes": float(len(known)),
+        "pass_inputs": float(sum(inputs for inputs, _ in known)),
+        "pass_inputs_squared": float(sum(inputs * inputs for inputs, _ in known)),
+        "pass_s": math.fsum(seconds for _, seconds in known),
+        "pass_inputs_s": math.fsum(inputs * seconds for inputs, seconds in known),
     }
 
 

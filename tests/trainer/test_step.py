@@ -103,6 +103,18 @@ def test_any_cut_into_micro_batches_makes_the_same_step(budget, shared_row_token
         torch.testing.assert_close(parts_weight, whole_weight, rtol=1e-4, atol=1e-4)
 
 
+def test_the_sums_over_passes_count_each_pass_of_each_update():
+    trainer = make_trainer(micro_batch_tokens=50, epochs=2)
+    result = trainer.step(random_groups(6, 4, seed=2))
+    times, metrics = result.times, result.metrics
+    assert metrics["micro_batches"] > 2
+    assert times["passes"] == 2 * metrics["micro_batches"] and times["pass_inputs"] == 2 * metrics["model_inputs"]
+    assert times["pass_inputs_squared"] >= times["pass_inputs"] ** 2 / times["passes"]  # Cauchy-Schwarz
+    assert times["pass_s"] > 0 and 0 < times["pass_inputs_s"] <= 50 * times["pass_s"]
+    again = trainer.step(random_groups(6, 4, seed=2)).times
+    assert again["passes"] == times["passes"]  # of that step alone
+
+
 def test_the_same_batch_in_another_order_gives_the_same_bits():
     groups = random_groups(6, 4, seed=2)
     shuffled = list(groups)

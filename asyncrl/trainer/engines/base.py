@@ -72,6 +72,7 @@ class Gradients:
     sums: Sums
     policy_norm: float | None = None  # before clipping
     critic_norm: float | None = None
+    pass_s: tuple[float, ...] = ()  # what each micro-batch took on this rank, forward and backward
 
     def merged(self, other: Gradients) -> Gradients:
         """These gradients with those of the parts of another engine."""
@@ -79,6 +80,7 @@ class Gradients:
             merge_sums(self.sums, other.sums),
             self.policy_norm if other.policy_norm is None else other.policy_norm,
             self.critic_norm if other.critic_norm is None else other.critic_norm,
+            tuple(ours + theirs for ours, theirs in zip(self.pass_s, other.pass_s, strict=True)),
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -14,6 +16,31 @@ from asyncrl.trainer.engines.part import TrainedPart
 from asyncrl.trainer.packing import Rows
 
 
+class PassClock:
+    """What each pass takes: by the host's clock on a CPU, by events in its stream on a GPU, which nothing waits for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._times: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """The end of a pass, and the beginning of the next one."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        else:
+            self._times.append(time.monotonic())
+
+    def seconds(self) -> tuple[float, ...]:
+        """Between each two marks. On a GPU it waits for the last one."""
+        if self._events:
+            self._events[-1].synchronize()
+        times = [end - begin for begin, end in pairwise(self._times)]
+        return (*times, *(begin.elapsed_time(end) / 1e3 for begin, end in pairwise(self._events)))
+
+
 class GradientLoop(ABC):
     """What all engines have in common; see `ModelEngine` for the methods."""
 
@@ -21,6 +48,11 @@ class GradientLoop(ABC):
         self._policy = policy
         self._critic = critic
         self._pending: list[TrainedPart] = []  # parts whose gradients wait for `update` or `discard`
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """See `ModelEngine.device`."""
 
     @abstractmethod
     def _outputs(self, rows: Rows | DeviceRows, want: Want, temperature: float, *, train_policy: bool) -> Outputs:
@@ -62,12 +94,16 @@ class GradientLoop(ABC):
             return sums
 
         sums: Sums = {}
+        clock = PassClock(self.device)
+        clock.mark()
         for index, batch in enumerate(rows):
             sums = merge_sums(sums, backward(index, batch))
+            clock.mark()
         return Gradients(
             self._over_ranks(sums),
             policy_norm=None if policy is None else policy.clip(max_norm),
             critic_norm=None if critic is None else critic.clip(max_norm),
+            pass_s=clock.seconds(),  # behind the norms, which wait for a GPU anyway
         )
 
     def update(self) -> None:
