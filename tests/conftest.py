@@ -28,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A script that starts the tests in the background has it ignored, and the daemons would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# These take minutes: workers that share the suite begin with them, so that none is left with one at the end.
+# Files that take long: workers that share the suite begin with them, so that none is left with one at the end.
 LONGEST_FIRST = (
     "trainer/ranks",
     "e2e",
@@ -39,6 +39,7 @@ LONGEST_FIRST = (
     "trainer",
     "rewards",
     "weights",
+    ".",
 )
 
 VOCAB_SIZE = 100  # not a multiple of 64: vLLM pads the embedding, and padding must not matter

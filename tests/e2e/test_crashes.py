@@ -25,7 +25,7 @@ from tests.e2e.daemons import (
 )
 from tests.waits import LATE_S
 
-STEPS = 30
+STEPS = 22
 
 
 @dataclass

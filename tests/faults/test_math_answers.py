@@ -98,7 +98,7 @@ def test_W11_a_reference_without_an_expression_is_a_failure_and_no_zero(answer):
 
 def test_W11_boxes_that_are_open_or_many_take_no_time():
     text = r"\boxed{" * 2000 + "3" + "}" * 1000
-    started = time.perf_counter()
+    started = time.thread_time()
     last_answer(text)
     last_answer(r"\boxed{1}, " * 5000)
-    assert time.perf_counter() - started < 5.0
+    assert time.thread_time() - started < 5.0

@@ -41,6 +41,7 @@ from asyncrl.trainer.engines.policy import load_policy
 from benchmarks import common
 from benchmarks.speed.memory_forecast import CONFIGURATIONS, in_a_process
 from benchmarks.studies import async_vs_sync
+from tests.benchmarks.scripts import check_quick_record
 from tests.conftest import MAX_LENGTH, make_tiny_model, reference_logprobs, start_engine
 from tests.e2e.letters_task import Letters
 from tests.model_folders import make_model_folder
@@ -719,7 +720,8 @@ def test_U10_the_benchmark_runs_a_users_own_task_outside_the_repository(own_task
     )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((own_task / "runs" / "benchmarks" / "async_vs_sync.quick.json").read_text())
-    assert record["rows"] and record["options"]["model"] is None
+    assert record["options"]["model"] is None
+    check_quick_record(record, done.stdout)
 
 
 # -- U4: exports of any step

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from asyncrl.link.schema.message_base import message_types
 from asyncrl.link.wire_types import JSON_LIKE, MAX_SPANS, MAY_BE_NAN, PayloadValue
 from asyncrl.types import FinishReason
 from tests.faults import hostile_desk
+from tests.sizes import usual
 
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = [3, "gen-a", 2, 3, "0123", "4567", "own.module:Task", 2, 17]
@@ -173,9 +175,9 @@ def test_R19_a_desk_that_stands_still_survives_peers_that_leave_with_unread_fram
 
 @pytest.mark.slow
 def test_R19_a_desk_survives_a_stall_of_twelve_seconds_each_time():
-    for _ in range(4):
-        done = stalled_desk(12.0, num_vanishing=8, num_staying=4)
-        assert done.returncode == 0, done.stderr
+    with ThreadPoolExecutor(4) as pool:  # at once: they do nothing but wait
+        for done in pool.map(lambda _: stalled_desk(12.0, num_vanishing=8, num_staying=4), range(4)):
+            assert done.returncode == 0, done.stderr
 
 
 def test_R3_hostile_values_and_orders_are_refused_and_the_honest_generator_is_served():
@@ -186,8 +188,9 @@ def test_R3_hostile_values_and_orders_are_refused_and_the_honest_generator_is_se
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_R3_a_million_hostile_messages_are_refused():
-    for seed in range(20):
+def test_R3_very_many_hostile_messages_are_refused():
+    """A million with all seeds. The handler that is broken below for ten numbers is found within 20,000."""
+    for seed in range(usual(3, full=20)):
         hostile_desk.run(seed, 50_000)
 
 

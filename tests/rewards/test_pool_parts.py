@@ -79,7 +79,7 @@ def test_the_reward_is_the_weighted_sum_of_the_tasks_parts_local_ones_and_the_ju
 
 def test_each_way_to_answer_badly_fails_its_completion_alone(judge, caplog):
     completions = [text for word in SAID for text in (f"{word}=105", RIGHT)]
-    parts = {"judge": judge.part(timeout_s=8.0, concurrency=16)}  # for the one that hangs; all others answer at once
+    parts = {"judge": judge.part(timeout_s=4.0, concurrency=16)}  # for the one that hangs; all others answer at once
     outcomes = with_pool(lambda pool: pool.score(completions, PAYLOAD), parts)
     assert [outcome.detail for outcome in outcomes[1::2]] == [""] * len(SAID)
     assert [outcome.parts for outcome in outcomes[1::2]] == [{"exact": 1.0, "judge": 0.5}] * len(SAID)
@@ -152,8 +152,8 @@ def test_a_rule_that_hangs_beside_a_judge_costs_its_worker_and_its_completion(ju
     body = "    time.sleep(600 * ('slow' in completion))\n    return 1\n"
     (tmp_path / "slow_rule.py").write_text(f"import time\n\ndef slow(completion, payload):\n{body}")
     monkeypatch.chdir(tmp_path)
-    parts = {"judge": judge.part(timeout_s=5.0), "rule": {"kind": "rule", "path": "slow_rule:slow"}}
-    outcomes = with_pool(lambda pool: pool.score([RIGHT, "slow", WRONG], PAYLOAD), parts, timeout_s=8.0)
+    parts = {"judge": judge.part(timeout_s=3.0), "rule": {"kind": "rule", "path": "slow_rule:slow"}}
+    outcomes = with_pool(lambda pool: pool.score([RIGHT, "slow", WRONG], PAYLOAD), parts, timeout_s=4.0)
     assert [outcome.reason for outcome in outcomes] == ["", "reward_timeout", ""]
     assert [outcomes[0].reward, outcomes[2].reward] == [2.5, 1.5]
 

