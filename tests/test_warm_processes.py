@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.waits import wait_until
-from tests.warm_processes import WarmProcess
+from tests.warm_processes import WarmProcess, run_warm
 
 DEADLINE_S = 60.0
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +56,14 @@ def test_one_that_waits_is_killed():
     process.kill()
     assert process.wait(DEADLINE_S) == -signal.SIGKILL
     process.kill()  # gone: nothing happens
+
+
+def test_one_that_is_run_to_its_end_gives_what_it_said_and_its_code():
+    code = "import sys; print('said'); print('why', file=sys.stderr); sys.exit(3)"
+    done = run_warm([sys.executable, "-c", code], timeout_s=DEADLINE_S)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "why\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_warm([sys.executable, "-c", "import signal; signal.pause()"], timeout_s=0.01)
 
 
 def test_one_that_was_left_stopped_does_not_keep_its_parent():

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing import reduction
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read at the import: a peer that died is no news in a test
@@ -94,6 +95,23 @@ class WarmProcess:
 
 
 _STARTED: weakref.WeakSet[WarmProcess] = weakref.WeakSet()
+
+
+def run_warm(
+    command: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What subprocess.run is that captures text: to its end, or killed at the deadline."""
+    with TemporaryFile() as out, TemporaryFile() as err:
+        process = WarmProcess(command, stdout=out, stderr=err, env=env, cwd=cwd)
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+        words = []
+        for file in (out, err):
+            file.seek(0)
+            words.append(file.read().decode(errors="replace"))
+    return subprocess.CompletedProcess(command, code, *words)
 
 
 @atexit.register

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -11,21 +10,15 @@ from pathlib import Path
 import pytest
 
 from asyncrl.cli.warmup import main
+from tests.warm_processes import run_warm
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_warmup(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "asyncrl.cli.warmup", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
+    return run_warm([sys.executable, "-m", "asyncrl.cli.warmup", *map(str, arguments)], timeout_s=240, cwd=ROOT)
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ from tests.e2e.daemons import (
     wait_until,
 )
 from tests.report.pages import Page
+from tests.warm_processes import run_warm
 
 STEPS = 8
 KEPT_STEPS = (1, STEPS)  # the first and the last: log.rollouts_every is more
@@ -358,9 +359,7 @@ def _logprobs(model, sequence: list[int]) -> np.ndarray:
 def asyncrl(run: Run, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "asyncrl.cli.main", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=STEP_S
-    )
+    return run_warm(command, cwd=Path(__file__).parent, env=environment, timeout_s=STEP_S)
 
 
 def test_a_replay_without_generators_gives_the_same_figures_and_weights_to_the_last_bit(run):

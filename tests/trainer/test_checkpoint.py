@@ -31,8 +31,9 @@ from asyncrl.trainer.engines.policy import Policy
 from tests.tolerances import assert_near
 from tests.trainer.test_step import make_trainer, weights_of
 from tests.trainer.tiny import random_groups, save_tiny_model, tiny_policy
+from tests.warm_processes import run_warm
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 
 class Killed(BaseException):
@@ -253,10 +254,7 @@ print("then:", save_checkpoint(root, trainer, run_epoch=1).name)
 def test_files_cut_short_by_the_system_leave_the_older_checkpoint(tmp_path):
     """A real limit on file size, met in the middle of a write."""
     root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "root"), root],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_warm([sys.executable, "-c", LIMITED, str(tmp_path / "root"), root], timeout_s=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["refused"] * 3 + ["left", "restored", "then"]
@@ -450,6 +448,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.numeric
 def test_the_export_loads_as_a_hugging_face_model_with_the_same_log_probs(tmp_path, tied):
     folder = save_tiny_model(tmp_path / "model", tied=tied)
     (folder / "special_tokens_map.json").write_text("{}")

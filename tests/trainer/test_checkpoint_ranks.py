@@ -18,7 +18,7 @@ from tests.trainer.checkpoint_world import config_of
 from tests.trainer.tiny import save_tiny_model
 from tests.warm_processes import WarmProcess
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["full", pytest.param("lora", marks=pytest.mark.slow), pytest.param("ppo", marks=pytest.mark.slow)]

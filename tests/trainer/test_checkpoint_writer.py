@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,8 +19,9 @@ from asyncrl.trainer.checkpoint import load_checkpoint, save_checkpoint
 from asyncrl.trainer.checkpoint_writer import CheckpointWriter
 from tests.trainer.test_step import make_trainer, weights_of
 from tests.trainer.tiny import random_groups, tiny_policy
+from tests.warm_processes import run_warm
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 
 def stepped(steps: int, **kwargs):
@@ -131,10 +131,7 @@ print("written", written[0])
 
 def test_a_kill_in_the_middle_of_a_file_leaves_the_older_checkpoint(tmp_path):
     root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), root, "300"],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_warm([sys.executable, "-c", KILLED, str(tmp_path), root, "300"], timeout_s=120)
     assert done.returncode == -signal.SIGKILL, done.stderr + done.stdout
     (half,) = tmp_path.glob("step_2.tmp-*")
     assert any(file.stat().st_size % 64 for file in half.rglob("*.safetensors")), "some bytes were written"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm_processes import run_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 # A rank until it asks for its device, when all is switched; then steps, without a desk.
@@ -55,20 +56,26 @@ def seen(folder: Path, deterministic: bool) -> dict:
     file.write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     command = [sys.executable, "-c", PROGRAM, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    done = run_warm(command, timeout_s=240, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.numeric
-def test_two_processes_compute_the_same_bits(tmp_path):
-    first, second = seen(tmp_path, True), seen(tmp_path, True)
+@pytest.fixture(scope="module")
+def deterministic(tmp_path_factory) -> dict:
+    """What a process saw that has it switched on."""
+    return seen(tmp_path_factory.mktemp("deterministic"), True)
+
+
+@pytest.mark.bits
+def test_two_processes_compute_the_same_bits(deterministic, tmp_path):
+    first, second = deterministic, seen(tmp_path, True)
     assert first == second
     assert len(set(first["norms"])) == 3 and first["weights"]
 
 
-def test_what_it_switches_on_is_on(tmp_path):
-    with_it, without = seen(tmp_path, True), seen(tmp_path, False)
+def test_what_it_switches_on_is_on(deterministic, tmp_path):
+    with_it, without = deterministic, seen(tmp_path, False)
     assert (with_it["on"], with_it["refused"], with_it["fills"]) == (True, True, False)
     assert with_it["cublas"] == ":4096:8"
     assert (without["on"], without["refused"], without["cublas"]) == (False, False, None)

@@ -13,7 +13,7 @@ from asyncrl.trainer.packing import plain_rows
 from asyncrl.trainer.world import World
 from tests.trainer.ranks.cases import CASES, LORA, PPO, Case, groups_of, runner_of
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 
 def sharded(case: Case):
@@ -126,6 +126,7 @@ def test_weights_that_are_not_trained_are_held_as_they_are_computed_with(monkeyp
     assert np.isfinite(runner.step(groups_of(CASES["lora"], 0)).metrics["kl_reference"])
 
 
+@pytest.mark.numeric
 def test_ranks_that_call_the_trunk_once_compute_what_others_do():
     """Of a model whose rows are not packed, ranks could have different numbers of calls, which are collectives."""
     case = CASES["not_packed"]

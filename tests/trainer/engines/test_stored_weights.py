@@ -26,7 +26,7 @@ from asyncrl.trainer.engines.stored_weights import stored_model
 from asyncrl.trainer.world import World
 from tests.trainer.ranks.loading_cases import CASES, CPU, config_of, save_model, tensors_of
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 
 def whole(config: Config):

@@ -37,7 +37,7 @@ def seen(tmp_path_factory):
     return found
 
 
-@pytest.mark.numeric
+@pytest.mark.bits
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in SIZES.items() for name in names])
 def test_slices_from_files_are_those_of_a_model_loaded_whole(seen, size, name):
     assert [rank[name] for rank in seen[size]] == [[]] * size

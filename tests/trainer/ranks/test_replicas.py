@@ -20,7 +20,7 @@ from tests.trainer.ranks.loading_cases import save_model
 from tests.trainer.ranks.test_equal_to_one_rank import TOLERANCE, Results, results_of, worst_of
 from tests.trainer.tiny import save_tiny_model
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 STEPS = 2
 # Two copies of the model, on two ranks each.

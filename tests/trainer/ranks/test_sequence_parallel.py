@@ -11,7 +11,7 @@ from tests.trainer.ranks.cases import SEQUENCE_MUTANTS, SHARED_SEQUENCES, SHARIN
 from tests.trainer.ranks.processes import run_world
 from tests.trainer.ranks.test_equal_to_one_rank import TOLERANCE, results_of, worst_of
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 STEPS = 2
 # Cases and mutants of two ranks that share all rows, and of two times two that share half of them each. The quick ones

@@ -13,7 +13,7 @@ from tests.trainer.ranks.test_replicas import check_copies, check_exports, check
 from tests.trainer.ranks.test_sequence_parallel import check_world
 from tests.trainer.tiny import save_tiny_model
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 
 @pytest.fixture(scope="module")

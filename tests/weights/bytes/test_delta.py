@@ -19,7 +19,7 @@ from asyncrl.weights.bytes.digest import digest, digest_buckets
 from asyncrl.weights.bytes.layout import new_buffer, plan_buckets, tensor_views
 from asyncrl.weights.bytes.snapshot import SnapshotBuffer
 
-pytestmark = pytest.mark.numeric
+pytestmark = pytest.mark.bits
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
