@@ -9,7 +9,7 @@ until the next one begins, is `restart`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -20,7 +20,11 @@ from asyncrl.metrics import StepMetrics, SyncMetrics
 from asyncrl.metrics.ledger import GeneratorActivity, LearnerActivity, add, known_seconds, since
 from asyncrl.metrics.types import AGE_PART, REWARD_PART
 from asyncrl.replay.buffer import ReplayBuffer
+from asyncrl.storage.records import StoredGroup
 from asyncrl.weights.plan.records import Committed, RoundEnded
+
+MAX_GRANT_AGE = 127  # what is older counts as this
+LengthsOfGrant = tuple[int, int, int]  # of a group: the version of its lease, how many rollouts, how many tokens
 
 
 @dataclass(slots=True)
@@ -56,6 +60,8 @@ class Counters:
         self._trainer: dict[str, float] = {}  # the newest report of the trainer that lives: its time by activity
         self._trainer_lost = False  # since the last step
         self._overlapped: dict[str, float] = {}  # since the last step
+        self._came_in: list[LengthsOfGrant] = []  # since the last step
+        self._trained: dict[int, list[LengthsOfGrant]] = {}  # version that a batch makes -> its groups
         self._gap_engine: float | None = None  # mean canary difference of the newest sync that somebody committed
 
     def state(self) -> RunTotals:
@@ -87,6 +93,16 @@ class Counters:
     def lease_failed(self, reason: str, num_rollouts: int) -> None:
         """A lease ended without a group, and its rollouts are lost."""
         self.totals.rollouts_failed[reason] = self.totals.rollouts_failed.get(reason, 0) + num_rollouts
+
+    def came_in(self, issued_version: int, num_tokens: Sequence[int]) -> None:
+        """A group was accepted, filtered or not: the version of its lease, and the tokens of each completion."""
+        self._came_in.append((issued_version, len(num_tokens), sum(num_tokens)))
+
+    def batch_decided(self, version: int, batch: Sequence[StoredGroup]) -> None:
+        """These groups will make `version`."""
+        self._trained[version] = [
+            (group.issued_version, len(group.num_tokens), sum(group.num_tokens)) for group in batch
+        ]
 
     def trainer_lost(self) -> None:
         """The trainer died; the next one counts its time from zero."""
@@ -128,6 +144,9 @@ class Counters:
         totals = self.totals
         parts, figures = _split_off(REWARD_PART, done.metrics)
         by_age, figures = _split_off(AGE_PART, figures)
+        came_in, self._came_in = self._came_in, []
+        trained = self._trained.get(done.version, [])  # none of a batch that was decided before a restart
+        self._trained = {version: groups for version, groups in self._trained.items() if version > done.version}
         return StepMetrics.of_step(
             figures,
             reward_parts=parts,
@@ -150,6 +169,8 @@ class Counters:
             tokens_filtered=totals.tokens_filtered - before.tokens_filtered,
             prompts_left_out=totals.prompts_left_out - before.prompts_left_out,
             dropped_by_length_decile=[round(count) for count in buffer.dropped_by_length_decile()],
+            came_in_by_grant_age=_by_grant_age(came_in, done.version - 1),
+            trained_by_grant_age=_by_grant_age(trained, done.version - 1),
             rollouts_failed={
                 reason: count - before.rollouts_failed.get(reason, 0)
                 for reason, count in totals.rollouts_failed.items()
@@ -200,6 +221,17 @@ def _split_off(prefix: str, metrics: dict[str, float]) -> tuple[dict[str, float]
     parts = {name: value for name, value in metrics.items() if name.startswith(prefix)}
     others = {name: value for name, value in metrics.items() if name not in parts}
     return {name.removeprefix(prefix): value for name, value in parts.items()}, others
+
+
+def _by_grant_age(groups: Iterable[LengthsOfGrant], version: int) -> dict[str, dict[str, int]]:
+    """Rollouts and tokens by how many versions before `version` their leases were granted, youngest first."""
+    sums: dict[int, dict[str, int]] = {}
+    for issued_version, num_rollouts, num_tokens in groups:
+        age = min(max(0, version - issued_version), MAX_GRANT_AGE)
+        known = sums.setdefault(age, {"rollouts": 0, "tokens": 0})
+        known["rollouts"] += num_rollouts
+        known["tokens"] += num_tokens
+    return {str(age): sums[age] for age in sorted(sums)}
 
 
 def _nested(by_age: dict[str, float]) -> dict[str, dict[str, float]]:

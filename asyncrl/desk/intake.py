@@ -231,6 +231,7 @@ class Intake:
     def _take_for_training(
         self, session: DeskSession, seq: int, group: Group, issued_version: int, body: bytes, now: float
     ) -> None:
+        self._counters.came_in(issued_version, [rollout.num_tokens for rollout in group.rollouts])
         if self._is_left_out(group):
             _, ordinal, attempt = group.key
             self._journal.append(GroupFiltered(session.generator_id, session.incarnation, seq, ordinal, attempt), now)

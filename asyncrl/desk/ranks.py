@@ -139,6 +139,7 @@ class Ranks:
         self._journal.append(StepTaken(version, tuple((g.ordinal, g.attempt) for g in batch)), now)
         self._acknowledgements.make_durable()  # the decision is durable before any rank sees a group
         self._policy.batch_decided(version)
+        self._counters.batch_decided(version + 1, batch)
         self._dealer.decide(DecidedStep(version, batch, self._state.for_checkpoint().encode()))
         return True
 

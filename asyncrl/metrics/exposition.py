@@ -30,6 +30,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "rollouts_failed": ("reason",),
     "dropped_by_length_decile": ("decile",),
     "age_health": ("age", "figure"),
+    "came_in_by_grant_age": ("age", "figure"),
+    "trained_by_grant_age": ("age", "figure"),
     "alarms": ("alarm",),
     "extra": ("figure",),
     "learner_time_s": ("activity",),

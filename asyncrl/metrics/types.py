@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from asyncrl.metrics.declaring import LINE, REPORT, SUMMARY, Derived, metric
+from asyncrl.metrics.eval_metrics import EvalMetrics as EvalMetrics
 
 # Prefixes in the flat figures of a trainer's StepDone.
 REWARD_PART = "reward_part/"  # reward_part/NAME: the mean of one reward part
@@ -25,6 +26,8 @@ DERIVED = {
     "generator_idle_share": Derived("share", (LINE, SUMMARY, REPORT)),
     "lost_share": Derived("share", (REPORT,)),
     "filtered_token_share": Derived("share", (SUMMARY,)),
+    "grant_age_mean": Derived("steps", (SUMMARY, REPORT)),
+    "grant_age_token_mean": Derived("steps", (SUMMARY, REPORT)),
 }
 
 
@@ -141,6 +144,16 @@ class StepMetrics:
         "longest last.",
         [],
         shown=(SUMMARY, REPORT),
+    )
+    came_in_by_grant_age: dict[str, dict[str, int]] = metric(
+        "mixed",
+        "Of the rollouts that came in since the step before, filtered ones included, by the version before the step "
+        "minus the version that their lease was granted under: rollouts and tokens (of the completions).",
+        {},
+        shown=(SUMMARY, REPORT),
+    )
+    trained_by_grant_age: dict[str, dict[str, int]] = metric(
+        "mixed", "The same of the rollouts in this batch.", {}, shown=(SUMMARY, REPORT)
     )
     rollouts_failed: dict[str, int] = metric(
         "rollouts",
@@ -324,6 +337,16 @@ class StepMetrics:
         return _ratio(self.generator_idle_s, self.generator_busy_s + self.generator_idle_s)
 
     @property
+    def grant_age_mean(self) -> float | None:
+        """Mean, over the rollouts in this batch, of the version before the step minus that of the lease's grant."""
+        return _mean_age(self.trained_by_grant_age, "rollouts")
+
+    @property
+    def grant_age_token_mean(self) -> float | None:
+        """The same over their tokens: above grant_age_mean where long completions are trained later than short ones."""
+        return _mean_age(self.trained_by_grant_age, "tokens")
+
+    @property
     def lost_share(self) -> float | None:
         """Rollouts (failed + dropped) / (failed + acknowledged); what a stopping generator returned has not failed."""
         failed = sum(count for reason, count in self.rollouts_failed.items() if reason != "returned")
@@ -416,45 +439,6 @@ class SyncMetrics:
     )
 
 
-@dataclass(slots=True, kw_only=True)
-class EvalMetrics:
-    """One evaluation on held-out prompts, all tokens from one policy version."""
-
-    kind: ClassVar[str] = "eval"
-
-    version: int = metric("steps", "Policy version that was evaluated.", shown=(LINE,))
-    prompts: int = metric("prompts", "Held-out prompts that got a reward.", shown=(LINE,))
-    samples: int = metric("completions", "Completions of each of those prompts.", 1, shown=(LINE,))
-    temperature: float = metric("1", "Softmax temperature of these; 0 = greedy.", 0.0, shown=(LINE,))
-    reward_mean: float = metric("reward", "Mean reward of those completions.", shown=(LINE, SUMMARY, REPORT))
-    reward_parts: dict[str, float] = metric(
-        "reward",
-        "Mean of each named part of the reward over the completions that have it, before its weight.",
-        {},
-        shown=(LINE, SUMMARY, REPORT),
-    )
-    reward_best_mean: float | None = metric(
-        "reward",
-        "Mean, over those prompts, of the best reward of each; nothing where each has one completion.",
-        None,
-        shown=(REPORT,),
-    )
-    reward_parts_best: dict[str, float] = metric(
-        "reward",
-        "Mean, over the prompts that have a part, of its best value: pass@k of a part that is 0 or 1. Nothing where "
-        "each prompt has one completion.",
-        {},
-        shown=(LINE, REPORT),
-    )
-    prompts_failed: int = metric(
-        "prompts", "Held-out prompts without a reward; they do not count as 0.", 0, shown=(LINE,)
-    )
-    completion_tokens_mean: float | None = metric("tokens", "Mean length of the completions.", None, shown=(REPORT,))
-    wall_s: float | None = metric(
-        "s", "Time the run has taken so far, over all starts of the learner.", None, shown=(LINE, SUMMARY, REPORT)
-    )
-
-
 AnyMetrics = StepMetrics | SyncMetrics | EvalMetrics
 
 
@@ -473,3 +457,8 @@ _COUNTS = frozenset(entry.name for entry in fields(StepMetrics) if str(entry.typ
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
+
+
+def _mean_age(by_age: Mapping[str, Mapping[str, int]], weight: str) -> float | None:
+    whole = sum(counts[weight] for counts in by_age.values())
+    return _ratio(sum(int(age) * counts[weight] for age, counts in by_age.items()), whole)

@@ -56,6 +56,8 @@ class StepRecord:
     groups_filtered: int | None = None
     prompts_left_out: int | None = None
     dropped_by_length_decile: Sequence[int] | None = None
+    came_in_by_grant_age: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    trained_by_grant_age: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     rollouts_failed: Mapping[str, int] = field(default_factory=dict)
     buffer_groups: int | None = None
     generators_alive: int | None = None
@@ -83,6 +85,8 @@ class StepRecord:
     learner_idle_share: float | None = None
     generator_idle_share: float | None = None
     lost_share: float | None = None
+    grant_age_mean: float | None = None
+    grant_age_token_mean: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +116,8 @@ class EvalRecord:
     """A line of kind `eval`: the fields of EvalMetrics that the report shows."""
 
     version: int
+    samples: int = 1
+    temperature: float | None = None
     wall_s: float | None = None
     reward_mean: float | None = None
     reward_best_mean: float | None = None

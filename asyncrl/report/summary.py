@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from asyncrl.metrics.alarms import RULES
 from asyncrl.metrics.ledger import in_words, shares
 from asyncrl.metrics.sinks import clock_time
 from asyncrl.report.advisor import bottleneck
+from asyncrl.report.lengths import Lengths
 from asyncrl.report.run_records import RunRecords, mean, measured, middle, total, totals
 
 SUMMARY_FILE = "summary.json"
@@ -32,6 +33,11 @@ class Outcome:
     eval_last: float | None
     eval_parts_first: Mapping[str, float | None]
     eval_parts_last: Mapping[str, float | None]
+    eval_samples: int | None  # completions of each prompt in the last evaluation: the k of avg@k and pass@k
+    eval_best_first: float | None  # of the best completion of each prompt
+    eval_best_last: float | None
+    eval_parts_best_first: Mapping[str, float | None]  # pass@k of a part that is 0 or 1
+    eval_parts_best_last: Mapping[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,10 @@ class Flow:
     filtered_token_share: float | None
     dropped_by_length_decile: Sequence[int]
     rollouts_failed: Mapping[str, int]
+    granted_tokens_mean: float | None  # mean length of what came in, of versions of which no prompt was still out
+    granted_tokens_mean_trained: float | None  # the same of what was trained of it
+    grant_age_mean: float | None  # over the rollouts that were trained
+    grant_age_token_mean: float | None  # over their tokens
 
     @property
     def num_failed(self) -> int:
@@ -169,6 +179,11 @@ def _outcome(run: RunRecords) -> Outcome:
         eval_last=last_eval.reward_mean if last_eval else None,
         eval_parts_first=first_eval.reward_parts if first_eval else {},
         eval_parts_last=last_eval.reward_parts if last_eval else {},
+        eval_samples=last_eval.samples if last_eval else None,
+        eval_best_first=first_eval.reward_best_mean if first_eval else None,
+        eval_best_last=last_eval.reward_best_mean if last_eval else None,
+        eval_parts_best_first=first_eval.reward_parts_best if first_eval else {},
+        eval_parts_best_last=last_eval.reward_parts_best if last_eval else {},
     )
 
 
@@ -178,19 +193,18 @@ def _flow(run: RunRecords) -> Flow:
     tokens_generated = total(line.tokens_generated for line in lines)
     tokens_trained = total(step.tokens_trained for step in run.steps)
     tokens_filtered = total(line.tokens_filtered for line in lines)
-    ages = [(step.policy_age_mean, step.tokens_trained) for step in run.steps]
-    known_ages = [(age, tokens) for age, tokens in ages if age is not None and tokens]
-    tokens_of_known_age = sum(tokens for _, tokens in known_ages)
     failed: Counter[str] = Counter()
     for line in lines:
         failed.update(line.rollouts_failed)
+    lengths = Lengths.of(lines, run.steps)
+    by_grant = [step for step in run.steps if step.grant_age_mean is not None]
     deciles = measured(line.dropped_by_length_decile for line in lines)
     return Flow(
         tokens_generated=tokens_generated,
         tokens_trained=tokens_trained,
         tokens_generated_per_s=tokens_generated / interval_s if interval_s else None,
         tokens_trained_per_s=tokens_trained / interval_s if interval_s else None,
-        policy_age_mean=sum(age * tokens for age, tokens in known_ages) / tokens_of_known_age if known_ages else None,
+        policy_age_mean=_weighted((step.policy_age_mean, step.tokens_trained) for step in run.steps),
         policy_age_max=max(measured(step.policy_age_max for step in run.steps), default=None),
         rollouts_acked=total(line.rollouts_acked for line in lines),
         rollouts_trained=total(step.rollouts_trained for step in run.steps),
@@ -199,7 +213,17 @@ def _flow(run: RunRecords) -> Flow:
         filtered_token_share=tokens_filtered / (tokens_filtered + tokens_trained) if tokens_trained else None,
         dropped_by_length_decile=deciles[-1] if deciles else [],
         rollouts_failed=dict(failed),
+        granted_tokens_mean=lengths.came_in_mean,
+        granted_tokens_mean_trained=lengths.trained_mean,
+        grant_age_mean=_weighted((step.grant_age_mean, step.rollouts_trained) for step in by_grant),
+        grant_age_token_mean=_weighted((step.grant_age_token_mean, step.tokens_trained) for step in by_grant),
     )
+
+
+def _weighted(figures: Iterable[tuple[float | None, int | None]]) -> float | None:
+    """The mean of what was measured, by weight."""
+    known = [(figure, weight) for figure, weight in figures if figure is not None and weight]
+    return sum(figure * weight for figure, weight in known) / sum(weight for _, weight in known) if known else None
 
 
 def _health(run: RunRecords) -> Health:
@@ -282,7 +306,8 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, page: str | Path) ->
     return [
         f"{outcome.steps} steps in {clock_time(summary.wall_s)}",
         f"reward       first {_shown(outcome.reward_first)}   last {_shown(outcome.reward_last)}",
-        f"evaluation   first {_shown(outcome.eval_first)}   last {_shown(outcome.eval_last)}",
+        f"evaluation   first {_shown(outcome.eval_first)}   last {_shown(outcome.eval_last)}{_avg_at(outcome)}",
+        *_best_shown(outcome),
         (
             f"tokens/s     generated {_shown(flow.tokens_generated_per_s, ',.0f')}"
             f"   trained {_shown(flow.tokens_trained_per_s, ',.0f')}"
@@ -295,6 +320,7 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, page: str | Path) ->
         f"generators   {in_words(summary.time.generator_time_s)}",
         *_bound_shown(summary.time),
         f"policy age   mean {_shown(flow.policy_age_mean, '.2f')}   max {_shown(flow.policy_age_max, 'd')}",
+        *_lengths_shown(flow),
         (
             f"off-policy   ESS median {_shown(health.ess_share_median, '.2f')}"
             f"   min {_shown(health.ess_share_min, '.2f')}"
@@ -310,6 +336,33 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, page: str | Path) ->
         ),
         f"summary      {Path(run_dir) / SUMMARY_FILE}",
         f"report       {page}",
+    ]
+
+
+def _avg_at(outcome: Outcome) -> str:
+    return f"   (avg@{outcome.eval_samples})" if outcome.eval_samples and outcome.eval_samples > 1 else ""
+
+
+def _best_shown(outcome: Outcome) -> list[str]:
+    """The best of several completions of a prompt: of each part of the reward, or of the whole where it has none."""
+    if outcome.eval_samples is None or outcome.eval_samples < 2:
+        return []
+    lines = [
+        (f"pass@{outcome.eval_samples} of {name}", outcome.eval_parts_best_first.get(name), last)
+        for name, last in outcome.eval_parts_best_last.items()
+    ] or [(f"best of {outcome.eval_samples}", outcome.eval_best_first, outcome.eval_best_last)]
+    return [f"             first {_shown(first)}   last {_shown(last)}   ({name})" for name, first, last in lines]
+
+
+def _lengths_shown(flow: Flow) -> list[str]:
+    if flow.grant_age_mean is None:
+        return []
+    return [
+        (
+            f"lengths      granted {_shown(flow.granted_tokens_mean, '.1f')}   of them trained "
+            f"{_shown(flow.granted_tokens_mean_trained, '.1f')} tokens   trained after "
+            f"{_shown(flow.grant_age_mean, '.2f')} steps, tokens after {_shown(flow.grant_age_token_mean, '.2f')}"
+        )
     ]
 
 

@@ -8,8 +8,13 @@ from asyncrl.desk.counters import Counters, RunTotals
 from asyncrl.link.trainer_messages import StepDone
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.pacing import Pacing
+from asyncrl.storage.records import StoredGroup
 from asyncrl.weights.plan.records import Committed, RoundEnded
 from tests.desk.desk_parts import beat
+
+
+def stored(issued_version, num_tokens):
+    return StoredGroup("a", 1, 1, 0, 0, issued_version, issued_version, issued_version, num_tokens, b"")
 
 
 def step(counters: Counters, version: int = 1, *, time_s=None, interval_s: float = 2.0, **metrics: float):
@@ -68,6 +73,20 @@ def test_filtered_groups_and_their_tokens_are_increments_and_a_share_of_what_was
     second = step(restored, 2, tokens_trained=50.0)
     assert (first.groups_filtered, first.tokens_filtered, first.filtered_token_share) == (1, 30, 0.25)
     assert (second.groups_filtered, second.tokens_filtered, second.filtered_token_share) == (2, 50, 0.5)
+
+
+def test_what_came_in_and_what_is_trained_is_told_by_the_age_of_its_grant():
+    counters = Counters()
+    counters.came_in(issued_version=0, num_tokens=[5, 7])
+    counters.came_in(issued_version=2, num_tokens=[1, 1])
+    counters.batch_decided(3, [stored(issued_version=0, num_tokens=(5, 7)), stored(issued_version=2, num_tokens=(4,))])
+    counters.batch_decided(4, [stored(issued_version=3, num_tokens=(9,))])
+    third, fourth = step(counters, 3), step(counters, 4)
+    assert third.came_in_by_grant_age == {"0": {"rollouts": 2, "tokens": 2}, "2": {"rollouts": 2, "tokens": 12}}
+    assert third.trained_by_grant_age == {"0": {"rollouts": 1, "tokens": 4}, "2": {"rollouts": 2, "tokens": 12}}
+    assert (third.grant_age_mean, third.grant_age_token_mean) == (pytest.approx(4 / 3), 1.5)
+    assert (fourth.came_in_by_grant_age, fourth.trained_by_grant_age) == ({}, {"0": {"rollouts": 1, "tokens": 9}})
+    assert step(counters, 5).grant_age_mean is None, "a batch that was decided before a restart"
 
 
 def test_restored_counters_go_on_where_the_checkpoint_was():

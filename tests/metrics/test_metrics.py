@@ -63,6 +63,7 @@ def test_rates_and_shares_follow_their_formulas():
         learner_idle_s=0.5,
         generator_busy_s=3.0,
         generator_idle_s=1.0,
+        trained_by_grant_age={"0": {"rollouts": 3, "tokens": 30}, "2": {"rollouts": 1, "tokens": 70}},
     )
     record = to_record(measured)
     expected = {
@@ -72,6 +73,8 @@ def test_rates_and_shares_follow_their_formulas():
         "generator_idle_share": 0.25,
         "lost_share": 0.125,
         "filtered_token_share": 0.2,
+        "grant_age_mean": 0.5,
+        "grant_age_token_mean": 1.4,
     }
     assert {name: record[name] for name in DERIVED} == expected
 

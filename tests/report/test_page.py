@@ -261,6 +261,18 @@ def test_of_several_completions_of_a_prompt_the_best_is_shown_beside_the_mean(pa
 # -- alarms
 
 
+def test_lengths_as_granted_stand_beside_those_of_each_batch(page_of):
+    by_age = {"0": {"rollouts": 3, "tokens": 30}, "1": {"rollouts": 1, "tokens": 50}}
+    grants = {"came_in_by_grant_age": by_age, "trained_by_grant_age": by_age, "completion_tokens_mean": 20.0}
+    document = page_of(*[step(version, **grants) for version in range(1, 9)])
+    legend = [entry.text for entry in figure(document, "granted").one("ul", of="legend").all("li")]
+    assert len(legend) == 3 and legend[1].startswith("granted at this step")
+    assert points_of(document, "granted", 1) == ([*range(1, 9)], [*[20.0] * 7, None]), "of step 8 some are out"
+    assert points_of(document, "grant_age", 0)[1][0] == 0.25 and points_of(document, "grant_age", 1)[1][0] == 0.625
+    assert "Length, granted · trained" in document.root.one("dl", of="tiles").text
+    assert page_of(*whole(5), folder="older").root.all("figure", id="granted") == []
+
+
 def test_every_alarm_has_a_chart():
     assert {rule.figure for rule in RULES} == set(CHART_OF_ALARM)
 

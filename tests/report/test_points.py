@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncrl.report.page.points import Grid, running_mean
@@ -55,6 +55,8 @@ def test_a_running_mean_is_over_what_was_measured():
 
 
 @given(st.lists(FINITE, max_size=8), st.booleans())
+@example([-5e-324], False)
+@example([0.0, 1e-310], False)
 def test_every_scale_has_all_figures_between_its_ends_and_some_ticks(figures, log):
     scale = scale_for(figures, log=log)
     assert scale.low < scale.high and math.isfinite(scale.high - scale.low)

@@ -124,8 +124,14 @@ def names_used(path):
 PAGE = "asyncrl/report/page"
 MODULES_OF = {
     LINE: ["asyncrl/metrics/sinks.py"],
-    SUMMARY: ["asyncrl/report/summary.py"],
-    REPORT: [f"{PAGE}/charts.py", f"{PAGE}/curves.py", f"{PAGE}/lanes.py", f"{PAGE}/headline.py"],
+    SUMMARY: ["asyncrl/report/summary.py", "asyncrl/report/lengths.py"],
+    REPORT: [
+        "asyncrl/report/lengths.py",
+        f"{PAGE}/charts.py",
+        f"{PAGE}/curves.py",
+        f"{PAGE}/lanes.py",
+        f"{PAGE}/headline.py",
+    ],
 }
 
 

@@ -6,10 +6,11 @@ runs beside each other, only the lines that are `compared` are drawn, in one col
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from asyncrl.report.lengths import Lengths
 from asyncrl.report.page.chart import COLORS, Style
 from asyncrl.report.run_records import EvalRecord, StepRecord, SyncRecord
 
@@ -34,9 +35,19 @@ SyncLine = ChartLine[SyncRecord]
 
 
 @dataclass(frozen=True, slots=True)
+class JoinedLine:
+    """A line that is worked out from all steps together: of each step its figure."""
+
+    label: str
+    figures: Callable[[Sequence[StepRecord]], Sequence[float | None]]
+    color: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChartPlan:
     """A chart before there is a run.
 
+    joined   lines over steps that are worked out from all of them together
     evals    lines over evaluations
     rounds   lines over versions: of each, its slowest round of weight sync
     by_age   a figure of `age_health`: one line for each bucket of ages
@@ -49,6 +60,7 @@ class ChartPlan:
     title: str
     note: str
     lines: tuple[StepLine, ...] = ()
+    joined: tuple[JoinedLine, ...] = ()
     evals: tuple[EvalLine, ...] = ()
     rounds: tuple[SyncLine, ...] = ()
     by_age: str = ""
@@ -60,6 +72,18 @@ class ChartPlan:
     log: bool = False
     stacked: bool = False
     edges: tuple[float, ...] = ()
+
+
+def trained_length(step: StepRecord) -> float | None:
+    """The mean length of what was trained in a step that knows when that was granted."""
+    return step.completion_tokens_mean if step.trained_by_grant_age else None
+
+
+def as_granted(steps: Sequence[StepRecord], *, trained: bool) -> list[float | None]:
+    """Of each step the mean length of what was granted under the version before it; or of what was trained of that."""
+    lengths = Lengths.of(steps, steps)
+    means = lengths.trained if trained else lengths.came_in
+    return [means.get(step.version - 1) for step in steps]
 
 
 LEARNING = (
@@ -273,6 +297,29 @@ COMPLETIONS = (
         (StepLine("training", lambda step: step.completion_tokens_mean, noisy=True, compared=True),),
         evals=(EvalLine("held-out", lambda result: result.completion_tokens_mean, style="dots"),),
         unit="tokens",
+        edges=(0.0,),
+    ),
+    ChartPlan(
+        "granted",
+        "Lengths as granted and as trained",
+        "mean tokens; trained below granted: short completions come first, or long ones are filtered or lost",
+        (StepLine("trained in this step", trained_length, noisy=True, color=COLORS[0]),),
+        joined=(
+            JoinedLine("granted at this step", lambda steps: as_granted(steps, trained=False), COLORS[1]),
+            JoinedLine("granted at this step and trained", lambda steps: as_granted(steps, trained=True), COLORS[2]),
+        ),
+        unit="tokens",
+        edges=(0.0,),
+    ),
+    ChartPlan(
+        "grant_age",
+        "From grant to training",
+        "steps; tokens above completions: short completions are trained earlier than long ones",
+        (
+            StepLine("mean over completions", lambda step: step.grant_age_mean, noisy=True, compared=True),
+            StepLine("mean over tokens", lambda step: step.grant_age_token_mean, noisy=True, compared=True),
+        ),
+        unit="steps",
         edges=(0.0,),
     ),
     ChartPlan(

@@ -99,6 +99,10 @@ def _curves(plan: ChartPlan, source: Source) -> Iterable[Curve]:
     for line in plan.lines:
         color = line.color or ("ink" if plan.by_age else next(colors))
         yield from _curve(line, source.steps, source.step_grid, color)
+    for joined in plan.joined:
+        figures = joined.figures(source.steps)
+        if any(figure is not None for figure in figures):
+            yield _smoothed(joined.label, joined.color, source.step_grid, figures, noisy=True)
     for result in plan.evals:
         yield from _curve(result, source.evals, source.eval_grid, result.color or COLORS[1])
     for sync in plan.rounds:

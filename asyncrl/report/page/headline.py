@@ -10,7 +10,7 @@ from asyncrl.metrics.alarms import RULES, explain
 from asyncrl.report.page.charts import CHART_OF_ALARM
 from asyncrl.report.page.markup import Html, joined, markup, shown
 from asyncrl.report.run_records import RunRecords, StepRecord, mean
-from asyncrl.report.summary import RunSummary
+from asyncrl.report.summary import Outcome, RunSummary
 
 NEWEST_STEPS = 10  # what is told beside the figures of the whole run
 TELLING = 0.1  # by so much the idle shares of two sides differ where one of them is the bottleneck
@@ -140,9 +140,20 @@ def _learned(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
     yield Tile(
         "Evaluation",
         f"{shown(outcome.eval_first)} → {shown(outcome.eval_last)}",
-        f"{_counted(len(run.evals), 'evaluation')} of held-out prompts",
+        f"{_counted(len(run.evals), 'evaluation')} of held-out prompts{_at_k(outcome)}",
         "reward" if run.evals else "",
     )
+    if outcome.eval_samples is not None and outcome.eval_samples > 1:
+        parts = list(outcome.eval_parts_best_last)
+        name = parts[0] if parts else ""
+        first = outcome.eval_parts_best_first.get(name) if parts else outcome.eval_best_first
+        last = outcome.eval_parts_best_last[name] if parts else outcome.eval_best_last
+        yield Tile(
+            f"pass@{outcome.eval_samples} of {name}" if parts else f"Best of {outcome.eval_samples}",
+            f"{shown(first)} → {shown(last)}",
+            "mean over held-out prompts of the best completion of each",
+            ("eval_parts" if len(parts) > 1 else "reward") if run.evals else "",
+        )
     yield Tile(
         "Policy age",
         f"{shown(summary.flow.policy_age_mean)} steps",
@@ -155,6 +166,10 @@ def _learned(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
         f"median; the least is {shown(health.ess_share_min, '.1%')}",
         "ess" if health.ess_share_median is not None else "",
     )
+
+
+def _at_k(outcome: Outcome) -> str:
+    return f": avg@{outcome.eval_samples}" if outcome.eval_samples is not None and outcome.eval_samples > 1 else ""
 
 
 def _ran(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
@@ -182,6 +197,14 @@ def _ran(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
         f"{shown(syncs.sync_pause_ms_median)} ms",
         "rounds" if run.syncs else "",
     )
+    if flow.grant_age_mean is not None:
+        yield Tile(
+            "Length, granted · trained",
+            f"{shown(flow.granted_tokens_mean)} · {shown(flow.granted_tokens_mean_trained)}",
+            f"tokens; trained {shown(flow.grant_age_mean)} steps after the grant, weighted by length "
+            f"{shown(flow.grant_age_token_mean)}",
+            "granted",
+        )
     yield Tile(
         "Lost rollouts",
         f"{flow.num_failed + flow.rollouts_dropped:,}",

@@ -11,7 +11,7 @@ ROUND = (1.0, 2.0, 5.0, 10.0)
 ROUND_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 SLACK = 1e-3  # of a step: figures that are beyond a round end by so little stand at the edge
 MAX_LOG_TICKS = 7
-SMALLEST = 1e-300  # of what counts as above 0
+SMALLEST = 1e-300  # of what counts as above 0, or as below
 TIME_UNITS = (("s", 1.0, 180.0), ("min", 60.0, 3 * 3600.0), ("h", 3600.0, 3 * 86400.0), ("d", 86400.0, math.inf))
 
 
@@ -55,6 +55,7 @@ def scale_for(figures: Iterable[float], *, log: bool = False, edges: Sequence[fl
     if log:
         low, high = _round_below(low), _round_above(high)
         return Scale(low, high if high > low else 10 * low, log=True)
+    low, high = (end if abs(end) > SMALLEST else 0.0 for end in (low, high))  # denormal figures have no decimal power
     if 0 < low <= 0.6 * high:
         low = 0.0
     if high - low <= max(SMALLEST, 1e-9 * abs(high)):  # all the same, as far as a chart can show it
