@@ -9,7 +9,7 @@ until the next one begins, is `restart`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -57,6 +57,7 @@ class Counters:
         self._reported = RunTotals()  # the totals at the last step
         self._generators = GeneratorTotals()  # since the last step
         self._newest: dict[str, tuple[int, GeneratorTotals]] = {}  # generator -> (incarnation, its newest report)
+        self._engine_step_ms: dict[str, dict[str, float]] = {}  # of generators that beat since the last step
         self._trainer: dict[str, float] = {}  # the newest report of the trainer that lives: its time by activity
         self._trainer_lost = False  # since the last step
         self._overlapped: dict[str, float] = {}  # since the last step
@@ -77,10 +78,13 @@ class Counters:
         """Takes in a beat. Of a generator that was not known, counting starts with its first one."""
         time_s = known_seconds(beat.time_s, GeneratorActivity)
         report = GeneratorTotals(beat.tokens_generated, beat.busy_s, beat.idle_s, time_s)
+        self._engine_step_ms[name] = beat.engine_step_ms
         known = self._newest.pop(name, None)
         self._newest[name] = (incarnation, report)  # behind all others: heard of last
         if len(self._newest) > MAX_GENERATORS:
-            del self._newest[next(iter(self._newest))]
+            oldest = next(iter(self._newest))
+            del self._newest[oldest]
+            self._engine_step_ms.pop(oldest, None)
         if known is None:
             return
         before = known[1] if known[0] == incarnation else GeneratorTotals()
@@ -140,6 +144,7 @@ class Counters:
         learner_time_s = self._learner_time(done.time_s, interval_s)
         generators, self._generators = self._generators, GeneratorTotals()
         overlapped_s, self._overlapped = self._overlapped, {}
+        engine_step_ms, self._engine_step_ms = _means(self._engine_step_ms.values()), {}
         before, self._reported = self._reported, copy.deepcopy(self.totals)
         totals = self.totals
         parts, figures = _split_off(REWARD_PART, done.metrics)
@@ -158,6 +163,7 @@ class Counters:
             step_s=done.step_s,
             learner_time_s=learner_time_s,
             generator_time_s=generators.time_s,
+            engine_step_ms=engine_step_ms,
             overlapped_s=overlapped_s,
             learner_idle_s=min(learner_time_s.get(LearnerActivity.DATA, 0.0), interval_s),
             tokens_generated=generators.tokens_generated,
@@ -241,6 +247,15 @@ def _nested(by_age: dict[str, float]) -> dict[str, dict[str, float]]:
         bucket, _, name = path.partition("/")
         nested.setdefault(bucket, {})[name] = value
     return nested
+
+
+def _means(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By name, the mean over those that have it."""
+    figures: dict[str, list[float]] = {}
+    for each in parts:
+        for name, value in each.items():
+            figures.setdefault(name, []).append(value)
+    return {name: fmean(values) for name, values in figures.items()}
 
 
 def _apply(committed: Sequence[Committed]) -> str | None:

@@ -259,6 +259,7 @@ class GeneratorDaemon:
             time_s=time_s,
             busy_s=busy_s(time_s),
             idle_s=idle_s(time_s),
+            engine_step_ms=self.engine.step_ms(),
             leases=len(self.leases),
             outbox_bytes=self.session.outbox_bytes,
             held_version=held,
@@ -287,6 +288,7 @@ class GeneratorDaemon:
             sequences_received=self.leases.sequences_received,
             tickets=[lease.ticket for lease in self.leases],
             time_s=time_s,
+            engine_step_ms=self.engine.step_ms(),
         )
 
     def _room(self) -> int:

@@ -49,7 +49,7 @@ from asyncrl.link.wire_types import (
 )
 from asyncrl.types import FinishReason, LeaseKey, LeaseKind
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 # -- records inside messages ------------------------------------------------------------------------------------------
@@ -125,6 +125,7 @@ class Beat(RunMessage):
     # Of the leases in `active` that have an issued_version, in their order.
     tickets: Annotated[list[Ticket], AtMost(MAX_LEASES)] = field(default_factory=list)
     time_s: Times = field(default_factory=dict)  # cumulative, by activity: all of its time
+    engine_step_ms: Timings = field(default_factory=dict)  # what a step of its engine takes, by part
 
 
 @message(3)

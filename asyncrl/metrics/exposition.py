@@ -38,6 +38,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "generator_time_s": ("activity",),
     "overlapped_s": ("work",),
     "time_s": ("activity",),
+    "engine_step_ms": ("part",),
 }
 
 Record = AnyMetrics | GeneratorMetrics

@@ -32,14 +32,19 @@ class SimulatedEngine:
 
     The clock counts the decode steps made. A sequence of n tokens that begins when it shows c ends when it shows c + n,
     whatever the pace in between: only the pace changes with the number of running sequences and with pauses.
+    While prompts of new sequences are computed it stands still.
     `stamp` changes whenever an end that was foretold (`next_end`) may be wrong.
     """
 
-    def __init__(self, max_sequences: int, decode_s: float, decode_sequence_s: float) -> None:
+    def __init__(
+        self, max_sequences: int, decode_s: float, decode_sequence_s: float, new_sequence_s: float = 0.0
+    ) -> None:
         self._max_sequences = max_sequences
         self._decode_s = decode_s
         self._decode_sequence_s = decode_sequence_s
+        self._new_sequence_s = new_sequence_s
         self._clock = 0.0  # decode steps
+        self._prompts_s = 0.0  # of prompts that are still to be computed, on cores of its own; the clock waits for them
         self._at = 0.0  # seconds
         self._pace = 1.0
         self._paused = False
@@ -101,7 +106,7 @@ class SimulatedEngine:
         """When the next sequence ends, in seconds, if nothing changes; None when none does."""
         if not self.works:
             return None
-        return self._at + (self._running[0][0] - self._clock) / self._steps_per_s()
+        return self._at + self._prompts_s / self._pace + (self._running[0][0] - self._clock) / self._steps_per_s()
 
     def take_ended(self, now: float) -> list[SimulatedGroup]:
         """The groups that lost their last sequence by now; slots that came free are taken by waiting sequences."""
@@ -122,7 +127,9 @@ class SimulatedEngine:
         """Brings clock and busy time up to now."""
         if now > self._at:
             if self.works:
-                self._clock += (now - self._at) * self._steps_per_s()
+                prompts_s = min(self._prompts_s, (now - self._at) * self._pace)
+                self._prompts_s -= prompts_s
+                self._clock += max(0.0, now - self._at - prompts_s / self._pace) * self._steps_per_s()
             if self._running:
                 self.busy_s += now - self._at
             self._at = now
@@ -134,6 +141,7 @@ class SimulatedEngine:
         self.stamp += 1
         while self._waiting and len(self._running) < self._max_sequences:
             group, tokens = self._waiting.popleft()
+            self._prompts_s += self._new_sequence_s
             running = _RunningSequence(self._clock, tokens, group)
             heapq.heappush(self._running, (self._clock + tokens, next(self._order), running))
         if not self._running and len(self._versions) > 1:

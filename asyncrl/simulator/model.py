@@ -48,6 +48,7 @@ class Service:
     completion_tokens  length of one completion
     decode_s           one decode step of an engine with nothing in it but itself: the part that does not grow
     decode_sequence_s  what each running sequence adds to a decode step
+    new_sequence_s     what the prompt of a sequence adds to its first decode step
     reward_s           from the last token of a group to its result at the learner
     step_s             one optimizer step: the part that does not depend on its tokens
     step_token_s       what each completion token of the batch adds to a step
@@ -65,6 +66,7 @@ class Service:
     decode_sequence_s: float
     step_s: Distribution
     step_token_s: float = 0.0
+    new_sequence_s: float = 0.0
     reward_s: Distribution = field(default_factory=lambda: Constant(0.0))
     snapshot_s: Distribution = field(default_factory=lambda: Constant(0.0))
     stage_s: Distribution = field(default_factory=lambda: Constant(0.0))

@@ -9,10 +9,10 @@ on cores of its own. `Fit.ratio` says how well the simulation of the run then ag
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from asyncrl.config import Config
@@ -31,7 +31,7 @@ from asyncrl.storage.records import StoredGroup
 MIN_STEPS = 10
 WARM_UP_SHARE = 0.2  # of a run's steps: its first batches wait for the first tokens
 GRANT_S = 0.02  # a beat, its gathering and the lease
-FIXED_SHARE = 0.5  # of the decode step of a full engine, where the run cannot tell
+FIXED_SHARE = 0.5  # of the decode step of a full engine, where the run does not tell
 ROUNDS = 8
 CLOSE_ENOUGH = 0.002
 
@@ -51,6 +51,7 @@ class RunFigures:
     pause_s: tuple[float, ...]
     commit_s: tuple[float, ...]
     lengths: tuple[float, ...]
+    engine_step_s: dict[str, float]  # by part, empty where the run does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ class Fit:
     shared: SharedCores | None
     figures: RunFigures
     itself: SimulatedOutcome
+
+    @property
+    def assumes_fixed_share(self) -> bool:
+        """Whether nobody measured how much of a decode step is there with few sequences too."""
+        return not self.figures.engine_step_s
 
     @property
     def ratio(self) -> float:
@@ -107,7 +113,14 @@ def read_figures(folder: Path) -> RunFigures:
         pause_s=pauses,
         commit_s=canaries,
         lengths=tuple(read_lengths(folder / "journal")),
+        engine_step_s=_engine_step_s(steps),
     )
+
+
+def _engine_step_s(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The parts of an engine's step, in seconds: the median over the steps of the run that have them."""
+    told = [parts for step in steps if (parts := step.get("engine_step_ms"))]
+    return {name: median(parts[name] for parts in told if name in parts) / 1e3 for name in (told[0] if told else ())}
 
 
 def read_lengths(folder: Path) -> list[float]:
@@ -156,13 +169,21 @@ def fit_run(folder: Path, config: Config, *, shared: SharedCores | None, seed: i
 
 
 def _first_guess(figures: RunFigures, sizes: Sizes) -> Service:
-    """As if the engines had been full whenever they were busy, and every step had had the cores for itself."""
+    """As if every step had had the cores for itself.
+
+    What no generator measured of the engine's step is as if engines had been full whenever they were busy.
+    """
     decode_step_s = sizes.max_sequences / figures.busy_tokens_per_s
+    parts = figures.engine_step_s or {
+        "fixed": FIXED_SHARE * decode_step_s,
+        "sequence": (1 - FIXED_SHARE) * decode_step_s / sizes.max_sequences,
+    }
     step_s: Distribution = Measured(figures.step_s) if figures.step_s else Constant(1.0)
     return Service(
         completion_tokens=measured(figures.lengths, 1.0),
-        decode_s=FIXED_SHARE * decode_step_s,
-        decode_sequence_s=(1 - FIXED_SHARE) * decode_step_s / sizes.max_sequences,
+        decode_s=parts["fixed"],
+        decode_sequence_s=parts["sequence"],
+        new_sequence_s=parts.get("new_sequence", 0.0),
         step_s=step_s,
         snapshot_s=measured(figures.snapshot_s, 0.0),
         stage_s=measured(figures.stage_s, 0.0),
@@ -182,6 +203,7 @@ def _scaled(service: Service, decode: float, step: float) -> Service:
         service,
         decode_s=decode * service.decode_s,
         decode_sequence_s=decode * service.decode_sequence_s,
+        new_sequence_s=decode * service.new_sequence_s,
         step_s=step_s,
     )
 

@@ -70,7 +70,7 @@ class SimulatedRun:
         self._buffer = ReplayBuffer(pacing)
         self._groups: dict[int, SimulatedGroup] = {}  # by ordinal, in the buffer or in training
         self._engines = [
-            SimulatedEngine(sizes.max_sequences, service.decode_s, service.decode_sequence_s)
+            SimulatedEngine(sizes.max_sequences, service.decode_s, service.decode_sequence_s, service.new_sequence_s)
             for _ in range(sizes.generators)
         ]
         self._cells = [

@@ -174,6 +174,18 @@ def test_no_sum_falls_and_no_name_is_made_up_by_what_a_generator_says():
     assert step(counters).generator_time_s == {"swap": 1.0, "other": 5.0}
 
 
+def test_what_an_engines_step_takes_is_the_mean_of_those_that_have_told_since_the_last_step():
+    counters = Counters()
+    counters.beat("a", 1, beat(engine_step_ms={"fixed": 9.0}))
+    counters.beat("a", 1, beat(engine_step_ms={"fixed": 2.0, "sequence": 0.5}))
+    counters.beat("b", 1, beat(engine_step_ms={"fixed": 4.0, "sequence": 0.25}))
+    counters.beat("c", 1, beat())
+    assert step(counters).engine_step_ms == {"fixed": 3.0, "sequence": 0.375}
+    counters.beat("b", 1, beat(engine_step_ms={"fixed": 4.0}))
+    assert step(counters, 2).engine_step_ms == {"fixed": 4.0}
+    assert step(counters, 3).engine_step_ms == {}
+
+
 def test_work_beside_training_is_reported_apart():
     counters = Counters()
     counters.sync_metrics(ended(committed("a", stage_ms=300.0), committed("b", stage_ms=500.0), encode_ms=250.0))

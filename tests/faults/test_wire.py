@@ -106,6 +106,7 @@ WRONG = [
     (Beat, [*BEAT, None, 0, True, 0, [], {"decode": math.nan}], r"time_s\['decode'\] is nan"),
     (Beat, [*BEAT, None, 0, True, 0, [], {"decode": -1.0}], r"time_s\['decode'\] is -1.0"),
     (Beat, [*BEAT, None, 0, True, 0, [], {str(n): 0.0 for n in range(65)}], "time_s is dict of length 65"),
+    (Beat, [*BEAT, None, 0, True, 0, [], {}, {"fixed": -1.0}], r"engine_step_ms\['fixed'\] is -1.0"),
     (Hello, changed(HELLO, 7, 0), "num_workers is 0, must be from 1 to 1024"),
     (Hello, changed(HELLO, 7, -1), "num_workers is -1"),
     (Hello, changed(HELLO, 7, 10**10), "num_workers is 10000000000"),

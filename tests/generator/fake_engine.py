@@ -45,6 +45,9 @@ class FakeEngine:
         self.tainted = False
         self.tokens_generated = 0
 
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
     def _called(self, name: str, argument: Any = None) -> None:
         self.calls.append((name, argument))
         if name in self.fail:

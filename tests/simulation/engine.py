@@ -133,6 +133,9 @@ class Engine:
     def num_running(self) -> int:
         return len(self._running)
 
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
     def _hits(self, share: float) -> bool:
         return self._chance.random() < share
 

@@ -11,7 +11,7 @@ from asyncrl.replay.lease_records import LeaseRecord
 from asyncrl.simulator.decoding import SimulatedEngine, SimulatedGroup
 from asyncrl.types import LeaseKey, LeaseKind
 
-DECODE_S, SEQUENCE_S = 0.5, 0.125  # exact in binary: both sides add up the same numbers
+DECODE_S, SEQUENCE_S, PROMPT_S = 0.5, 0.125, 0.25  # exact in binary: both sides add up the same numbers
 
 
 def group_of(ordinal: int, sequences: int) -> SimulatedGroup:
@@ -24,6 +24,7 @@ class SlowSequence:
     group: int
     left: int
     by_version: dict[int, int] = field(default_factory=dict)
+    is_new: bool = True
 
 
 class SlowEngine:
@@ -42,7 +43,9 @@ class SlowEngine:
     def step(self, now: float, version: int) -> float:
         """One decode step; returns when it ended."""
         now += DECODE_S + SEQUENCE_S * len(self.running)
+        now += PROMPT_S * sum(sequence.is_new for sequence in self.running)
         for sequence in self.running:
+            sequence.is_new = False
             sequence.left -= 1
             sequence.by_version[version] = sequence.by_version.get(version, 0) + 1
         self.ended += [(now, sequence) for sequence in self.running if sequence.left == 0]
@@ -70,7 +73,7 @@ def test_ends_and_versions_are_those_of_an_engine_that_makes_every_step(seed):
         now = slow.step(now, version)
         steps += 1
 
-    engine = SimulatedEngine(max_sequences, DECODE_S, SEQUENCE_S)
+    engine = SimulatedEngine(max_sequences, DECODE_S, SEQUENCE_S, PROMPT_S)
     groups = [group_of(place, group_size) for place in range(len(lengths))]
     for group, tokens in zip(groups, lengths, strict=True):
         engine.add(group, tokens, 0.0)
@@ -108,6 +111,18 @@ def test_half_the_pace_takes_twice_the_time_and_no_token_is_lost():
     assert engine.next_end() == pytest.approx(whole / 2 + whole)
     assert engine.take_ended(engine.next_end()) == [group] and group.tokens_by_version == {0: 8}
     assert engine.busy_s == pytest.approx(1.5 * whole)
+
+
+def test_prompts_take_longer_on_slower_cores_and_hold_up_all_sequences():
+    engine = SimulatedEngine(4, DECODE_S, 0.0, PROMPT_S)
+    engine.add(group_of(0, 1), [8], 0.0)
+    engine.set_pace(0.5, 0.0)
+    assert engine.next_end() == pytest.approx(2 * (PROMPT_S + 8 * DECODE_S))
+    at = 2 * (PROMPT_S + 4 * DECODE_S)
+    engine.add(group_of(1, 2), [4, 4], at)
+    engine.advance(at + PROMPT_S)  # a quarter of both prompts
+    assert engine.next_end() == pytest.approx(at + 2 * (2 * PROMPT_S + 4 * DECODE_S))
+    assert len(engine.take_ended(engine.next_end())) == 2
 
 
 def test_an_idle_engine_begins_with_the_version_that_its_cell_has():

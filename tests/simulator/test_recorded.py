@@ -33,7 +33,9 @@ SERVICE = Service(
 CORES = SharedCores(4, 4, 2)
 
 
-def write_run(folder: Path, outcome: SimulatedOutcome, lengths: list[float]) -> Path:
+def write_run(
+    folder: Path, outcome: SimulatedOutcome, lengths: list[float], engine_step_ms: dict[str, float] | None = None
+) -> Path:
     """The metrics and the journal that a run with this outcome would have left, step by step alike."""
     folder.mkdir()
     interval_s = 1 / outcome.steps_per_s
@@ -44,7 +46,7 @@ def write_run(folder: Path, outcome: SimulatedOutcome, lengths: list[float]) -> 
             "kind": "step", "version": n, "interval_s": interval_s, "step_s": outcome.step_s_mean,
             "tokens_trained": trained, "tokens_generated": outcome.generated_per_busy_s * busy_s,
             "generator_busy_s": busy_s, "policy_age_mean": outcome.age_mean, "generators_alive": SIZES.generators,
-            "publish_blocked_ms": 50.0,
+            "publish_blocked_ms": 50.0, "engine_step_ms": engine_step_ms if n % 2 and engine_step_ms else {},
         }
         for n in range(1, 61)
     ]  # fmt: skip
@@ -88,13 +90,27 @@ def test_a_run_is_found_again_and_foretold_under_other_sizes(tmp_path, shared):
     true = SimulatedRun(SIZES, SERVICE, shared=shared).run()
     folder = write_run(tmp_path / "run", true, some_lengths())
     fit = fit_run(folder, config_of(SIZES), shared=shared)
-    assert fit.ratio == pytest.approx(1, abs=0.04)
+    assert fit.ratio == pytest.approx(1, abs=0.04) and fit.assumes_fixed_share
     assert fit.itself.age_mean == pytest.approx(true.age_mean, rel=0.1)
     for other in (replace(SIZES, max_age=0), replace(SIZES, max_age=4), replace(SIZES, generators=4)):
         foretold = SimulatedRun(replace(other, steps=fit.sizes.steps), fit.service, shared=shared).run()
         real = SimulatedRun(other, SERVICE, shared=shared).run()
         assert foretold.tokens_per_s == pytest.approx(real.tokens_per_s, rel=0.1)
         assert foretold.age_mean == pytest.approx(real.age_mean, rel=0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("fixed_share", [0.1, 0.9])
+def test_what_generators_measured_of_a_step_is_used_and_its_scale_is_that_of_the_run(tmp_path, fixed_share):
+    """The parts in the metrics are those of a faster engine, as a quarter of the steps are faster."""
+    whole_s = 0.04
+    sequence_s = (1 - fixed_share) * whole_s / SIZES.max_sequences
+    service = replace(SERVICE, decode_s=fixed_share * whole_s, decode_sequence_s=sequence_s, new_sequence_s=0.004)
+    true = SimulatedRun(SIZES, service).run()
+    told = {"fixed": 500 * service.decode_s, "sequence": 500 * sequence_s, "new_sequence": 2.0}
+    fit = fit_run(write_run(tmp_path / "told", true, some_lengths(), told), config_of(SIZES), shared=None)
+    assert not fit.assumes_fixed_share
+    assert fit.service.decode_s == pytest.approx(service.decode_s, rel=0.05)
+    assert fit.service.new_sequence_s == pytest.approx(0.004, rel=0.05)
 
 
 def test_catch_ups_and_first_steps_do_not_count(tmp_path):

@@ -127,13 +127,13 @@ def test_a_stage_tells_what_its_parts_took(bench):
 
 
 def test_what_workers_took_is_that_of_the_slowest_part_by_part():
-    from asyncrl.generator.engines.vllm.engine import _slowest_ms
+    from asyncrl.generator.engines.vllm.jobs import slowest_ms
 
     jobs = [
         {"elapsed_ms": 9.0, "timings_ms": {"receive_ms": 2.0, "verify_ms": 7.0}},
         {"elapsed_ms": 8.0, "timings_ms": {"receive_ms": 5.0, "verify_ms": 3.0}},
     ]
-    assert _slowest_ms(jobs) == {"stage_ms": 9.0, "receive_ms": 5.0, "verify_ms": 7.0}
+    assert slowest_ms(jobs) == {"stage_ms": 9.0, "receive_ms": 5.0, "verify_ms": 7.0}
 
 
 class Half:

@@ -66,7 +66,19 @@ def fit_lines(fit: Fit) -> list[str]:
             f"                simulated {itself.tokens_per_s:,.0f} tokens/s ({fit.ratio:.2f} of it), mean age "
             f"{itself.age_mean:.2f}"
         ),
+        f"an engine's step {_step_in_words(fit)}",
     ]
+
+
+def _step_in_words(fit: Fit) -> str:
+    service = fit.service
+    text = f"{service.decode_s / MS:.3g} ms and {service.decode_sequence_s / MS:.2g} ms for each of its sequences"
+    if fit.assumes_fixed_share:
+        return (
+            f"{text}: half of a full step is ASSUMED to be there with few sequences too, which the run does not tell; "
+            "where engines run emptier than in the run (max_age=0, more generators), tokens/s can be off by a factor"
+        )
+    return f"{text}, {service.new_sequence_s / MS:.2g} ms for the prompt of a new one; as measured"
 
 
 def table(results: Sequence[tuple[Sizes, SimulatedOutcome]]) -> list[str]:

@@ -112,6 +112,10 @@ class RolloutEngine(Protocol):
         """Tokens of finished completions since the start."""
         ...
 
+    def step_ms(self) -> dict[str, float]:
+        """What a step takes, by part (`step_times.PARTS`); empty while nothing is known of that."""
+        ...
+
     async def start(self) -> None:
         """Load the model, without weights of any version, and warm up."""
         ...

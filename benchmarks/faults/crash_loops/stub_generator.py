@@ -67,6 +67,10 @@ class StubEngine:
         self.num_running = 0
         self.tokens_generated = 0
 
+    def step_ms(self) -> dict[str, float]:
+        """It makes no steps."""
+        return {}
+
     async def start(self) -> None:
         """Nothing to load."""
 

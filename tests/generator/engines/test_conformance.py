@@ -158,6 +158,19 @@ def test_tokens_are_counted_when_their_completion_is_finished(engine):
     assert engine.engine.num_running == 0
 
 
+def test_what_a_step_takes_is_told_after_steps_with_few_and_with_many_sequences(ending_engine):
+    """Against the clock: a completion by itself takes so many steps, and a quarter of the steps are faster."""
+    engine = ending_engine
+    for _ in range(2):
+        engine.run(engine.generate(PROMPT, num_rollouts=len(SEEDS), max_new_tokens=150, seeds=SEEDS))
+    began = time.monotonic()
+    (alone,) = engine.run(engine.generate(PROMPT, num_rollouts=1, max_new_tokens=150, temperature=0.0))
+    step_ms = 1e3 * (time.monotonic() - began) / len(alone.token_ids)
+    told = engine.engine.step_ms()
+    assert set(told) == {"fixed", "sequence", "new_sequence"} and min(told.values()) >= 0
+    assert 0 < told["fixed"] + told["sequence"] < 3 * step_ms
+
+
 def test_an_aborted_request_fails_and_leaves_nothing_running(engine):
     async def abort_midway():
         task = asyncio.create_task(engine.generate(PROMPT, request_id="doomed", max_new_tokens=180, num_rollouts=8))

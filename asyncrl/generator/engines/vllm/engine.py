@@ -25,7 +25,9 @@ import numpy as np
 
 from asyncrl.errors import AsyncRLError, ChannelError, DeadlineExceeded, EngineError
 from asyncrl.generator.engines.base import CheckReport, Completion, GenerationRequest, StageReport, SwapReport
+from asyncrl.generator.engines.step_times import StepTimes
 from asyncrl.generator.engines.vllm.forking import forked_engine, in_thread, may_fork
+from asyncrl.generator.engines.vllm.jobs import progress, slowest_ms
 from asyncrl.generator.engines.vllm.options import (
     SPARE_SEQUENCES,
     EngineOptions,
@@ -33,7 +35,7 @@ from asyncrl.generator.engines.vllm.options import (
     prepare_environment,
     stop_token_ids,
 )
-from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from
+from asyncrl.generator.engines.vllm.outputs import completion_from, scores_from, time_steps
 from asyncrl.host.garbage import no_collections
 from asyncrl.host.tokenizer import load_tokenizer
 from asyncrl.link.field_checks import from_plain, to_plain
@@ -77,6 +79,7 @@ class VLLMEngine:
         self._tainted = False
         self._dead: str | None = None
         self._tokens_generated = 0
+        self._step_times = StepTimes()
         self._ids = itertools.count()
         self._requests: dict[str, list[_Sequence]] = {}
         self._slots = asyncio.Semaphore(options.max_sequences)
@@ -108,6 +111,10 @@ class VLLMEngine:
     def tokens_generated(self) -> int:
         """See `RolloutEngine.tokens_generated`."""
         return self._tokens_generated
+
+    def step_ms(self) -> dict[str, float]:
+        """See `RolloutEngine.step_ms`."""
+        return self._step_times.fit_ms()
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -164,6 +171,7 @@ class VLLMEngine:
         if self._given_up:
             llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
             raise EngineError("the engine was closed before it had started")
+        time_steps(llm, self._step_times)
         return llm
 
     async def close(self) -> None:
@@ -324,7 +332,7 @@ class VLLMEngine:
         async with self._weights_lock:
             what = f"staging version {manifest.version}"
             jobs = await self._job(what, timeout_s, "asyncrl_stage", to_plain(manifest), timeout_s, self._tainted)
-        return StageReport([job["digests"] for job in jobs], _slowest_ms(jobs))
+        return StageReport([job["digests"] for job in jobs], slowest_ms(jobs))
 
     async def leave_channel(self) -> None:
         """See `RolloutEngine.leave_channel`."""
@@ -374,6 +382,7 @@ class VLLMEngine:
         for rank, result in enumerate(results):
             if result["error"]:
                 raise EngineError(f"worker {rank} could not load version {version}: {result['error']}; {TAINTED}")
+        self._step_times.interrupted()
         await core.set_weight_version_async(str(version))
         await core.resume_scheduler_async()
         pause_ms = (time.monotonic() - paused) * 1e3
@@ -390,7 +399,7 @@ class VLLMEngine:
         found = [job["in_use"] for job in jobs]
         if any(each is None or each["version"] != version for each in found):
             raise EngineError(f"the workers compared {found}, and not version {version}; swap to it first")
-        return CheckReport([from_plain(BitsInUse, each) for each in found], _slowest_ms(jobs, "check_ms"))
+        return CheckReport([from_plain(BitsInUse, each) for each in found], slowest_ms(jobs, "check_ms"))
 
     async def _restart_unstarted(self) -> None:
         by_id = {sequence.engine_id: sequence for group in self._requests.values() for sequence in group}
@@ -420,14 +429,14 @@ class VLLMEngine:
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise DeadlineExceeded(f"not done within {timeout_s:g} s: {_progress(jobs)}")
+                raise DeadlineExceeded(f"not done within {timeout_s:g} s: {progress(jobs)}")
             try:
                 jobs = await self._rpc("asyncrl_poll", remaining)
             except DeadlineExceeded as error:
-                raise DeadlineExceeded(f"{error}; last heard: {_progress(jobs)}") from None
+                raise DeadlineExceeded(f"{error}; last heard: {progress(jobs)}") from None
             for rank, job in enumerate(jobs):
                 if job["state"] == "failed":
-                    raise ChannelError(f"{_progress([job], rank)}: {job['error']}")
+                    raise ChannelError(f"{progress([job], rank)}: {job['error']}")
             if all(job["state"] == "done" for job in jobs):
                 return jobs
             await asyncio.sleep(pause_s)
@@ -480,21 +489,3 @@ class VLLMEngine:
             self._dead = "the engine died; its log tells why"
             self._version = None
             raise EngineError(self._dead) from error
-
-
-def _slowest_ms(jobs: list[dict[str, Any]], whole: str = "stage_ms") -> dict[str, float]:
-    """What a job, under the name `whole`, and each of its parts took in the worker where that took longest."""
-    names = {name for job in jobs for name in job["timings_ms"]}
-    parts = {name: max(job["timings_ms"].get(name, 0.0) for job in jobs) for name in sorted(names)}
-    return {whole: max(job["elapsed_ms"] for job in jobs), **parts}
-
-
-def _progress(jobs: list[dict[str, Any]], first_rank: int = 0) -> str:
-    """How far the job of each worker has come that is not done with it."""
-    told = [
-        f"worker {rank} {job['state']} in phase {job['phase']}"
-        + (f", {job['received_bytes']} of {job['total_bytes']} bytes received" if job["phase"] == "stage" else "")
-        for rank, job in enumerate(jobs, first_rank)
-        if job["state"] != "done"
-    ]
-    return ", ".join(told) or "no worker has told how far it is"

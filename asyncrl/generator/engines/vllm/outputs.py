@@ -1,4 +1,7 @@
-"""vLLM's outputs as completions and scores, checked: what is missing or not finite is an error, never a number."""
+"""vLLM's outputs as completions and scores, checked: what is missing or not finite is an error, never a number.
+
+And what they tell of the steps that brought them: vLLM sends those of each step as one message with its time.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import numpy as np
 
 from asyncrl.errors import EngineError, NonFiniteError
 from asyncrl.generator.engines.base import Completion
+from asyncrl.generator.engines.step_times import StepTimes
 from asyncrl.types import FinishReason, VersionSpan
 
 if TYPE_CHECKING:
@@ -48,6 +52,29 @@ def scores_from(output: Any, num_tokens: int) -> np.ndarray:
     scores = np.asarray([found.logprobs[i] for i in first], dtype=np.float32)
     _check_finite(scores, "a scored sequence")
     return scores
+
+
+def time_steps(llm: Any, steps: StepTimes) -> None:
+    """From now on `steps` hears of each step of this AsyncLLM.
+
+    A prompt that is computed in chunks has outputs with the last one alone. So a step counts only if it brought outputs
+    for all that vLLM knows of, as it does between two arrivals.
+    """
+    receive = llm.engine_core.get_output_async
+    chunked = llm.vllm_config.scheduler_config.enable_chunked_prefill
+
+    async def received() -> Any:
+        step = await receive()
+        if step.outputs:
+            new = [output.prefill_stats for output in step.outputs if output.prefill_stats is not None]
+            if chunked and len(step.outputs) < len(llm.output_processor.request_states):
+                steps.interrupted()
+            else:
+                prompt_tokens = sum(stats.num_computed_tokens for stats in new)
+                steps.ended(step.timestamp, len(step.outputs), prompt_tokens, continued=len(step.outputs) - len(new))
+        return step
+
+    llm.engine_core.get_output_async = received
 
 
 def _check_finite(logprobs: np.ndarray, what: str) -> None:
