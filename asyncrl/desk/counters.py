@@ -41,12 +41,13 @@ class RunTotals:
 
 @dataclass(slots=True)
 class GeneratorTotals:
-    """What generators did: tokens sampled, seconds in which they were busy and idle, and seconds by activity."""
+    """What generators did: tokens sampled, seconds busy and idle, seconds by activity, and CPU seconds."""
 
     tokens_generated: int = 0
     busy_s: float = 0.0
     idle_s: float = 0.0
     time_s: dict[str, float] = field(default_factory=dict)
+    cpu_s: float = 0.0
 
 
 class Counters:
@@ -77,7 +78,7 @@ class Counters:
     def beat(self, name: str, incarnation: int, beat: Beat) -> None:
         """Takes in a beat. Of a generator that was not known, counting starts with its first one."""
         time_s = known_seconds(beat.time_s, GeneratorActivity)
-        report = GeneratorTotals(beat.tokens_generated, beat.busy_s, beat.idle_s, time_s)
+        report = GeneratorTotals(beat.tokens_generated, beat.busy_s, beat.idle_s, time_s, beat.cpu_s)
         self._engine_step_ms[name] = beat.engine_step_ms
         known = self._newest.pop(name, None)
         self._newest[name] = (incarnation, report)  # behind all others: heard of last
@@ -92,6 +93,7 @@ class Counters:
         self._generators.tokens_generated += max(0, report.tokens_generated - before.tokens_generated)
         self._generators.busy_s += max(0.0, report.busy_s - before.busy_s)
         self._generators.idle_s += max(0.0, report.idle_s - before.idle_s)
+        self._generators.cpu_s += max(0.0, report.cpu_s - before.cpu_s)
         add(self._generators.time_s, since(before.time_s, report.time_s))
 
     def lease_failed(self, reason: str, num_rollouts: int) -> None:
@@ -136,10 +138,18 @@ class Counters:
             add(spent, {str(LearnerActivity.START): early_s})
         return spent
 
-    def step_metrics(self, done: StepDone, interval_s: float, buffer: ReplayBuffer, num_alive: int) -> StepMetrics:
+    def step_metrics(
+        self,
+        done: StepDone,
+        interval_s: float,
+        buffer: ReplayBuffer,
+        num_alive: int,
+        learner_cpu_s: float | None = None,
+    ) -> StepMetrics:
         """Everything since the previous step, joined with what the trainer measured in this one.
 
-        interval_s is the time since the previous step, num_alive the number of generators whose beats come.
+        interval_s is the time since the previous step, num_alive the number of generators whose beats come,
+        learner_cpu_s the learner's CPU time since the previous step.
         """
         learner_time_s = self._learner_time(done.time_s, interval_s)
         generators, self._generators = self._generators, GeneratorTotals()
@@ -169,6 +179,8 @@ class Counters:
             tokens_generated=generators.tokens_generated,
             generator_busy_s=generators.busy_s,
             generator_idle_s=generators.idle_s,
+            learner_cpu_s=learner_cpu_s,
+            generator_cpu_s=generators.cpu_s,
             rollouts_acked=totals.rollouts_acked - before.rollouts_acked,
             rollouts_dropped=totals.rollouts_dropped - before.rollouts_dropped,
             groups_filtered=totals.groups_filtered - before.groups_filtered,

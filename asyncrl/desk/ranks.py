@@ -13,6 +13,7 @@ from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.batches import BatchDealer, DecidedStep
 from asyncrl.desk.prompts import LeasedPrompts
 from asyncrl.desk.run_state import RunState
+from asyncrl.host.cpu_time import TreeCpuTime
 from asyncrl.link import trainer_messages
 from asyncrl.link.schema.message_base import Message
 from asyncrl.link.sockets import ServerSocket
@@ -66,6 +67,8 @@ class Ranks:
         self._peers: dict[int, bytes] = {}  # rank -> routing id
         self._step_ended_at = time.monotonic()
         self._has_logged = False  # a step of this life of the learner
+        self._cpu_time = TreeCpuTime()
+        self._cpu_s = 0.0  # at the newest step that was reported
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +172,8 @@ class Ranks:
             self._step_ended_at = now
         if is_new:
             self._last_logged_version, self._has_logged = done.version, True
-            figures = self._counters.step_metrics(done, interval_s, self._state.buffer, num_alive)
+            before, self._cpu_s = self._cpu_s, self._cpu_time.seconds()
+            figures = self._counters.step_metrics(done, interval_s, self._state.buffer, num_alive, self._cpu_s - before)
             self._metrics.log_step(figures)
 
     def step_rollouts(self, message: trainer_messages.StepRollouts) -> None:

@@ -39,6 +39,7 @@ from asyncrl.generator.held_leases import HeldLeases
 from asyncrl.generator.learner_link import LearnerLink
 from asyncrl.generator.lease_runner import LeaseFailure, LeaseRunner, no_text
 from asyncrl.generator.weight_phases import WeightSync
+from asyncrl.host.cpu_time import TreeCpuTime
 from asyncrl.link import messages
 from asyncrl.link.generator_session import GeneratorSession
 from asyncrl.link.limits import BEAT_S
@@ -90,6 +91,7 @@ class GeneratorDaemon:
         self.ledger = Ledger(GeneratorActivity.START)
         self.pulse = Pulse()
         self.figures = Exposition(GeneratorMetrics)
+        self._cpu_time = TreeCpuTime()
         self.session = session
         self.engine = engine
         self.rewards = rewards
@@ -260,6 +262,7 @@ class GeneratorDaemon:
             busy_s=busy_s(time_s),
             idle_s=idle_s(time_s),
             engine_step_ms=self.engine.step_ms(),
+            cpu_s=self._cpu_time.seconds(),
             leases=len(self.leases),
             outbox_bytes=self.session.outbox_bytes,
             held_version=held,
@@ -289,6 +292,7 @@ class GeneratorDaemon:
             tickets=[lease.ticket for lease in self.leases],
             time_s=time_s,
             engine_step_ms=self.engine.step_ms(),
+            cpu_s=self._cpu_time.seconds(),
         )
 
     def _room(self) -> int:

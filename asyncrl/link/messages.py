@@ -126,6 +126,7 @@ class Beat(RunMessage):
     tickets: Annotated[list[Ticket], AtMost(MAX_LEASES)] = field(default_factory=list)
     time_s: Times = field(default_factory=dict)  # cumulative, by activity: all of its time
     engine_step_ms: Timings = field(default_factory=dict)  # what a step of its engine takes, by part
+    cpu_s: Seconds = 0.0  # cumulative, of all its processes
 
 
 @message(3)

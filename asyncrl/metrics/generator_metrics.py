@@ -21,6 +21,7 @@ class GeneratorMetrics:
     time_s: dict[str, float] = metric("s", "All of its time, by activity.", {}, adds_up=True)
     busy_s: float = metric("s", "Time with a sequence in the engine: swap, decode and eval.", 0.0, adds_up=True)
     idle_s: float = metric("s", "The rest of the time since the engine was up.", 0.0, adds_up=True)
+    cpu_s: float = metric("s", "CPU time of all its processes.", 0.0, adds_up=True)
     engine_step_ms: dict[str, float] = metric("ms", "What a step of its engine takes, by part.", {})
     leases: int = metric("leases", "Leases in hand.", 0)
     outbox_bytes: int = metric("bytes", "Size of the groups that the learner has not acknowledged yet.", 0)

@@ -209,6 +209,11 @@ class StepMetrics:
         "s", "The rest of their time since their engines were up.", 0.0, shown=(SUMMARY,), adds_up=True
     )
 
+    learner_cpu_s: float | None = metric(
+        "s", "CPU time of the learner's processes on the host of the desk.", None, adds_up=True
+    )
+    generator_cpu_s: float = metric("s", "CPU time of the generators' processes, summed over them.", 0.0, adds_up=True)
+
     loss: float | None = metric(
         "nats",
         "What the optimizer minimised: the loss over the batch by algorithm.aggregation, mean over the step's updates.",

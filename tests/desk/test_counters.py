@@ -186,6 +186,16 @@ def test_what_an_engines_step_takes_is_the_mean_of_those_that_have_told_since_th
     assert step(counters, 3).engine_step_ms == {}
 
 
+def test_cpu_time_of_generators_is_added_up_over_their_processes():
+    counters = Counters()
+    counters.beat("a", 1, beat(cpu_s=100.0))
+    counters.beat("a", 1, beat(cpu_s=103.0))
+    counters.beat("a", 2, beat(cpu_s=2.0))
+    figures = step(counters)
+    assert (figures.generator_cpu_s, figures.learner_cpu_s) == (5.0, None)
+    assert step(counters, 2).generator_cpu_s == 0.0
+
+
 def test_work_beside_training_is_reported_apart():
     counters = Counters()
     counters.sync_metrics(ended(committed("a", stage_ms=300.0), committed("b", stage_ms=500.0), encode_ms=250.0))

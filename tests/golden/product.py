@@ -405,7 +405,7 @@ def example_messages() -> list[Any]:
         m.Beat(
             3, 640, [m.ActiveLease(train, 11, 1, 5), m.ActiveLease(evaluate, 2, 0, 6), m.ActiveLease(train, 12, 0)],
             123_456, 789, 3, 512.5, 7.25, 65_536, 6, 4, False, 632, [b"ticket of 11.1", b"ticket of 2.0"],
-            {"decode": 500.25, "swap": 12.25}, {"fixed": 2.5, "sequence": 0.125},
+            {"decode": 500.25, "swap": 12.25}, {"fixed": 2.5, "sequence": 0.125}, 640.5,
         ),
         result,
         m.LeaseFailed(

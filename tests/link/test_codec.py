@@ -398,7 +398,7 @@ def test_a_reward_that_is_not_finite_travels_for_its_group_to_be_refused_by_name
 def test_messages_with_records_have_the_bytes_they_always_had():
     active = [ActiveLease(LeaseKind.TRAIN, 4, 1, 9), ActiveLease(LeaseKind.EVAL, 5, 0)]
     beat = Beat(1, 8, active, 10, 2, 0, 0.5, 0.25, 100)
-    wire = [1, 8, [["train", 4, 1, 9], ["eval", 5, 0]], 10, 2, 0, 0.5, 0.25, 100, None, 0, True, 0, [], {}, {}]
+    wire = [1, 8, [["train", 4, 1, 9], ["eval", 5, 0]], 10, 2, 0, 0.5, 0.25, 100, None, 0, True, 0, [], {}, {}, 0.0]
     assert codec.encode_body(beat) == msgpack.packb(wire)
     assert codec.encode_body(Abandon(2, [LeaseKey(LeaseKind.EVAL, 5, 0)])) == msgpack.packb([2, [["eval", 5, 0]]])
     result = GroupResult(3, 2, LeaseKind.TRAIN, 4, 1, b"1234", [ROLLOUT])
