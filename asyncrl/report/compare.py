@@ -141,7 +141,8 @@ def _section_of_rows(key: str, title: str, names: Sequence[str], rows: Mapping[s
         for name, texts in rows.items()
     )
     return markup(
-        '<section id="{0}" aria-labelledby="{0}-title"><h2 id="{0}-title">{1}</h2><div class="wide-table"><table>'
+        '<section id="{0}" aria-labelledby="{0}-title"><h2 id="{0}-title">{1}</h2>'
+        '<div class="wide-table" role="group" aria-label="Table of {1}" tabindex="0"><table>'
         "<thead><tr><td></td>{2}</tr></thead><tbody>{3}</tbody></table></div></section>\n",
         key,
         title,

@@ -89,6 +89,9 @@ def test_it_can_be_read_without_seeing_it(page_of):
     assert all(cell.attributes.get("scope") in ("row", "col") for cell in root.all("th"))
     assert all(choice.parent.tag == "label" for choice in root.all("input"))
     assert len(root.all("details")) == len(drawings)
+    scrollers = [*root.all("div", of="scroll"), *root.all("pre")]
+    assert scrollers and all(box.attributes.get("tabindex") == "0" for box in scrollers), "keys scroll them"
+    assert all(box.attributes.get("role") == "group" and box.attributes["aria-label"] for box in scrollers)
 
 
 def luminance(color):

@@ -54,6 +54,10 @@ def test_best_and_worst_of_the_newest_and_the_first_step_and_of_the_newest_evalu
 def test_each_token_has_classes_for_its_version_its_mismatch_and_its_advantage(page_with):
     (article,) = articles(page_with([make_record()]))
     prompt, completion = article.all("pre")
+    assert [(box.attributes["aria-label"], box.attributes["tabindex"]) for box in (prompt, completion)] == [
+        ("prompt", "0"),
+        ("completion", "0"),
+    ]
     assert prompt.text == "1+1="
     assert completion.text == "abc<end>"
     # Versions 3, 4, 4, 4; the trainer's log-probs are -1 + i/4, the engine's -1 - i/8; the advantage is 0.5.

@@ -326,9 +326,11 @@ def _table(chart: Chart) -> Html:
         rows.append(markup('<tr><th scope="row">{}</th>{}</tr>', curve.label, cells))
     head = joined(markup('<th scope="col">{}</th>', name) for name in ("", "first", "last", "least", "largest"))
     return markup(
-        '<details id="{}-table"><summary>Table<span class="hidden"> of {}</span></summary><div class="scroll"><table>'
+        '<details id="{}-table"><summary>Table<span class="hidden"> of {}</span></summary>'
+        '<div class="scroll" role="group" aria-label="Table of {}" tabindex="0"><table>'
         "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></details>",
         chart.key,
+        chart.title,
         chart.title,
         head,
         joined(rows),

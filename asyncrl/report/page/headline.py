@@ -236,7 +236,8 @@ def losses(run: RunRecords, summary: RunSummary) -> Html:
         markup("<tr><td>{}</td><td>{}</td></tr>", f"{count:,}", said) for count, said in _lost(run, summary) if count
     ]
     table = markup(
-        '<div class="scroll"><table class="losses"><thead><tr><th scope="col">how many</th><th scope="col">of what</th>'
+        '<div class="scroll" role="group" aria-label="Table of losses" tabindex="0"><table class="losses"><thead><tr>'
+        '<th scope="col">how many</th><th scope="col">of what</th>'
         "</tr></thead><tbody>{}</tbody></table></div>",
         joined(rows),
     )

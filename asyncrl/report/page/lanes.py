@@ -149,7 +149,8 @@ def _table(lanes: Sequence[Lane]) -> Html:
     names = ("", "rounds", "failed", "median ms", "slowest ms", "median pause ms")
     return markup(
         '<details id="rounds-table"><summary>Table<span class="hidden"> of rounds</span></summary>'
-        '<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></details>',
+        '<div class="scroll" role="group" aria-label="Table of rounds" tabindex="0"><table>'
+        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></details>",
         joined(markup('<th scope="col">{}</th>', name) for name in names),
         joined(rows),
     )

@@ -92,7 +92,9 @@ def _article(record: RolloutRecord, versions: Sequence[int]) -> Html:
         for version in sorted(set(record.token_versions))
     )
     return markup(
-        '<article class="rollout"><h3>{}</h3><p>{}; versions {}</p><pre class="prompt">{}</pre><pre>{}</pre></article>',
+        '<article class="rollout"><h3>{}</h3><p>{}; versions {}</p>'
+        '<pre class="prompt" role="group" aria-label="prompt" tabindex="0">{}</pre>'
+        '<pre role="group" aria-label="completion" tabindex="0">{}</pre></article>',
         title,
         "; ".join(facts),
         joined(chips),
