@@ -10,7 +10,7 @@ WARM_UP_SHARE = 0.1  # of the steps at the start, in which nothing is in flight 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedStep:
-    """One optimizer step. `at` is when it ended; ages weigh each of its tokens alike."""
+    """One optimizer step, on the groups with these ordinals (if kept). `at` is its end; in ages tokens weigh alike."""
 
     at: float
     tokens: int
@@ -19,6 +19,7 @@ class SimulatedStep:
     oldest_age_max: int
     step_s: float
     waited_s: float
+    ordinals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

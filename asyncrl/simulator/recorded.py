@@ -20,6 +20,7 @@ from asyncrl.config.gpus import has_gpu
 from asyncrl.config.host_checks import is_on_gpu
 from asyncrl.errors import UserError
 from asyncrl.metrics import METRICS_FILE, iterate_records
+from asyncrl.metrics.ledger import LearnerActivity
 from asyncrl.metrics.types import StepMetrics, SyncMetrics
 from asyncrl.simulator.model import Service, SharedCores, Sizes
 from asyncrl.simulator.outcome import SimulatedOutcome
@@ -52,6 +53,8 @@ class RunFigures:
     commit_s: tuple[float, ...]
     lengths: tuple[float, ...]
     engine_step_s: dict[str, float]  # by part, empty where the run does not tell
+    checkpoint_s: tuple[float, ...] = ()
+    checkpoint_write_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +108,38 @@ def read_figures(folder: Path) -> RunFigures:
         steps=len(steps),
         tokens_per_s=trained / seconds,
         age_mean=sum(age * tokens for age, tokens in aged) / trained,
-        step_s=tuple(float(step["step_s"]) for step in steps if step.get("step_s")),
+        step_s=tuple(_at_work_s(step) for step in steps if step.get("step_s")),
         busy_tokens_per_s=_total(steps, "tokens_generated") / busy_s,
         generators=max(int(step.get("generators_alive") or 1) for step in steps),
         snapshot_s=_ms(steps, "publish_blocked_ms"),
         stage_s=tuple(max(0.0, total - rest) for total in _ms(syncs, "total_ms")),
         pause_s=pauses,
         commit_s=canaries,
-        lengths=tuple(read_lengths(folder / "journal")),
+        lengths=_with_mean(read_lengths(folder / "journal"), trained, _total(steps, "rollouts_trained")),
         engine_step_s=_engine_step_s(steps),
+        checkpoint_s=_times(records, "learner_time_s", "checkpoint")[:-1],  # the last one is the end of the run
+        checkpoint_write_s=_times(records, "overlapped_s", "checkpoint"),
     )
+
+
+def _times(records: Iterable[Mapping[str, Any]], figure: str, part: str) -> tuple[float, ...]:
+    """A part of a figure, of the records that have it."""
+    return tuple(float(seconds) for record in records if (seconds := (record.get(figure) or {}).get(part)))
+
+
+def _at_work_s(step: Mapping[str, Any]) -> float:
+    """What a step takes the trainer with its messages; without them where the run does not tell where time went."""
+    time_s = step.get("learner_time_s") or {}
+    work = (LearnerActivity.COMPUTE, LearnerActivity.RANKS, LearnerActivity.MESSAGES, LearnerActivity.OTHER)
+    return sum(time_s.get(activity, 0.0) for activity in work) or float(step["step_s"])
+
+
+def _with_mean(lengths: Sequence[float], tokens: float, rollouts: float) -> tuple[float, ...]:
+    """The lengths, scaled to those of the steps: the journal keeps the newest alone, and lengths drift in training."""
+    if not lengths or not rollouts:
+        return tuple(lengths)
+    scale = tokens / rollouts / fmean(lengths)
+    return tuple(scale * length for length in lengths)
 
 
 def _engine_step_s(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -152,6 +177,10 @@ def fit_run(folder: Path, config: Config, *, shared: SharedCores | None, seed: i
         max_age=config.staleness.max_age,
         steps=max(60, min(200, figures.steps)),
         cell_size=config.weights.cell_size,
+        eval_every=config.eval.every,
+        eval_prompts=config.eval.prompts,
+        eval_samples=config.eval.samples,
+        checkpoint_every=config.checkpoint.every,
     )
     service = _first_guess(figures, sizes)
     decode_scale = step_scale = 1.0
@@ -190,6 +219,8 @@ def _first_guess(figures: RunFigures, sizes: Sizes) -> Service:
         pause_s=measured(figures.pause_s, 0.0),
         commit_s=measured(figures.commit_s, 0.0),
         grant_s=GRANT_S,
+        checkpoint_s=measured(figures.checkpoint_s, 0.0),
+        checkpoint_write_s=measured(figures.checkpoint_write_s, 0.0),
     )
 
 

@@ -54,11 +54,21 @@ class _Cell:
 class SimulatedRun:
     """One run; `run` may be called once. Equal arguments give equal runs.
 
-    shared: the cores that learner and generators share; None where each has its own.
+    shared: the cores that learner and generators share; None where each has its own. keep_batches: `steps` say on which
+    groups they were.
     """
 
-    def __init__(self, sizes: Sizes, service: Service, *, shared: SharedCores | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        service: Service,
+        *,
+        shared: SharedCores | None = None,
+        seed: int = 0,
+        keep_batches: bool = False,
+    ) -> None:
         sizes.check()
+        self._keep_batches = keep_batches
         self._sizes = sizes
         self._service = service
         self._shared = shared
@@ -127,6 +137,11 @@ class SimulatedRun:
             generated_tokens=self._generated_tokens,
             evaluated_tokens=self._evaluated_tokens,
         )
+
+    @property
+    def steps(self) -> list[SimulatedStep]:
+        """Those that were made."""
+        return self._steps
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -323,7 +338,10 @@ class SimulatedRun:
                 if counts:
                     self._tokens_by_age[age] = self._tokens_by_age.get(age, 0) + number
         step_s = now - self._step_began_at
-        self._steps.append(SimulatedStep(now, tokens, age_sum, age_max, oldest_age_max, step_s, self._waited_s))
+        ordinals = tuple(stored.ordinal for stored in self._in_step) if self._keep_batches else ()
+        self._steps.append(
+            SimulatedStep(now, tokens, age_sum, age_max, oldest_age_max, step_s, self._waited_s, ordinals)
+        )
 
     # -- weights ---------------------------------------------------------------------------------------------------
 

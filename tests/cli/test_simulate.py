@@ -19,6 +19,16 @@ def test_a_table_has_a_line_for_each_run(capsys):
     assert len({len(line) for line in lines}) == 1
 
 
+def test_figures_go_to_a_file_beside_the_table(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    assert main(["simulate", *SMALL, "--ages", "0", "1", "--json", str(file)]) == 0
+    head, synchronous, _ = capsys.readouterr().out.splitlines()
+    assert "tokens of age 0, 1, ..." in head and " 100% " in synchronous
+    assert [record["max_age"] for record in json.loads(file.read_text())] == [0, 1]
+    assert main(["simulate", *SMALL, "--ages", "0", "--json", str(tmp_path / "none" / "f")]) == 2
+    assert "--json" in capsys.readouterr().err
+
+
 def test_json_has_every_figure(capsys):
     assert main(["simulate", *SMALL, "--ages", "0", "--sigma", "1", "--json", "--pause-ms", "50"]) == 0
     (record,) = json.loads(capsys.readouterr().out)

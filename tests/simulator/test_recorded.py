@@ -73,6 +73,8 @@ def config_of(sizes: Sizes):
             f"learner.groups_per_step={sizes.groups_per_step}",
             f"staleness.max_age={sizes.max_age}",
             f"weights.cell_size={sizes.cell_size}",
+            "checkpoint.every=0",
+            "eval.prompts=0",
             "model.path=/none",
         ],
     )
@@ -120,6 +122,22 @@ def test_catch_ups_and_first_steps_do_not_count(tmp_path):
     assert figures.steps == 48 and set(figures.pause_s) == {0.05}
     assert figures.stage_s[0] == pytest.approx(0.2) and figures.lengths == (10.0,) * 8
     assert figures.tokens_per_s == pytest.approx(true.tokens_per_s)
+
+
+def test_a_step_has_its_messages_and_lengths_are_those_of_the_steps_that_count(tmp_path):
+    folder = write_run(tmp_path / "run", SimulatedRun(SIZES, SERVICE).run(), [10.0, 30.0] * 4)
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "step":
+            time_s = {"compute": 2.5, "messages": 0.25, "data": 9.0, "snapshot": 7.0}
+            saved = {"checkpoint": 0.125} if line["version"] in (20, 60) else {}
+            line |= {"learner_time_s": time_s | saved, "rollouts_trained": 32, "tokens_trained": 32 * 25}
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    figures = read_figures(folder)
+    assert set(figures.step_s) == {2.75}
+    assert figures.lengths == pytest.approx((12.5, 37.5) * 4), "the journal's mean is 20, that of the steps 25"
+    assert figures.checkpoint_s == (0.125,), "the one at the end holds up no step"
 
 
 def test_what_is_no_run_or_too_short_is_refused(tmp_path):

@@ -51,6 +51,14 @@ def test_synchronous_training_is_the_sum_of_its_parts():
     assert result.tokens_per_s == pytest.approx(4 * 2 * 10 / (sampled + 0.5 + sent))
 
 
+def test_synchronous_steps_are_on_the_groups_in_their_order_whoever_made_them():
+    run = SimulatedRun(
+        sizes(generators=3, max_age=0), service(completion_tokens=LogNormal(10, 1.0, 80)), keep_batches=True
+    )
+    run.run()
+    assert [step.ordinals for step in run.steps] == [tuple(range(4 * n, 4 * n + 4)) for n in range(20)]
+
+
 def test_a_slow_learner_bounds_the_run_and_never_waits():
     result = SimulatedRun(sizes(generators=4, max_age=2, steps=50), service(step_s=Constant(3.0))).run()
     assert result.steps_per_s == pytest.approx(1 / 3.0, rel=1e-6)

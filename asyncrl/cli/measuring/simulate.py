@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from asyncrl.cli.common import Parser
 from asyncrl.errors import ConfigError, UserError
+from asyncrl.metrics.sinks import clock_time
 from asyncrl.simulator.model import Service, SharedCores, Sizes
 from asyncrl.simulator.outcome import SimulatedOutcome
 from asyncrl.simulator.recorded import Fit, fit_run, shared_cores
@@ -20,9 +22,14 @@ from asyncrl.simulator.times import Constant, Distribution, LogNormal
 PROGRAM = "asyncrl simulate"
 EXAMPLE = "asyncrl simulate --generators 1 2 4 8 --ages 0 1 2 4 --decode-s 0.02 --step-s 6 --tokens 600"
 MS = 1e-3
+STEPS = 200
 CONFIG_FILE = "config.yaml"
 
-TITLES = ("generators", "max_age", "tokens/s", "steps/h", "age mean", "age max", "learner idle", "generators idle")
+TITLES = (
+    *("generators", "max_age", "tokens/s", "steps/h", "time", "age mean", "age max", "tokens of age 0, 1, ..."),
+    *("wasted", "learner idle", "generators idle"),
+)
+SHOWN_AGES = 6  # of the distribution; older tokens are added up
 
 
 def simulate(argv: Sequence[str]) -> int:
@@ -44,14 +51,24 @@ def simulate(argv: Sequence[str]) -> int:
     results = []
     for generators in arguments.generators or [base.generators]:
         for max_age in arguments.ages:
-            sizes = replace(base, generators=generators, max_age=max_age)
+            sizes = replace(base, generators=generators, max_age=max_age, steps=arguments.steps or base.steps)
             results.append((sizes, SimulatedRun(sizes, service, shared=shared, seed=arguments.seed).run()))
-    if arguments.json:
-        json.dump([{**asdict(sizes), **asdict(outcome)} for sizes, outcome in results], sys.stdout, indent=1)
-        print(flush=True)
-        return 0
-    print("\n".join(table(results)), flush=True)
+    if arguments.json is not None:
+        _write_json(arguments.json, [{**asdict(sizes), **asdict(outcome)} for sizes, outcome in results])
+    if arguments.json != "-":
+        print("\n".join(table(results)), flush=True)
     return 0
+
+
+def _write_json(file: str, figures: list[dict[str, Any]]) -> None:
+    text = json.dumps(figures, indent=1) + "\n"
+    if file == "-":
+        print(text, end="", flush=True)
+        return
+    try:
+        Path(file).write_text(text)
+    except OSError as error:
+        raise UserError(f"--json {file}: {error.strerror}; give a file in a folder that is there") from None
 
 
 def fit_lines(fit: Fit) -> list[str]:
@@ -94,19 +111,28 @@ def _row(sizes: Sizes, outcome: SimulatedOutcome) -> tuple[str, ...]:
         str(sizes.max_age),
         f"{outcome.tokens_per_s:,.0f}",
         f"{outcome.steps_per_s * 3600:,.0f}",
+        clock_time(outcome.wall_s),
         f"{outcome.age_mean:.2f}",
         str(outcome.age_max),
+        _ages_in_words(outcome.age_shares),
+        f"{outcome.wasted_share:.1%}",
         f"{outcome.learner_idle_share:.0%}",
         f"{outcome.generator_idle_share:.0%}",
     )
+
+
+def _ages_in_words(shares: Sequence[float]) -> str:
+    """`41% 52% 7%`, from age 0 on."""
+    shown = [*shares[: SHOWN_AGES - 1], sum(shares[SHOWN_AGES - 1 :])] if len(shares) > SHOWN_AGES else shares
+    return " ".join(f"{share:.0%}" for share in shown) + ("+" if len(shares) > SHOWN_AGES else "")
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
         description="Simulates runs over the learner's own rules for leases and batches, with the times given here: "
-        "one run for each number of generators and each bound on the policy age. Start-up, evaluations and failures "
-        "are no part of it.",
+        "one run for each number of generators and each bound on the policy age. `time` is until the last of --steps; "
+        "wasted are tokens that were sampled and not trained on. Start-up and failures are no part of it.",
         epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument(
@@ -124,7 +150,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--ages", type=whole, nargs="+", default=[0, 1, 2, 4], metavar="A", help="staleness.max_age (default 0 1 2 4)"
     )
-    parser.add_argument("--steps", type=some, default=200, help="optimizer steps of each run (default 200)")
+    parser.add_argument(
+        "--steps", type=some, help="optimizer steps of each run (default 200; of a run, as many as it has)"
+    )
     parser.add_argument("--max-sequences", type=some, default=64, help="of one generator (default 64)")
     parser.add_argument("--group-size", type=some, default=8, help="sampling.group_size (default 8)")
     parser.add_argument("--groups-per-step", type=some, default=32, help="groups of a batch (default 32)")
@@ -154,7 +182,9 @@ def _parser() -> Parser:
         help="learner and generators share so many cores; without it each has its own",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print every figure as JSON")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="every figure as JSON: in a file, or instead of the table"
+    )
     return parser
 
 
@@ -178,7 +208,7 @@ def _sizes(given: argparse.Namespace) -> Sizes:
         group_size=given.group_size,
         groups_per_step=given.groups_per_step,
         max_age=0,
-        steps=given.steps,
+        steps=given.steps or STEPS,
         cell_size=given.cell_size,
     )
 
