@@ -3,6 +3,7 @@
     python -m benchmarks                              # every script, what it measures, the figures that are committed
     python -m benchmarks --quick [NAME ...]           # does each run: three minutes for those that need no peers
     python -m benchmarks --run NAME [NAME ...]        # measures; results go to runs/benchmarks
+    python -m benchmarks --readme                     # writes the table of README.md anew, from what is committed
     python -m benchmarks --compare [FOLDER]           # what was measured (runs/benchmarks) against benchmarks/results
 
 A comparison looks at ratios against the reference of the same run alone, since seconds of two machines say nothing
@@ -22,13 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, spread
+from benchmarks.readme_table import with_table
+from benchmarks.speed.peer_environment import peer_python
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
 COMMITTED = HERE / "results"
 FOLDERS = ("speed", "studies", "faults", "gpu")
 # Those that run without peers, a model of one's own, or minutes of engines.
 QUICK = ("speed.transport", "speed.digest", "speed.head", "speed.weight_delta", "speed.desk_load")
+PEERS = {"speed.learner_vs_trl", "speed.end_to_end_vs_trl"}
 QUICK_TIMEOUT_S = 180.0
 ALLOWANCE = 0.10
 # More of these is better; of all other units less is.
@@ -81,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--compare", nargs="?", const=RESULTS, type=Path, metavar="FOLDER", help="against benchmarks/results"
     )
+    what.add_argument("--readme", action="store_true", help="write the table of README.md anew")
     arguments = parser.parse_args(argv)
+    if arguments.readme:
+        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
     known = {script.name: script for script in scripts()}
     if arguments.quick is not None or arguments.run is not None:
         quick = arguments.quick is not None
@@ -116,14 +125,17 @@ def listing(known: Iterator[Script] | Sequence[Script]) -> list[str]:
     for script in known:
         lines.append(f"{script.name}: {script.sentence}")
         for path in sorted(COMMITTED.glob(f"{script.name.partition('.')[2]}*.json")):
-            lines += [f"    {_shown(row)}" for row in _rows(path) if "ratio_median" in row]
+            lines += [f"    {_shown(row)}" for row in _rows(path) if "ratio_median" in row or row.get("bar")]
     return lines
 
 
 def _shown(row: dict[str, Any]) -> str:
-    low, high = row["ratio_range"]
     bar = f"; bar {row['bar']}" if row.get("bar") else ""
     unit = f", {row['unit']}" if row["unit"] else ""
+    if "ratio_median" not in row:
+        median, low, high = spread(row["asyncrl"])
+        return f"{row['what']}{unit}: {median:.4g} ({low:.4g} to {high:.4g}){bar}"
+    low, high = row["ratio_range"]
     return f"{row['what']}{unit}: {row['ratio_median']:.3g} of {row['against']} ({low:.3g} to {high:.3g}){bar}"
 
 
@@ -138,6 +150,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def run_all(names: Sequence[str], *, quick: bool) -> int:
     """Runs scripts one after the other, each in a process of its own; goes on after one that fails."""
     failed = []
+    if PEERS.intersection(names):
+        peer_python()  # before any script's time runs
     for name in names:
         began = time.monotonic()
         command = [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if quick else [])]

@@ -177,9 +177,9 @@ class Report:
         )
         return median
 
-    def figure(self, what: str, unit: str, values: Sequence[float]) -> None:
+    def figure(self, what: str, unit: str, values: Sequence[float], bar: str = "") -> None:
         """A measurement without a reference."""
-        self._add({"what": what, "unit": unit, "asyncrl": list(values)})
+        self._add({"what": what, "unit": unit, "asyncrl": list(values), "bar": bar})
 
     def _add(self, row: dict[str, Any]) -> None:
         self.rows.append({**row, "others_cpu_share": round(self._others_share, 4)})
@@ -249,7 +249,7 @@ class Report:
                 )
             else:
                 what, bounds = f"{row['what']}, {row['unit']}", f"{shown(low)} .. {shown(high)}"
-                lines.append([mark, what, shown(median), "", "", bounds, ""])
+                lines.append([mark, what, shown(median), "", "", bounds, row["bar"]])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 

@@ -39,7 +39,7 @@ from benchmarks.speed.peer_lengths import LAWS, lognormal_shares
 from benchmarks.speed.peer_task import prompt
 
 BARS = {"equal": ">= 1.6", "lognormal": ">= 3"}
-ENGINES = {"transformers": "trl", "continuous": "trl", "vllm": "trl-vllm"}  # and the environment of each
+ENGINES = ("transformers", "continuous", "vllm")
 FIRST_STEPS = 3  # of a run of asyncrl, left out
 RUN_TIMEOUT_S, STOP_TIMEOUT_S = 1200.0, 30.0
 COMMAND = (sys.executable, "-m", "asyncrl.cli.main")
@@ -92,7 +92,7 @@ def start_trl(case: Case, peers: Path, engine: str, rows: int) -> Side:
     }
     path = case.folder / "trl.json"
     path.write_text(json.dumps(spec))
-    side = Side([peer_python(ENGINES[engine], peers), WORKER, path], case.folder / f"trl-{engine}.log", case.threads)
+    side = Side([peer_python(peers), WORKER, path], case.folder / f"trl-{engine}.log", case.threads)
     try:
         side.answer()
     except RuntimeError:

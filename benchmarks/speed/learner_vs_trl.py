@@ -204,7 +204,7 @@ def main() -> int:
         options.rows, options.attentions = [16], ["sdpa"]
     if options.completions % GROUP_SIZE:
         parser.error(f"--completions {options.completions}: must be a multiple of the group size {GROUP_SIZE}")
-    peers = peer_python("trl", options.peers)
+    peers = peer_python(options.peers)
     report = common.Report("learner_vs_trl", options)
     for dtype in options.dtypes:
         for law in options.laws:

@@ -1,8 +1,9 @@
 """Random models of the Llama type whose completions have a known length: fixed, geometric, or of any other law.
 
 One dimension of the residual stream is reserved: every embedding writes the same number into it and no layer adds to
-it, so it reaches the output head as a constant, and the end token's logit is set through it alone. The other logits
-are close to equal.
+it, so it reaches the output head as nearly a constant, and the end token's logit is set through it alone. The other
+logits are close to equal. How large the constant is after the last norm, and how large the other logits are, hangs on
+the size of the model: both are measured on random tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 END_ID = 1
 FIRST_CHARACTER = 0x4E00
 QUIET = 0.05  # of what layers add, in a model whose tokens follow from each other
+SEQUENCES, POSITIONS = 8, 128  # of random tokens, on which a model is measured
+BISECTIONS = 60
 CERTAIN = 20.0  # nats by which the one right token is ahead
 
 
@@ -54,11 +57,33 @@ def make_model(folder: Path, size: str, *, mean_tokens: float | None = None, see
             layer.mlp.down_proj.weight[0] = 0.0
         embedding = model.model.embed_tokens.weight
         embedding[:, 0] = 1.0
-        # The norm before the head turns the constant, by far the largest dimension, into about sqrt(hidden).
-        share = 1e-12 if mean_tokens is None else 1.0 / mean_tokens
-        wanted = math.log(share * (shape.vocab - 1) / (1.0 - share))
-        embedding[END_ID, 0] = 1.0 + wanted / math.sqrt(shape.hidden)
+        embedding[END_ID, 0] = _end_weight(model, 1e-12 if mean_tokens is None else 1.0 / mean_tokens)
     return _save(model, folder)
+
+
+def _end_weight(model: Any, share: float) -> float:
+    """What the end token's embedding must have in the reserved place to be sampled with probability `share` on average.
+
+    The average is over random tokens, which is what the model itself writes.
+    """
+    import torch
+
+    vocab = model.config.vocab_size
+    embedding = model.model.embed_tokens.weight
+    written = torch.randint(END_ID + 1, vocab, (SEQUENCES, POSITIONS))
+    hidden = model.model(written).last_hidden_state.double().flatten(0, 1)
+    logits = hidden @ embedding.double().T
+    logits[:, END_ID] = -torch.inf
+    others = logits.logsumexp(dim=1)
+    end = embedding[END_ID].double().clone()
+    end[0] = 0.0
+    ahead = hidden @ end - others
+    low, high = -100.0, 100.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        mean = torch.sigmoid(ahead + middle * hidden[:, 0]).mean()
+        low, high = (middle, high) if mean < share else (low, middle)
+    return high
 
 
 def make_counting_model(folder: Path, size: str, shares: Sequence[float], *, seed: int = 0) -> Path:

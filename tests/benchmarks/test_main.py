@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as entry
+from benchmarks.readme_table import with_table
 
 
 def results(folder: Path, name: str, unit: str, ratios: list[float]) -> None:
@@ -49,6 +50,29 @@ def test_a_ratio_that_is_worse_than_the_worst_committed_pair_fails(
     results(tmp_path / "new", "speed.quick", unit, [0.0001 if unit != "ms" else 1000.0])
     assert entry.main(["--compare", str(tmp_path / "new")]) == code
     assert ("WORSE" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_regression_planted_into_a_committed_result_is_found(tmp_path, capsys):
+    """Every committed file, as it is and with the medians of its ratios spoilt: the first passes, the second fails."""
+    for path in entry.COMMITTED.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    assert entry.main(["--compare", str(tmp_path)]) == 0
+    path = tmp_path / "learner_vs_trl.json"
+    record = json.loads(path.read_text())
+    row = record["rows"][0]
+    row["ratio_median"] = min(row["ratios"]) * 0.85
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert entry.main(["--compare", str(tmp_path)]) == 1
+    worse = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WORSE")]
+    assert len(worse) == 1 and f"learner_vs_trl: {row['what']}, tokens/s" in worse[0]
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_results():
+    page = entry.README.read_text(encoding="utf-8")
+    assert with_table(page) == page, "run python -m benchmarks --readme"
+    with pytest.raises(ValueError, match="must have"):
+        with_table("no markers")
 
 
 def test_nothing_to_compare_is_no_success(tmp_path, capsys):

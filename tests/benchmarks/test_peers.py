@@ -57,6 +57,33 @@ def test_a_model_of_fixed_lengths_reads_its_prompts(tmp_path):
     assert len(tokenizer(text)["input_ids"]) == 16 and tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.parametrize("size", [pytest.param("0.8M"), pytest.param("10M", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("law", ["geometric", "lognormal"])
+def test_sampled_completions_have_the_mean_length_that_was_asked_for(size, law, tmp_path):
+    """A model that was asked for 64 once ended at 390: what its end token's logit came out as hung on its size."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    count = 256
+    places = np.arange(1, CAP + 1)
+    if law == "geometric":
+        folder = make_model(tmp_path, size, mean_tokens=MEAN)
+        shares = (1 - 1 / MEAN) ** (places - 1) / MEAN
+        shares[-1] = 1 - shares[:-1].sum()  # what would be longer is cut
+    else:
+        shares = lognormal_shares(mean=MEAN, cap=CAP)
+        folder = make_counting_model(tmp_path, size, shares)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = torch.tensor([tokenizer(prompt(index, 8, SIZES[size].vocab))["input_ids"] for index in range(count)])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        sampled = model.generate(prompts, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=CAP, pad_token_id=0)
+    lengths = (sampled[:, prompts.shape[1] :] != 0).sum(dim=1).numpy()
+    mean = float((places * shares).sum())
+    deviation = float(np.sqrt((places**2 * shares).sum() - mean**2))
+    assert abs(lengths.mean() - mean) < 4 * deviation / np.sqrt(count)
+
+
 def test_both_sides_read_the_same_batch(tmp_path):
     lengths = draw_lengths("lognormal", 16, mean=MEAN, cap=CAP, rng=np.random.default_rng(1))
     path = tmp_path / "batch.npz"
@@ -98,13 +125,20 @@ def test_an_environment_is_made_once_for_each_list_of_versions(tmp_path, monkeyp
     python = tmp_path / "trl" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
-    assert peer_python("trl", tmp_path) == python and any("trl==1.16.0" in command for command in commands)
+    assert peer_python(tmp_path) == python and any(peer_environment.LOCK in command for command in commands)
     made = len(commands)
-    assert peer_python("trl", tmp_path) == python and len(commands) == made
+    assert peer_python(tmp_path) == python and len(commands) == made
     stamp = tmp_path / "trl" / "installed.json"
     stamp.write_text(json.dumps([*json.loads(stamp.read_text()), "other==1"]))
-    peer_python("trl", tmp_path)
+    peer_python(tmp_path)
     assert len(commands) == 2 * made
+
+
+def test_the_peers_run_on_exactly_what_asyncrl_runs_on():
+    root = peer_environment.LOCK.parents[2]
+    ours = peer_environment.pins(root / "requirements-cpu.lock")
+    assert peer_environment.pins(peer_environment.LOCK) == [*ours, "trl==1.16.0"]
+    assert all("==" in pin for pin in ours) and len(ours) > 100
 
 
 class _Done:
