@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from asyncrl.cli.common import command
 from asyncrl.config import Config
+from asyncrl.report.advisor import Advice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +20,14 @@ def _start(config: Config) -> int:
     # Torch and zmq come in only here, after everything the user wrote has been checked.
     from asyncrl.desk.daemon import run_learner
 
-    return run_learner(config)
+    return run_learner(config, advise=_advise)
+
+
+def _advise(run_dir: Path) -> Advice:
+    """What to change in a run: thought over by simulating it, which is imported when the run is over."""
+    from asyncrl.simulator.advice import advise
+
+    return advise(run_dir)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import logging
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from asyncrl.config import Config
@@ -45,6 +46,7 @@ from asyncrl.metrics import METRICS_FILE, EvalMetrics, Metrics, StepMetrics, Syn
 from asyncrl.metrics.exposition import Exposition
 from asyncrl.metrics.health import Pulse
 from asyncrl.metrics.http_pages import HttpPages, Vitals
+from asyncrl.report.advisor import Advice, Advise
 from asyncrl.report.rollouts.files import ROLLOUTS_FOLDER
 from asyncrl.report.rollouts.jobs import WriterSetup
 from asyncrl.report.rollouts.writer import CLOSE_TIMEOUT_S, RolloutWriter
@@ -79,10 +81,10 @@ class Surroundings:
     rollouts: RolloutWriter | None = None
 
 
-def run_learner(config: Config, stop: StopSignal | None = None) -> int:
+def run_learner(config: Config, stop: StopSignal | None = None, advise: Advise | None = None) -> int:
     """Runs one learner to the end of its run, or to a signal. Returns its exit code; raises AsyncRLError otherwise.
 
-    stop: what ends it early; None makes one of its own.
+    stop: what ends it early; None makes one of its own. advise: says at the end what to change in the run.
     """
     stop = stop or StopSignal()
     pin_to(config.learner.cpus, "learner.cpus")
@@ -118,21 +120,31 @@ def run_learner(config: Config, stop: StopSignal | None = None) -> int:
         code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
             write_finished(run_dir, config, state.policy.trained)
-    _report(run_dir, hurried=stop.received is not None)
+    _report(run_dir, advise, hurried=stop.received is not None)
     return code
 
 
-def _report(run_dir: Path, *, hurried: bool) -> None:
+def _report(run_dir: Path, advise: Advise | None, *, hurried: bool) -> None:
     """Writes summary.json and report.html, and prints the last lines.
 
-    hurried: somebody waits for the end, so that a long run, whose report takes seconds, gets none.
+    hurried: somebody waits for the end, so that nothing is thought over, and a long run, whose report takes seconds,
+    gets none.
     """
     if hurried and (run_dir / METRICS_FILE).stat().st_size > MAX_HURRIED_BYTES:
         log.info("the run is long, and somebody waits for its end: `asyncrl report %s` writes its report", run_dir)
         return
     from asyncrl.report.writing import report  # not at the start, which generators wait for
 
-    report(run_dir)
+    report(run_dir, None if hurried or advise is None else partial(_advice, advise))
+
+
+def _advice(advise: Advise, run_dir: Path) -> Advice:
+    """What to change in a run that is over. No fault of it keeps the run from its summary."""
+    try:
+        return advise(run_dir)
+    except Exception as error:
+        log.exception("what to change in the run is not known: its simulation failed")
+        return Advice(note=f"nothing is predicted: the simulation of the run failed ({error!r}); the log tells where")
 
 
 def make_desk(config: Config, state: RunState, prompts: LeasedPrompts, surroundings: Surroundings) -> Desk:

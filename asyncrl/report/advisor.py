@@ -1,4 +1,4 @@
-"""What bounds a run, read from where its time went; see `metrics.ledger`.
+"""What bounds a run, read from where its time went (`metrics.ledger`); and what is said of changes to it.
 
     the learner waits for data?   generators wait for leases?   then what bounds the run is
     ---------------------------   ---------------------------   --------------------------------------------------
@@ -9,15 +9,19 @@
 
 Start-up is left out of all shares: a longer run has as much of it. A run that was start-up for the most part is not
 judged beyond that.
+
+What a change would bring is predicted by simulating the run (`simulator.advice`); here is how it is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from asyncrl.metrics.ledger import GeneratorActivity, LearnerActivity, shares
 
+WORTH_CHANGING = 0.05  # a predicted gain below this share of the throughput is none to change a run for
 WORTH_NAMING = 0.1  # a wait below this share of a side's time is none that somebody would tune for
 
 # What generators spend their time on → its name as a bound, and what to say of it.
@@ -41,6 +45,49 @@ class Bottleneck:
 
     name: str
     evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdvisedChange:
+    """A change to a run, and the completion tokens that it would then train per second, with their interval.
+
+    setting  as it is written on the command line
+    gain     share of the throughput that was measured
+    cost     what is paid for it, in words
+    """
+
+    setting: str
+    tokens_per_s: float
+    low: float
+    high: float
+    gain: float
+    cost: str
+
+    def in_words(self, measured: float) -> str:
+        """`staleness.max_age=3: 2,400 tokens/s (2,160 to 2,640), +18%; costs: ...`."""
+        told = f"{self.tokens_per_s:,.0f} tokens/s ({self.low:,.0f} to {self.high:,.0f}), {self.gain:+.0%}"
+        if self.low <= measured:
+            told += ", but whether it gains at all cannot be told"
+        return f"{self.setting}: {told}; costs: {self.cost}"
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Changes worth making to a run that trained `measured` tokens per second, the best first.
+
+    note: why there are none, or what else is to be known.
+    """
+
+    changes: tuple[AdvisedChange, ...] = ()
+    measured: float = 0.0
+    note: str = ""
+
+    def lines(self) -> list[str]:
+        """For people; empty where there is nothing to say."""
+        return [*(change.in_words(self.measured) for change in self.changes), *([self.note] if self.note else [])]
+
+
+Advise = Callable[[Path], Advice]  # of the run in a folder
 
 
 def bottleneck(learner_s: Mapping[str, float], generator_s: Mapping[str, float]) -> Bottleneck | None:

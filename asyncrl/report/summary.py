@@ -13,7 +13,7 @@ from typing import Any
 from asyncrl.metrics.alarms import RULES
 from asyncrl.metrics.ledger import in_words, shares
 from asyncrl.metrics.sinks import clock_time
-from asyncrl.report.advisor import bottleneck
+from asyncrl.report.advisor import Advice, bottleneck
 from asyncrl.report.lengths import Lengths
 from asyncrl.report.run_records import RunRecords, mean, measured, middle, total, totals
 
@@ -128,6 +128,7 @@ class RunSummary:
     syncs: Syncs
     idle: Idle
     time: TimeSpent
+    advice: Advice
     wall_s: float
     unreadable_lines: int
 
@@ -135,11 +136,12 @@ class RunSummary:
         """The content of summary.json: all figures in one mapping; unreadable_lines only where there are any."""
         parts = (self.outcome, self.flow, self.health, self.syncs, self.idle, self.time)
         content = {name: value for part in parts for name, value in asdict(part).items()} | {"wall_s": self.wall_s}
+        content |= {"changes": [asdict(change) for change in self.advice.changes], "changes_note": self.advice.note}
         return content | ({"unreadable_lines": self.unreadable_lines} if self.unreadable_lines else {})
 
 
-def summarize(run: RunRecords) -> RunSummary:
-    """Works out the summary of a run."""
+def summarize(run: RunRecords, advice: Advice | None = None) -> RunSummary:
+    """Works out the summary of a run. advice: what to change in it, where that was thought over."""
     return RunSummary(
         outcome=_outcome(run),
         flow=_flow(run),
@@ -147,17 +149,18 @@ def summarize(run: RunRecords) -> RunSummary:
         syncs=_syncs(run),
         idle=_idle(run),
         time=_time(run),
+        advice=advice or Advice(),
         wall_s=run.wall_s,
         unreadable_lines=run.unreadable_lines,
     )
 
 
-def write_summary(run: RunRecords) -> RunSummary:
+def write_summary(run: RunRecords, advice: Advice | None = None) -> RunSummary:
     """Works out the summary of a run, writes it to summary.json in one move, and returns it.
 
     Raises OSError when it cannot be written.
     """
-    summary = summarize(run)
+    summary = summarize(run, advice)
     target = run.run_dir / SUMMARY_FILE
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -319,6 +322,7 @@ def summary_lines(summary: RunSummary, run_dir: str | Path, page: str | Path) ->
         f"learner      {in_words(summary.time.learner_time_s)}",
         f"generators   {in_words(summary.time.generator_time_s)}",
         *_bound_shown(summary.time),
+        *(f"{'change' if n == 0 else '':13}{line}" for n, line in enumerate(summary.advice.lines())),
         f"policy age   mean {_shown(flow.policy_age_mean, '.2f')}   max {_shown(flow.policy_age_max, 'd')}",
         *_lengths_shown(flow),
         (

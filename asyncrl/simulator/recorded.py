@@ -84,13 +84,8 @@ def read_figures(folder: Path) -> RunFigures:
     Raises UserError where there is no run, or one of fewer than MIN_STEPS steps.
     """
     path = folder / METRICS_FILE
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file; give the run.dir of a run that has trained")
-    records = [record for record in iterate_records(path) if record is not None]
-    steps = [record for record in records if record.get("kind") == StepMetrics.kind]
-    if len(steps) < MIN_STEPS:
-        raise UserError(f"{folder} has {len(steps)} steps; a run of {MIN_STEPS} or more can be simulated")
-    steps = steps[int(WARM_UP_SHARE * len(steps)) :]
+    records = _read_records(folder)
+    steps = _counted_steps(folder, records)
     syncs = [
         record
         for record in records
@@ -148,6 +143,25 @@ def _engine_step_s(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: median(parts[name] for parts in told if name in parts) / 1e3 for name in (told[0] if told else ())}
 
 
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's steps after the first fifth. Raises UserError as `read_figures`."""
+    return _counted_steps(folder, _read_records(folder))
+
+
+def _read_records(folder: Path) -> list[dict[str, Any]]:
+    path = folder / METRICS_FILE
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; give the run.dir of a run that has trained")
+    return [record for record in iterate_records(path) if record is not None]
+
+
+def _counted_steps(folder: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    steps = [record for record in records if record.get("kind") == StepMetrics.kind]
+    if len(steps) < MIN_STEPS:
+        raise UserError(f"{folder} has {len(steps)} steps; a run of {MIN_STEPS} or more can be simulated")
+    return steps[int(WARM_UP_SHARE * len(steps)) :]
+
+
 def read_lengths(folder: Path) -> list[float]:
     """Completion tokens of every rollout in the journal; empty without one."""
     lengths: list[float] = []
@@ -161,27 +175,35 @@ def read_lengths(folder: Path) -> list[float]:
     return lengths
 
 
-def fit_run(folder: Path, config: Config, *, shared: SharedCores | None, seed: int = 0) -> Fit:
-    """Makes a run that can be simulated out of one that was made.
-
-    config: what the run was started with. shared: the cores that its sides shared (`shared_cores`), None without any.
-
-    Raises UserError as `read_figures`.
-    """
-    figures = read_figures(folder)
-    sizes = Sizes(
-        generators=figures.generators,
+def sizes_of(config: Config, generators: int, steps: int) -> Sizes:
+    """The sizes of a run of this configuration."""
+    return Sizes(
+        generators=generators,
         max_sequences=config.generator.max_sequences,
         group_size=config.sampling.group_size,
         groups_per_step=config.learner.groups_per_step,
         max_age=config.staleness.max_age,
-        steps=max(60, min(200, figures.steps)),
+        steps=steps,
         cell_size=config.weights.cell_size,
         eval_every=config.eval.every,
         eval_prompts=config.eval.prompts,
         eval_samples=config.eval.samples,
         checkpoint_every=config.checkpoint.every,
     )
+
+
+def fit_run(
+    folder: Path, config: Config, *, shared: SharedCores | None, seed: int = 0, steps: int | None = None
+) -> Fit:
+    """Makes a run that can be simulated out of one that was made.
+
+    config: what the run was started with. shared: the cores that its sides shared (`shared_cores`), None without any.
+    steps: of its simulations; None: as many as the run has, between 60 and 200.
+
+    Raises UserError as `read_figures`.
+    """
+    figures = read_figures(folder)
+    sizes = sizes_of(config, figures.generators, steps or max(60, min(200, figures.steps)))
     service = _first_guess(figures, sizes)
     decode_scale = step_scale = 1.0
     scaled = service

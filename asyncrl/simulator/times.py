@@ -15,6 +15,9 @@ class Distribution(Protocol):
     def draw(self, rng: random.Random) -> float:
         """One number."""
 
+    def times(self, factor: float) -> Distribution:
+        """Every number so many times as large."""
+
     @property
     def mean(self) -> float:
         """The mean of all that could be drawn."""
@@ -29,6 +32,10 @@ class Constant:
     def draw(self, rng: random.Random) -> float:
         """See `Distribution.draw`."""
         return self.value
+
+    def times(self, factor: float) -> Constant:
+        """See `Distribution.times`."""
+        return Constant(factor * self.value)
 
     @property
     def mean(self) -> float:
@@ -49,6 +56,10 @@ class Measured:
         """See `Distribution.draw`."""
         return self.values[int(rng.random() * len(self.values))]
 
+    def times(self, factor: float) -> Measured:
+        """See `Distribution.times`."""
+        return Measured(tuple(factor * value for value in self.values))
+
     @property
     def mean(self) -> float:
         """See `Distribution.mean`."""
@@ -66,6 +77,10 @@ class LogNormal:
     def draw(self, rng: random.Random) -> float:
         """See `Distribution.draw`."""
         return min(self.most, rng.lognormvariate(math.log(self.centre) - self.sigma**2 / 2, self.sigma))
+
+    def times(self, factor: float) -> LogNormal:
+        """See `Distribution.times`."""
+        return LogNormal(factor * self.centre, self.sigma, factor * self.most)
 
     @property
     def mean(self) -> float:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+
 from asyncrl.desk import daemon
 from asyncrl.desk.acknowledgements import Acknowledgements
 from asyncrl.desk.intake import Intake
@@ -10,6 +14,7 @@ from asyncrl.desk.prompts import LeasedPrompts, MadeAtOnce
 from asyncrl.desk.proofs import Proofs
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
+from asyncrl.report.advisor import Advice, AdvisedChange
 from asyncrl.storage.journal import Journal
 from asyncrl.storage.records import StepTaken
 from tests.desk.desk_parts import VOCAB, Prompts, hello, small_config, train_group
@@ -67,11 +72,30 @@ def test_whoever_stops_a_long_run_does_not_wait_for_its_report(tmp_path, monkeyp
     size = (folder / "metrics.jsonl").stat().st_size
     monkeypatch.setattr(daemon, "MAX_HURRIED_BYTES", size - 1)
     with caplog.at_level("INFO"):
-        daemon._report(folder, hurried=True)
+        daemon._report(folder, None, hurried=True)
     assert not (folder / "report.html").exists() and f"asyncrl report {folder}" in caplog.text
-    daemon._report(folder, hurried=False)
+    daemon._report(folder, None, hurried=False)
     assert (folder / "report.html").exists() and (folder / "summary.json").exists()
     (folder / "report.html").unlink()
     monkeypatch.setattr(daemon, "MAX_HURRIED_BYTES", size)
-    daemon._report(folder, hurried=True)
+    daemon._report(folder, lambda run_dir: pytest.fail("somebody waits"), hurried=True)
     assert (folder / "report.html").exists()
+
+
+def test_the_end_of_a_run_says_what_to_change_and_why_it_cannot(tmp_path, caplog, capsys):
+    folder = write_run(tmp_path / "run", whole(5))
+    change = AdvisedChange("staleness.max_age=3", 480.0, 430.0, 530.0, 0.2, "tokens up to 3 steps old")
+    daemon._report(folder, lambda run_dir: Advice((change,), measured=400.0), hurried=False)
+    said = "change       staleness.max_age=3: 480 tokens/s (430 to 530), +20%; costs: tokens up to 3 steps old"
+    assert said in capsys.readouterr().out.splitlines()
+    assert "staleness.max_age=3: 480" in (folder / "report.html").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["changes"][0]["gain"] == 0.2 and summary["changes_note"] == ""
+
+    def fails(run_dir):
+        raise ZeroDivisionError("no such run")
+
+    daemon._report(folder, fails, hurried=False)
+    assert "the simulation of the run failed (ZeroDivisionError" in capsys.readouterr().out
+    assert "its simulation failed" in caplog.text
+    assert json.loads((folder / "summary.json").read_text())["changes"] == []

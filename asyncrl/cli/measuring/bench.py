@@ -25,6 +25,7 @@ from asyncrl.errors import ConfigError, UserError
 from asyncrl.host.process_memory import memory_of_tree
 from asyncrl.metrics import METRICS_FILE, iterate_records
 from asyncrl.metrics.types import StepMetrics
+from asyncrl.simulator.advice import advise
 
 EXAMPLE = "asyncrl bench configs/quickstart.yaml --ages 0 1 2 4"
 START_TIMEOUT_S = 300.0
@@ -83,8 +84,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="asyncrl bench",
         description="Measures a configuration on this machine with its own task and model: tokens per second, what "
-        "each side could do, what bounds the run, the ages of its tokens, memory; with --ages at several bounds, and "
-        "says which one to take. Nothing is written but to a temporary folder.",
+        "each side could do, what bounds the run, what to change and what that would bring, the ages of its tokens, "
+        "memory; with --ages at several bounds, and says which one to take. Nothing is written but to a temporary "
+        "folder.",
         epilog=f"example: {EXAMPLE}",
     )
     parser.add_argument("config", nargs="?", help="a YAML file, or the name of one that comes with asyncrl")
@@ -121,7 +123,7 @@ def measure_age(plan: Plan, age: int, folder: Path) -> BenchResult:
             f"max_age={age}: {len(counted)} steps in {LONGEST * plan.seconds:.0f} s; give a larger --seconds, or a "
             "smaller batch"
         )
-    return measure(age, counted, ready_s=ready_s, memory_bytes=memory_bytes)
+    return measure(age, counted, ready_s=ready_s, memory_bytes=memory_bytes, advised=advise(folder / "run"))
 
 
 def _watch(

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from asyncrl.metrics.ledger import add, in_words, shares
-from asyncrl.report.advisor import bottleneck
+from asyncrl.report.advisor import Advice, bottleneck
 
 RESAMPLES = 500
 CONFIDENCE = 0.9
@@ -41,6 +41,7 @@ class BenchResult:
     learner_could_per_s     trained tokens per second in which the learner did not wait for a batch
     generators_could_per_s  sampled tokens per second, had no generator ever been without a sequence
     learner_time, generator_time  shares of their seconds by activity; empty where the run does not tell
+    advised                 what to change, foretold from this stretch and the steps before it
     """
 
     max_age: int
@@ -62,9 +63,17 @@ class BenchResult:
     bounded_by: str
     learner_time: dict[str, float] = field(default_factory=dict)
     generator_time: dict[str, float] = field(default_factory=dict)
+    advised: Advice = field(default_factory=Advice)
 
 
-def measure(max_age: int, steps: Sequence[Mapping[str, Any]], *, ready_s: float, memory_bytes: int) -> BenchResult:
+def measure(
+    max_age: int,
+    steps: Sequence[Mapping[str, Any]],
+    *,
+    ready_s: float,
+    memory_bytes: int,
+    advised: Advice | None = None,
+) -> BenchResult:
     """Sums up lines of steps of metrics.jsonl."""
     seconds = _total(steps, "interval_s")
     trained, generated = _total(steps, "tokens_trained"), _total(steps, "tokens_generated")
@@ -96,6 +105,7 @@ def measure(max_age: int, steps: Sequence[Mapping[str, Any]], *, ready_s: float,
         bounded_by=f"{found.name}: {found.evidence}" if found is not None else "-",
         learner_time=shares(learner_time_s),
         generator_time=shares(generator_time_s),
+        advised=advised or Advice(),
     )
 
 
@@ -180,7 +190,7 @@ def advice(results: Sequence[BenchResult]) -> list[str]:
     """Which bound to take: the smallest that cannot be told from the best by effective tokens per second."""
     best = max(results, key=lambda result: result.effective_per_s.mean)
     if len(results) == 1:
-        return [f"bounded by {best.bounded_by}"]
+        return [f"bounded by {best.bounded_by}", *(f"change {line}" for line in best.advised.lines())]
     alike = sorted(result.max_age for result in results if result.effective_per_s.overlaps(best.effective_per_s))
     taken = alike[0]
     lines = [f"take staleness.max_age={taken}: the least one whose effective tokens/s cannot be told from the best"]
@@ -191,4 +201,5 @@ def advice(results: Sequence[BenchResult]) -> list[str]:
         "effective tokens/s count throughput and how far the policy has moved from its rollouts; what a bound does to "
         "the reward in the long run is not measured here"
     )
-    return lines
+    chosen = next(result for result in results if result.max_age == taken)
+    return [*lines, *(f"at max_age={taken}, change {line}" for line in chosen.advised.lines())]

@@ -18,15 +18,16 @@ def report_command(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="asyncrl report",
         description="Writes report.html and summary.json of a run from its metrics.jsonl, at any time, and prints the "
-        "last lines; the last one names the page.",
+        "last lines, with what to change; the last one names the page.",
     )
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     arguments = parser.parse_args(argv)
     from asyncrl.report.run_records import run_folder
     from asyncrl.report.writing import report
+    from asyncrl.simulator.advice import advise
 
     with _files_named():
-        report(run_folder(arguments.run))
+        report(run_folder(arguments.run), advise)
     return 0
 
 

@@ -187,7 +187,7 @@ def _ran(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
     yield Tile(
         "Idle",
         f"{shown(idle.generator_idle_share, '.0%')} · {shown(idle.learner_idle_share, '.0%')}",
-        f"generators and learner; {_bounded(summary)}",
+        f"generators and learner; {'; '.join([_bounded(summary), *summary.advice.lines()])}",
         "idle" if run.steps else "",
     )
     yield Tile(
