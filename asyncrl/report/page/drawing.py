@@ -324,11 +324,11 @@ def _table(chart: Chart) -> Html:
         figures = (means[0] if means else None, means[-1] if means else None, *bounds)
         cells = joined(markup("<td>{}</td>", in_words(chart, figure)) for figure in figures)
         rows.append(markup('<tr><th scope="row">{}</th>{}</tr>', curve.label, cells))
-    head = joined(markup('<th scope="col">{}</th>', name) for name in ("", "first", "last", "least", "largest"))
+    head = joined(markup('<th scope="col">{}</th>', name) for name in ("first", "last", "least", "largest"))
     return markup(
         '<details id="{}-table"><summary>Table<span class="hidden"> of {}</span></summary>'
         '<div class="scroll" role="group" aria-label="Table of {}" tabindex="0"><table>'
-        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></details>",
+        "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div></details>",
         chart.key,
         chart.title,
         chart.title,

@@ -146,11 +146,11 @@ def _table(lanes: Sequence[Lane]) -> Html:
         )
         tds = joined(markup("<td>{}</td>", cell) for cell in cells)
         rows.append(markup('<tr><th scope="row">{}</th>{}</tr>', lane.name, tds))
-    names = ("", "rounds", "failed", "median ms", "slowest ms", "median pause ms")
+    names = ("rounds", "failed", "median ms", "slowest ms", "median pause ms")
     return markup(
         '<details id="rounds-table"><summary>Table<span class="hidden"> of rounds</span></summary>'
         '<div class="scroll" role="group" aria-label="Table of rounds" tabindex="0"><table>'
-        "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div></details>",
+        "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div></details>",
         joined(markup('<th scope="col">{}</th>', name) for name in names),
         joined(rows),
     )
