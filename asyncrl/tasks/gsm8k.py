@@ -18,6 +18,7 @@ from typing import Any
 from asyncrl.errors import TaskError
 from asyncrl.tasks.base import Example, Messages
 from asyncrl.tasks.data.answers import DIGITS, last_number
+from asyncrl.tasks.data.overlap import asked_key
 from asyncrl.tasks.data.records import Table, is_local, open_table, usable
 from asyncrl.tasks.payloads import checked_text
 from asyncrl.tasks.shaping import has_form
@@ -83,20 +84,20 @@ class Gsm8k:
         }
 
     @cached_property
-    def _splits(self) -> tuple[list[dict[str, str]], list[dict[str, str]], list[str]]:
+    def _splits(self) -> tuple[_Records, _Records, list[str]]:
         """Training and held-out records, and what was left out of them."""
         table = _open(self._path)
         records, left_out = _records(table)
         if self._eval_path:
             test, more = _records(_open(self._eval_path))
-            return records, test, left_out + more
+            return _apart(self._path, records, test, left_out + more)
         if not is_local(self._path):
             test, more = _records(_open(self._path, "test"))
-            return records, test, left_out + more
+            return _apart(self._path, records, test, left_out + more)
         # One at least, if one is left to train on: a run without any evaluation shows little.
         num_held_out = min(MAX_HELD_OUT, max(1, len(records) // 10), len(records) - 1)
         num_train = len(records) - num_held_out
-        return records[:num_train], records[num_train:], left_out
+        return _apart(self._path, records[:num_train], records[num_train:], left_out)
 
     def _example(self, record: dict[str, str]) -> Example:
         answer = last_number(record["answer"])
@@ -105,6 +106,18 @@ class Gsm8k:
         if self._chat:
             prompt = [{"role": "user", "content": f"{record['question']}\n{CHAT_INSTRUCTION}"}]
         return Example(prompt, {"answer": str(answer)})
+
+
+_Records = list[dict[str, str]]
+
+
+def _apart(path: str, train: _Records, test: _Records, left_out: list[str]) -> tuple[_Records, _Records, list[str]]:
+    """The same without the training records that ask what a held-out one asks."""
+    asked = {asked_key(record["question"]) for record in test}
+    kept = [record for record in train if asked_key(record["question"]) not in asked]
+    if equal := len(train) - len(kept):
+        left_out = [*left_out, f"{equal} records of {path} that ask what a held-out one asks: not trained on"]
+    return kept, test, left_out
 
 
 def prompt_text(question: str) -> str:

@@ -261,7 +261,6 @@ class TaskHelper:
             )
         for made in lost:
             self._count(made)
-        # The held-out examples are there already.
-        self._setup = replace(self._setup, num_evals=0, is_restart=True)
+        self._setup = replace(self._setup, is_restart=True)
         self.start(now)
         return lost

@@ -101,6 +101,8 @@ class _Helper:
         if setup.num_evals:
             self._say(f"making the held-out examples: eval_examples({setup.num_evals})")
             for place, made in enumerate(self._source.held_out(setup.num_evals)):
+                if setup.is_restart:
+                    continue  # the daemon has it; what it asks is what training examples are compared with
                 self._write(HeldOutMade(ordinal=place, **self._fields(made, place)))
         return HelperStarted(train_size=self._train_size, part_names=part_names, left_out=left_out)
 

@@ -22,6 +22,7 @@ from typing import Any
 from asyncrl.errors import RewardError, TaskError
 from asyncrl.tasks.base import Example, Task, load_task
 from asyncrl.tasks.data.order import Shares, epoch_index
+from asyncrl.tasks.data.overlap import HeldOutPrompts
 from asyncrl.tasks.data.wording import nearest
 from asyncrl.tasks.results import awaited
 from asyncrl.types import REWARD_PART_NAME, REWARD_PART_NAME_RULE
@@ -46,6 +47,9 @@ class Mix:
     tasks: name -> {path, args, weight (1), evals}, where path and args are those of a task. With weight 0 it is only
     evaluated. evals: its held-out examples in each evaluation; tasks without it divide the rest of eval.prompts
     equally. seed: of the order of each task, which is shuffled in epochs of its own. The mix itself is endless.
+
+    What a held-out example of one task asks, no task trains on: once `eval_examples` was called, such an example is
+    refused by `train_example`, and so is left out.
     """
 
     train_size = None
@@ -61,6 +65,7 @@ class Mix:
             raise TaskError("every task of task.args.tasks has weight 0: none is left to train on")
         self._shares = Shares([member.weight for member in self._trained])
         self._seed = seed
+        self._held_out = HeldOutPrompts()
         names = [(member.name, getattr(member.task, "part_names", None)) for member in self._members]
         if all(parts is not None for _, parts in names):
             self.part_names = tuple(f"{name}/{part}" for name, parts in names for part in parts or ())
@@ -70,7 +75,10 @@ class Mix:
         who, number = self._shares.of(index)
         member, size = self._trained[who], self._sizes[who]
         place = number if size is None else epoch_index(number, size, "mix", self._seed, member.name)
-        return _marked(member, member.task.train_example(place))
+        example = member.task.train_example(place)
+        if (whose := self._held_out.asked_by(example.prompt)) is not None:
+            raise TaskError(f"of the task {member.name}: it asks what {whose} asks, and is not trained on")
+        return _marked(member, example)
 
     def eval_examples(self, count: int) -> list[Example]:
         """As many of each task as it says, and equal numbers of the others; see `Task.eval_examples`."""
@@ -82,11 +90,14 @@ class Mix:
             )
         found = [member.task.eval_examples(count if member.evals is None else member.evals) for member in self._members]
         counts = eval_counts(count, said, [len(examples) for examples in found])
-        return [
-            _marked(member, example)
+        chosen = [
+            (member, example)
             for member, examples, number in zip(self._members, found, counts, strict=True)
             for example in examples[:number]
         ]
+        for member, example in chosen:
+            self._held_out.add(example.prompt, f"a held-out example of the task {member.name}")
+        return [_marked(member, example) for member, example in chosen]
 
     @property
     def left_out(self) -> list[str]:

@@ -1,11 +1,15 @@
 """From the task's examples to prompts: the order of training, what is left out of it and why.
 
+A training example that asks what a held-out one asks is trained on, for the task is to keep them apart, and said: the
+tasks that come with asyncrl leave such examples out.
+
 Only the helper process of the learner (`tasks.helper_process`) uses this, and studies that need no daemons: it runs the
 task's code and imports transformers.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +19,13 @@ import numpy as np
 
 from asyncrl.errors import TaskError
 from asyncrl.tasks.base import Example, Task
+from asyncrl.tasks.data.overlap import HeldOutPrompts
 from asyncrl.tasks.payloads import plain_payload
 from asyncrl.tasks.rendering import NoChatTemplate, PromptEncoder, last_user_text
 from asyncrl.tasks.shuffle import example_index
 from asyncrl.types import TOKEN_DTYPE
+
+log = logging.getLogger(__name__)
 
 MAX_REASON = 400  # characters
 DEFAULT_PAYLOAD_BYTES = 2**24
@@ -74,6 +81,8 @@ class PromptSource:
         self._max_prompt_tokens = max_prompt_tokens
         self._max_payload_bytes = max_payload_bytes
         self.train_size = _checked_size(task.train_size)
+        self._held_out = HeldOutPrompts()
+        self._shared: set[int] = set()  # training examples that ask what a held-out one asks
 
     def train(self, ordinal: int) -> Prompt:
         """Training prompt number `ordinal`, from 0 without end. Raises TaskError where that is left out."""
@@ -85,7 +94,7 @@ class PromptSource:
     def make(self, ordinal: int) -> Prompt | LeftOut:
         """As `train`, but says what is left out. Raises NoChatTemplate when that is so of all examples."""
         index = example_index(ordinal, self._seed, self.train_size)
-        return self._make(index, lambda: self._task.train_example(index))
+        return self._make(index, lambda: self._compared(index, self._task.train_example(index)))
 
     def held_out(self, count: int) -> Iterator[Prompt | LeftOut]:
         """The first `count` held-out examples, one by one.
@@ -99,6 +108,8 @@ class PromptSource:
                 "records: more records, or task.args.eval_path), or switch evaluation off with eval.prompts=0"
             )
         for index, example in enumerate(examples[:count]):
+            if isinstance(example, Example):
+                self._held_out.add(example.prompt, f"held-out example {index}")
             yield self._make(index, partial(_itself, example))
 
     def evals(self, count: int) -> list[Prompt]:
@@ -106,6 +117,21 @@ class PromptSource:
         made = list(self.held_out(count)) if count else []
         check_held_out(made, self._max_prompt_tokens)
         return [prompt for prompt in made if isinstance(prompt, Prompt)]
+
+    def _compared(self, index: int, example: object) -> object:
+        """The training example, after a warning if it asks what a held-out one asks: each doubling of them is said."""
+        whose = self._held_out.asked_by(example.prompt) if isinstance(example, Example) else None
+        if whose is not None and index not in self._shared:
+            self._shared.add(index)
+            if (count := len(self._shared)) & (count - 1) == 0:
+                log.warning(
+                    "training example %d asks what %s asks (%d such examples so far): the evaluation does not show "
+                    "what was learnt of that; make eval_examples give others",
+                    index,
+                    whose,
+                    count,
+                )
+        return example
 
     def _make(self, index: int, example_of: Callable[[], object]) -> Prompt | LeftOut:
         try:

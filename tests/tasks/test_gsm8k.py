@@ -141,3 +141,13 @@ def test_a_data_set_name_without_the_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TaskError, match="pip install datasets, or give a file"):
         Gsm8k("openai/gsm8k").train_size  # noqa: B018 - reading it is the point
+
+
+def test_a_question_that_is_held_out_is_not_trained_on(tmp_path):
+    path, test_path = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"What is {n}?", "answer": f"#### {n}"}) for n in range(6)))
+    test_path.write_text(json.dumps({"question": "What  is 4?\n", "answer": "#### 4"}))
+    task = Gsm8k(str(path), str(test_path))
+    assert task.train_size == 5
+    assert task.left_out == [f"1 records of {path} that ask what a held-out one asks: not trained on"]
+    assert len(task.eval_examples(3)) == 1

@@ -240,3 +240,46 @@ def test_parts_may_be_named_after_a_task(name):
 def test_no_other_slash_is_part_of_a_name(name):
     assert not is_part_name(name)
     assert "must be named by" in reward_parts_problem({name: 1.0})
+
+
+# -- what one task is evaluated on, and another trains on ----------------------------------------------------------
+
+
+def shared_mix(tmp_path, train, held_out, *, system=""):
+    """A mix whose first task trains on the prompts `train`, while its second one is evaluated on `held_out`."""
+    tasks = {}
+    for name, prompts, share, weight in (("lessons", train, 0, 1), ("exam", held_out, 1, 0)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps({"prompt": prompt, "answer": "7"}) for prompt in prompts))
+        args = {"path": str(path), "rewards": {"exact": "exact"}, "eval_share": share}
+        if name == "exam":
+            args |= {"chat": True, "system": system} if system else {}
+        tasks[name] = {"path": DATASET, "args": args, "weight": weight}
+    return Mix(tasks)
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_what_one_task_is_evaluated_on_no_other_trains_on(tmp_path, system):
+    mix = shared_mix(tmp_path, [f"sum {n}" for n in range(20)], ["sum 3", " sum  5\n", "sum 77"], system=system)
+    assert len(mix.eval_examples(8)) == 3
+    trained, refused = set(), []
+    for index in range(20):
+        try:
+            trained.add(mix.train_example(index).prompt)
+        except TaskError as error:
+            refused.append(str(error))
+    assert trained == {f"sum {n}" for n in range(20)} - {"sum 3", "sum 5"}
+    said = "of the task lessons: it asks what a held-out example of the task exam asks, and is not trained on"
+    assert refused == [said, said]
+
+
+def test_a_held_out_example_that_is_not_used_leaves_nothing_out(tmp_path):
+    mix = shared_mix(tmp_path, [f"sum {n}" for n in range(20)], ["sum 3", "sum 5"])
+    assert len(mix.eval_examples(1)) == 1
+    refused = 0
+    for index in range(20):
+        try:
+            mix.train_example(index)
+        except TaskError:
+            refused += 1
+    assert refused == 1

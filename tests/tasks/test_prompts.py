@@ -171,3 +171,28 @@ def test_a_tokenizer_that_cannot_be_used_is_named(tokenizer_folder, tmp_path, br
     break_it(copy)
     with pytest.raises(ModelError, match=says):
         load_tokenizer(str(copy))
+
+
+class Leaky:
+    """Trains on what it is evaluated on."""
+
+    train_size = 8
+
+    def train_example(self, index):
+        return Example(f"{index}+1=")
+
+    def eval_examples(self, count):
+        return [Example(f"{index}+1=") for index in range(count)]
+
+    def reward(self, completion, payload):
+        return {"exact": 0.0}
+
+
+def test_a_task_that_trains_on_what_it_holds_out_is_told_so_at_each_doubling(tokenizer, caplog):
+    source = PromptSource(Leaky(), tokenizer, 0, 64)
+    assert len(source.evals(5)) == 5
+    for ordinal in range(16):  # two epochs: an example counts once
+        source.train(ordinal)
+    said = [record.getMessage() for record in caplog.records if "asks what held-out example" in record.getMessage()]
+    assert len(said) == 3
+    assert all(f"({count} such examples so far)" in text for count, text in zip((1, 2, 4), said, strict=True))

@@ -4,5 +4,6 @@ records    reads records, and names those that cannot be used by place and reaso
 wording    a record as a prompt and its answer
 rewards    reward functions that say by their signature what they need
 answers    answers in texts: numbers, patterns, equality
+overlap    what training and evaluation have in common
 order      which example is trained when: a curriculum, and the shares of a mix
 """
