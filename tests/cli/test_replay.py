@@ -9,6 +9,7 @@ import pytest
 
 from asyncrl.cli.reading.replay import (
     RecordedRun,
+    check_baselines,
     check_settings,
     compare,
     comparison_lines,
@@ -67,6 +68,17 @@ def recorded_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(config_text(load_config(None, ["model.path=/none"])))
     return folder
+
+
+def test_remax_is_refused_for_a_run_that_sampled_no_greedy_completions(tmp_path):
+    config = load_config(None, [f"run.dir={tmp_path}", "model.path=m"])
+    (tmp_path / "config.yaml").write_text(config_text(config))
+    recorded = RecordedRun(tmp_path, config, 3)
+    with pytest.raises(ConfigError, match=r"a run with algorithm.advantage=\w+, sampled none"):
+        check_baselines(recorded, ["algorithm.advantage=remax"])
+    check_baselines(recorded, ["learner.lr=1e-5"])
+    config.algorithm.advantage = "remax"
+    check_baselines(recorded, ["algorithm.advantage=remax"])
 
 
 def test_a_journal_without_its_beginning_is_refused_with_the_key_that_keeps_it(tmp_path):

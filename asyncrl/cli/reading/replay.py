@@ -103,6 +103,7 @@ def what_if(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     check_settings(arguments.settings)
     recorded = read_recorded(run_folder(arguments.run), arguments.steps)
+    check_baselines(recorded, arguments.settings)
     again = train_again(recorded, _folder(recorded, arguments.into, "what-if"), arguments.settings)
     print("\n".join(side_by_side(recorded, again, arguments.settings)), flush=True)
     return 0
@@ -124,6 +125,21 @@ def check_settings(settings: Sequence[str]) -> None:
                 f"{setting}: the rollouts and batches of a recorded run are what they are; what-if takes keys of "
                 f"{', '.join(TRAINING_SECTIONS)}, without {' and '.join(RECORDED_KEYS)}"
             )
+
+
+def check_baselines(recorded: RecordedRun, settings: Sequence[str]) -> None:
+    """Raises ConfigError when the settings ask for greedy completions, which the run did not sample."""
+    from asyncrl.config.loading import load_config
+    from asyncrl.desk.opening.run_record import CONFIG_FILE
+
+    had = recorded.config.algorithm.advantage
+    if had == "remax" or load_config(recorded.folder / CONFIG_FILE, settings).algorithm.advantage != "remax":
+        return
+    raise ConfigError(
+        "algorithm.advantage=remax compares each rollout with a greedy completion of its prompt, and "
+        f"{recorded.folder}, a run with algorithm.advantage={had}, sampled none; take an advantage that needs "
+        "none, or start a run of its own with remax"
+    )
 
 
 # -- what is recorded ----------------------------------------------------------------------------------------
