@@ -1,19 +1,23 @@
-"""What a measured stretch of a run comes to, and what is to be concluded from several of them."""
+"""What a measured stretch of a run comes to."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
 
-from asyncrl.metrics.ledger import add, in_words, shares
+from asyncrl.cli.measuring.bench_pages import GeneratorWindow
+from asyncrl.metrics.ledger import GeneratorActivity, LearnerActivity, shares
 from asyncrl.report.advisor import Advice, bottleneck
+from asyncrl.report.run_records import StepRecord, mean, measured, total, totals
 
 RESAMPLES = 500
 CONFIDENCE = 0.9
-MB = 1e6
+BUSY = (GeneratorActivity.SWAP, GeneratorActivity.DECODE, GeneratorActivity.EVAL)
+LEDGER_TOLERANCE = 0.01
+DRIFT_WORTH_NAMING = 0.15
+FEW_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,21 @@ class Interval:
         return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circumstances:
+    """What a stretch was measured under, beside its steps. Memory is the most that was held, in bytes.
+
+    warm_steps  steps that were left out before it
+    ready_s     from the start of the run to the first of them
+    """
+
+    max_age: int
+    ready_s: float
+    warm_steps: int
+    learner_bytes: int
+    generator_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class BenchResult:
     """One stretch of a run under one bound on the policy age. Rates are per second of wall time.
@@ -41,11 +60,14 @@ class BenchResult:
     learner_could_per_s     trained tokens per second in which the learner did not wait for a batch
     generators_could_per_s  sampled tokens per second, had no generator ever been without a sequence
     learner_time, generator_time  shares of their seconds by activity; empty where the run does not tell
-    advised                 what to change, foretold from this stretch and the steps before it
+    learner_ledger, generator_ledger  the sum of those seconds / the wall time that passed
+    notes                   what to mind when reading the figures
+    advised                 what to change, foretold from this run; of the bound that is advised alone
     """
 
     max_age: int
     steps: int
+    warm_steps: int
     seconds: float
     trained_per_s: Interval
     generated_per_s: float
@@ -59,59 +81,58 @@ class BenchResult:
     generator_idle_share: float
     step_s: float
     ready_s: float
-    memory_bytes: int
+    learner_bytes: int
+    generator_bytes: int
     bounded_by: str
     learner_time: dict[str, float] = field(default_factory=dict)
     generator_time: dict[str, float] = field(default_factory=dict)
+    learner_ledger: float = 0.0
+    generator_ledger: float = 0.0
+    notes: list[str] = field(default_factory=list)
     advised: Advice = field(default_factory=Advice)
 
 
-def measure(
-    max_age: int,
-    steps: Sequence[Mapping[str, Any]],
-    *,
-    ready_s: float,
-    memory_bytes: int,
-    advised: Advice | None = None,
-) -> BenchResult:
-    """Sums up lines of steps of metrics.jsonl."""
-    seconds = _total(steps, "interval_s")
-    trained, generated = _total(steps, "tokens_trained"), _total(steps, "tokens_generated")
-    learner_idle_s = _total(steps, "learner_idle_s")
-    busy_s, idle_s = _total(steps, "generator_busy_s"), _total(steps, "generator_idle_s")
-    ess = [float(step["ess_share"]) for step in steps if step.get("ess_share") is not None]
-    learner_idle = learner_idle_s / seconds
-    generator_idle = idle_s / (busy_s + idle_s) if busy_s + idle_s else 0.0
-    generators = (busy_s + idle_s) / seconds
-    learner_time_s, generator_time_s = _time(steps, "learner_time_s"), _time(steps, "generator_time_s")
-    found = bottleneck(learner_time_s, generator_time_s)
+def measure(steps: Sequence[StepRecord], generators: GeneratorWindow, under: Circumstances) -> BenchResult:
+    """Sums up the steps of a stretch and what the generators did in it."""
+    seconds = total(step.interval_s for step in steps)
+    trained = total(step.tokens_trained for step in steps)
+    learner_s = totals(step.learner_time_s for step in steps)
+    waited_s = learner_s.get(LearnerActivity.DATA, 0.0)
+    busy_s = sum(generators.time_s.get(activity, 0.0) for activity in BUSY)
+    found = bottleneck(learner_s, generators.time_s)
+    learner_ledger = sum(learner_s.values()) / seconds
+    generator_ledger = sum(generators.time_s.values()) / generators.wall_s
     return BenchResult(
-        max_age=max_age,
+        max_age=under.max_age,
         steps=len(steps),
+        warm_steps=under.warm_steps,
         seconds=seconds,
         trained_per_s=interval(steps, _trained),
-        generated_per_s=generated / seconds,
+        generated_per_s=generators.tokens_per_s,
         effective_per_s=interval(steps, _effective),
-        ess_share=fmean(ess) if ess else None,
-        age_mean=sum(float(step["policy_age_mean"]) * _trained(step) for step in steps) / max(1.0, trained),
-        age_max=max(int(step["policy_age_max"]) for step in steps),
-        learner_could_per_s=trained / max(1e-9, seconds - learner_idle_s),
-        generators_could_per_s=generated / busy_s * generators if busy_s else 0.0,
-        learner_idle_share=learner_idle,
-        generator_idle_share=generator_idle,
-        step_s=fmean(float(step.get("step_s") or 0.0) for step in steps),
-        ready_s=ready_s,
-        memory_bytes=memory_bytes,
+        ess_share=mean(step.ess_share for step in steps),
+        age_mean=sum((step.policy_age_mean or 0.0) * _trained(step) for step in steps) / max(1.0, trained),
+        age_max=max(measured(step.policy_age_max for step in steps), default=0),
+        learner_could_per_s=trained / max(1e-9, seconds - waited_s),
+        generators_could_per_s=generators.tokens * generators.num_generators / busy_s if busy_s else 0.0,
+        learner_idle_share=waited_s / seconds,
+        generator_idle_share=1.0 - busy_s / max(1e-9, sum(generators.time_s.values())),
+        step_s=mean(step.step_s for step in steps) or 0.0,
+        ready_s=under.ready_s,
+        learner_bytes=under.learner_bytes,
+        generator_bytes=under.generator_bytes,
         bounded_by=f"{found.name}: {found.evidence}" if found is not None else "-",
-        learner_time=shares(learner_time_s),
-        generator_time=shares(generator_time_s),
-        advised=advised or Advice(),
+        learner_time=shares(learner_s),
+        generator_time=shares(generators.time_s),
+        learner_ledger=learner_ledger,
+        generator_ledger=generator_ledger,
+        notes=[*_notes(steps, under), *_ledger_notes(learner=learner_ledger, generators=generator_ledger)],
     )
 
 
-def interval(steps: Sequence[Mapping[str, Any]], amount: Callable[[Mapping[str, Any]], float]) -> Interval:
+def interval(steps: Sequence[StepRecord], amount: Callable[[StepRecord], float]) -> Interval:
     """The rate of an amount per second over the steps, with its interval by the bootstrap (Efron 1979)."""
-    amounts, seconds = [amount(step) for step in steps], [float(step["interval_s"]) for step in steps]
+    amounts, seconds = [amount(step) for step in steps], [step.interval_s or 0.0 for step in steps]
     rng, rates = random.Random(0), []
     for _ in range(RESAMPLES):
         drawn = [rng.randrange(len(steps)) for _ in steps]
@@ -121,85 +142,51 @@ def interval(steps: Sequence[Mapping[str, Any]], amount: Callable[[Mapping[str, 
     return Interval(sum(amounts) / sum(seconds), rates[cut], rates[-1 - cut])
 
 
-def _trained(step: Mapping[str, Any]) -> float:
-    return float(step.get("tokens_trained") or 0.0)
+def needed_warm_steps(max_age: int) -> int:
+    """Steps before rates are steady: the first batches come from engines that fill up, and ages grow to their bound."""
+    return max(4, max_age + 2)
 
 
-def _effective(step: Mapping[str, Any]) -> float:
-    share = step.get("ess_share")
-    return _trained(step) * (1.0 if share is None else float(share))
+def _trained(step: StepRecord) -> float:
+    return float(step.tokens_trained or 0)
 
 
-def _total(steps: Sequence[Mapping[str, Any]], name: str) -> float:
-    return sum(float(step.get(name) or 0.0) for step in steps)
+def _effective(step: StepRecord) -> float:
+    return _trained(step) * (1.0 if step.ess_share is None else step.ess_share)
 
 
-def _time(steps: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
-    """Seconds by activity, added up over the steps."""
-    total: dict[str, float] = {}
-    for step in steps:
-        add(total, step.get(name) or {})
-    return total
+def _notes(steps: Sequence[StepRecord], under: Circumstances) -> list[str]:
+    """What a reader would take the figures wrongly for without being told."""
+    notes = []
+    if idle := sum(step.ess_share is None for step in steps):
+        notes.append(
+            f"in {idle} of {len(steps)} steps all rewards of each group were equal: nothing was trained on, so a step "
+            "took less than it will, and no ESS was measured; look at the rewards (asyncrl dry run, asyncrl rollouts)"
+            if idle == len(steps)
+            else f"{idle} of {len(steps)} steps had no gradient, because all rewards of each group were equal"
+        )
+    flat = mean(step.zero_variance_share for step in steps)
+    if flat is not None and flat >= 0.5 and not idle:
+        notes.append(f"{flat:.0%} of the groups had equal rewards, and the learner skips those: its steps are short")
+    if under.warm_steps < needed_warm_steps(under.max_age):
+        notes.append(
+            f"measured after {under.warm_steps} steps; {needed_warm_steps(under.max_age)} would be needed until ages "
+            "are steady: give a larger --within"
+        )
+    if len(steps) < FEW_STEPS:
+        notes.append(f"only {len(steps)} steps: the intervals are rough; give a larger --within, or fewer --ages")
+    lengths = measured(step.completion_tokens_mean for step in steps)
+    if len(lengths) >= 4:
+        half = len(lengths) // 2
+        drift = fmean(lengths[-half:]) / max(1e-9, fmean(lengths[:half])) - 1.0
+        if abs(drift) > DRIFT_WORTH_NAMING:
+            notes.append(f"completions changed in length by {drift:+.0%} while it was measured: rates will move too")
+    return notes
 
 
-# -- what is said --------------------------------------------------------------------------------------------
-
-
-def measured_lines(result: BenchResult) -> list[str]:
-    """One stretch as lines for the terminal."""
-    lines = [
-        (
-            f"  {result.trained_per_s.shown()} tokens/s trained, {result.generated_per_s:,.0f} generated; "
-            f"{result.steps} steps in {result.seconds:.0f} s, ready after {result.ready_s:.0f} s"
-        ),
-        (
-            f"  bounded by {result.bounded_by}; without waiting the learner could train "
-            f"{result.learner_could_per_s:,.0f}, the generators sample {result.generators_could_per_s:,.0f} tokens/s"
-        ),
-        f"  memory of all processes {result.memory_bytes / MB:,.0f} MB at most",
+def _ledger_notes(**ledgers: float) -> list[str]:
+    return [
+        f"the time of the {side} by activity adds up to {share:.1%} of the wall time: do not rely on its shares"
+        for side, share in ledgers.items()
+        if abs(share - 1.0) > LEDGER_TOLERANCE
     ]
-    for side, shares_of_side in (("learner", result.learner_time), ("generators", result.generator_time)):
-        if shares_of_side:
-            lines.append(f"  {side}: {in_words(shares_of_side)}")
-    return lines
-
-
-def table(results: Sequence[BenchResult]) -> list[str]:
-    """A line for each bound."""
-    titles = ("max_age", "trained tokens/s", "ESS", "effective tokens/s", "age mean", "age max", "learner idle",
-              "generators idle")  # fmt: skip
-    rows = [titles, *map(_row, results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
-    return ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _row(result: BenchResult) -> tuple[str, ...]:
-    return (
-        str(result.max_age),
-        result.trained_per_s.shown(),
-        "-" if result.ess_share is None else f"{result.ess_share:.3f}",
-        result.effective_per_s.shown(),
-        f"{result.age_mean:.2f}",
-        str(result.age_max),
-        f"{result.learner_idle_share:.0%}",
-        f"{result.generator_idle_share:.0%}",
-    )
-
-
-def advice(results: Sequence[BenchResult]) -> list[str]:
-    """Which bound to take: the smallest that cannot be told from the best by effective tokens per second."""
-    best = max(results, key=lambda result: result.effective_per_s.mean)
-    if len(results) == 1:
-        return [f"bounded by {best.bounded_by}", *(f"change {line}" for line in best.advised.lines())]
-    alike = sorted(result.max_age for result in results if result.effective_per_s.overlaps(best.effective_per_s))
-    taken = alike[0]
-    lines = [f"take staleness.max_age={taken}: the least one whose effective tokens/s cannot be told from the best"]
-    if len(alike) > 1:
-        others = ", ".join(str(age) for age in alike[1:])
-        lines.append(f"the data cannot separate {taken} from {others}; a longer --seconds may")
-    lines.append(
-        "effective tokens/s count throughput and how far the policy has moved from its rollouts; what a bound does to "
-        "the reward in the long run is not measured here"
-    )
-    chosen = next(result for result in results if result.max_age == taken)
-    return [*lines, *(f"at max_age={taken}, change {line}" for line in chosen.advised.lines())]
