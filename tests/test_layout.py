@@ -30,7 +30,7 @@ FLOORS = [
     {"host", "algorithms"},
     {"config"},
     {"link", "metrics", "storage", "tasks"},
-    {"replay", "report", "rewards", "weights"},
+    {"gateway", "replay", "report", "rewards", "weights"},
     {"desk", "trainer", "generator", "simulator"},
     {"cli"},
 ]
