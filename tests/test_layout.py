@@ -430,9 +430,10 @@ def third_party_imports(modules: list[Module]) -> dict[str, str]:
 
 def test_every_imported_library_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["cuda"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["cuda"] + extras["reasoning-gym"]
     declared = {re.split(r"[^A-Za-z0-9_-]", requirement)[0].lower() for requirement in requirements}
-    distribution_of = {"zmq": "pyzmq", "yaml": "pyyaml", "math_verify": "math-verify"}  # where the names differ
+    distribution_of = {"zmq": "pyzmq", "yaml": "pyyaml", "math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
     imported = third_party_imports(PACKAGE)
     assert "torch" in imported
     assert {lib: by for lib, by in imported.items() if distribution_of.get(lib, lib) not in declared} == {}

@@ -27,9 +27,11 @@ READ_BYTES = 1024 * 1024
 def foreign_environment() -> dict[str, str]:
     """The environment for a child that runs foreign code: one thread, and it finds the modules that this process finds.
 
-    Those beside the configuration are among them.
+    Those beside the configuration are among them. Texts have the same hashes in all of them, so that an example that is
+    made by walking through a set is the same on every host and after every restart.
     """
-    return child_environment(1, PYTHONPATH=os.pathsep.join(entry or os.getcwd() for entry in sys.path))
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return child_environment(1, PYTHONPATH=path, PYTHONHASHSEED="0")
 
 
 def how_it_ended(code: int, whose: str) -> str:

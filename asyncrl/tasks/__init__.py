@@ -4,6 +4,7 @@ base        what a task is, and how one is found by its import path
 arithmetic  sums and differences, made from a seed
 gsm8k       word problems from a file or a data set
 dataset     your own data by configuration alone, and mix, several tasks in one run; data/ is what they are made of
+reasoning_gym  puzzles of the package of that name
 shaping     pure functions for rewards: penalties on length, a check of form
 prompts     the stream of training prompts as token ids, the held-out ones, and what is left out
 shuffle     the order of training, without a list

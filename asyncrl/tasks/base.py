@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from asyncrl.errors import RewardError, TaskError
-from asyncrl.tasks.results import as_number, awaited
+from asyncrl.tasks.data.results import as_number, awaited
 
 _T = TypeVar("_T")
 

@@ -24,9 +24,9 @@ from asyncrl.errors import TaskError
 from asyncrl.tasks.base import Example
 from asyncrl.tasks.data.order import curriculum_index
 from asyncrl.tasks.data.records import Record, Table, open_table, usable
+from asyncrl.tasks.data.results import as_number
 from asyncrl.tasks.data.rewards import reward_functions, score
 from asyncrl.tasks.data.wording import Asked, Wording, column_of, given_shots, nearest, value_at, with_shots
-from asyncrl.tasks.results import as_number
 from asyncrl.tasks.shuffle import shuffled_index
 
 MAX_HELD_OUT = 512

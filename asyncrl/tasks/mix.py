@@ -23,8 +23,8 @@ from asyncrl.errors import RewardError, TaskError
 from asyncrl.tasks.base import Example, Task, load_task
 from asyncrl.tasks.data.order import Shares, epoch_index
 from asyncrl.tasks.data.overlap import HeldOutPrompts
+from asyncrl.tasks.data.results import awaited
 from asyncrl.tasks.data.wording import nearest
-from asyncrl.tasks.results import awaited
 from asyncrl.types import REWARD_PART_NAME, REWARD_PART_NAME_RULE
 
 NAME_KEY = "task_name"  # of payloads: which task made the prompt

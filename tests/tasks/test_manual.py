@@ -17,7 +17,7 @@ from asyncrl.tasks.mix import Mix
 
 ROOT = Path(__file__).parents[2]
 MANUAL = (ROOT / "asyncrl" / "tasks" / "README.md").read_text()
-OF_DATASET, OF_MIX = MANUAL.split("## A mix of tasks")
+OF_DATASET, OF_MIX = MANUAL.partition("## reasoning-gym")[0].split("## A mix of tasks")
 
 
 @pytest.mark.parametrize(("task", "text"), [(Dataset, OF_DATASET), (Mix, OF_MIX)])

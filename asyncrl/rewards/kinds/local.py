@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from asyncrl.errors import ConfigError, RewardError, TaskError
 from asyncrl.rewards.base import Part, Sample
 from asyncrl.tasks.base import find_function
-from asyncrl.tasks.results import as_number, awaited
+from asyncrl.tasks.data.results import as_number, awaited
 from asyncrl.tasks.shaping import has_form, length_penalty, overlong_penalty
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from asyncrl.errors import RewardError, TaskError
 from asyncrl.tasks.base import find_function
 from asyncrl.tasks.data.answers import answer_texts, last_number
+from asyncrl.tasks.data.results import as_number, awaited
 from asyncrl.tasks.data.wording import nearest
-from asyncrl.tasks.results import as_number, awaited
 from asyncrl.types import REWARD_PART_NAME, REWARD_PART_NAME_RULE
 
 GIVEN = ("completion", "prompt", "messages", "answer")  # what a function may ask for beside columns
