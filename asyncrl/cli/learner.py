@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from asyncrl.cli.common import command
@@ -23,11 +23,11 @@ def _start(config: Config) -> int:
     return run_learner(config, advise=_advise)
 
 
-def _advise(run_dir: Path) -> Advice:
+def _advise(run_dir: Path, go_on: Callable[[], bool]) -> Advice:
     """What to change in a run: thought over by simulating it, which is imported when the run is over."""
     from asyncrl.simulator.advice import advise
 
-    return advise(run_dir)
+    return advise(run_dir, go_on=go_on)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from asyncrl.metrics import METRICS_FILE, EvalMetrics, Metrics, StepMetrics, Syn
 from asyncrl.metrics.exposition import Exposition
 from asyncrl.metrics.health import Pulse
 from asyncrl.metrics.http_pages import HttpPages, Vitals
-from asyncrl.report.advisor import Advice, Advise
+from asyncrl.report.advisor import Advice, AdviseWhile
 from asyncrl.report.rollouts.files import ROLLOUTS_FOLDER
 from asyncrl.report.rollouts.jobs import WriterSetup
 from asyncrl.report.rollouts.writer import CLOSE_TIMEOUT_S, RolloutWriter
@@ -81,7 +81,7 @@ class Surroundings:
     rollouts: RolloutWriter | None = None
 
 
-def run_learner(config: Config, stop: StopSignal | None = None, advise: Advise | None = None) -> int:
+def run_learner(config: Config, stop: StopSignal | None = None, advise: AdviseWhile | None = None) -> int:
     """Runs one learner to the end of its run, or to a signal. Returns its exit code; raises AsyncRLError otherwise.
 
     stop: what ends it early; None makes one of its own. advise: says at the end what to change in the run.
@@ -120,28 +120,29 @@ def run_learner(config: Config, stop: StopSignal | None = None, advise: Advise |
         code = make_desk(config, state, LeasedPrompts(helper, state.leases), surroundings).run()
         if stop.received is None:
             write_finished(run_dir, config, state.policy.trained)
-    _report(run_dir, advise, hurried=stop.received is not None)
+    _report(run_dir, advise, stop)
     return code
 
 
-def _report(run_dir: Path, advise: Advise | None, *, hurried: bool) -> None:
+def _report(run_dir: Path, advise: AdviseWhile | None, stop: StopSignal) -> None:
     """Writes summary.json and report.html, and prints the last lines.
 
-    hurried: somebody waits for the end, so that nothing is thought over, and a long run, whose report takes seconds,
+    After a signal somebody waits for the end: nothing is thought over, and a long run, whose report takes seconds,
     gets none.
     """
+    hurried = stop.received is not None
     if hurried and (run_dir / METRICS_FILE).stat().st_size > MAX_HURRIED_BYTES:
         log.info("the run is long, and somebody waits for its end: `asyncrl report %s` writes its report", run_dir)
         return
     from asyncrl.report.writing import report  # not at the start, which generators wait for
 
-    report(run_dir, None if hurried or advise is None else partial(_advice, advise))
+    report(run_dir, None if hurried or advise is None else partial(_advice, advise, stop))
 
 
-def _advice(advise: Advise, run_dir: Path) -> Advice:
-    """What to change in a run that is over. No fault of it keeps the run from its summary."""
+def _advice(advise: AdviseWhile, stop: StopSignal, run_dir: Path) -> Advice:
+    """What to change in a run that is over. Neither a fault of it nor its length keeps anybody from the summary."""
     try:
-        return advise(run_dir)
+        return advise(run_dir, lambda: stop.received is None)
     except Exception as error:
         log.exception("what to change in the run is not known: its simulation failed")
         return Advice(note=f"nothing is predicted: the simulation of the run failed ({error!r}); the log tells where")

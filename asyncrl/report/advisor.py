@@ -88,6 +88,7 @@ class Advice:
 
 
 Advise = Callable[[Path], Advice]  # of the run in a folder
+AdviseWhile = Callable[[Path, Callable[[], bool]], Advice]  # the same, asking before each simulation whether to go on
 
 
 def bottleneck(learner_s: Mapping[str, float], generator_s: Mapping[str, float]) -> Bottleneck | None:

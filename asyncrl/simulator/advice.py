@@ -34,6 +34,7 @@ MODEL_ERROR = 0.25
 TRUSTED = 0.25  # by so much a run and its own simulation may differ
 SIMULATED_ROLLOUTS = 10_000  # in one simulated run
 FEWEST_STEPS, MOST_STEPS = 15, 60
+WITHIN_S = 10.0
 SHARES = (0.2, 0.8)  # of a full engine's step that may be there with one sequence, where nobody measured it
 
 
@@ -73,8 +74,10 @@ class _Variant:
 class Advisor:
     """Predicts what a run would do under other settings."""
 
-    def __init__(self, folder: Path, *, seed: int = 0) -> None:
+    def __init__(self, folder: Path, *, seed: int = 0, go_on: Callable[[], bool] = lambda: True) -> None:
         """Takes times from the run in `folder`, and finds by simulating it what it does not tell.
+
+        go_on: see `fit_run`.
 
         Raises UserError where there is no run, or one too short to be simulated, and ConfigError as `load_config`.
         """
@@ -83,7 +86,8 @@ class Advisor:
         rollouts = self.config.learner.groups_per_step * self.config.sampling.group_size
         self._steps = max(FEWEST_STEPS, min(MOST_STEPS, SIMULATED_ROLLOUTS // rollouts))
         self._seed = seed
-        self.fit = fit_run(folder, self.config, shared=shared_cores(self.config), seed=seed, steps=self._steps)
+        shared = shared_cores(self.config)
+        self.fit = fit_run(folder, self.config, shared=shared, seed=seed, steps=self._steps, go_on=go_on)
         self.costs = step_costs(read_steps(folder), self.config)
         self._variants: list[_Variant] = []
 
@@ -175,13 +179,24 @@ def candidates(config: Config, generators: int) -> Iterator[Candidate]:
     )
 
 
-def advise(folder: Path, *, within_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> Advice:
+def advise(
+    folder: Path,
+    *,
+    within_s: float = WITHIN_S,
+    go_on: Callable[[], bool] = lambda: True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Advice:
     """The changes to a run that are worth making, the best first; those that there was time to think of.
 
-    within_s: after so many seconds, once the run itself is simulated, no further change is looked at.
+    within_s: after so many seconds no further simulation is begun. go_on: says no when somebody waits for the end.
     """
+    deadline = clock() + within_s
+
+    def is_time_left() -> bool:
+        return clock() < deadline and go_on()
+
     try:
-        advisor = Advisor(folder)
+        advisor = Advisor(folder, go_on=is_time_left)
     except UserError as error:
         return Advice(note=f"nothing is predicted: {error}")
     if not advisor.is_trusted:
@@ -193,9 +208,9 @@ def advise(folder: Path, *, within_s: float = 10.0, clock: Callable[[], float] =
     if advisor.fit.shared is not None:
         known = [candidate for candidate in known if candidate.generators is None]
     found: list[tuple[float, Candidate]] = []
-    deadline, note = clock() + within_s, ""
+    note = ""
     for number, candidate in enumerate(known):
-        if clock() >= deadline:
+        if not is_time_left():
             note = f"{number} of {len(known)} changes were thought over in {within_s:g} s"
             break
         try:
@@ -205,7 +220,8 @@ def advise(folder: Path, *, within_s: float = 10.0, clock: Callable[[], float] =
         if rate >= (1 + WORTH_CHANGING) * advisor.measured:
             found.append((rate, candidate))
     found.sort(key=lambda entry: -entry[0])
-    return Advice(tuple(_change(advisor, candidate) for _, candidate in found[:MOST]), advisor.measured, note)
+    best = [candidate for number, (_, candidate) in enumerate(found[:MOST]) if number == 0 or is_time_left()]
+    return Advice(tuple(_change(advisor, candidate) for candidate in best), advisor.measured, note)
 
 
 def _change(advisor: Advisor, candidate: Candidate) -> AdvisedChange:

@@ -9,7 +9,7 @@ on cores of its own. `Fit.ratio` says how well the simulation of the run then ag
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -193,12 +193,19 @@ def sizes_of(config: Config, generators: int, steps: int) -> Sizes:
 
 
 def fit_run(
-    folder: Path, config: Config, *, shared: SharedCores | None, seed: int = 0, steps: int | None = None
+    folder: Path,
+    config: Config,
+    *,
+    shared: SharedCores | None,
+    seed: int = 0,
+    steps: int | None = None,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Fit:
     """Makes a run that can be simulated out of one that was made.
 
     config: what the run was started with. shared: the cores that its sides shared (`shared_cores`), None without any.
-    steps: of its simulations; None: as many as the run has, between 60 and 200.
+    steps: of its simulations; None: as many as the run has, between 60 and 200. go_on: asked before each simulation
+    but the first; where it says no, the fit is as close as it came.
 
     Raises UserError as `read_figures`.
     """
@@ -207,7 +214,9 @@ def fit_run(
     service = _first_guess(figures, sizes)
     decode_scale = step_scale = 1.0
     scaled = service
-    for _ in range(ROUNDS):
+    for round_number in range(ROUNDS):
+        if round_number and not go_on():
+            break
         scaled = _scaled(service, decode_scale, step_scale)
         itself = SimulatedRun(sizes, scaled, shared=shared, seed=seed).run()
         faster = itself.generated_per_busy_s / figures.busy_tokens_per_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
@@ -12,6 +13,7 @@ from asyncrl.desk.intake import Intake
 from asyncrl.desk.opening.restoring import restore_run
 from asyncrl.desk.prompts import LeasedPrompts, MadeAtOnce
 from asyncrl.desk.proofs import Proofs
+from asyncrl.host.processes import StopSignal
 from asyncrl.link.codec import encode_body
 from asyncrl.link.rollouts import group_to_result
 from asyncrl.report.advisor import Advice, AdvisedChange
@@ -67,35 +69,61 @@ def test_a_result_of_the_newest_version_before_the_restart_is_taken_while_the_tr
         journal.close()
 
 
-def test_whoever_stops_a_long_run_does_not_wait_for_its_report(tmp_path, monkeypatch, caplog, capsys):
+@pytest.fixture
+def make_stop():
+    """A StopSignal, whose handlers of signals are gone after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield StopSignal
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_whoever_stops_a_long_run_does_not_wait_for_its_report(tmp_path, monkeypatch, caplog, capsys, make_stop):
     folder = write_run(tmp_path / "run", whole(5))
     size = (folder / "metrics.jsonl").stat().st_size
     monkeypatch.setattr(daemon, "MAX_HURRIED_BYTES", size - 1)
+    stopped = make_stop()
+    stopped.request()
     with caplog.at_level("INFO"):
-        daemon._report(folder, None, hurried=True)
+        daemon._report(folder, None, stopped)
     assert not (folder / "report.html").exists() and f"asyncrl report {folder}" in caplog.text
-    daemon._report(folder, None, hurried=False)
+    daemon._report(folder, None, make_stop())
     assert (folder / "report.html").exists() and (folder / "summary.json").exists()
     (folder / "report.html").unlink()
     monkeypatch.setattr(daemon, "MAX_HURRIED_BYTES", size)
-    daemon._report(folder, lambda run_dir: pytest.fail("somebody waits"), hurried=True)
+    daemon._report(folder, lambda run_dir, go_on: pytest.fail("somebody waits"), stopped)
     assert (folder / "report.html").exists()
 
 
-def test_the_end_of_a_run_says_what_to_change_and_why_it_cannot(tmp_path, caplog, capsys):
+def test_the_end_of_a_run_says_what_to_change_and_why_it_cannot(tmp_path, caplog, capsys, make_stop):
     folder = write_run(tmp_path / "run", whole(5))
     change = AdvisedChange("staleness.max_age=3", 480.0, 430.0, 530.0, 0.2, "tokens up to 3 steps old")
-    daemon._report(folder, lambda run_dir: Advice((change,), measured=400.0), hurried=False)
+    daemon._report(folder, lambda run_dir, go_on: Advice((change,), measured=400.0), make_stop())
     said = "change       staleness.max_age=3: 480 tokens/s (430 to 530), +20%; costs: tokens up to 3 steps old"
     assert said in capsys.readouterr().out.splitlines()
     assert "staleness.max_age=3: 480" in (folder / "report.html").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["changes"][0]["gain"] == 0.2 and summary["changes_note"] == ""
 
-    def fails(run_dir):
+    def fails(run_dir, go_on):
         raise ZeroDivisionError("no such run")
 
-    daemon._report(folder, fails, hurried=False)
+    daemon._report(folder, fails, make_stop())
     assert "the simulation of the run failed (ZeroDivisionError" in capsys.readouterr().out
     assert "its simulation failed" in caplog.text
     assert json.loads((folder / "summary.json").read_text())["changes"] == []
+
+
+def test_a_signal_ends_the_thinking_over_and_not_the_summary(tmp_path, make_stop):
+    """The signal comes while changes are thought over: `go_on` says so before the next simulation."""
+    folder, stop, answers = write_run(tmp_path / "run", whole(5)), make_stop(), []
+
+    def thinks(run_dir, go_on):
+        answers.append(go_on())
+        stop.request()
+        answers.append(go_on())
+        return Advice(note="one of two")
+
+    daemon._report(folder, thinks, stop)
+    assert answers == [True, False]
+    assert json.loads((folder / "summary.json").read_text())["changes_note"] == "one of two"

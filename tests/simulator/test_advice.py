@@ -10,7 +10,8 @@ import pytest
 
 from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.errors import ConfigError
-from asyncrl.simulator.advice import Advisor, advise
+from asyncrl.simulator.advice import WITHIN_S, Advisor
+from asyncrl.simulator.advice import advise as advise_within
 from asyncrl.simulator.step_costs import step_costs, step_growth
 
 SETTINGS = (
@@ -54,6 +55,18 @@ def write_run(folder: Path, *settings: str, steps: int = 30, **step) -> Path:
     lines = [json.dumps({**line, "version": n}) for n in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def advise(run):
+    """With all the time that it wants, on whatever machine."""
+    return advise_within(run, within_s=600.0)
+
+
+def fit_rounds(run):
+    """How often the fit of a run asks whether to go on."""
+    asked = []
+    Advisor(run, go_on=lambda: asked.append(None) is None)
+    return len(asked)
 
 
 def ratio(advisor: Advisor, *settings: str, generators: int | None = None) -> float:
@@ -163,6 +176,18 @@ def test_a_run_that_its_simulation_does_not_resemble_is_told_nothing(tmp_path):
 
 
 def test_no_change_is_looked_at_when_time_is_up(tmp_path):
+    """The clock is read once at first, then before each further round of the fit and before each change."""
+    run = write_run(tmp_path, "checkpoint.every=1")
+    rounds = fit_rounds(run)
     ticks = count(0.0, 4.0)
-    advice = advise(write_run(tmp_path, "checkpoint.every=1"), within_s=10.0, clock=lambda: next(ticks))
-    assert advice.note == "2 of 9 changes were thought over in 10 s"
+    advice = advise_within(run, within_s=4.0 * (rounds + 3) - 1.0, clock=lambda: next(ticks))
+    assert advice.note.startswith("2 of 9 changes were thought over")
+
+
+def test_the_fit_ends_with_the_time_too_and_with_whoever_waits(tmp_path):
+    """A run on a slow machine is not held up by the simulation of itself."""
+    run = write_run(tmp_path, "checkpoint.every=1")
+    asked = []
+    advice = advise_within(run, go_on=lambda: bool(asked.append(None)))
+    assert advice.changes == () and len(asked) <= 2
+    assert advice.note == f"0 of 9 changes were thought over in {WITHIN_S:g} s" or "nothing is predicted" in advice.note
