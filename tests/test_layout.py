@@ -50,6 +50,9 @@ TORCH_MODULES = (
 NO_TORCH = ("asyncrl.trainer.packing", "asyncrl.trainer.plan", "asyncrl.weights.plan.")
 HEAVY_LIBRARIES = ["torch", "vllm", "transformers"]
 
+# Programs beside the package, which nothing type-checks: what they import must be there.
+PROGRAMS = ("benchmarks", "tests")
+
 # Ways to run code that came as data. The collectives of Python objects are pickle under another name.
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_NAMES = {"recv_pyobj", "send_pyobj", "unsafe_load", "full_load"} | {
@@ -314,6 +317,44 @@ def test_programs_outside_the_package_run_no_data_as_code_either():
     scripts = [path for folder in ("benchmarks", "configs") for path in (ROOT / folder).rglob("*.py")]
     complaints = {str(path): found for path in scripts if (found := runs_no_data_as_code(Module("", path.read_text())))}
     assert not complaints, json.dumps(complaints, indent=2)
+
+
+def names_of(root: Path, module: str) -> set[str] | None:
+    """What a module of the repository has at its top, and what its folder holds; None: there is no such module."""
+    place = root.joinpath(*module.split("."))
+    path = place.with_suffix(".py") if place.with_suffix(".py").exists() else place / "__init__.py"
+    names = {entry.stem for entry in place.iterdir()} if place.is_dir() else set()
+    if not path.exists():
+        return names or None
+    todo: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        else:
+            names |= {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+            todo += ast.iter_child_nodes(node)
+    return names
+
+
+def missing_imports(root: Path, text: str) -> list[str]:
+    """`module: name` of what a program imports of the repository and what is not there."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("asyncrl", *PROGRAMS):
+            names = names_of(root, node.module or "")
+            found += [f"{node.module}: {a.name}" for a in node.names if names is None or a.name not in names]
+    return found
+
+
+def test_what_programs_import_of_the_repository_is_there():
+    """Nothing type-checks them, and some benchmarks are started by hand alone."""
+    paths = [path for folder in PROGRAMS for path in (ROOT / folder).rglob("*.py")]
+    assert not {str(path): found for path in paths if (found := missing_imports(ROOT, path.read_text()))}
+    gone = "from asyncrl.types import Lease, Lost\nfrom asyncrl.lost import Lease\nfrom os import path"
+    assert missing_imports(ROOT, gone) == ["asyncrl.types: Lost", "asyncrl.lost: Lease"]
 
 
 def duplicate_classes(modules: list[Module]) -> dict[str, list[str]]:

@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from asyncrl.host.process_tree import tree_of
+
 RESCAN_S = 10.0  # how often processes that are new are looked for
 
 
@@ -26,7 +28,7 @@ class TreeCpuTime:
         now = time.monotonic()
         if now - self._scanned_at >= RESCAN_S:
             self._scanned_at = now
-            self._alive = _tree_of(os.getpid())
+            self._alive = tree_of(os.getpid())
         for pid in list(self._alive):
             spent = _cpu_seconds(pid)
             if spent is None or spent < self._spent.get(pid, 0.0):  # it ended, and another may have its number
@@ -34,20 +36,6 @@ class TreeCpuTime:
             else:
                 self._spent[pid] = spent
         return sum(self._spent.values())
-
-
-def _tree_of(root: int) -> set[int]:
-    """The process and its descendants; without what ends meanwhile."""
-    found, open_ends = {root}, [root]
-    while open_ends:
-        for task in Path(f"/proc/{open_ends.pop()}/task").glob("*/children"):
-            try:
-                children = {int(pid) for pid in task.read_text().split()} - found
-            except OSError:
-                continue  # the thread has ended
-            found |= children
-            open_ends += children
-    return found
 
 
 def _cpu_seconds(pid: int) -> float | None:

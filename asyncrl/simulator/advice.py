@@ -28,13 +28,14 @@ from asyncrl.simulator.step_costs import StepCosts, step_costs, step_growth
 
 CONFIG_FILE = "config.yaml"
 MOST = 3  # changes that are named
-# Of a prediction: `benchmarks.speed.advisor` found 7, 23 and 25 %, and 76 % for a second generator on shared cores,
-# which is therefore not advised.
+# Of a prediction: what a few tries of `benchmarks.speed.advisor` came to, with errors of 7, 23, 25 and 41 %. A second
+# generator on shared cores was foretold 76 % too high, and is therefore not advised.
 MODEL_ERROR = 0.25
 TRUSTED = 0.25  # by so much a run and its own simulation may differ
 SIMULATED_ROLLOUTS = 10_000  # in one simulated run
 FEWEST_STEPS, MOST_STEPS = 15, 60
 WITHIN_S = 10.0
+LOOKING_SHARE = 0.6  # of the time until no further change is looked at: the best still need their intervals
 SHARES = (0.2, 0.8)  # of a full engine's step that may be there with one sequence, where nobody measured it
 
 
@@ -188,12 +189,12 @@ def advise(
 ) -> Advice:
     """The changes to a run that are worth making, the best first; those that there was time to think of.
 
-    within_s: after so many seconds no further simulation is begun. go_on: says no when somebody waits for the end.
+    within_s: after so many seconds no further change is simulated. go_on: says no when somebody waits for the end.
     """
-    deadline = clock() + within_s
+    began = clock()
 
-    def is_time_left() -> bool:
-        return clock() < deadline and go_on()
+    def is_time_left(share: float = LOOKING_SHARE) -> bool:
+        return clock() < began + share * within_s and go_on()
 
     try:
         advisor = Advisor(folder, go_on=is_time_left)
@@ -220,8 +221,11 @@ def advise(
         if rate >= (1 + WORTH_CHANGING) * advisor.measured:
             found.append((rate, candidate))
     found.sort(key=lambda entry: -entry[0])
-    best = [candidate for number, (_, candidate) in enumerate(found[:MOST]) if number == 0 or is_time_left()]
-    return Advice(tuple(_change(advisor, candidate) for candidate in best), advisor.measured, note)
+    best = [candidate for _, candidate in found[:MOST]]
+    changes = [_change(advisor, candidate) for candidate in best if is_time_left(1.0)]
+    if len(changes) < len(best):
+        note = f"{len(changes)} of {len(best)} changes that would gain are told: for the others there was no time"
+    return Advice(tuple(changes), advisor.measured, note)
 
 
 def _change(advisor: Advisor, candidate: Candidate) -> AdvisedChange:

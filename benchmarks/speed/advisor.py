@@ -33,9 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncrl.cli.measuring.bench import read_steps
-from asyncrl.metrics.ledger import add
+from asyncrl.host.process_tree import command_of, tree_of
+from asyncrl.metrics import METRICS_FILE
 from asyncrl.report.advisor import bottleneck
+from asyncrl.report.run_records import RunRecords, StepRecord, mean, total, totals
 from asyncrl.simulator.advice import Advisor
 from benchmarks import common
 from benchmarks.studies.async_vs_sync import QUICKSTART, ROOT, make_base_model
@@ -156,20 +157,22 @@ def one_run(options: argparse.Namespace, change: Tried, folder: Path, *, slowing
         stop(process)
 
 
-def calm_figures(steps: Sequence[dict[str, Any]], first: int) -> dict[str, Any]:
+def read_steps(folder: Path) -> list[StepRecord]:
+    """The steps that are written by now."""
+    return RunRecords(folder, follow=True).steps if (folder / METRICS_FILE).exists() else []
+
+
+def calm_figures(steps: Sequence[StepRecord], first: int) -> dict[str, Any]:
     counted = steps[first:]
-    learner_s: dict[str, float] = {}
-    generator_s: dict[str, float] = {}
-    for step in counted:
-        add(learner_s, step["learner_time_s"])
-        add(generator_s, step["generator_time_s"])
-    found = bottleneck(learner_s, generator_s)
+    found = bottleneck(
+        totals(step.learner_time_s for step in counted), totals(step.generator_time_s for step in counted)
+    )
     return {
         "steps": len(counted),
-        "calm_per_s": sum(step["tokens_trained"] for step in counted) / sum(step["interval_s"] for step in counted),
+        "calm_per_s": rate_of(counted),
         "bounded_by": None if found is None else found.name,
         "evidence": None if found is None else found.evidence,
-        "age_mean": statistics.fmean(step["policy_age_mean"] for step in counted),
+        "age_mean": mean(step.policy_age_mean for step in counted),
     }
 
 
@@ -208,35 +211,22 @@ def rate_from_now(folder: Path, seconds: float) -> float:
 
 def rate_since(folder: Path, begin: int) -> float:
     """Of the steps after number `begin`, between the ends of steps: no step is cut."""
-    steps = read_steps(folder)[begin:]
-    return sum(step["tokens_trained"] for step in steps) / max(1e-9, sum(step["interval_s"] for step in steps))
+    return rate_of(read_steps(folder)[begin:])
+
+
+def rate_of(steps: Sequence[StepRecord]) -> float:
+    """Trained tokens per second."""
+    return total(step.tokens_trained for step in steps) / max(1e-9, total(step.interval_s for step in steps))
 
 
 def processes_of(root: int, side: str) -> list[int]:
     """The trainer's process, or the generators with all that they started."""
-    children: dict[int, list[int]] = {}
-    commands: dict[int, str] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-            commands[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    tree = descendants(root, children)
+    tree = tree_of(root) - {root}
     wanted = "asyncrl.trainer.rank" if side == "learner" else "asyncrl.cli.generator"
-    roots = [pid for pid in tree if wanted in commands.get(pid, "")]
+    roots = [pid for pid in tree if wanted in command_of(pid)]
     if not roots:
-        raise RuntimeError(f"no process of the {side} below {root}: {[commands.get(pid) for pid in tree]}")
-    return sorted({pid for found in roots for pid in [found, *descendants(found, children)]})
-
-
-def descendants(root: int, children: dict[int, list[int]]) -> list[int]:
-    found: list[int] = []
-    left = list(children.get(root, ()))
-    while left:
-        pid = left.pop()
-        found.append(pid)
-        left += children.get(pid, ())
-    return found
+        raise RuntimeError(f"no process of the {side} below {root}: {[command_of(pid) for pid in tree]}")
+    return sorted(set().union(*map(tree_of, roots)))
 
 
 def send(pids: Sequence[int], number: signal.Signals) -> None:

@@ -18,7 +18,7 @@ from asyncrl.cli.measuring.bench import Budget
 from asyncrl.cli.measuring.bench_figures import Circumstances, interval, measure, needed_warm_steps
 from asyncrl.cli.measuring.bench_pages import GeneratorFigures, GeneratorWindow, parsed, window_between
 from asyncrl.cli.measuring.bench_words import advice, measured_lines, table
-from asyncrl.host.process_memory import memory_by_branch, memory_of_tree
+from asyncrl.host.process_tree import memory_by_branch, memory_of_tree
 from asyncrl.metrics.exposition import Exposition
 from asyncrl.metrics.generator_metrics import GeneratorMetrics
 from asyncrl.report.advisor import bottleneck

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 
 import pytest
 
 from asyncrl.config.loading import load_config, to_yaml
 from asyncrl.errors import ConfigError
-from asyncrl.simulator.advice import WITHIN_S, Advisor
+from asyncrl.simulator.advice import LOOKING_SHARE, WITHIN_S, Advisor
 from asyncrl.simulator.advice import advise as advise_within
 from asyncrl.simulator.step_costs import step_costs, step_growth
 
@@ -180,7 +180,7 @@ def test_no_change_is_looked_at_when_time_is_up(tmp_path):
     run = write_run(tmp_path, "checkpoint.every=1")
     rounds = fit_rounds(run)
     ticks = count(0.0, 4.0)
-    advice = advise_within(run, within_s=4.0 * (rounds + 3) - 1.0, clock=lambda: next(ticks))
+    advice = advise_within(run, within_s=(4.0 * (rounds + 3) - 1.0) / LOOKING_SHARE, clock=lambda: next(ticks))
     assert advice.note.startswith("2 of 9 changes were thought over")
 
 
@@ -191,3 +191,14 @@ def test_the_fit_ends_with_the_time_too_and_with_whoever_waits(tmp_path):
     advice = advise_within(run, go_on=lambda: bool(asked.append(None)))
     assert advice.changes == () and len(asked) <= 2
     assert advice.note == f"0 of 9 changes were thought over in {WITHIN_S:g} s" or "nothing is predicted" in advice.note
+
+
+def test_what_was_found_is_not_simulated_further_once_all_the_time_is_up(tmp_path):
+    run = write_run(
+        tmp_path, "checkpoint.every=1", interval_s=4.0, generator_busy_s=0.4,
+        learner_time_s={"compute": 3.0, "checkpoint": 1.0}, overlapped_s={"checkpoint": 1.2},
+    )  # fmt: skip
+    found = len(advise(run).changes)
+    times = chain([0.0], repeat(1.0, fit_rounds(run) + 9), repeat(WITHIN_S + 1.0))
+    late = advise_within(run, clock=lambda: next(times))
+    assert found and late.changes == () and late.note.startswith(f"0 of {found} changes that would gain are told")

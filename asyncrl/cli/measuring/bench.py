@@ -26,7 +26,7 @@ from asyncrl.cli.measuring.bench_figures import BenchResult, Circumstances, meas
 from asyncrl.cli.measuring.bench_pages import fresh_figures, window_between
 from asyncrl.cli.measuring.bench_words import advice, changes, measured_lines, table, taken
 from asyncrl.errors import ConfigError, UserError
-from asyncrl.host.process_memory import memory_by_branch
+from asyncrl.host.process_tree import memory_by_branch
 from asyncrl.metrics import METRICS_FILE
 from asyncrl.report.run_records import RunRecords, StepRecord
 from asyncrl.simulator.advice import advise
@@ -34,7 +34,6 @@ from asyncrl.simulator.advice import advise
 EXAMPLE = "asyncrl bench configs/quickstart.yaml --ages 0 1 2 4"
 WITHIN_S = 220.0
 ADVICE_S = 15.0  # of that, to simulate what other settings would bring
-ADVICE_SHARE = 0.5  # of it until no further change is looked at
 LONGEST_WINDOW_S = 45.0  # more says little that is new
 SHORTEST_WINDOW_S = 5.0
 START_TIMEOUT_S = 300.0
@@ -105,7 +104,7 @@ def bench(argv: Sequence[str]) -> int:
             lines = "\n".join(measured_lines(results[-1]))
             _say(lines) if arguments.json else print(lines, flush=True)
         chosen = results.index(taken(results))
-        advised = advise(root / f"age-{results[chosen].max_age}" / "run", within_s=ADVICE_SHARE * ADVICE_S)
+        advised = advise(root / f"age-{results[chosen].max_age}" / "run", within_s=ADVICE_S)
         results[chosen] = replace(results[chosen], advised=advised)
     finally:
         if arguments.keep:
@@ -210,15 +209,15 @@ class _MeasuredRun:
         """The end of its output."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
-    def stop(self, *, in_order: bool) -> None:
-        """Ends it; in good order it saves first. The supervisor takes its daemons along."""
+    def stop(self) -> None:
+        """Ends it without saving. The supervisor takes its daemons along."""
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
             if self._process.poll() is not None:
                 return
             with suppress(ProcessLookupError):
                 self._process.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_TIMEOUT_S if in_order or number == signal.SIGKILL else POLL_S)
+                self._process.wait(STOP_TIMEOUT_S if number == signal.SIGKILL else POLL_S)
 
 
 def measure_age(plan: Plan, budget: Budget, age: int, folder: Path) -> BenchResult:
@@ -241,7 +240,7 @@ def measure_age(plan: Plan, budget: Budget, age: int, folder: Path) -> BenchResu
         counted = _watch(run, warm_steps, window_s)
         generators = window_between(before, fresh_figures(run.run_dir, run.check))
     finally:
-        run.stop(in_order=False)
+        run.stop()
     if len(counted) < FEWEST_STEPS:
         raise UserError(
             f"max_age={age}: {len(counted)} steps in {LONGEST * window_s:.0f} s; give a larger --within or --seconds, "

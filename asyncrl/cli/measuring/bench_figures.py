@@ -161,7 +161,7 @@ def _notes(steps: Sequence[StepRecord], under: Circumstances) -> list[str]:
     if idle := sum(step.ess_share is None for step in steps):
         notes.append(
             f"in {idle} of {len(steps)} steps all rewards of each group were equal: nothing was trained on, so a step "
-            "took less than it will, and no ESS was measured; look at the rewards (asyncrl dry run, asyncrl rollouts)"
+            "took less than it will, and no ESS was measured; look at the rewards (--keep, then asyncrl rollouts)"
             if idle == len(steps)
             else f"{idle} of {len(steps)} steps had no gradient, because all rewards of each group were equal"
         )

@@ -20,7 +20,7 @@ from asyncrl.metrics.sinks import clock_time
 from asyncrl.report.page.chart import Chart, Section
 from asyncrl.report.page.curves import Source, sections
 from asyncrl.report.page.drawing import Axes, figure_of
-from asyncrl.report.page.headline import alarm_notes, losses, tiles
+from asyncrl.report.page.headline import alarm_notes, change_notes, losses, tiles
 from asyncrl.report.page.lanes import timeline
 from asyncrl.report.page.markup import Html, joined, json_block, markup
 from asyncrl.report.page.points import Column, Grid
@@ -55,7 +55,7 @@ def content_of(run: RunRecords, summary: RunSummary) -> PageContent:
     axes = axes_of([source], [run])
     found = sections([source])
     rounds = timeline(run.syncs, axes)
-    parts = [alarm_notes(run), tiles(run, summary)]
+    parts = [alarm_notes(run), tiles(run, summary), change_notes(summary)]
     for section in found:
         figures = [figure_of(chart, axes) for chart in section.charts]
         parts.append(section_of(section.key, section.title, [*([rounds] if section.key == "sync" else []), *figures]))

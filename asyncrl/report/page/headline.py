@@ -97,6 +97,17 @@ def _note(episode: Episode, steps: Sequence[StepRecord]) -> Html:
     )
 
 
+def change_notes(summary: RunSummary) -> Html:
+    """What to change in the run, a note for each change; nothing where that was not thought over."""
+    if not (lines := summary.advice.lines()):
+        return Html()
+    return markup(
+        '<section id="changes" aria-labelledby="changes-title"><h2 id="changes-title">What to change</h2>'
+        '<div class="notes">{}</div></section>\n',
+        joined(markup('<div class="note"><p>{}</p></div>', line) for line in lines),
+    )
+
+
 # -- the whole run ---------------------------------------------------------------------------------------------
 
 
@@ -187,7 +198,7 @@ def _ran(run: RunRecords, summary: RunSummary) -> Iterable[Tile]:
     yield Tile(
         "Idle",
         f"{shown(idle.generator_idle_share, '.0%')} · {shown(idle.learner_idle_share, '.0%')}",
-        f"generators and learner; {'; '.join([_bounded(summary), *summary.advice.lines()])}",
+        f"generators and learner; {_bounded(summary)}",
         "idle" if run.steps else "",
     )
     yield Tile(
