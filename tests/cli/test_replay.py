@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncrl.cli.reading import replay
 from asyncrl.cli.reading.replay import (
     RecordedRun,
     check_baselines,
@@ -70,13 +71,17 @@ def recorded_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_remax_is_refused_for_a_run_that_sampled_no_greedy_completions(tmp_path):
+def test_remax_is_refused_for_a_run_that_sampled_no_greedy_completions(tmp_path, monkeypatch):
     config = load_config(None, [f"run.dir={tmp_path}", "model.path=m"])
     (tmp_path / "config.yaml").write_text(config_text(config))
     recorded = RecordedRun(tmp_path, config, 3)
     with pytest.raises(ConfigError, match=r"a run with algorithm.advantage=\w+, sampled none"):
         check_baselines(recorded, ["algorithm.advantage=remax"])
     check_baselines(recorded, ["learner.lr=1e-5"])
+    monkeypatch.setattr(replay, "read_recorded", lambda folder, steps: recorded)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="sampled none"):
+        replay.what_if([str(tmp_path), "algorithm.advantage=remax"])
     config.algorithm.advantage = "remax"
     check_baselines(recorded, ["algorithm.advantage=remax"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asyncrl.desk.counters import Counters, RunTotals
+from asyncrl.desk.counters import MAX_GRANT_AGE, Counters, RunTotals
 from asyncrl.link.trainer_messages import StepDone
 from asyncrl.replay.buffer import ReplayBuffer
 from asyncrl.replay.pacing import Pacing
@@ -87,6 +87,17 @@ def test_what_came_in_and_what_is_trained_is_told_by_the_age_of_its_grant():
     assert (third.grant_age_mean, third.grant_age_token_mean) == (pytest.approx(4 / 3), 1.5)
     assert (fourth.came_in_by_grant_age, fourth.trained_by_grant_age) == ({}, {"0": {"rollouts": 1, "tokens": 9}})
     assert step(counters, 5).grant_age_mean is None, "a batch that was decided before a restart"
+
+
+def test_grant_ages_are_bounded_on_both_sides():
+    """A lease of long ago, or of a version that a restart took back, makes no name of its own."""
+    counters = Counters()
+    counters.came_in(issued_version=0, num_tokens=[5])
+    counters.came_in(issued_version=700, num_tokens=[7])
+    figures = step(counters, 600)
+    assert figures.came_in_by_grant_age == {
+        "0": {"rollouts": 1, "tokens": 7}, str(MAX_GRANT_AGE): {"rollouts": 1, "tokens": 5},
+    }  # fmt: skip
 
 
 def test_restored_counters_go_on_where_the_checkpoint_was():

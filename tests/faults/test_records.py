@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
 import re
 import select
 import time
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -253,6 +255,38 @@ def test_D5_a_constructor_that_blocks_or_exits_is_a_user_error(config, fault, sa
 def test_D5_eval_examples_that_block_are_a_user_error_that_names_them(config):
     with pytest.raises(TaskError, match=r"took longer than 2 s.*making the held-out examples: eval_examples\(2\)"):
         trial(with_args(config, eval_fault="block"), 1, limits=HelperLimits(start_s=2.0))
+
+
+class AsksWhatIsHeldOut:
+    """Asks what `Unruly` asks in evaluations; its second example ends the process."""
+
+    train_size = None
+    part_names = ("exact",)
+
+    def train_example(self, index):
+        if index == 1:
+            os._exit(0)
+        return Example("eval 1", {})
+
+    def eval_examples(self, count):
+        return []
+
+    def reward(self, completion, payload):
+        return {"exact": 0.0}
+
+
+def test_D5_a_helper_that_is_replaced_still_knows_what_the_tasks_of_a_mix_are_evaluated_on(config):
+    tasks = {
+        "unruly": {"path": UNRULY, "args": {"size": 50}, "evals": 2},
+        "asks": {"path": f"{__name__}:{AsksWhatIsHeldOut.__name__}", "evals": 0},
+    }
+    mixed = replace(config, task=replace(config.task, path="asyncrl.tasks.mix:Mix", args={"tasks": tasks}))
+    made = trial(mixed, 8, limits=SHORT)
+    assert [example.text for example in made.held_out] == ["eval 0", "eval 1"]
+    assert len(made.train) == 4 and not any("eval" in example.text for example in made.train)
+    ended = [line for line in made.left_out if "ended its process" in line]
+    asked = [line for line in made.left_out if "asks what a held-out example of the task unruly asks" in line]
+    assert (len(ended), len(asked)) == (1, 3) and made.left_out.index(ended[0]) < made.left_out.index(asked[-1])
 
 
 def test_D5_the_parts_of_a_task_are_asked_for_in_the_helper(config):

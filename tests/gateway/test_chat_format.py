@@ -204,6 +204,15 @@ def test_a_template_that_cannot_be_continued_is_refused(template, message):
     refused(template, message)
 
 
+def test_a_template_that_shows_a_call_otherwise_once_its_result_is_there_shows_no_calls():
+    """What was sampled as a call stays as it is, and the result follows it as any message would."""
+    call = "'call ' ~ m.tool_calls[0].function.arguments.text ~ (' waits' if loop.last else ' done')"
+    chat_format = ChatFormat(
+        tokenizer_with(CHATML.replace("CONTENT", f"{call} if m.tool_calls else m.content"), "waits")
+    )
+    assert chat_format.call_style is CallStyle.CONTENT
+
+
 class Joined:
     """A tokenizer with a prefix of its own before every text, as those with a begin token that cannot be left out."""
 

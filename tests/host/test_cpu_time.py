@@ -30,6 +30,9 @@ def test_the_time_of_children_and_their_children_counts_and_stays_when_they_end(
     assert [child.stdout.readline() for _ in range(2)] == ["burnt\n"] * 2  # the grandchild has the same output
     grown = times.seconds() - before - (time.process_time() - own_before)
     assert 0.55 <= grown < 30
+    times._spent[child.pid] += 1e6  # as of an ended process whose number this one had been given
+    assert times.seconds() >= before + 1e6
+    times._spent[child.pid] -= 1e6
     child.communicate("\n\n")
     after = times.seconds()
     assert after >= before + grown

@@ -1,9 +1,14 @@
 """The line through an engine's steps: found again among slow steps and pauses, not made up where steps cannot tell."""
 
+import asyncio
+from collections import deque
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from asyncrl.generator.engines.step_times import StepTimes, quantile_line
+from asyncrl.generator.engines.vllm.outputs import time_steps
 
 FIXED_S, SEQUENCE_S, PROMPT_TOKEN_S, PROMPT = 2e-3, 3e-5, 1e-5, 8
 
@@ -66,6 +71,47 @@ def test_pauses_and_steps_that_may_follow_one_do_not_count():
             at += FIXED_S + SEQUENCE_S * sequences
             times.ended(at, sequences, 0, continued=sequences)
     assert times.fit_ms() == pytest.approx({"fixed": 2.0, "sequence": 0.03, "new_sequence": 0.0}, rel=0.01)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_steps_behind_pauses_alone_say_nothing(told):
+    """Told of the pause, or by sequences of which none had a token before."""
+    times = StepTimes()
+    for number in range(500):
+        sequences = 1 + number % 32
+        if told:
+            times.interrupted()
+        times.ended(number + 0.01 * sequences, sequences, 8, continued=sequences if told else 0)
+    assert times.fit_ms() == {}
+
+
+def output(new_tokens=None):
+    stats = None if new_tokens is None else SimpleNamespace(num_computed_tokens=new_tokens)
+    return SimpleNamespace(prefill_stats=stats)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_step_without_outputs_for_all_requests_may_have_computed_a_part_of_a_prompt(chunked):
+    """That is so with chunked prefill, which vLLM has on GPUs alone: so the engine is a stand-in here."""
+    times, steps = StepTimes(), deque()
+
+    async def get_output_async():
+        return steps.popleft()
+
+    llm = SimpleNamespace(
+        engine_core=SimpleNamespace(get_output_async=get_output_async),
+        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(enable_chunked_prefill=chunked)),
+        output_processor=SimpleNamespace(request_states=dict.fromkeys(range(33))),
+    )
+    time_steps(llm, times)
+    at = 0.0
+    for number in range(500):
+        sequences = 1 + number % 32  # of 33
+        at += FIXED_S + SEQUENCE_S * sequences
+        steps.append(SimpleNamespace(outputs=[output() for _ in range(sequences)], timestamp=at))
+        assert asyncio.run(llm.engine_core.get_output_async()).timestamp == at
+    known = {} if chunked else pytest.approx({"fixed": 2.0, "sequence": 0.03, "new_sequence": 0.0}, rel=0.01)
+    assert times.fit_ms() == known
 
 
 def test_no_term_of_a_line_is_below_zero():
